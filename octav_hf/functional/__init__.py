@@ -1,0 +1,25 @@
+"""Tensors in, tensors out: clipping rules, grids and fake quantization. Needs nothing but torch."""
+
+from .error import quantization_error
+from .fake_quantize import GRADIENTS, fake_quantize
+from .grid import integer_range, round_to_grid, step_size
+from .max_scaling import max_clip
+from .mse_sweep import mse_sweep_clip
+from .octav import octav_clip
+from .percentile import percentile_clip
+from .registry import CLIP_RULES, register_clip_rule
+
+__all__ = [
+    "CLIP_RULES",
+    "GRADIENTS",
+    "fake_quantize",
+    "integer_range",
+    "max_clip",
+    "mse_sweep_clip",
+    "octav_clip",
+    "percentile_clip",
+    "quantization_error",
+    "register_clip_rule",
+    "round_to_grid",
+    "step_size",
+]

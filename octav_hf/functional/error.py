@@ -1,0 +1,38 @@
+"""The error that a clip really gives: measured with the two's-complement grid, not modelled."""
+
+import torch
+from torch import Tensor
+
+from .grid import round_to_grid
+from .rows import Dim, check_floating, magnitude, to_rows
+
+
+@torch.no_grad()
+def quantization_error(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True, dim: Dim = None) -> Tensor:
+    """Measured mean squared error of quantizing ``x`` with ``clip``, relative to the square of its largest magnitude.
+
+    Being relative it neither overflows nor underflows: ``mean(((x - Q(x)) / max|x|)^2)``. Multiply by ``max|x|^2`` for
+    the MSE itself.
+
+    Args:
+        x: floating point, any shape, finite.
+        clip: clipping scalar(s), of the shape that a clipping rule returns for the same ``dim``.
+        num_bits, signed: the grid.
+        dim: the dimension(s) averaged over; ``None`` for all.
+
+    Returns:
+        float32 (float64 for float64 input), the shape of ``clip``; 0 where ``x`` is all zero or empty.
+    """
+    check_floating(x, "quantization_error")
+    rows, shape = to_rows(x, dim)
+    return rows_error(rows, clip.reshape(-1), num_bits, signed).reshape(shape)
+
+
+def rows_error(rows: Tensor, clip: Tensor, num_bits: int, signed: bool) -> Tensor:
+    """``quantization_error`` of ``[rows, n]`` for one clip a row, ``[rows]``."""
+    if rows.numel() == 0:
+        return torch.zeros_like(clip)
+    peak = magnitude(rows, signed=True).amax(dim=1, keepdim=True)
+    peak = torch.where(peak > 0, peak, 1)
+    difference = (rows - round_to_grid(rows, clip[:, None], num_bits, signed=signed)) / peak
+    return difference.square_().mean(dim=1)

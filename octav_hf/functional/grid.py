@@ -1,0 +1,53 @@
+"""The quantization grid: bits and sign give the step, the integer range and the rounding (Eq. 2 and 3, footnote 2)."""
+
+import torch
+from torch import Tensor
+
+from .rows import statistics_dtype
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+def check_num_bits(num_bits: int) -> None:
+    """Raise ``ValueError`` unless ``num_bits`` is an integer from 2 to 8."""
+    if not isinstance(num_bits, int) or isinstance(num_bits, bool) or not MIN_BITS <= num_bits <= MAX_BITS:
+        raise ValueError(f"num_bits must be an integer from {MIN_BITS} to {MAX_BITS}, got {num_bits!r}")
+
+
+def integer_range(num_bits: int, signed: bool) -> tuple[int, int]:
+    """Lowest and highest integer: two's complement ``[-2^(B-1), 2^(B-1)-1]``, or ``[0, 2^B-1]`` unsigned."""
+    check_num_bits(num_bits)
+    return (-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1) if signed else (0, 2**num_bits - 1)
+
+
+def step_size(clip: Tensor, num_bits: int, signed: bool) -> Tensor:
+    """Step between two levels, in units of ``clip``: ``clip / 2^(B-1)``, or ``clip / 2^B`` unsigned."""
+    check_num_bits(num_bits)
+    return clip * 2.0 ** ((1 if signed else 0) - num_bits)
+
+
+def noise_factor(num_bits: int, signed: bool) -> float:
+    """Rounding noise of a value inside the clip over ``s^2`` (Eq. 4): ``4^-B / 3``, or ``4^-B / 12`` unsigned."""
+    check_num_bits(num_bits)
+    return 4.0**-num_bits / (3 if signed else 12)
+
+
+def round_to_grid(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True) -> Tensor:
+    """Quantize and dequantize: the nearest level of the grid, ties to the even integer.
+
+    Args:
+        x: floating point, any shape.
+        clip: clipping scalar(s) ``s >= 0``, broadcastable against ``x``. Where it is 0 every level is 0.
+        num_bits: 2 to 8.
+        signed: two's complement, or unsigned (a negative ``x`` becomes 0).
+
+    Returns:
+        ``step * clamp(round(x / step))``, shape of ``x``, in float32 (float64 for float64 input). NaN stays NaN.
+    """
+    low, high = integer_range(num_bits, signed)
+    # A 0-dim clip would not raise the arithmetic to its own dtype.
+    x = x.to(statistics_dtype(x.dtype))
+    step = step_size(clip.to(x.dtype), num_bits, signed)
+    # A zero step (all-zero data, or a clip below the smallest float) must not divide: 0 / 0 would be NaN.
+    levels = x / torch.where(step > 0, step, 1)
+    return levels.round_().clamp_(low, high).mul_(step)

@@ -1,0 +1,24 @@
+"""Max-scaling: the clip that clips nothing."""
+
+import torch
+from torch import Tensor
+
+from .grid import check_num_bits
+from .registry import register_clip_rule
+from .rows import Dim, check_floating, finite_range, magnitude, statistics_dtype, to_rows
+
+
+@register_clip_rule("max")
+@torch.no_grad()
+def max_clip(x: Tensor, num_bits: int, *, signed: bool = True, dim: Dim = None) -> Tensor:
+    """``s = max|x|`` (section 2), or ``max(x, 0)`` unsigned. Arguments, result and errors as ``octav_clip``.
+
+    The result does not depend on ``num_bits``, which is checked all the same.
+    """
+    check_floating(x, "max_clip")
+    check_num_bits(num_bits)
+    finite_range(x, "max_clip")
+    rows, shape = to_rows(x, dim)
+    if rows.numel() == 0:
+        return torch.zeros(shape, dtype=statistics_dtype(x.dtype), device=x.device)
+    return magnitude(rows, signed).amax(dim=1).reshape(shape)

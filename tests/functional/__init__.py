@@ -1,0 +1,1 @@
+"""Tests of octav_hf.functional."""
