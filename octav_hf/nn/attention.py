@@ -1,0 +1,58 @@
+"""An attention module, of any class, whose matmuls run on quantized operands."""
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from .attention_matmuls import AttentionMatmuls
+
+
+class QuantizedAttention(nn.Module):
+    """Mixin put in front of an attention module's own class; that class's forward runs unchanged inside.
+
+    ``operand_quantizers`` holds one quantizer each for ``query``, ``key``, ``probabilities`` and ``value``. Made from
+    an existing module by ``convert``, which changes that object's class in place.
+    """
+
+    operand_quantizers: nn.ModuleDict
+    attention_name: str
+
+    @staticmethod
+    def convert(attention: nn.Module, operand_quantizers: nn.ModuleDict, name: str) -> None:
+        """Put the mixin in front of ``attention``'s class in place; ``name`` is for error messages."""
+        base: Any = type(attention)
+        attention.__class__ = _quantized_class(base)
+        assert isinstance(attention, QuantizedAttention)
+        attention.operand_quantizers = operand_quantizers
+        attention.attention_name = name
+
+    def restore(self) -> None:
+        """Give the module its own class back, in place."""
+        del self.operand_quantizers, self.attention_name
+        self.__class__ = type(self).__bases__[1]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, its attention matmuls on quantized operands.
+
+        Raises:
+            RuntimeError: an operand was never met, so it would have stayed in float.
+        """
+        with AttentionMatmuls(self.operand_quantizers, self.attention_name) as matmuls:
+            output = super().forward(*args, **kwargs)
+        matmuls.check_complete()
+        return output
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class made by _quantized_class cannot be imported by name: pickle its base instead.
+        return _rebuild, (type(self).__bases__[1],), self.__dict__
+
+
+@functools.cache
+def _quantized_class(base: Any) -> Any:
+    return type(f"Quantized{base.__name__}", (QuantizedAttention, base), {"__module__": base.__module__})
+
+
+def _rebuild(base: Any) -> nn.Module:
+    cls = _quantized_class(base)
+    return cls.__new__(cls)

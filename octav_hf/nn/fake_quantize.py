@@ -1,0 +1,63 @@
+"""The quantizer module: a grid, a clipping rule and a gradient estimator."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import CLIP_RULES, fake_quantize, integer_range
+from ..functional.rows import Dim
+
+
+class FakeQuantize(nn.Module):
+    """Quantizes one operand: computes its clip from the data at every call, then rounds to the grid.
+
+    Has no parameters and no buffers: a dynamic clip is recomputed, never stored.
+
+    Args:
+        num_bits: 2 to 8.
+        clip: name of a clipping rule in ``functional.CLIP_RULES``.
+        clip_options: further keyword arguments of that rule.
+        gradient: ``"ste"``, ``"pwl"`` or ``"mad"``; see ``functional.fake_quantize``.
+        signed: the two's-complement grid, or the unsigned one.
+        dim: the dimension(s) that share one clip; ``None`` for one clip for the whole tensor.
+        name: where in the model this quantizer stands, for error messages.
+    """
+
+    def __init__(
+        self,
+        num_bits: int,
+        *,
+        clip: str = "octav",
+        clip_options: Mapping[str, Any] | None = None,
+        gradient: str = "mad",
+        signed: bool = True,
+        dim: Dim = None,
+        name: str = "",
+    ):
+        super().__init__()
+        self.num_bits = num_bits
+        self.clip = clip
+        self.clip_options = dict(clip_options or {})
+        self.gradient = gradient
+        self.signed = signed
+        self.dim = dim
+        self.name = name
+
+    @torch.compiler.disable
+    def compute_clip(self, x: Tensor) -> Tensor:
+        """Clipping scalar(s) of ``x``, broadcastable against it. An error of the rule is raised with ``name`` added."""
+        try:
+            return CLIP_RULES[self.clip](x, self.num_bits, signed=self.signed, dim=self.dim, **self.clip_options)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{self.name or 'FakeQuantize'}: {error}") from error
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (float, any shape) on the grid; same shape and dtype."""
+        return fake_quantize(x, self.compute_clip(x), self.num_bits, signed=self.signed, gradient=self.gradient)
+
+    def extra_repr(self) -> str:
+        low, high = integer_range(self.num_bits, self.signed)
+        scalars = "per tensor" if self.dim is None else f"over dim {self.dim}"
+        return f"{self.num_bits} bits [{low}, {high}], clip={self.clip} {scalars}, gradient={self.gradient}"

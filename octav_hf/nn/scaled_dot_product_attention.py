@@ -1,0 +1,56 @@
+"""Scaled dot-product attention written out, so that the operands of both its matmuls can be quantized."""
+
+import torch
+from torch import Tensor, nn
+
+
+def quantized_scaled_dot_product_attention(
+    quantizers: nn.ModuleDict,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` with quantized query, key, probabilities and value.
+
+    Args:
+        quantizers: modules named ``query``, ``key``, ``probabilities`` and ``value``. Probabilities are quantized after
+            dropout: they are then the operand of the second matmul.
+        query: ``[..., heads, L, E]``.
+        key: ``[..., key heads, S, E]``.
+        value: ``[..., key heads, S, V]``.
+        attn_mask: broadcastable to ``[..., heads, L, S]``; boolean (True: attend) or added to the scores.
+        dropout_p, is_causal, scale, enable_gqa: as in torch.
+
+    Returns:
+        ``[..., heads, L, V]``; zero for a query that no key is visible to, as in torch.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query, key, value = quantizers["query"](query), quantizers["key"](key), quantizers["value"](value)
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], dim=-3)
+    scores = torch.matmul(query, key.transpose(-2, -1)) * scale
+    mask = _additive_mask(scores, attn_mask, is_causal)
+    if mask is not None:
+        scores = scores + mask
+    probabilities = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    if mask is not None:
+        probabilities = probabilities.masked_fill((mask == -torch.inf).all(dim=-1, keepdim=True), 0)
+    probabilities = nn.functional.dropout(probabilities.to(value.dtype), dropout_p)
+    return torch.matmul(quantizers["probabilities"](probabilities), value)
+
+
+def _additive_mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
+    """The mask to add to ``scores``, with minus infinity where nothing may be attended to."""
+    if is_causal:
+        if attn_mask is not None:
+            raise ValueError("scaled_dot_product_attention: pass either attn_mask or is_causal=True, not both")
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is None or attn_mask.dtype != torch.bool:
+        return attn_mask
+    return torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(~attn_mask, -torch.inf)

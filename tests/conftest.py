@@ -1,0 +1,51 @@
+"""What several tests share: small random models, the real SQuAD files, and an environment without network."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import BertConfig, BertForQuestionAnswering
+
+ROOT = Path(__file__).parent.parent
+SHARED_SQUAD = ROOT.parent / "shared" / "squad"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs the real SQuAD files where they are not there."""
+    if not SHARED_SQUAD.is_dir():
+        for item in items:
+            if item.get_closest_marker("needs_shared"):
+                item.add_marker(pytest.mark.skip(reason=f"the real SQuAD files are not at {SHARED_SQUAD}"))
+
+
+@pytest.fixture
+def shared_squad() -> Path:
+    """The folder of the real SQuAD files; for tests marked ``needs_shared``."""
+    return SHARED_SQUAD
+
+
+@pytest.fixture
+def small_bert() -> Callable[..., BertForQuestionAnswering]:
+    """A function that makes a small random BERT in eval mode, always the same one; keywords change its config."""
+
+    def make(seed: int = 0, attn_implementation: str = "sdpa", **changes: object) -> BertForQuestionAnswering:
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        config = BertConfig(vocab_size=100, max_position_embeddings=64, **(sizes | changes))
+        config._attn_implementation = attn_implementation
+        return BertForQuestionAnswering(config).eval()
+
+    return make
+
+
+@pytest.fixture
+def padded_batch() -> dict[str, torch.Tensor]:
+    """Token ids and the mask of two sequences, the second of which is padded."""
+    ids = torch.randint(0, 100, (2, 16), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 10:] = 0
+    return {"input_ids": ids, "attention_mask": mask}

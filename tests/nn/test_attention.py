@@ -1,0 +1,180 @@
+"""The attention matmuls: found whatever they are called through, and never silently missed."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from octav_hf.nn import (
+    ATTENTION_OPERANDS,
+    AttentionMatmuls,
+    FakeQuantize,
+    QuantizedAttention,
+    quantized_scaled_dot_product_attention,
+)
+
+SHAPE = (2, 4, 6, 8)
+
+
+def operands(seed: int = 0, heads: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(SHAPE, generator=generator)
+    key, value = (torch.randn(2, heads, 6, 8, generator=generator) for _ in range(2))
+    return query, key, value
+
+
+def quantizers(bits: int = 4) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {name: FakeQuantize(bits, signed=name != "probabilities", gradient="pwl") for name in ATTENTION_OPERANDS}
+    )
+
+
+def no_quantizers() -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.Identity() for name in ATTENTION_OPERANDS})
+
+
+def by_hand(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bits: int = 4) -> torch.Tensor:
+    """Quantized attention in a few lines, for comparison."""
+    quantize = quantizers(bits)
+    scores = quantize["query"](query) @ quantize["key"](key).mT / math.sqrt(query.shape[-1])
+    probabilities = scores.softmax(-1)
+    return quantize["probabilities"](probabilities) @ quantize["value"](value)
+
+
+def with_matmul(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    scores = torch.matmul(query, key.transpose(2, 3)) / math.sqrt(8)
+    return torch.matmul(F.dropout(F.softmax(scores, dim=-1), p=0.0), value)
+
+
+def with_operator(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return ((query @ key.transpose(2, 3)) / math.sqrt(8)).softmax(-1).to(torch.float32) @ value
+
+
+def with_bmm(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    query, key, value = (x.reshape(8, 6, 8) for x in (query, key, value))
+    probabilities = torch.softmax(torch.bmm(query, key.transpose(1, 2)) / math.sqrt(8), dim=-1)
+    return torch.bmm(probabilities.view(8, 6, 6), value).reshape(SHAPE)
+
+
+def with_baddbmm(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    query, key, value = (x.reshape(8, 6, 8) for x in (query, key, value))
+    scores = torch.baddbmm(torch.zeros(8, 6, 6), query, key.transpose(1, 2), alpha=1 / math.sqrt(8))
+    return scores.softmax(-1).bmm(value).reshape(SHAPE)
+
+
+def with_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def transposed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    probabilities = (query @ key.mT / math.sqrt(8)).softmax(-1)
+    return torch.matmul(value.mT, probabilities.masked_fill(torch.tensor(False), 0).contiguous().transpose(-2, -1)).mT
+
+
+@pytest.mark.parametrize("attention", [with_matmul, with_operator, with_bmm, with_baddbmm, with_sdpa, transposed])
+def test_every_spelling_of_attention_is_quantized(attention) -> None:
+    with AttentionMatmuls(quantizers(), "layer") as matmuls:
+        output = attention(*operands())
+    matmuls.check_complete()
+    torch.testing.assert_close(output, by_hand(*operands()), rtol=0, atol=1e-6)
+
+
+def test_outside_the_mode_nothing_changes() -> None:
+    expected = with_matmul(*operands())
+    with AttentionMatmuls(quantizers(), "layer"):
+        assert not torch.equal(with_matmul(*operands()), expected)
+    assert torch.equal(with_matmul(*operands()), expected)
+
+
+def test_a_missed_operand_is_an_error() -> None:
+    with AttentionMatmuls(quantizers(), "encoder.self") as matmuls:
+        query, key, _ = operands()
+        torch.matmul(query, key.mT)
+    with pytest.raises(RuntimeError, match=r"encoder.self.*probabilities, value"):
+        matmuls.check_complete()
+
+
+@pytest.mark.parametrize(
+    "multiply",
+    [
+        lambda q, k, v: torch.einsum("bhqd,bhkd->bhqk", q, k),
+        lambda q, k, v: torch.matmul(input=q, other=k.mT),
+    ],
+    ids=["einsum", "keywords"],
+)
+def test_a_product_that_cannot_be_quantized_is_an_error(multiply) -> None:
+    with AttentionMatmuls(quantizers(), "encoder.self"), pytest.raises(NotImplementedError, match="encoder.self: "):
+        multiply(*operands())
+
+
+class LocalAttention(nn.Module):
+    """An attention module whose product runs where it cannot be seen."""
+
+    def __init__(self, hidden: bool):
+        super().__init__()
+        self.hidden = hidden
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if self.hidden:
+            return self.out(query + key + value)
+        return self.out(with_sdpa(query, key, value))
+
+
+def test_a_converted_module_checks_itself() -> None:
+    seen, unseen = LocalAttention(hidden=False), LocalAttention(hidden=True)
+    for module in (seen, unseen):
+        QuantizedAttention.convert(module, quantizers(), "layer.attention")
+    seen(*operands())
+    with pytest.raises(RuntimeError, match=r"layer.attention: .*query, key, probabilities, value"):
+        unseen(*operands())
+
+
+MASKS = {
+    "none": None,
+    "boolean": torch.arange(6) < torch.tensor([6, 3])[:, None, None, None],
+    "additive": torch.zeros(2, 1, 6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), torch.finfo(torch.float32).min),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_written_out_sdpa_equals_torchs(mask: torch.Tensor | None, scale: float | None) -> None:
+    output = quantized_scaled_dot_product_attention(no_quantizers(), *operands(), attn_mask=mask, scale=scale)
+    expected = F.scaled_dot_product_attention(*operands(), attn_mask=mask, scale=scale)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+
+
+def test_written_out_sdpa_is_causal_and_groups_heads() -> None:
+    query, key, value = operands(heads=2)
+    output = quantized_scaled_dot_product_attention(no_quantizers(), query, key, value, is_causal=True, enable_gqa=True)
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+
+
+def test_a_query_that_sees_no_key_gets_zero() -> None:
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    mask[0, 0, 2] = False
+    output = quantized_scaled_dot_product_attention(no_quantizers(), *operands(), attn_mask=mask)
+    assert torch.equal(output[0, :, 2], torch.zeros(4, 8))
+    assert torch.isfinite(output).all()
+
+
+def test_dropout_comes_before_the_probabilities_quantizer() -> None:
+    torch.manual_seed(0)
+    seen: list[torch.Tensor] = []
+    modules = no_quantizers()
+    modules["probabilities"].register_forward_hook(lambda module, args, output: seen.append(output))
+    quantized_scaled_dot_product_attention(modules, *operands(), dropout_p=0.5)
+    dropped = (seen[0] == 0).float().mean()
+    assert 0.4 < dropped < 0.6
+
+
+def test_bfloat16_stays_bfloat16() -> None:
+    inputs = [x.bfloat16() for x in operands()]
+    # At 8 bits, because bfloat16 itself decides roundings to a coarser grid.
+    output = quantized_scaled_dot_product_attention(quantizers(8), *inputs)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), by_hand(*[x.float() for x in inputs], bits=8), rtol=0, atol=0.03)
