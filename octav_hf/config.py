@@ -1,0 +1,204 @@
+"""``OctavConfig``: what is quantized, to how many bits, with which clips and gradients."""
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .functional import CLIP_RULES, GRADIENTS
+from .functional.grid import MAX_BITS, MIN_BITS
+
+QUANT_METHOD = "octav"
+
+# What every clipping rule takes, so that it cannot be given as an option.
+_RULE_ARGUMENTS = {"x", "num_bits", "signed", "dim"}
+
+
+@dataclass(frozen=True)
+class ModuleSettings:
+    """How one module is quantized: the config's fields after the overrides that match the module's name."""
+
+    weight_bits: int | None
+    activation_bits: int | None
+    weight_clip: str
+    activation_clip: str
+    weight_clip_options: Mapping[str, Any]
+    activation_clip_options: Mapping[str, Any]
+    weight_gradient: str
+    activation_gradient: str
+    quantize_attention: bool
+
+
+_SETTINGS = tuple(field.name for field in fields(ModuleSettings))
+
+
+@register_quantization_config(QUANT_METHOD)
+class OctavConfig(QuantizationConfigMixin):
+    """Quantization-aware training with OCTAV clips; the defaults are the paper's recipe "MPH" at 4 bits.
+
+    Weights of linear layers have one clip per output feature (row), everything else one clip per tensor (Appendix
+    E.2). "Activations" are the inputs of linear layers and the four operands of the attention matmuls (query, key,
+    probabilities, value; probabilities on the unsigned grid).
+
+    Args:
+        weight_bits: 2 to 8; ``None`` leaves weights in float.
+        activation_bits: 2 to 8; ``None`` leaves activations, attention operands included, in float.
+        weight_clip, activation_clip: ``"octav"``, ``"max"``, ``"percentile"`` or ``"mse_sweep"``, or another rule
+            registered in ``octav_hf.functional.CLIP_RULES``.
+        weight_clip_options, activation_clip_options: further keyword arguments of that rule, for instance
+            ``{"max_iterations": 10}`` for octav or ``{"percentile": 99.99}`` for percentile.
+        weight_gradient, activation_gradient: ``"mad"``, ``"pwl"`` or ``"ste"`` (section 4). MAD for weights and PWL for
+            activations is the paper's MPH.
+        quantize_attention: whether the attention matmuls are quantized. A model whose attention matmuls cannot be
+            reached is refused unless this is False.
+        exclude_modules: name patterns of modules left in float, with all that is below them.
+        module_overrides: name pattern -> fields (of those above, except ``exclude_modules``) that differ for the
+            modules it matches and all that is below them: ``{"qa_outputs": {"weight_bits": 8, "activation_bits": 8}}``.
+            An exact name wins over a pattern with wildcards; two patterns of one kind must not disagree.
+
+    A name pattern is a module's full dotted name, or a shell-style pattern for it
+    (``"bert.encoder.layer.0.*"``, ``"*.attention.self"``). One that matches no module is refused by ``apply_octav``.
+
+    Raises:
+        ValueError: an unknown field, clip, gradient or option, or an impossible value; the message says what to write.
+    """
+
+    def __init__(
+        self,
+        weight_bits: int | None = 4,
+        activation_bits: int | None = 4,
+        weight_clip: str = "octav",
+        activation_clip: str = "octav",
+        weight_clip_options: dict[str, Any] | None = None,
+        activation_clip_options: dict[str, Any] | None = None,
+        weight_gradient: str = "mad",
+        activation_gradient: str = "pwl",
+        quantize_attention: bool = True,
+        exclude_modules: Iterable[str] = (),
+        module_overrides: dict[str, dict[str, Any]] | None = None,
+        **unknown: Any,
+    ):
+        if unknown:
+            known = [name for name in inspect.signature(OctavConfig).parameters if name != "unknown"]
+            raise ValueError(_unknown("OctavConfig has no field", unknown, known))
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.weight_bits = weight_bits
+        self.activation_bits = activation_bits
+        self.weight_clip = weight_clip
+        self.activation_clip = activation_clip
+        self.weight_clip_options = {} if weight_clip_options is None else weight_clip_options
+        self.activation_clip_options = {} if activation_clip_options is None else activation_clip_options
+        self.weight_gradient = weight_gradient
+        self.activation_gradient = activation_gradient
+        self.quantize_attention = quantize_attention
+        self.exclude_modules = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules)
+        self.module_overrides = {} if module_overrides is None else module_overrides
+        self.validate()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The config that ``to_dict`` wrote; keyword arguments named like a field replace its value."""
+        values = dict(config_dict)
+        method = values.pop("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise ValueError(
+                f"this is a config of quant_method {method!r}, not {QUANT_METHOD!r}; load it with its own class"
+            )
+        replaced = {name: kwargs.pop(name) for name in list(kwargs) if name in inspect.signature(cls).parameters}
+        config = cls(**(values | replaced))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def validate(self) -> None:
+        """Check every field; ``apply_octav`` does so again, since fields can be assigned."""
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        _validate_settings(settings, "OctavConfig")
+        if settings["weight_bits"] is None and settings["activation_bits"] is None and not self.module_overrides:
+            raise ValueError("weight_bits and activation_bits are both None, so nothing would be quantized; set one")
+        if isinstance(self.exclude_modules, str) or not all(isinstance(name, str) for name in self.exclude_modules):
+            raise ValueError(f"exclude_modules must be a list of name patterns, got {self.exclude_modules!r}")
+        if not isinstance(self.module_overrides, dict):
+            raise ValueError(f"module_overrides must map name patterns to fields, got {self.module_overrides!r}")
+        for pattern, override in self.module_overrides.items():
+            where = f"module_overrides[{pattern!r}]"
+            if not isinstance(override, dict):
+                raise ValueError(f"{where} must map fields to values, such as {{'weight_bits': 8}}, got {override!r}")
+            unknown = [name for name in override if name not in _SETTINGS]
+            if unknown:
+                raise ValueError(_unknown(f"{where} cannot set", unknown, _SETTINGS))
+            _validate_settings(settings | override, where)
+
+    def excluded_by(self, module_name: str) -> str | None:
+        """The pattern of ``exclude_modules`` that leaves this module in float, if there is one."""
+        return next((pattern for pattern in self.exclude_modules if matches(pattern, module_name)), None)
+
+    def settings_for(self, module_name: str) -> ModuleSettings:
+        """The settings of the module with this full name.
+
+        Raises:
+            ValueError: two overrides of one kind (exact names, or patterns with wildcards) set a field differently.
+        """
+        values = {name: getattr(self, name) for name in _SETTINGS}
+        matching = [pattern for pattern in self.module_overrides if matches(pattern, module_name)]
+        # Exact names come last, so that they win.
+        for exact in (False, True):
+            set_by: dict[str, str] = {}
+            for pattern in (p for p in matching if (p == module_name) is exact):
+                for name, value in self.module_overrides[pattern].items():
+                    if name in set_by and self.module_overrides[set_by[name]][name] != value:
+                        raise ValueError(
+                            f"module_overrides {set_by[name]!r} and {pattern!r} both match {module_name!r} and set "
+                            f"{name} differently; make one of them narrower, or give the module's exact name"
+                        )
+                    set_by[name] = pattern
+                    values[name] = value
+        return ModuleSettings(**values)
+
+
+def matches(pattern: str, module_name: str) -> bool:
+    """Whether ``pattern`` names the module or one of those that contain it."""
+    parts = module_name.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
+def _validate_settings(settings: dict[str, Any], where: str) -> None:
+    for side in ("weight", "activation"):
+        bits = settings[f"{side}_bits"]
+        if bits is not None and (type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS):
+            raise ValueError(
+                f"{where}: {side}_bits must be an integer from {MIN_BITS} to {MAX_BITS}, or None to leave it in float; "
+                f"got {bits!r}"
+            )
+        clip = settings[f"{side}_clip"]
+        if clip not in CLIP_RULES:
+            raise ValueError(_unknown(f"{where}: {side}_clip cannot be", [clip], CLIP_RULES))
+        gradient = settings[f"{side}_gradient"]
+        if gradient not in GRADIENTS:
+            raise ValueError(_unknown(f"{where}: {side}_gradient cannot be", [gradient], GRADIENTS))
+        options = settings[f"{side}_clip_options"]
+        if not isinstance(options, dict):
+            raise ValueError(f"{where}: {side}_clip_options must be a dict of keyword arguments, got {options!r}")
+        accepted = [name for name in inspect.signature(CLIP_RULES[clip]).parameters if name not in _RULE_ARGUMENTS]
+        unknown = [name for name in options if name not in accepted]
+        if unknown:
+            raise ValueError(_unknown(f"{where}: the clip {clip!r} has no option", unknown, accepted))
+        try:
+            # On the CPU whatever the default device: from_pretrained builds models on meta.
+            CLIP_RULES[clip](torch.ones(1, device="cpu"), bits or MAX_BITS, **options)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {side}_clip_options: {error}") from error
+    if not isinstance(settings["quantize_attention"], bool):
+        raise ValueError(f"{where}: quantize_attention must be True or False, got {settings['quantize_attention']!r}")
+
+
+def _unknown(problem: str, names: Iterable[Any], known: Iterable[str]) -> str:
+    """``problem``, the names, what is close to them and what there is."""
+    names, known = list(names), list(known)
+    close = difflib.get_close_matches(str(names[0]), known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    return f"{problem} {', '.join(map(repr, names))}{hint} choose from {', '.join(map(repr, known)) or 'nothing'}"

@@ -1,0 +1,123 @@
+"""``apply_octav`` and ``remove_octav``: a float model becomes a quantized one, in place, and a float one again."""
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from .config import OctavConfig
+from .nn import QuantizedAttention, QuantizedLinear
+from .plan import plan_conversion, plan_linear_layers
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def apply_octav(model: Model, config: OctavConfig) -> Model:
+    """Quantize the operands of the model's linear layers and attention matmuls, in place, for training and evaluation.
+
+    Every ``nn.Linear`` becomes a ``QuantizedLinear`` and every attention module a ``QuantizedAttention``: the same
+    objects, with the same parameters under the same names, so that optimizers, tied weights and hooks stay valid. A
+    Transformers model also gets the config as its ``quantization_config``, which ``save_pretrained`` writes and
+    ``from_pretrained`` applies again.
+
+    Args:
+        model: a Transformers model, or any ``nn.Module``. Its ``attn_implementation`` must be eager or sdpa.
+        config: see ``OctavConfig``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``, or ``config`` not an ``OctavConfig``.
+        ValueError: the model is quantized already, has no linear layer, or has a module that cannot be quantized; or a
+            name pattern of the config matches nothing. The model is then unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"apply_octav takes a model (an nn.Module), got {type(model).__name__}")
+    if not isinstance(config, OctavConfig):
+        raise TypeError(
+            f"apply_octav takes an OctavConfig, got {type(config).__name__}; write OctavConfig(weight_bits=4)"
+        )
+    _check_not_quantized(model)
+    if not isinstance(model, PreTrainedModel):
+        convert_modules(model, config)
+        return model
+    plan_conversion(model, config)  # raises before the first attribute is set
+    # What from_pretrained does before and after it loads weights; the first step calls convert_modules.
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    quantizer.preprocess_model(model)
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+    return model
+
+
+def remove_octav(model: Model) -> Model:
+    """Undo ``apply_octav`` in place: the float model, with its weights as they are now.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: no module of the model was quantized by ``apply_octav``.
+    """
+    if not any(True for _ in quantized_modules(model)):
+        raise ValueError(f"remove_octav: {type(model).__name__} has no module quantized by apply_octav")
+    restore_modules(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = False
+    return model
+
+
+def convert_modules(model: nn.Module, config: OctavConfig) -> None:
+    """Convert the modules of a float model in place, and no more. Raises as ``apply_octav``."""
+    for conversion in plan_conversion(model, config):
+        conversion.apply()
+    model.octav_config = config  # type: ignore[assignment]
+    if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), QuantizedLinear):
+        handle = model.register_forward_pre_hook(_requantize_output_embeddings)
+        model.octav_output_embeddings_hook = handle  # type: ignore[assignment]
+
+
+def restore_modules(model: nn.Module) -> None:
+    """Undo ``convert_modules`` in place."""
+    for converted in list(quantized_modules(model)):
+        converted.restore()
+    for module in model.modules():
+        module.__dict__.pop("octav_config", None)
+        hook = module.__dict__.pop("octav_output_embeddings_hook", None)
+        if hook is not None:
+            hook.remove()
+
+
+def quantized_modules(model: nn.Module) -> Iterator[QuantizedLinear | QuantizedAttention]:
+    """The modules that ``convert_modules`` has converted."""
+    return (module for module in model.modules() if isinstance(module, QuantizedLinear | QuantizedAttention))
+
+
+def _check_not_quantized(model: nn.Module) -> None:
+    if any(True for _ in quantized_modules(model)):
+        raise ValueError(
+            f"{type(model).__name__} is already quantized by apply_octav; use it as it is, or call "
+            "remove_octav(model) first"
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        raise ValueError(
+            f"{type(model).__name__} is already quantized with {quantizer.quantization_config.quant_method!r}; load it "
+            "without that quantization_config"
+        )
+
+
+def _requantize_output_embeddings(model: PreTrainedModel, args: Any) -> None:
+    """Forward pre-hook: ``resize_token_embeddings`` puts a new ``nn.Linear`` in the place of a quantized head."""
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear) and not isinstance(head, QuantizedLinear):
+        for conversion in plan_linear_layers(model, model.octav_config):  # type: ignore[arg-type]
+            if conversion.module is head:
+                conversion.apply()

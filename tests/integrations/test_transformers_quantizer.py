@@ -1,0 +1,166 @@
+"""Transformers' own ways: from_pretrained, save_pretrained, Trainer, with nothing but the one line added."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, Trainer, TrainingArguments
+
+from octav_hf import OctavConfig, apply_octav, coverage_report
+
+MakeBert = Callable[..., BertForQuestionAnswering]
+
+CONFIG = {"weight_bits": 3, "exclude_modules": ["qa_outputs"], "module_overrides": {"*.query": {"weight_bits": 8}}}
+
+
+def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        output = model(**batch)
+    return torch.cat([output.start_logits, output.end_logits])
+
+
+@pytest.fixture
+def float_checkpoint(small_bert: MakeBert, tmp_path: Path) -> Path:
+    small_bert().save_pretrained(tmp_path / "float")
+    return tmp_path / "float"
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_from_pretrained_equals_apply_octav(float_checkpoint: Path, padded_batch: dict, implementation: str) -> None:
+    load = {"attn_implementation": implementation}
+    applied = apply_octav(
+        AutoModelForQuestionAnswering.from_pretrained(float_checkpoint, **load), OctavConfig(**CONFIG)
+    )
+    loaded = AutoModelForQuestionAnswering.from_pretrained(
+        float_checkpoint, quantization_config=OctavConfig(**CONFIG), **load
+    )
+    assert torch.equal(logits(loaded, padded_batch), logits(applied, padded_batch))
+    assert str(coverage_report(loaded)) == str(coverage_report(applied))
+    assert loaded.config.to_dict() == applied.config.to_dict()
+
+
+def test_saved_and_loaded_gives_bit_identical_logits(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
+    model = apply_octav(small_bert(), OctavConfig(**CONFIG))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
+    assert loaded.config.quantization_config.to_dict() == OctavConfig(**CONFIG).to_dict()
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "octav"
+    assert set(load_file(tmp_path / "model.safetensors")) == set(small_bert().state_dict())
+
+
+def test_device_map_keeps_it_quantized(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
+    model = apply_octav(small_bert(), OctavConfig())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
+
+
+def test_a_wrong_config_is_refused_before_loading(float_checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="matches no module"):
+        AutoModelForQuestionAnswering.from_pretrained(
+            float_checkpoint, quantization_config=OctavConfig(exclude_modules=["head"])
+        )
+
+
+def test_dequantize_gives_the_float_model(small_bert: MakeBert, padded_batch: dict) -> None:
+    model = apply_octav(small_bert(), OctavConfig()).dequantize()
+    assert torch.equal(logits(model, padded_batch), logits(small_bert(), padded_batch))
+    assert "quantization_config" not in model.config.to_dict()
+
+
+def test_loads_in_a_new_process_with_one_import(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
+    model = apply_octav(small_bert(), OctavConfig())
+    model.save_pretrained(tmp_path)
+    torch.save(padded_batch, tmp_path / "batch.pt")
+    script = (
+        "import sys, torch, octav_hf\n"
+        "from transformers import AutoModelForQuestionAnswering\n"
+        "model = AutoModelForQuestionAnswering.from_pretrained(sys.argv[1])\n"
+        "with torch.no_grad():\n"
+        "    output = model(**torch.load(sys.argv[1] + '/batch.pt'))\n"
+        "torch.save(torch.cat([output.start_logits, output.end_logits]), sys.argv[1] + '/logits.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model, padded_batch))
+
+
+class Spans(torch.utils.data.Dataset):
+    """Random token sequences with random answer spans."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        ids = torch.randint(0, 100, (16,), generator=generator)
+        mask = (torch.arange(16) < 8 + index % 8).long()
+        span = torch.randint(0, 8, (2,), generator=generator).sort().values
+        return {"input_ids": ids, "attention_mask": mask, "start_positions": span[0], "end_positions": span[1]}
+
+
+def trainer(model: nn.Module, output_dir: Path, **arguments: object) -> Trainer:
+    return Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(output_dir),
+            max_steps=6,
+            per_device_train_batch_size=4,
+            learning_rate=1e-3,
+            weight_decay=0.01,
+            save_steps=3,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=0,
+            **arguments,
+        ),
+        train_dataset=Spans(),
+    )
+
+
+def test_trainer_trains_saves_and_resumes_exactly(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
+    straight = trainer(apply_octav(small_bert(), OctavConfig()), tmp_path / "straight")
+    straight.train()
+    expected = {name: value.clone() for name, value in straight.model.state_dict().items()}
+    assert not torch.equal(expected["qa_outputs.weight"], small_bert().state_dict()["qa_outputs.weight"])
+
+    resumed = trainer(apply_octav(small_bert(seed=1), OctavConfig()), tmp_path / "straight")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+    loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "straight" / "checkpoint-6")
+    assert torch.equal(logits(loaded, padded_batch), logits(straight.model.eval(), padded_batch))
+
+
+def test_trainer_puts_biases_and_norms_outside_weight_decay(small_bert: MakeBert, tmp_path: Path) -> None:
+    model = apply_octav(small_bert(), OctavConfig())
+    decayed = set(trainer(model, tmp_path).get_decay_parameter_names(model))
+    assert decayed == set(trainer(small_bert(), tmp_path).get_decay_parameter_names(small_bert()))
+    assert "qa_outputs.weight" in decayed
+    assert "qa_outputs.bias" not in decayed
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_weights(
+    small_bert: MakeBert, tmp_path: Path, use_reentrant: bool
+) -> None:
+    plain = trainer(apply_octav(small_bert(), OctavConfig()), tmp_path / "plain")
+    plain.train()
+    checkpointed = trainer(
+        apply_octav(small_bert(), OctavConfig()),
+        tmp_path / "checkpointed",
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+    )
+    checkpointed.train()
+    for name, value in checkpointed.model.state_dict().items():
+        assert torch.equal(value, plain.model.state_dict()[name]), name

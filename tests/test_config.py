@@ -1,0 +1,104 @@
+"""``OctavConfig``: JSON in and out, refusals with a remedy, and which settings a module gets."""
+
+import json
+
+import pytest
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+from octav_hf import OctavConfig
+
+
+def test_defaults_are_the_papers_recipe() -> None:
+    config = OctavConfig()
+    assert (config.weight_bits, config.activation_bits) == (4, 4)
+    assert (config.weight_clip, config.activation_clip) == ("octav", "octav")
+    assert (config.weight_gradient, config.activation_gradient) == ("mad", "pwl")
+    assert config.quantize_attention
+
+
+def test_survives_json() -> None:
+    config = OctavConfig(
+        weight_bits=8,
+        activation_bits=None,
+        weight_clip="percentile",
+        weight_clip_options={"percentile": 99.99},
+        weight_gradient="ste",
+        quantize_attention=False,
+        exclude_modules=["qa_outputs"],
+        module_overrides={"encoder.*": {"weight_bits": 3}},
+    )
+    loaded = OctavConfig.from_dict(json.loads(config.to_json_string()))
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.to_dict()["quant_method"] == "octav"
+
+
+def test_transformers_finds_it_by_quant_method() -> None:
+    config = AutoQuantizationConfig.from_dict({"quant_method": "octav", "weight_bits": 5})
+    assert isinstance(config, OctavConfig)
+    assert config.weight_bits == 5
+
+
+def test_from_dict_takes_changes_and_returns_the_rest() -> None:
+    config, rest = OctavConfig.from_dict({"weight_bits": 5}, return_unused_kwargs=True, activation_bits=6, device="cpu")
+    assert (config.weight_bits, config.activation_bits, rest) == (5, 6, {"device": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"weight_bit": 4}, "did you mean 'weight_bits'"),
+        ({"weight_bits": 1}, "integer from 2 to 8"),
+        ({"weight_bits": 9}, "integer from 2 to 8"),
+        ({"activation_bits": 4.0}, "integer from 2 to 8"),
+        ({"activation_bits": True}, "integer from 2 to 8"),
+        ({"weight_bits": "4"}, "integer from 2 to 8"),
+        ({"weight_bits": None, "activation_bits": None}, "nothing would be quantized"),
+        ({"weight_clip": "octave"}, "did you mean 'octav'"),
+        ({"activation_clip": "minmax"}, "choose from 'max', 'mse_sweep', 'octav', 'percentile'"),
+        ({"weight_gradient": "lsq"}, "choose from 'ste', 'pwl', 'mad'"),
+        ({"weight_clip_options": {"percentile": 99}}, "'octav' has no option 'percentile'"),
+        ({"activation_clip": "max", "activation_clip_options": {"x": 1}}, "'max' has no option 'x'"),
+        ({"weight_clip_options": 3}, "dict of keyword arguments"),
+        ({"weight_clip": "percentile", "weight_clip_options": {"percentile": 0}}, "above 0 and at most 100, got 0"),
+        (
+            {"activation_clip_options": {"max_iterations": -1}},
+            "activation_clip_options: max_iterations must be",
+        ),
+        ({"quantize_attention": "no"}, "True or False"),
+        ({"exclude_modules": "qa_outputs"}, "list of name patterns"),
+        ({"module_overrides": {"qa_outputs": 8}}, "must map fields to values"),
+        ({"module_overrides": {"qa_outputs": {"bits": 8}}}, "cannot set 'bits'"),
+        ({"module_overrides": {"qa_outputs": {"weight_bits": 16}}}, r"module_overrides\['qa_outputs'\].*2 to 8"),
+    ],
+    ids=str,
+)
+def test_refuses_what_cannot_be(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OctavConfig(**fields)
+
+
+def test_another_methods_config_is_refused() -> None:
+    with pytest.raises(ValueError, match="'gptq'"):
+        OctavConfig.from_dict({"quant_method": "gptq"})
+
+
+def test_override_reaches_a_module_and_all_below_it() -> None:
+    config = OctavConfig(module_overrides={"encoder.layer.0": {"weight_bits": 8}})
+    assert config.settings_for("encoder.layer.0.attention.query").weight_bits == 8
+    assert config.settings_for("encoder.layer.0").weight_bits == 8
+    assert config.settings_for("encoder.layer.01").weight_bits == 4
+    assert config.settings_for("encoder.layer.1").weight_bits == 4
+
+
+def test_exact_name_wins_over_a_pattern() -> None:
+    overrides = {"head": {"weight_bits": 8}, "h*": {"weight_bits": 2, "activation_bits": 3}}
+    for order in (1, -1):
+        config = OctavConfig(module_overrides=dict(list(overrides.items())[::order]))
+        settings = config.settings_for("head")
+        assert (settings.weight_bits, settings.activation_bits) == (8, 3)
+
+
+def test_contradicting_patterns_are_refused() -> None:
+    config = OctavConfig(module_overrides={"enc*": {"weight_bits": 8}, "*.query": {"weight_bits": 2}})
+    with pytest.raises(ValueError, match=r"'enc\*' and '\*\.query' both match 'encoder.query'"):
+        config.settings_for("encoder.query")

@@ -1,0 +1,55 @@
+"""The packages depend on each other in one direction only, and the numerics on nothing but torch."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "octav_hf"
+
+# Lowest first: a module may import from its own layer and from those before it.
+LAYERS = ("functional", "nn", "config", "plan", "patching", "coverage", "integrations")
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def imported_layers(path: Path) -> set[str]:
+    """The layers of this package that a file imports from, whether relatively or by full name."""
+    layers = set()
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            module = (node.module or "").split(".")
+            if node.level == depth:  # relative to the package's top
+                layers.add(module[0] or "octav_hf")
+            elif module[0] == "octav_hf":
+                layers.add(module[1] if len(module) > 1 else "octav_hf")
+        elif isinstance(node, ast.Import):
+            layers |= {name.name.split(".")[1] for name in node.names if name.name.startswith("octav_hf.")}
+    return layers
+
+
+def outside_imports(path: Path) -> set[str]:
+    """The other packages that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.Import):
+            names |= {name.name.split(".")[0] for name in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path: Path) -> None:
+    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if own == "_version":
+        assert not imported_layers(path)
+        return
+    allowed = LAYERS[: LAYERS.index(own) + 1]
+    assert imported_layers(path) <= set(allowed), f"{own} may import from {allowed}"
+
+
+@pytest.mark.parametrize("layer", ["functional", "nn"])
+def test_numerics_need_only_torch(layer: str) -> None:
+    third_party = {name for path in (PACKAGE / layer).glob("*.py") for name in outside_imports(path)}
+    assert third_party <= {"torch", "math", "functools", "collections", "typing"}

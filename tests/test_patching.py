@@ -1,0 +1,275 @@
+"""``apply_octav`` and ``remove_octav``: what is swapped, what stays as it was, and what is refused."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering
+
+from octav_hf import OctavConfig, apply_octav, coverage_report, remove_octav
+from octav_hf.nn import FakeQuantize, QuantizedAttention, QuantizedLinear
+
+MakeBert = Callable[..., BertForQuestionAnswering]
+
+
+def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        output = model(**batch)
+    return torch.cat([output.start_logits, output.end_logits])
+
+
+def test_bert_base_has_48_attention_operands_and_73_linear_layers() -> None:
+    with torch.device("meta"):
+        model = BertForQuestionAnswering(BertConfig())
+    report = coverage_report(apply_octav(model, OctavConfig()))
+    assert len(report.quantized("attention")) == 48
+    assert len(report.quantized("linear")) == 2 * 73  # the paper counts the pooler, which this head does not have
+    assert {row.operand for row in report.quantized("attention") if not row.signed} == {"probabilities"}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_remove_gives_bit_identical_outputs(small_bert: MakeBert, padded_batch: dict, implementation: str) -> None:
+    model = small_bert(attn_implementation=implementation)
+    before = logits(model, padded_batch)
+    assert not torch.equal(logits(apply_octav(model, OctavConfig()), padded_batch), before)
+    assert remove_octav(model) is model
+    assert torch.equal(logits(model, padded_batch), before)
+    assert {type(module) for module in model.modules()} == {type(module) for module in small_bert().modules()}
+    assert "quantization_config" not in model.config.to_dict()
+    assert not model.is_quantized
+    model.float()  # Transformers forbids this for a quantized model
+
+
+def test_parameters_names_and_hooks_stay(small_bert: MakeBert, padded_batch: dict) -> None:
+    model = small_bert()
+    parameters = dict(model.named_parameters())
+    modules = dict(model.named_modules())
+    seen: list[str] = []
+    model.qa_outputs.register_forward_hook(lambda *_: seen.append("linear"))
+    model.bert.encoder.layer[0].attention.self.register_forward_hook(lambda *_: seen.append("attention"))
+
+    apply_octav(model, OctavConfig())
+
+    assert list(dict(model.named_parameters())) == list(parameters)
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert all(module is modules[name] for name, module in model.named_modules() if name in modules)
+    assert set(model.state_dict()) == set(small_bert().state_dict())
+    logits(model, padded_batch)
+    assert sorted(seen) == ["attention", "linear"]
+
+
+def test_an_optimizer_made_before_still_trains(small_bert: MakeBert, padded_batch: dict) -> None:
+    model = small_bert().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    apply_octav(model, OctavConfig())
+    before = model.bert.encoder.layer[0].attention.self.query.weight.clone()
+    model(**padded_batch, start_positions=torch.tensor([1, 2]), end_positions=torch.tensor([3, 4])).loss.backward()
+    optimizer.step()
+    assert not torch.equal(model.bert.encoder.layer[0].attention.self.query.weight, before)
+
+
+def test_applying_twice_is_refused(small_bert: MakeBert) -> None:
+    model = apply_octav(small_bert(), OctavConfig())
+    with pytest.raises(ValueError, match=r"already quantized.*remove_octav"):
+        apply_octav(model, OctavConfig())
+    with pytest.raises(ValueError, match="already quantized"):
+        apply_octav(model.bert, OctavConfig())
+
+
+def test_removing_from_a_float_model_is_refused(small_bert: MakeBert) -> None:
+    with pytest.raises(ValueError, match="no module quantized"):
+        remove_octav(small_bert())
+
+
+def test_output_attentions_stay_available(small_bert: MakeBert, padded_batch: dict) -> None:
+    model = apply_octav(small_bert(attn_implementation="eager"), OctavConfig())
+    attentions = model(**padded_batch, output_attentions=True).attentions
+    assert [attention.shape for attention in attentions] == [(2, 4, 16, 16)] * 2
+    assert torch.allclose(attentions[0].sum(-1), torch.ones(()))
+
+
+def test_eager_and_sdpa_agree(small_bert: MakeBert, padded_batch: dict) -> None:
+    eager, sdpa = (apply_octav(small_bert(attn_implementation=name), OctavConfig()) for name in ("eager", "sdpa"))
+    torch.testing.assert_close(logits(eager, padded_batch), logits(sdpa, padded_batch), rtol=0, atol=1e-6)
+
+
+def test_switching_the_attention_implementation_keeps_it_quantized(small_bert: MakeBert, padded_batch: dict) -> None:
+    model = apply_octav(small_bert(), OctavConfig())
+    expected = logits(model, padded_batch)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(logits(model, padded_batch), expected, rtol=0, atol=1e-6)
+
+
+def test_padding_does_not_reach_real_tokens_through_the_mask(small_bert: MakeBert, padded_batch: dict) -> None:
+    model = apply_octav(small_bert(), OctavConfig(activation_bits=None))
+    ids = padded_batch["input_ids"].clone()
+    ids[1, 10:] = 7
+    changed = logits(model, {**padded_batch, "input_ids": ids})
+    assert torch.equal(changed[:, :10], logits(model, padded_batch)[:, :10])
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_quantized_too(small_bert: MakeBert, padded_batch: dict, duplicate: Callable) -> None:
+    model = apply_octav(small_bert(), OctavConfig())
+    twin = duplicate(model)
+    assert torch.equal(logits(twin, padded_batch), logits(model, padded_batch))
+    assert torch.equal(logits(remove_octav(twin), padded_batch), logits(small_bert(), padded_batch))
+    assert isinstance(model.bert.encoder.layer[0].attention.self, QuantizedAttention)
+
+
+def masked_lm(tied: bool) -> BertForMaskedLM:
+    torch.manual_seed(0)
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=50,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            tie_word_embeddings=tied,
+        )
+    ).eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resized_token_embeddings_stay_quantized(tied: bool) -> None:
+    model = apply_octav(masked_lm(tied), OctavConfig(module_overrides={"cls.predictions.decoder": {"weight_bits": 2}}))
+    model.resize_token_embeddings(60)
+    assert model(torch.arange(60)[None]).logits.shape == (1, 60, 60)
+    head = model.get_output_embeddings()
+    assert isinstance(head, QuantizedLinear)
+    assert head.weight_quantizer.num_bits == 2
+    assert (head.weight is model.get_input_embeddings().weight) is tied
+    remove_octav(model)
+    assert type(model.get_output_embeddings()) is nn.Linear
+    assert not model._forward_pre_hooks
+
+
+def test_one_side_can_stay_in_float(small_bert: MakeBert) -> None:
+    weights = apply_octav(small_bert(), OctavConfig(activation_bits=None))
+    assert isinstance(weights.qa_outputs.weight_quantizer, FakeQuantize)
+    assert not isinstance(weights.qa_outputs.input_quantizer, FakeQuantize)
+    assert not coverage_report(weights).quantized("attention")
+    activations = apply_octav(small_bert(), OctavConfig(weight_bits=None))
+    assert not isinstance(activations.qa_outputs.weight_quantizer, FakeQuantize)
+    assert isinstance(activations.qa_outputs.input_quantizer, FakeQuantize)
+
+
+def test_overrides_and_exclusions_reach_their_modules(small_bert: MakeBert) -> None:
+    config = OctavConfig(
+        exclude_modules=["bert.encoder.layer.0.attention"],
+        module_overrides={
+            "qa_outputs": {"weight_bits": 8, "activation_bits": 6, "weight_clip": "max"},
+            "bert.encoder.layer.1.attention.self": {"quantize_attention": False},
+        },
+    )
+    model = apply_octav(small_bert(), config)
+    assert model.qa_outputs.weight_quantizer.num_bits == 8
+    assert model.qa_outputs.weight_quantizer.clip == "max"
+    assert model.qa_outputs.input_quantizer.num_bits == 6
+    first, second = (layer.attention for layer in model.bert.encoder.layer)
+    assert type(first.self.query) is nn.Linear
+    assert type(first.output.dense) is nn.Linear
+    assert not isinstance(second.self, QuantizedAttention)
+    assert isinstance(second.self.query, QuantizedLinear)
+
+
+@pytest.mark.parametrize("field", ["exclude_modules", "module_overrides"])
+def test_a_pattern_that_matches_nothing_is_refused(small_bert: MakeBert, field: str) -> None:
+    value = ["qa_output"] if field == "exclude_modules" else {"qa_output": {"weight_bits": 8}}
+    with pytest.raises(ValueError, match=f"{field}: 'qa_output' matches no module of BertForQuestionAnswering"):
+        apply_octav(small_bert(), OctavConfig(**{field: value}))
+
+
+def test_a_refused_model_is_unchanged(small_bert: MakeBert) -> None:
+    model = small_bert()
+    with pytest.raises(ValueError, match="matches no module"):
+        apply_octav(model, OctavConfig(exclude_modules=["nowhere"]))
+    assert {type(module) for module in model.modules()} == {type(module) for module in small_bert().modules()}
+    assert not getattr(model, "is_quantized", False)
+    assert getattr(model, "hf_quantizer", None) is None
+
+
+def test_a_field_assigned_after_the_fact_is_checked(small_bert: MakeBert) -> None:
+    config = OctavConfig()
+    config.weight_bits = 12
+    with pytest.raises(ValueError, match="integer from 2 to 8"):
+        apply_octav(small_bert(), config)
+
+
+class Net(nn.Module):
+    def __init__(self, **layers: nn.Module):
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+
+class WithAttentionFunction(nn.Linear):
+    """Stands for any subclass that computes more than a linear map."""
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"conv": nn.Conv1d(2, 2, 1)}, "no nn.Linear layer"),
+        ({"special": WithAttentionFunction(4, 3)}, r"special: WithAttentionFunction with weight of shape \(3, 4\)"),
+        ({"attention": nn.MultiheadAttention(8, 2)}, "attention: nn.MultiheadAttention fuses its matmuls"),
+    ],
+    ids=["no linear", "subclass", "multihead attention"],
+)
+def test_models_that_cannot_be_quantized_are_refused(layers: dict[str, nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        apply_octav(Net(**layers), OctavConfig())
+
+
+def test_everything_excluded_is_refused() -> None:
+    with pytest.raises(ValueError, match="leaves every linear layer"):
+        apply_octav(Net(one=nn.Linear(2, 2)), OctavConfig(exclude_modules=["one"]))
+
+
+def test_a_plain_module_is_quantized_and_restored() -> None:
+    net = apply_octav(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), OctavConfig())
+    assert [type(layer) for layer in net] == [QuantizedLinear, nn.ReLU, QuantizedLinear]
+    assert [type(layer) for layer in remove_octav(net)] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_a_replaced_forward_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    net[0].forward = lambda x: x
+    with pytest.raises(ValueError, match="0: the forward of this Linear has been replaced"):
+        apply_octav(net, OctavConfig())
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+def test_a_kernel_that_hides_the_matmuls_is_refused(small_bert: MakeBert, implementation: str) -> None:
+    model = small_bert()
+    model.config._attn_implementation_internal = implementation
+    with pytest.raises(ValueError, match=rf"bert.encoder.layer.0.attention.self: .*{implementation}.*sdpa"):
+        apply_octav(model, OctavConfig())
+    apply_octav(model, OctavConfig(quantize_attention=False))
+
+
+def test_attention_that_cannot_be_found_is_refused(small_bert: MakeBert) -> None:
+    model = small_bert()
+    for layer in model.bert.encoder.layer:
+        layer.attention = Net(inner=nn.Linear(32, 32))
+    with pytest.raises(ValueError, match="4 attention heads but no module"):
+        apply_octav(model, OctavConfig())
+    apply_octav(model, OctavConfig(quantize_attention=False))
+
+
+@pytest.mark.parametrize(("model", "config"), [(None, OctavConfig()), (nn.Linear(2, 2), {"weight_bits": 4})])
+def test_wrong_types_are_refused(model: object, config: object) -> None:
+    with pytest.raises(TypeError, match="apply_octav takes"):
+        apply_octav(model, config)
+
+
+def test_a_nan_names_the_module(small_bert: MakeBert, padded_batch: dict) -> None:
+    model = apply_octav(small_bert(), OctavConfig())
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[3, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"bert.encoder.layer.1.output.dense weight: .*\(32, 64\).* 1 NaN"):
+        model(**padded_batch)
