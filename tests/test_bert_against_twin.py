@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -26,6 +27,15 @@ SETTINGS: dict[str, tuple[int | None, int | None, tuple[str, ...]]] = {
 }
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread: where another process holds a core, OpenMP's waiting makes small operations 100 times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def float_model(
@@ -115,16 +125,17 @@ def library(setting: str, seed: int, implementation: str, training: bool, dtype:
     return Result(output.start_logits.detach(), output.end_logits.detach(), output.loss.detach(), gradients)
 
 
-def assert_close(got: Result, expected: Result, tolerance: float) -> None:
-    """Logits, loss and every parameter's gradient, each to `tolerance` of the largest of its own tensor."""
+def assert_close(got: Result, expected: Result, tolerance: float, gradient_tolerance: float) -> None:
+    """Logits, loss and every parameter's gradient, each to its tolerance times the largest of its own tensor."""
     assert got.gradients.keys() == expected.gradients.keys()
-    pairs = {"start": (got.start, expected.start), "end": (got.end, expected.end), "loss": (got.loss, expected.loss)}
-    pairs |= {name: (got.gradients[name], gradient) for name, gradient in expected.gradients.items()}
+    for name in ("start", "end", "loss"):
+        g, e = getattr(got, name), getattr(expected, name)
+        assert float((g.double() - e).abs().max()) <= tolerance * float(e.abs().max()), name
+    # The gradient of a key's bias, say, is 0 up to rounding: nothing to be relative to.
     floor = 1e-2 * max(float(gradient.abs().max()) for gradient in expected.gradients.values())
-    for name, (g, e) in pairs.items():
-        error = float((g.double() - e).abs().max())
-        # The gradient of a key's bias, say, is 0 up to rounding: nothing to be relative to.
-        assert error <= tolerance * max(float(e.abs().max()), floor), name
+    for name, e in expected.gradients.items():
+        error = float((got.gradients[name].double() - e).abs().max())
+        assert error <= gradient_tolerance * max(float(e.abs().max()), floor), name
 
 
 @MODES
@@ -135,7 +146,7 @@ def test_float64_model_equals_the_twin(setting: str, implementation: str, traini
     expected = twin(setting, seed=0)
     assert min(expected.midpoint_margin, expected.clip_margin, expected.zero_margin) > 1e-8
     got = library(setting, 0, implementation, training, torch.float64)
-    assert_close(got, expected, 1e-9)
+    assert_close(got, expected, 1e-9, 1e-9)
     assert len(expected.gradients) >= 39
 
 
@@ -153,7 +164,7 @@ def test_float32_model_equals_the_twin(setting: str, implementation: str, traini
     assert expected.midpoint_margin > (1e-4 if setting == "w8a8" else 5e-5)
     assert expected.clip_margin > 5e-5
     got = library(setting, seed, implementation, training, torch.float32)
-    assert_close(got, expected, 1e-4)
+    assert_close(got, expected, 1e-4, 1e-3)
 
 
 @pytest.mark.parametrize("setting", ["w4a4", "w8a8"])

@@ -60,7 +60,7 @@ def octav_clip(
     if rows.numel() == 0:
         return torch.zeros(shape, dtype=statistics_dtype(x.dtype), device=x.device)
 
-    tail = TailSums(rows, signed, peak=max(-low, high))
+    tail = TailSums(rows, signed, low, high)
     clip = tail.total / tail.nonzero.clamp(min=1)
     if max_iterations is None:
         clip = _fixed_point(tail, clip, noise, rows, num_bits, signed)

@@ -13,7 +13,7 @@ _CPU_PIECE = 1 << 18
 
 
 class TailSums:
-    """Statistics of ``rows``, ``[rows, n]`` with ``n > 0``, of finite values with magnitudes up to ``peak``.
+    """Statistics of ``rows``, ``[rows, n]`` with ``n > 0``, whose values are finite and lie from ``low`` to ``high``.
 
     Attributes:
         total: sum of the magnitudes in ``unit``, ``[rows]``, float32 or better.
@@ -22,21 +22,23 @@ class TailSums:
             a sum finite where n of the largest values would overflow.
     """
 
-    def __init__(self, rows: Tensor, signed: bool, peak: float):
+    def __init__(self, rows: Tensor, signed: bool, low: float, high: float):
         count, length = rows.shape
-        largest = torch.finfo(statistics_dtype(rows.dtype)).max
-        self.unit = 1.0 if peak <= largest / length else 2.0 ** -length.bit_length()
-        self._signed = signed
-        if rows.device.type != "cpu":
-            self._pieces: tuple[Tensor, ...] = (rows,)
-        elif count == 1:
-            self._pieces = rows.split(_CPU_PIECE, dim=1)
-        else:
-            self._pieces = rows.split(max(1, _CPU_PIECE // length), dim=0)
+        dtype = statistics_dtype(rows.dtype)
+        self.unit = 1.0 if max(-low, high) <= torch.finfo(dtype).max / length else 2.0 ** -length.bit_length()
         # The pieces of a single row add up; those of many rows are rows of their own.
         self._of_one_row = count == 1
-        self.total = self._join(self._magnitude(piece).sum(dim=1) for piece in self._pieces)
-        self.nonzero = self._join(magnitude(piece, signed).sign_().sum(dim=1) for piece in self._pieces)
+        if rows.device.type != "cpu":
+            pieces: tuple[Tensor, ...] = (rows,)
+        elif self._of_one_row:
+            pieces = rows.split(_CPU_PIECE, dim=1)
+        else:
+            pieces = rows.split(max(1, _CPU_PIECE // length), dim=0)
+        if low < 0 or rows.dtype != dtype:
+            pieces = tuple(magnitude(piece, signed) for piece in pieces)
+        self.nonzero = self._join(piece.sign().sum(dim=1) for piece in pieces)
+        self._pieces = pieces if self.unit == 1 else tuple(piece * self.unit for piece in pieces)
+        self.total = self._join(piece.sum(dim=1) for piece in self._pieces)
 
     def above(self, threshold: Tensor) -> tuple[Tensor, Tensor]:
         """Sum and count of the magnitudes greater than ``threshold``; all three ``[rows]``, in ``unit``."""
@@ -45,15 +47,11 @@ class TailSums:
         sums, counts = [], []
         for piece, level in zip(self._pieces, thresholds, strict=True):
             # By arithmetic on floats, which a CPU does far faster than comparisons and masks.
-            excess = (self._magnitude(piece) - level[:, None]).relu_()
+            excess = (piece - level[:, None]).relu_()
             excess_sum = excess.sum(dim=1)
             counts.append(excess.sign_().sum(dim=1))
             sums.append(excess_sum + level * counts[-1])
         return self._join(sums), self._join(counts)
-
-    def _magnitude(self, piece: Tensor) -> Tensor:
-        values = magnitude(piece, self._signed)
-        return values if self.unit == 1 else values * self.unit
 
     def _join(self, parts: Iterable[Tensor]) -> Tensor:
         return torch.stack(list(parts)).sum(dim=0) if self._of_one_row else torch.cat(list(parts))
