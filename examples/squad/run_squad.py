@@ -1,0 +1,200 @@
+"""Fine-tune and evaluate an extractive question-answering model on SQuAD, in float or with OCTAV quantization.
+
+    python run_squad.py --model_name_or_path MODEL --train_file train.json --validation_file dev.json \
+        --output_dir out --do_train --do_eval [--quantize --weight_bits 4 --activation_bits 4]
+
+All arguments may also stand in one JSON file: `python run_squad.py arguments.json`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from squad_arguments import DataArguments, ModelArguments, OctavArguments
+from squad_dataset import load_squad_dataset, read_squad_file
+from squad_features import Windows, evaluation_features, training_features
+from squad_metric import SquadMetric
+from squad_predictions import predict_answers
+from squad_trainer import QuestionAnsweringTrainer, StepTimer
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    TrainingArguments,
+    set_seed,
+)
+
+# opening a quantized checkpoint needs the plugin to be imported, also when nothing is quantized anew
+import octav_hf
+
+logger = logging.getLogger(__name__)
+EVAL_SAMPLE_SEED = 0
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run what the arguments ask for and return the metrics (keys `train_*` and `eval_*`).
+
+    Args:
+        argv: command-line arguments; None takes the process's own.
+
+    Raises:
+        ValueError: arguments that contradict each other, or data that cannot be used; raised before any training.
+        FileExistsError: `--output_dir` already holds something and training would overwrite it.
+    """
+    model_args, data_args, octav_args, training_args = parse_arguments(argv)
+    check_output_dir(training_args)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_seed(training_args.seed)
+
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+    if octav_args.quantize and getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{model_args.model_name_or_path} is quantized already. Leave out --quantize and its options to go on "
+            f"with the quantization that it carries, or start from the float model."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    windows = Windows(
+        data_args.max_seq_length, data_args.doc_stride, data_args.max_query_length, data_args.pad_to_max_length
+    )
+    windows.check(tokenizer)
+    examples: dict[str, Dataset] = {}
+    features: dict[str, Dataset] = {}
+    if training_args.do_train:
+        seed = training_args.data_seed if training_args.data_seed is not None else training_args.seed
+        examples["train"] = sample(load_examples(data_args, "train"), data_args.max_train_samples, seed)
+        features["train"] = training_features(examples["train"], tokenizer, windows)
+    if training_args.do_eval:
+        examples["eval"] = sample(load_examples(data_args, "validation"), data_args.max_eval_samples, EVAL_SAMPLE_SEED)
+        features["eval"] = evaluation_features(examples["eval"], tokenizer, windows)
+
+    model = AutoModelForQuestionAnswering.from_pretrained(model_args.model_name_or_path, config=config)
+    if octav_args.quantize:
+        octav_hf.apply_octav(model, octav_args.to_config())
+        logger.info("Quantized:\n%s", octav_hf.coverage_report(model))
+
+    def score_logits(start_logits: np.ndarray, end_logits: np.ndarray, prefix: str) -> dict[str, float]:
+        predictions = predict_answers(
+            examples["eval"],
+            features["eval"],
+            start_logits,
+            end_logits,
+            data_args.n_best_size,
+            data_args.max_answer_length,
+            data_args.version_2_with_negative,
+            data_args.null_score_diff_threshold,
+        )
+        if trainer.is_world_process_zero():
+            predictions.write(str(training_args.output_dir), prefix)
+        return score_answers(examples["eval"], predictions.texts, predictions.null_probability)
+
+    timer = StepTimer()
+    trainer = QuestionAnsweringTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=features.get("train"),
+        eval_dataset=features.get("eval"),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None),
+        callbacks=[timer],
+        score_logits=score_logits,
+    )
+    results: dict[str, float] = {}
+    if training_args.do_train:
+        outcome = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.save_model()
+        metrics = {**outcome.metrics, **timer.metrics(), "train_samples": len(examples["train"])}
+        report(trainer, "train", metrics)
+        trainer.save_state()
+        results.update(metrics)
+    if training_args.do_eval:
+        metrics = {**trainer.evaluate(), "eval_samples": len(examples["eval"])}
+        report(trainer, "eval", metrics)
+        results.update(metrics)
+    card = {
+        "finetuned_from": model_args.model_name_or_path,
+        "tasks": "question-answering",
+        "dataset": data_args.dataset_name or Path(data_args.train_file or data_args.validation_file or "").name,
+    }
+    if training_args.push_to_hub:
+        trainer.push_to_hub(**card)  # type: ignore[arg-type]
+    elif training_args.do_train:
+        trainer.create_model_card(**card)
+    return results
+
+
+def parse_arguments(
+    argv: list[str] | None,
+) -> tuple[ModelArguments, DataArguments, OctavArguments, TrainingArguments]:
+    """Parse the command line, or the one JSON file that it names, and refuse what cannot be carried out."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser([ModelArguments, DataArguments, OctavArguments, TrainingArguments])  # type: ignore[list-item]
+    parsed: tuple[Any, ...]
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        parsed = parser.parse_json_file(argv[0])
+    else:
+        parsed = parser.parse_args_into_dataclasses(args=argv)
+    _, data_args, octav_args, training_args = parsed
+    if not training_args.do_train and not training_args.do_eval:
+        raise ValueError("Nothing to do: pass --do_train, --do_eval or both.")
+    if octav_args.quantize and not training_args.do_train:
+        raise ValueError("--quantize starts quantization-aware training: add --do_train.")
+    for wanted, name in ((training_args.do_train, "train_file"), (training_args.do_eval, "validation_file")):
+        if wanted and data_args.dataset_name is None and getattr(data_args, name) is None:
+            raise ValueError(f"--{name} is missing: give it, or --dataset_name.")
+    return parsed  # type: ignore[return-value]
+
+
+def check_output_dir(training_args: TrainingArguments) -> None:
+    """Raise `FileExistsError` when training would write into a folder that is in use."""
+    folder = Path(training_args.output_dir or "")
+    starts_afresh = training_args.do_train and not training_args.resume_from_checkpoint
+    if starts_afresh and folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"--output_dir {folder} is not empty. Choose another folder, empty it, or continue its run with "
+            f"--resume_from_checkpoint CHECKPOINT."
+        )
+
+
+def load_examples(data_args: DataArguments, split: str) -> Dataset:
+    """The checked questions of `split` ("train" or "validation")."""
+    allow_no_answer = data_args.version_2_with_negative
+    if data_args.dataset_name is not None:
+        return load_squad_dataset(data_args.dataset_name, split, data_args.dataset_config_name, allow_no_answer)
+    path = data_args.train_file if split == "train" else data_args.validation_file
+    return read_squad_file(str(path), allow_no_answer)
+
+
+def sample(examples: Dataset, count: int | None, seed: int) -> Dataset:
+    """`count` rows drawn with `seed`, or all of them in their order when `count` is None or not smaller."""
+    if count is None or count >= len(examples):
+        return examples
+    return examples.shuffle(seed=seed).select(range(count))
+
+
+def score_answers(examples: Dataset, texts: dict[str, str], null_probability: dict[str, float]) -> dict[str, float]:
+    """Scores of `SquadMetric`: v2.0 when null probabilities are given, else v1.1."""
+    predictions: list[dict[str, Any]] = [{"id": i, "prediction_text": text} for i, text in texts.items()]
+    for prediction in predictions if null_probability else []:
+        prediction["no_answer_probability"] = null_probability[prediction["id"]]
+    references = [{"id": i, "answers": a} for i, a in zip(examples["id"], examples["answers"], strict=True)]
+    metric = SquadMetric(config_name="squad_v2" if null_probability else "squad")
+    scores = metric.compute(predictions=predictions, references=references)
+    assert scores is not None  # only for processes of a distributed metric, which this is not
+    return scores
+
+
+def report(trainer: QuestionAnsweringTrainer, split: str, metrics: dict[str, float]) -> None:
+    """Print the metrics and save them as `{split}_results.json` and in `all_results.json`."""
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+
+
+if __name__ == "__main__":
+    main()

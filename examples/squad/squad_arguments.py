@@ -1,0 +1,142 @@
+"""Command-line arguments of `run_squad.py`: model, data, and quantization."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any, Optional, Union
+
+from octav_hf import OctavConfig
+from octav_hf.functional import CLIP_RULES
+
+# HfArgumentParser reads the annotations at run time and takes `Optional` fields only in this form.
+# ruff: noqa: UP007, UP045
+_CONFIG_DEFAULT = "Not given: OctavConfig's default."
+
+
+@dataclass
+class ModelArguments:
+    """Which weights to start from."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or name of a model with a fast tokenizer."})
+
+
+@dataclass
+class DataArguments:
+    """Which questions to use, and how they become features and answers. Lengths are in tokens."""
+
+    dataset_name: Optional[str] = field(
+        default=None, metadata={"help": "Dataset for datasets.load_dataset, with splits train and validation."}
+    )
+    dataset_config_name: Optional[str] = field(default=None, metadata={"help": "Configuration of --dataset_name."})
+    train_file: Optional[str] = field(default=None, metadata={"help": "SQuAD JSON file to train on."})
+    validation_file: Optional[str] = field(default=None, metadata={"help": "SQuAD JSON file to evaluate on."})
+    max_train_samples: Optional[int] = field(
+        default=None, metadata={"help": "Train on this many questions, drawn with --data_seed (else --seed)."}
+    )
+    max_eval_samples: Optional[int] = field(
+        default=None, metadata={"help": "Evaluate on this many questions, drawn with a seed that never changes."}
+    )
+    max_seq_length: int = field(default=384, metadata={"help": "Length of a feature, special tokens included."})
+    doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows of a context share."})
+    max_query_length: int = field(default=64, metadata={"help": "A longer question loses its end."})
+    pad_to_max_length: bool = field(
+        default=True, metadata={"help": "Pad to --max_seq_length; false pads each batch to its longest feature."}
+    )
+    n_best_size: int = field(default=20, metadata={"help": "Candidates kept for each question."})
+    max_answer_length: int = field(default=30, metadata={"help": "Longest answer."})
+    version_2_with_negative: bool = field(default=False, metadata={"help": "Some questions have no answer (SQuAD v2)."})
+    null_score_diff_threshold: float = field(
+        default=0.0,
+        metadata={"help": "Answer nothing when its score exceeds the best span's by more. v2.0 only."},
+    )
+
+    def __post_init__(self) -> None:
+        from_files = self.train_file is not None or self.validation_file is not None
+        if from_files == (self.dataset_name is not None):
+            raise ValueError("Give either --dataset_name or --train_file and/or --validation_file.")
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            raise ValueError("--dataset_config_name belongs to --dataset_name: give that too.")
+        if self.null_score_diff_threshold != 0.0 and not self.version_2_with_negative:
+            raise ValueError("--null_score_diff_threshold has an effect only with --version_2_with_negative.")
+        for name in ("max_train_samples", "max_eval_samples", "n_best_size", "max_answer_length", "max_query_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, not {value}.")
+
+
+@dataclass
+class OctavArguments:
+    """Fields of `octav_hf.OctavConfig`; only those that are given are passed on, so its defaults hold for the rest."""
+
+    quantize: bool = field(default=False, metadata={"help": "Fine-tune with quantized matrix products."})
+    weight_bits: Union[int, str, None] = field(
+        default=None, metadata={"help": f'Bits of the weights, or "none" to leave them in float. {_CONFIG_DEFAULT}'}
+    )
+    activation_bits: Union[int, str, None] = field(
+        default=None, metadata={"help": f'Bits of the activations, or "none" for float. {_CONFIG_DEFAULT}'}
+    )
+    weight_clip: Optional[str] = field(
+        default=None, metadata={"help": f"One of {', '.join(CLIP_RULES)}. {_CONFIG_DEFAULT}"}
+    )
+    activation_clip: Optional[str] = field(
+        default=None, metadata={"help": f"One of {', '.join(CLIP_RULES)}. {_CONFIG_DEFAULT}"}
+    )
+    weight_gradient: Optional[str] = field(default=None, metadata={"help": f"ste, pwl or mad. {_CONFIG_DEFAULT}"})
+    activation_gradient: Optional[str] = field(default=None, metadata={"help": f"ste, pwl or mad. {_CONFIG_DEFAULT}"})
+    weight_clip_options: Union[dict, str, None] = field(
+        default=None, metadata={"help": f"JSON object with options of --weight_clip. {_CONFIG_DEFAULT}"}
+    )
+    activation_clip_options: Union[dict, str, None] = field(
+        default=None, metadata={"help": f"JSON object with options of --activation_clip. {_CONFIG_DEFAULT}"}
+    )
+    exclude_modules: Optional[list[str]] = field(
+        default=None, metadata={"help": f"Modules to leave in float. {_CONFIG_DEFAULT}"}
+    )
+    module_overrides: Union[dict, str, None] = field(
+        default=None, metadata={"help": f"JSON object: module name to fields that differ there. {_CONFIG_DEFAULT}"}
+    )
+    quantize_attention: Optional[bool] = field(
+        default=None, metadata={"help": f"Quantize the attention's matrix products too. {_CONFIG_DEFAULT}"}
+    )
+
+    def __post_init__(self) -> None:
+        given = [f"--{f.name}" for f in fields(self) if f.name != "quantize" and getattr(self, f.name) is not None]
+        if given and not self.quantize:
+            raise ValueError(f"{', '.join(given)} would be ignored: add --quantize, or leave them out.")
+        for name in ("weight_clip", "activation_clip"):
+            rule = getattr(self, name)
+            if rule is not None and rule not in CLIP_RULES:
+                raise ValueError(f"--{name} is one of {', '.join(CLIP_RULES)}, not {rule!r}.")
+        self.to_config()  # so that a wrong value is reported before anything is loaded
+
+    def to_config(self) -> OctavConfig:
+        """The configuration for `apply_octav`. Raises `ValueError` for values that cannot be used."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "quantize"}
+        values = {name: value for name, value in values.items() if value is not None}
+        for name in ("weight_bits", "activation_bits"):
+            if name in values:
+                values[name] = _bits(values[name], name)
+        for name in ("weight_clip_options", "activation_clip_options", "module_overrides"):
+            if isinstance(values.get(name), str):
+                values[name] = _json_object(values[name], name)
+        return OctavConfig(**values)
+
+
+def _bits(value: int | str, name: str) -> int | None:
+    if value == "none":
+        return None
+    try:
+        return int(value)
+    except ValueError as error:
+        raise ValueError(f'--{name} is a number of bits, or "none" for float, not {value!r}.') from error
+
+
+def _json_object(text: str, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{name} is not JSON ({error}). Write it as '{{\"key\": value}}'. Got: {text}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"--{name} must be a JSON object such as '{{\"key\": value}}'. Got: {text}")
+    return value

@@ -1,0 +1,168 @@
+"""Questions and contexts as token windows: labels for training, character offsets for evaluation.
+
+A context longer than the model's window becomes several features that overlap by `doc_stride` tokens. The question
+always comes first and is never cut to make room: only the context is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How contexts are cut, in tokens.
+
+    Attributes:
+        max_seq_length: length of a feature, special tokens included.
+        doc_stride: tokens that two neighbouring windows of one context share.
+        max_query_length: a longer question loses its end.
+        pad_to_max_length: pad every feature to `max_seq_length`; otherwise the collator pads each batch to its longest.
+    """
+
+    max_seq_length: int = 384
+    doc_stride: int = 128
+    max_query_length: int = 64
+    pad_to_max_length: bool = True
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise `ValueError` when `tokenizer` cannot produce these windows."""
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer and gives no character offsets. "
+                f"Use a model whose folder has a tokenizer.json."
+            )
+        if self.max_seq_length > tokenizer.model_max_length:
+            raise ValueError(
+                f"--max_seq_length {self.max_seq_length} exceeds the {tokenizer.model_max_length} tokens that the "
+                f"model takes. Lower --max_seq_length to at most {tokenizer.model_max_length}."
+            )
+        if self.doc_stride < 0 or self.max_query_length < 1:
+            raise ValueError(
+                f"--doc_stride {self.doc_stride} must be at least 0 and --max_query_length "
+                f"{self.max_query_length} at least 1."
+            )
+        # a batch padded on the left shifts every token, so that stored token positions would point at the wrong ones
+        if tokenizer.padding_side == "left" and not self.pad_to_max_length:
+            raise ValueError("This tokenizer pads on the left: pass --pad_to_max_length true.")
+
+
+def training_features(examples: Dataset, tokenizer: PreTrainedTokenizerBase, windows: Windows) -> Dataset:
+    """Tokenize for training.
+
+    Args:
+        examples: columns as in `squad_dataset`; the first answer of a question is the label.
+
+    Returns:
+        One row a window: the tokenizer's model inputs, and `start_positions`, `end_positions` (int): the first and
+        last token of the answer, or the CLS token twice where the window does not hold the whole answer.
+
+    Raises:
+        ValueError: the tokenizer is not fast, or a question leaves no room for the context.
+    """
+    windows.check(tokenizer)
+
+    def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        encoded = _encode(batch, tokenizer, windows)
+        positions = [
+            _answer_tokens(encoded, feature, batch["answers"][example], tokenizer)
+            for feature, example in enumerate(encoded["overflow_to_sample_mapping"])
+        ]
+        columns = _model_inputs(encoded)
+        columns["start_positions"] = [start for start, _ in positions]
+        columns["end_positions"] = [end for _, end in positions]
+        return columns
+
+    return examples.map(tokenize, batched=True, remove_columns=examples.column_names, desc="Tokenizing train questions")
+
+
+def evaluation_features(examples: Dataset, tokenizer: PreTrainedTokenizerBase, windows: Windows) -> Dataset:
+    """Tokenize for evaluation.
+
+    Returns:
+        One row a window: the tokenizer's model inputs, `example_id`, `null_index` (position of the token that stands
+        for "no answer"), and `offset_mapping`: for each token `[start, end]` in characters of the context, or None
+        outside the context.
+
+    Raises:
+        ValueError: as `training_features`.
+    """
+    windows.check(tokenizer)
+
+    def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        encoded = _encode(batch, tokenizer, windows)
+        columns = _model_inputs(encoded)
+        columns["example_id"] = [batch["id"][example] for example in encoded["overflow_to_sample_mapping"]]
+        features = range(len(columns["example_id"]))
+        columns["null_index"] = [_null_index(encoded, feature, tokenizer) for feature in features]
+        columns["offset_mapping"] = [
+            [
+                list(offset) if part == 1 else None
+                for offset, part in zip(encoded["offset_mapping"][feature], encoded.sequence_ids(feature), strict=True)
+            ]
+            for feature in features
+        ]
+        return columns
+
+    return examples.map(tokenize, batched=True, remove_columns=examples.column_names, desc="Tokenizing dev questions")
+
+
+def _encode(batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, windows: Windows) -> BatchEncoding:
+    # some questions start with blanks, which would count as tokens in tokenizers that keep them
+    questions = [question.lstrip() for question in batch["question"]]
+    encoded = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)
+    needed = tokenizer.num_special_tokens_to_add(pair=True) + windows.doc_stride + 1
+    for i, offsets in enumerate(encoded["offset_mapping"]):
+        if len(offsets) > windows.max_query_length:
+            questions[i] = questions[i][: offsets[windows.max_query_length - 1][1]]
+        length = min(len(offsets), windows.max_query_length)
+        if length + needed > windows.max_seq_length:
+            raise ValueError(
+                f"Question {batch['id'][i]!r} has {length} tokens; with {needed - windows.doc_stride - 1} special "
+                f"tokens and --doc_stride {windows.doc_stride} it leaves no room for the context in --max_seq_length "
+                f"{windows.max_seq_length}. Raise --max_seq_length, or lower --doc_stride or --max_query_length."
+            )
+    return tokenizer(
+        questions,
+        batch["context"],
+        truncation="only_second",
+        max_length=windows.max_seq_length,
+        stride=windows.doc_stride,
+        padding="max_length" if windows.pad_to_max_length else False,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        return_attention_mask=True,
+    )
+
+
+def _model_inputs(encoded: BatchEncoding) -> dict[str, Any]:
+    return {k: v for k, v in encoded.items() if k not in ("overflow_to_sample_mapping", "offset_mapping")}
+
+
+def _null_index(encoded: BatchEncoding, feature: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    ids = encoded["input_ids"][feature]
+    if tokenizer.cls_token_id is not None and tokenizer.cls_token_id in ids:
+        return ids.index(tokenizer.cls_token_id)
+    # a tokenizer without CLS: the first token that is not padding
+    return encoded["attention_mask"][feature].index(1)
+
+
+def _answer_tokens(
+    encoded: BatchEncoding, feature: int, answers: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, int]:
+    null = _null_index(encoded, feature, tokenizer)
+    if not answers["text"]:
+        return null, null
+    first = answers["answer_start"][0]
+    last = first + len(answers["text"][0])
+    offsets = encoded["offset_mapping"][feature]
+    context = [i for i, part in enumerate(encoded.sequence_ids(feature)) if part == 1]
+    if not context or offsets[context[0]][0] > first or offsets[context[-1]][1] < last:
+        return null, null
+    # tokens that share a character with the answer; blanks inside the answer belong to none
+    inside = [i for i in context if offsets[i][0] < last and offsets[i][1] > first]
+    return (inside[0], inside[-1]) if inside else (null, null)

@@ -1,0 +1,184 @@
+"""Exact match and F1 of SQuAD v1.1 and v2.0 as an `evaluate.Metric` that fetches nothing.
+
+The scores follow the official definitions: texts are lower-cased, ASCII punctuation and the articles a, an, the are
+removed and blanks are joined; a prediction is worth its best score over the reference answers. All are percentages.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize(text: str) -> str:
+    """`text` as it is compared: lower case, without ASCII punctuation, articles and superfluous blanks."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    """1.0 where the two texts are equal after `normalize`, else 0.0."""
+    return float(normalize(prediction) == normalize(answer))
+
+
+def token_f1(prediction: str, answer: str, empty_matches_empty: bool) -> float:
+    """Harmonic mean of precision and recall over the words of two texts, in [0, 1].
+
+    Args:
+        empty_matches_empty: what two texts without a word score: 1 (SQuAD v2.0) or 0 (v1.1).
+    """
+    predicted, wanted = normalize(prediction).split(), normalize(answer).split()
+    if not predicted or not wanted:
+        return float(empty_matches_empty and predicted == wanted)
+    common = (Counter(predicted) & Counter(wanted)).total()
+    # 2PR / (P + R) with P = common / |predicted| and R = common / |wanted|
+    return 2 * common / (len(predicted) + len(wanted))
+
+
+class SquadMetric(evaluate.Metric):
+    """SQuAD's scores; `config_name` is "squad" (v1.1) or "squad_v2" (v2.0).
+
+    `compute(predictions=..., references=...)` takes a list of `{"id", "prediction_text"}` (for squad_v2 also
+    `"no_answer_probability"`, in all rows or in none) and a list of `{"id", "answers": {"text", "answer_start"}}`. It
+    returns percentages:
+
+    - squad: `exact_match`, `f1`;
+    - squad_v2: `exact`, `f1`, `total`, the same as `HasAns_*` and `NoAns_*` where such questions exist, and, if
+      `no_answer_probability` is given, `best_exact`, `best_exact_thresh`, `best_f1`, `best_f1_thresh`: the best scores
+      had every prediction with a probability above the threshold been withdrawn. `compute(no_answer_threshold=...)`
+      (default 1.0) withdraws them.
+
+    `compute` raises `ValueError` when an id is repeated or occurs only among predictions or only among references.
+    """
+
+    def __init__(self, config_name: str = "squad", keep_in_memory: bool = True, **kwargs: Any) -> None:
+        if config_name not in ("squad", "squad_v2"):
+            raise ValueError(f'config_name is "squad" or "squad_v2", not {config_name!r}.')
+        super().__init__(config_name=config_name, keep_in_memory=keep_in_memory, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        answers = {"text": datasets.List(text), "answer_start": datasets.List(datasets.Value("int32"))}
+        prediction = {"id": text, "prediction_text": text}
+        if self.config_name == "squad_v2":
+            prediction["no_answer_probability"] = datasets.Value("float32")
+        return evaluate.MetricInfo(
+            description=__doc__ or "",
+            citation="Rajpurkar et al. 2016 (v1.1), Rajpurkar, Jia and Liang 2018 (v2.0)",
+            inputs_description=type(self).__doc__ or "",
+            features=datasets.Features({"predictions": prediction, "references": {"id": text, "answers": answers}}),
+        )
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Add predictions and references, laid out as for `compute`."""
+        if self.config_name == "squad_v2" and predictions is not None:
+            predictions = [{"no_answer_probability": None, **row} for row in predictions]
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Add one prediction and its reference, laid out as for `compute`."""
+        if self.config_name == "squad_v2" and prediction is not None:
+            prediction = {"no_answer_probability": None, **prediction}
+        super().add(prediction=prediction, reference=reference, **kwargs)
+
+    def _compute(
+        self,
+        predictions: Sequence[dict[str, Any]],
+        references: Sequence[dict[str, Any]],
+        no_answer_threshold: float = 1.0,
+    ) -> dict[str, float]:
+        given = _by_id(predictions, "prediction")
+        wanted = {identifier: row["answers"]["text"] for identifier, row in _by_id(references, "reference").items()}
+        if given.keys() != wanted.keys():
+            only = sorted(given.keys() ^ wanted.keys())
+            raise ValueError(
+                f"{len(only)} ids are not in both predictions and references, such as {only[:3]}. "
+                f"Give exactly one prediction for each reference."
+            )
+        texts = {identifier: row["prediction_text"] for identifier, row in given.items()}
+        if self.config_name == "squad":
+            return _scores_v1(texts, wanted)
+        probabilities = {identifier: row.get("no_answer_probability") for identifier, row in given.items()}
+        return _scores_v2(texts, wanted, probabilities, no_answer_threshold)
+
+
+def _by_id(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, dict[str, Any]]:
+    table = {row["id"]: row for row in rows}
+    if len(table) < len(rows):
+        repeated = [identifier for identifier, n in Counter(row["id"] for row in rows).items() if n > 1]
+        raise ValueError(f"More than one {kind} for the ids {repeated[:3]}. Give one for each question.")
+    if not table:
+        raise ValueError(f"There is no {kind} to score.")
+    return table
+
+
+def _scores_v1(texts: dict[str, str], answers: dict[str, list[str]]) -> dict[str, float]:
+    empty = [identifier for identifier, golds in answers.items() if not golds]
+    if empty:
+        raise ValueError(
+            f'References without an answer, such as {empty[:3]}. Use config_name="squad_v2" for SQuAD v2.0.'
+        )
+    exact = [max(exact_match(texts[i], gold) for gold in golds) for i, golds in answers.items()]
+    f1 = [max(token_f1(texts[i], gold, empty_matches_empty=False) for gold in golds) for i, golds in answers.items()]
+    return {"exact_match": _percent(exact), "f1": _percent(f1)}
+
+
+def _scores_v2(
+    texts: dict[str, str],
+    answers: dict[str, list[str]],
+    probabilities: dict[str, float | None],
+    threshold: float,
+) -> dict[str, float]:
+    # an answer that normalizes to nothing counts as none; no answer is the answer ""
+    golds = {i: [text for text in given if normalize(text)] or [""] for i, given in answers.items()}
+    raw = {
+        "exact": {i: max(exact_match(texts[i], gold) for gold in golds[i]) for i in golds},
+        "f1": {i: max(token_f1(texts[i], gold, empty_matches_empty=True) for gold in golds[i]) for i in golds},
+    }
+    answerable = {i: bool(given) for i, given in answers.items()}
+    known = {i: probability for i, probability in probabilities.items() if probability is not None}
+    if known and len(known) < len(texts):
+        raise ValueError("Only some predictions have no_answer_probability. Give it for all of them, or for none.")
+    groups = {
+        "": list(golds),
+        "HasAns_": [i for i in golds if answerable[i]],
+        "NoAns_": [i for i in golds if not answerable[i]],
+    }
+    result: dict[str, float] = {}
+    for prefix, members in groups.items():
+        if not members:
+            continue
+        for name, scores in raw.items():
+            result[prefix + name] = _percent(
+                [float(not answerable[i]) if known.get(i, 0.0) > threshold else scores[i] for i in members]
+            )
+        result[f"{prefix}total"] = len(members)
+    if known:
+        for name, scores in raw.items():
+            result[f"best_{name}"], result[f"best_{name}_thresh"] = _best_threshold(texts, scores, answerable, known)
+    return result
+
+
+def _best_threshold(
+    texts: dict[str, str], scores: dict[str, float], answerable: dict[str, bool], probabilities: dict[str, float]
+) -> tuple[float, float]:
+    """Highest reachable score in percent and the threshold that reaches it, from "answer nothing" upwards."""
+    current = best = float(sum(not value for value in answerable.values()))
+    threshold = 0.0
+    for i in sorted(probabilities, key=lambda identifier: probabilities[identifier]):
+        current += scores[i] if answerable[i] else (-1.0 if texts[i] else 0.0)
+        if current > best:
+            best, threshold = current, probabilities[i]
+    return 100.0 * best / len(answerable), threshold
+
+
+def _percent(values: list[float]) -> float:
+    return 100.0 * sum(values) / len(values)

@@ -1,0 +1,83 @@
+"""A `Trainer` that scores answers instead of logits, and a callback that times optimizer steps."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+WARM_UP_STEPS = 2
+
+
+class QuestionAnsweringTrainer(Trainer):
+    """`Trainer` whose evaluation adds the metrics of `score_logits`.
+
+    `score_logits(start_logits, end_logits, prefix)` takes two (F, T) arrays in the order of the evaluation features
+    and returns metrics without prefix. Every evaluation uses it, also those during training, so that
+    `--metric_for_best_model f1` works. The evaluation features carry no labels, hence there is no evaluation loss.
+    """
+
+    def __init__(
+        self, *args: Any, score_logits: Callable[[np.ndarray, np.ndarray, str], dict[str, float]], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.score_logits = score_logits
+
+    def evaluation_loop(
+        self,
+        dataloader: torch.utils.data.DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Run the model over `dataloader` and add its answers' scores to the metrics, keys `{prefix}_{name}`."""
+        # Trainer asks for the loss alone when no compute_metrics is set
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        # seq2seq models put further outputs behind the two logits
+        logits: Any = output.predictions
+        start_logits, end_logits = logits[:2]
+        scores = self.score_logits(start_logits, end_logits, metric_key_prefix)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        return output._replace(metrics={**(output.metrics or {}), **named})
+
+    def _get_eval_sampler(self, eval_dataset: torch.utils.data.Dataset) -> torch.utils.data.Sampler | None:
+        # grouping by length would reorder the logits against the features
+        if self.args.world_size > 1:
+            return None
+        return torch.utils.data.SequentialSampler(eval_dataset)  # type: ignore[arg-type]
+
+
+class StepTimer(TrainerCallback):
+    """Wall-clock seconds of each optimizer step, data loading left out; the first two steps do not count."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._begin: float | None = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._begin = _now()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._begin is not None:
+            self.seconds.append(_now() - self._begin)
+
+    def metrics(self) -> dict[str, float]:
+        """`{"train_step_seconds_median": seconds}`, or nothing before the third step."""
+        timed = self.seconds[WARM_UP_STEPS:]
+        return {"train_step_seconds_median": statistics.median(timed)} if timed else {}
+
+
+def _now() -> float:
+    # kernels run asynchronously on a GPU: without the wait a step would look shorter than it is
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

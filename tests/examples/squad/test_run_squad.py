@@ -1,0 +1,105 @@
+"""The script from end to end, on a tiny random BERT and the generated questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from run_squad import main, sample
+from safetensors.torch import load_file
+from squad_files import question, write_squad
+
+DATA = Path(__file__).resolve().parents[3] / "examples" / "squad" / "data"
+SIZES = ["--max_seq_length", "128", "--doc_stride", "32", "--use_cpu"]
+
+
+def arguments(model: str, folder: Path, *words: str) -> list[str]:
+    data = ["--train_file", str(DATA / "train.json"), "--validation_file", str(DATA / "dev.json")]
+    training = ["--per_device_train_batch_size", "4", "--max_train_samples", "24", "--max_eval_samples", "12"]
+    return ["--model_name_or_path", model, "--output_dir", str(folder), *data, *SIZES, *training, *words]
+
+
+def test_train_and_evaluate(tiny_model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    metrics = main(arguments(tiny_model, folder, "--do_train", "--do_eval", "--max_steps", "4"))
+    saved = json.loads((folder / "all_results.json").read_text())
+    assert saved["eval_f1"] == metrics["eval_f1"]
+    assert saved["train_step_seconds_median"] > 0
+    assert (saved["train_samples"], saved["eval_samples"]) == (24, 12)
+    for name in ("train_results.json", "eval_results.json", "model.safetensors", "tokenizer.json", "README.md"):
+        assert (folder / name).is_file()
+    texts = json.loads((folder / "eval_predictions.json").read_text())
+    assert len(texts) == 12
+    again = main(arguments(str(folder), tmp_path / "again", "--do_eval"))
+    assert again["eval_f1"] == metrics["eval_f1"]
+    assert json.loads((tmp_path / "again/eval_predictions.json").read_text()) == texts
+
+
+def test_grouping_by_length_does_not_mix_up_the_answers(tiny_model: str, tmp_path: Path) -> None:
+    plain = arguments(tiny_model, tmp_path / "a", "--do_eval")
+    grouped = arguments(tiny_model, tmp_path / "b", "--do_eval", "--train_sampling_strategy", "group_by_length")
+    main(plain)
+    main([*grouped, "--pad_to_max_length", "false", "--per_device_eval_batch_size", "2"])
+    texts = [json.loads((tmp_path / name / "eval_predictions.json").read_text()) for name in "ab"]
+    assert texts[0] == texts[1]
+
+
+def test_resume_gives_the_uninterrupted_weights(tiny_model: str, tmp_path: Path) -> None:
+    steps = ["--do_train", "--max_steps", "4", "--save_steps", "2"]
+    main(arguments(tiny_model, tmp_path / "out", *steps))
+    whole = load_file(tmp_path / "out/model.safetensors")
+    (tmp_path / "out/model.safetensors").unlink()
+    checkpoint = str(tmp_path / "out/checkpoint-2")
+    metrics = main(arguments(tiny_model, tmp_path / "out", *steps, "--resume_from_checkpoint", checkpoint))
+    resumed = load_file(tmp_path / "out/model.safetensors")
+    assert metrics["epoch"] == pytest.approx(4 / 6)
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
+
+
+def test_v2_questions(tiny_model: str, tmp_path: Path) -> None:
+    empty = {"id": "q2", "question": "Who?", "answers": [], "is_impossible": True}
+    path = str(write_squad(tmp_path / "v2.json", question(), empty))
+    words = [
+        "--model_name_or_path",
+        tiny_model,
+        "--output_dir",
+        str(tmp_path / "out"),
+        *SIZES,
+        "--do_train",
+        "--do_eval",
+    ]
+    words += ["--train_file", path, "--validation_file", path, "--max_steps", "1", "--version_2_with_negative"]
+    metrics = main([*words, "--null_score_diff_threshold=-1e9"])
+    assert (metrics["eval_NoAns_exact"], metrics["eval_HasAns_exact"]) == (100.0, 0.0)
+    assert set(json.loads((tmp_path / "out/eval_null_odds.json").read_text())) == {"q1", "q2"}
+
+
+def test_best_model_by_f1(tiny_model: str, tmp_path: Path) -> None:
+    words = ["--do_train", "--do_eval", "--max_steps", "2", "--eval_strategy", "steps", "--eval_steps", "1"]
+    words += ["--save_steps", "1", "--load_best_model_at_end", "--metric_for_best_model", "f1"]
+    main(arguments(tiny_model, tmp_path / "out", *words))
+    state = json.loads((tmp_path / "out/trainer_state.json").read_text())
+    scores = [entry["eval_f1"] for entry in state["log_history"] if "eval_f1" in entry]
+    assert state["best_metric"] == max(scores[:2])
+
+
+def test_quantized_run_and_reload(tiny_model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    words = ["--do_train", "--do_eval", "--max_steps", "2"]
+    metrics = main(arguments(tiny_model, folder, *words, "--quantize", "--activation_bits", "8"))
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["weight_bits"], config["activation_bits"]) == ("octav", 4, 8)
+    again = main(arguments(str(folder), tmp_path / "again", "--do_eval"))
+    assert again["eval_f1"] == metrics["eval_f1"]
+    with pytest.raises(ValueError, match="quantized already"):
+        main(arguments(str(folder), tmp_path / "twice", *words, "--quantize"))
+
+
+def test_sample_depends_on_the_seed_alone() -> None:
+    rows = Dataset.from_dict({"id": [str(i) for i in range(100)]})
+    assert sample(rows, 10, 0)["id"] == sample(rows, 10, 0)["id"] != sample(rows, 10, 1)["id"]
+    assert sample(rows, None, 0)["id"] == sample(rows, 100, 0)["id"] == rows["id"]

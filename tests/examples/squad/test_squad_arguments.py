@@ -1,0 +1,99 @@
+"""What the command line accepts, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_squad import main, parse_arguments
+from squad_arguments import DataArguments, OctavArguments
+
+from octav_hf.functional import CLIP_RULES
+
+BASE = ["--model_name_or_path", "m", "--train_file", "t.json", "--output_dir", "o", "--do_train"]
+
+
+def octav(*words: str) -> OctavArguments:
+    return parse_arguments([*BASE, *words])[2]
+
+
+def test_float_is_the_default() -> None:
+    assert octav().quantize is False
+
+
+def test_defaults_are_those_of_the_config() -> None:
+    config = octav("--quantize").to_config()
+    assert (config.weight_bits, config.activation_bits) == (4, 4)
+    assert (config.weight_clip, config.weight_gradient, config.activation_gradient) == ("octav", "mad", "pwl")
+
+
+def test_options_reach_the_config() -> None:
+    config = octav(
+        *("--quantize", "--weight_bits", "6", "--activation_bits", "none", "--weight_clip", "percentile"),
+        *("--weight_clip_options", '{"percentile": 99.5}', "--weight_gradient", "ste", "--activation_gradient", "mad"),
+        *("--exclude_modules", "qa_outputs", "bert.pooler", "--quantize_attention", "false"),
+        *("--module_overrides", '{"bert.encoder": {"weight_bits": 8}}', "--activation_clip", "max"),
+    ).to_config()
+    assert config.weight_bits == 6
+    assert config.activation_bits is None
+    assert (config.weight_clip, config.activation_clip) == ("percentile", "max")
+    assert config.weight_clip_options == {"percentile": 99.5}
+    assert (config.weight_gradient, config.activation_gradient) == ("ste", "mad")
+    assert list(config.exclude_modules) == ["qa_outputs", "bert.pooler"]
+    assert config.module_overrides == {"bert.encoder": {"weight_bits": 8}}
+    assert config.quantize_attention is False
+
+
+@pytest.mark.parametrize("rule", list(CLIP_RULES))
+def test_every_registered_clip_is_a_choice(rule: str) -> None:
+    assert octav("--quantize", "--weight_clip", rule).to_config().weight_clip == rule
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--weight_bits", "4"], "--weight_bits would be ignored: add --quantize"),
+        (["--quantize_attention", "true"], "--quantize_attention would be ignored"),
+        (["--quantize", "--weight_bits", "four"], 'or "none"'),
+        (["--quantize", "--weight_clip", "median"], "--weight_clip is one of .*octav.*, not .median"),
+        (["--quantize", "--weight_clip_options", "{oops"], "--weight_clip_options is not JSON"),
+        (["--quantize", "--module_overrides", "[1]"], "--module_overrides must be a JSON object"),
+        (["--dataset_name", "squad"], "either --dataset_name or"),
+        (["--dataset_config_name", "plain"], "belongs to --dataset_name"),
+        (["--null_score_diff_threshold", "1"], "only with --version_2_with_negative"),
+        (["--max_train_samples", "0"], "at least 1"),
+        (["--do_eval"], "--validation_file is missing"),
+        (["--do_train", "false"], "Nothing to do"),
+        (["--do_train", "false", "--do_eval", "--validation_file", "d", "--quantize"], "add --do_train"),
+    ],
+)
+def test_contradictions(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([*BASE, *words])
+
+
+def test_json_file(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        **{"model_name_or_path": "m", "train_file": "t.json", "output_dir": str(tmp_path / "o"), "do_train": True},
+        **{"quantize": True, "weight_bits": 5, "activation_bits": "none", "weight_clip": "percentile"},
+        **{"weight_clip_options": {"percentile": 99.0}, "learning_rate": 1e-3},
+    }
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    _, data, octav_arguments, training = parse_arguments([str(tmp_path / "a.json")])
+    config = octav_arguments.to_config()
+    assert (config.weight_bits, config.activation_bits) == (5, None)
+    assert config.weight_clip_options == {"percentile": 99.0}
+    assert (training.learning_rate, data.max_seq_length, data.doc_stride) == (1e-3, 384, 128)
+
+
+def test_data_is_required() -> None:
+    with pytest.raises(ValueError, match="either --dataset_name or"):
+        DataArguments()
+
+
+def test_folder_in_use_is_reported_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(FileExistsError, match="--resume_from_checkpoint"):
+        main(["--model_name_or_path", "nowhere", "--train_file", "none", "--output_dir", str(tmp_path), "--do_train"])
