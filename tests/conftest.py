@@ -22,6 +22,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"the real SQuAD files are not at {SHARED_SQUAD}"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """One thread: where another process holds a core, OpenMP's waiting makes small operations 100 times slower."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def shared_squad() -> Path:
     """The folder of the real SQuAD files; for tests marked ``needs_shared``."""

@@ -1,0 +1,59 @@
+"""The README's code runs as it stands, and its links lead somewhere."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, TrainingArguments
+
+from octav_hf import coverage_report
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_there_are_two_snippets() -> None:
+    assert len(SNIPPETS) == 2
+
+
+def test_the_trainer_snippet_runs_and_its_checkpoint_comes_back_quantized(
+    small_bert: Callable[..., BertForQuestionAnswering],
+    padded_batch: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small_bert().save_pretrained("path/to/bert")
+    position = torch.tensor(3)
+    row = {name: value[0] for name, value in padded_batch.items()}
+    names = {
+        "args": TrainingArguments(output_dir="out", max_steps=2, report_to=[], use_cpu=True),
+        "train_dataset": [row | {"start_positions": position, "end_positions": position}] * 4,
+    }
+    exec(SNIPPETS[0], names)
+    assert str(coverage_report(names["model"])) in capsys.readouterr().out
+
+    loaded = AutoModelForQuestionAnswering.from_pretrained("bert-4bit")
+    assert len(coverage_report(loaded).quantized("attention")) == 8
+    with torch.no_grad():
+        trained = names["model"].eval()
+        assert torch.equal(loaded(**padded_batch).start_logits, trained(**padded_batch).start_logits)
+
+
+def test_the_numerics_snippet_runs() -> None:
+    names: dict[str, torch.Tensor] = {}
+    exec(SNIPPETS[1], names)
+    assert names["clip"].shape == (1024, 1)
+    assert names["y"].shape == names["x"].shape
+    assert all(row.unique().numel() <= 16 for row in names["y"])
+
+
+@pytest.mark.parametrize("document", ["README.md", "examples/squad/README.md"])
+def test_links_lead_somewhere(document: str) -> None:
+    folder = (ROOT / document).parent
+    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (folder / link).exists(), link
