@@ -36,3 +36,10 @@ def rows_error(rows: Tensor, clip: Tensor, num_bits: int, signed: bool) -> Tenso
     peak = torch.where(peak > 0, peak, 1)
     difference = (rows - round_to_grid(rows, clip[:, None], num_bits, signed=signed)) / peak
     return difference.square_().mean(dim=1)
+
+
+def lower_error(rows: Tensor, first: Tensor, second: Tensor, num_bits: int, signed: bool) -> Tensor:
+    """For each of ``[rows, n]`` that of the two clips with the lower measured error; of equal ones the smaller."""
+    low, high = torch.minimum(first, second), torch.maximum(first, second)
+    high_error, low_error = (rows_error(rows, clip, num_bits, signed) for clip in (high, low))
+    return torch.where(high_error < low_error, high, low)

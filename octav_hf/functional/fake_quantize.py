@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .grid import check_num_bits, round_to_grid
+from .fused import elementwise, fused
+from .grid import check_num_bits, integer_range, round_to_step, step_size
 from .rows import check_floating, statistics_dtype
 
 
@@ -55,62 +56,93 @@ def fake_quantize(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True
     return GRADIENTS[gradient].apply(x, clip.detach(), num_bits, signed)
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """The forward pass that all estimators share."""
-
+class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, clip: Tensor, num_bits: int, signed: bool) -> Tensor:
-        return round_to_grid(x, clip, num_bits, signed=signed).to(x.dtype)
-
-
-class _StraightThrough(_FakeQuantize):
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+    def forward(ctx: Any, x: Tensor, clip: Tensor, num_bits: int, signed: bool) -> Tensor:
+        return _quantize(x, clip, num_bits, signed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return grad, None, None, None
 
 
-class _PiecewiseLinear(_FakeQuantize):
+class _PiecewiseLinear(torch.autograd.Function):
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, clip, _, signed = inputs
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(_inside(x, clip, signed))
+    def forward(ctx: Any, x: Tensor, clip: Tensor, num_bits: int, signed: bool) -> Tensor:
+        if not ctx.needs_input_grad[0]:
+            return _quantize(x, clip, num_bits, signed)
+        grid = _grid(x, clip, num_bits, signed)
+        top = clip.to(grid[0].dtype)
+        bottom = -top if signed else torch.zeros_like(top)
+        rounded, inside = elementwise(_round_and_compare, (x,), (*grid, bottom, top))
+        ctx.save_for_backward(inside)
+        return rounded
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inside,) = ctx.saved_tensors
-        return grad * inside, None, None, None
+        return elementwise(_keep, (grad, inside), ())[0], None, None, None
 
 
-class _MagnitudeAware(_FakeQuantize):
+class _MagnitudeAware(torch.autograd.Function):
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, clip, _, ctx.signed = inputs
+    def forward(ctx: Any, x: Tensor, clip: Tensor, num_bits: int, signed: bool) -> Tensor:
+        ctx.signed = signed
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(x, clip)
+        return _quantize(x, clip, num_bits, signed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, clip = ctx.saved_tensors
-        # Inside, the divisor is the clip itself and the factor exactly 1; 0 / 0 is a zero inside a clip of zero.
-        divisor = torch.maximum(x.to(statistics_dtype(x.dtype)).abs(), clip)
-        factor = (clip / divisor).nan_to_num_(nan=1.0)
-        if not ctx.signed:
-            factor.masked_fill_(x < 0, 0)
-        return factor.mul_(grad).to(grad.dtype), None, None, None
+        clip = clip.to(statistics_dtype(x.dtype))
+        return elementwise(_attenuate, (grad, x), (clip,), ctx.signed)[0], None, None, None
 
 
-def _inside(x: Tensor, clip: Tensor, signed: bool) -> Tensor:
-    """Whether each value is representable up to rounding."""
-    x = x.to(statistics_dtype(x.dtype))
-    return x.abs() <= clip if signed else (x >= 0) & (x <= clip)
+def _grid(x: Tensor, clip: Tensor, num_bits: int, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Step, lowest and highest integer, in the arithmetic's dtype; as tensors, for numbers would be compiled in."""
+    step = step_size(clip.to(statistics_dtype(x.dtype)), num_bits, signed)
+    low, high = integer_range(num_bits, signed)
+    return step, step.new_full((), low), step.new_full((), high)
 
 
-GRADIENTS: dict[str, type[_FakeQuantize]] = {
+def _quantize(x: Tensor, clip: Tensor, num_bits: int, signed: bool) -> Tensor:
+    return elementwise(_round, (x,), _grid(x, clip, num_bits, signed))[0]
+
+
+@fused
+def _round(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor]:
+    return (round_to_step(x, step, low, high).to(x.dtype),)
+
+
+@fused
+def _round_and_compare(
+    x: Tensor, step: Tensor, low: Tensor, high: Tensor, bottom: Tensor, top: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``x`` on the grid, and 1 for each value inside the clip, 0 outside, as bytes."""
+    value = x.to(step.dtype)
+    # By way of floats: a compiler makes vector instructions of that, but not of a comparison's result stored as such.
+    inside = torch.where((value >= bottom) & (value <= top), 1.0, 0.0)
+    return round_to_step(x, step, low, high).to(x.dtype), inside.to(torch.uint8)
+
+
+@fused
+def _keep(grad: Tensor, inside: Tensor) -> tuple[Tensor]:
+    """PWL: the gradient inside the clip, 0 outside."""
+    return (grad * inside.to(grad.dtype),)
+
+
+@fused
+def _attenuate(grad: Tensor, x: Tensor, clip: Tensor, signed: bool) -> tuple[Tensor]:
+    """MAD: the gradient times ``clip / |x|`` outside the clip."""
+    # Inside, the divisor is the clip itself and the factor exactly 1; 0 / 0 is a zero inside a clip of zero.
+    factor = (clip / torch.maximum(x.to(clip.dtype).abs(), clip)).nan_to_num(nan=1.0)
+    if not signed:
+        factor = torch.where(x < 0, 0, factor)
+    return ((factor * grad).to(grad.dtype),)
+
+
+GRADIENTS: dict[str, type[torch.autograd.Function]] = {
     "ste": _StraightThrough,
     "pwl": _PiecewiseLinear,
     "mad": _MagnitudeAware,

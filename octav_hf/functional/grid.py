@@ -45,9 +45,14 @@ def round_to_grid(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True
         ``step * clamp(round(x / step))``, shape of ``x``, in float32 (float64 for float64 input). NaN stays NaN.
     """
     low, high = integer_range(num_bits, signed)
-    # A 0-dim clip would not raise the arithmetic to its own dtype.
-    x = x.to(statistics_dtype(x.dtype))
-    step = step_size(clip.to(x.dtype), num_bits, signed)
+    step = step_size(clip.to(statistics_dtype(x.dtype)), num_bits, signed)
+    return round_to_step(x, step, step.new_full((), low), step.new_full((), high))
+
+
+def round_to_step(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """``round_to_grid`` with the grid given by its step, in the dtype of the result, and its integer range."""
+    # A 0-dim step would not raise the arithmetic to its own dtype.
+    x = x.to(step.dtype)
     # A zero step (all-zero data, or a clip below the smallest float) must not divide: 0 / 0 would be NaN.
     levels = x / torch.where(step > 0, step, 1)
     return levels.round_().clamp_(low, high).mul_(step)

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from .error import rows_error
-from .grid import noise_factor
+from .error import lower_error
+from .fixed_point import fixed_points, pays
+from .grid import check_num_bits, noise_factor
 from .registry import register_clip_rule
 from .rows import Dim, check_floating, finite_range, statistics_dtype, to_rows
 from .tail_sums import TailSums
@@ -52,22 +53,36 @@ def octav_clip(
         ValueError: ``x`` holds NaN or Inf; ``num_bits``, ``dim`` or ``max_iterations`` is out of range.
     """
     check_floating(x, "octav_clip")
-    noise = noise_factor(num_bits, signed)
+    check_num_bits(num_bits)
     if max_iterations is not None and (not isinstance(max_iterations, int) or max_iterations < 0):
         raise ValueError(f"max_iterations must be None or an integer >= 0, got {max_iterations!r}")
-    low, high = finite_range(x, "octav_clip")
     rows, shape = to_rows(x, dim)
+    clip = torch.zeros(rows.shape[0], dtype=statistics_dtype(x.dtype), device=x.device)
     if rows.numel() == 0:
-        return torch.zeros(shape, dtype=statistics_dtype(x.dtype), device=x.device)
+        return clip.reshape(shape)
+    found = torch.zeros_like(clip, dtype=torch.bool)
+    if max_iterations is None and pays(x):
+        clip, found = fixed_points(rows, num_bits, signed)
+    if not found.all():
+        low, high = finite_range(x, "octav_clip")
+        rest = rows if not found.any() else rows[~found]
+        clip[~found] = _recursion(rest, num_bits, signed, max_iterations, low, high)
+    return clip.reshape(shape)
 
+
+def _recursion(
+    rows: Tensor, num_bits: int, signed: bool, max_iterations: int | None, low: float, high: float
+) -> Tensor:
+    """Eq. 6 as it is written, for each row of ``[rows, n]`` with finite values from ``low`` to ``high``."""
+    noise = noise_factor(num_bits, signed)
     tail = TailSums(rows, signed, low, high)
     clip = tail.total / tail.nonzero.clamp(min=1)
     if max_iterations is None:
-        clip = _fixed_point(tail, clip, noise, rows, num_bits, signed)
+        clip = _settle(tail, clip, noise, rows, num_bits, signed)
     else:
         for _ in range(max_iterations):
             clip = _update(tail, clip, noise)
-    return (clip / tail.unit).reshape(shape)
+    return clip / tail.unit
 
 
 def _update(tail: TailSums, clip: Tensor, noise: float) -> Tensor:
@@ -77,32 +92,23 @@ def _update(tail: TailSums, clip: Tensor, noise: float) -> Tensor:
     return torch.where(outside > 0, total / denominator.clamp(min=noise), clip)
 
 
-def _fixed_point(tail: TailSums, start: Tensor, noise: float, rows: Tensor, num_bits: int, signed: bool) -> Tensor:
+def _settle(tail: TailSums, start: Tensor, noise: float, rows: Tensor, num_bits: int, signed: bool) -> Tensor:
     """Run Eq. 6 from ``start`` until each row settles or alternates; see ``octav_clip`` for what is returned."""
     tolerance = 8 * torch.finfo(start.dtype).eps
     before, clip = torch.full_like(start, -1), start
     for _ in range(_LONGEST_RECURSION):
         after = _update(tail, clip, noise)
         settled = (after - clip).abs() <= tolerance * clip
-        alternates = (after - before).abs() <= tolerance * clip
+        alternates = ~settled & ((after - before).abs() <= tolerance * clip)
         done = settled | alternates
         if done.all():
-            return _lower_error(clip, after, alternates & ~settled, tail.unit, rows, num_bits, signed)
+            break
         # A row that is done keeps its last two values, whatever the others still do.
         before, clip = torch.where(done, before, clip), torch.where(done, clip, after)
-    clip = _lower_error(clip, after, alternates & ~settled, tail.unit, rows, num_bits, signed)
-    return torch.where(done, clip, _sign_change(tail, noise))
-
-
-def _lower_error(
-    first: Tensor, second: Tensor, choose: Tensor, unit: float, rows: Tensor, num_bits: int, signed: bool
-) -> Tensor:
-    """``second``; in the rows to ``choose``, the one of both with the lower measured error."""
-    if not choose.any():
-        return second
-    low, high = torch.minimum(first, second), torch.maximum(first, second)
-    high_error, low_error = (rows_error(rows, clip / unit, num_bits, signed) for clip in (high, low))
-    return torch.where(choose, torch.where(high_error < low_error, high, low), second)
+    if alternates.any():
+        first, second = clip[alternates] / tail.unit, after[alternates] / tail.unit
+        after[alternates] = lower_error(rows[alternates], first, second, num_bits, signed) * tail.unit
+    return after if done.all() else torch.where(done, after, _sign_change(tail, noise))
 
 
 def _sign_change(tail: TailSums, noise: float) -> Tensor:

@@ -48,8 +48,7 @@ def to_rows(x: Tensor, dim: Dim) -> tuple[Tensor, tuple[int, ...]]:
     """
     if dim is None:
         # Order is of no matter here; in memory order a transposed tensor (an attention key) flattens without a copy.
-        in_memory_order = sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
-        return x.permute(in_memory_order).reshape(1, -1), ()
+        return x.permute(memory_order(x)).reshape(1, -1), ()
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     for d in dims:
         if not -x.dim() <= d < x.dim():
@@ -62,6 +61,11 @@ def to_rows(x: Tensor, dim: Dim) -> tuple[Tensor, tuple[int, ...]]:
     rows = math.prod(x.shape[d] for d in kept)
     columns = math.prod(x.shape[d] for d in reduced)
     return x.permute(*kept, *reduced).reshape(rows, columns), shape
+
+
+def memory_order(x: Tensor) -> list[int]:
+    """The dimensions of ``x`` from the slowest to the fastest in memory."""
+    return sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
 
 
 def magnitude(x: Tensor, signed: bool) -> Tensor:

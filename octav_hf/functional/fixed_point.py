@@ -1,0 +1,265 @@
+"""The fixed point of Eq. 6 in few reads of a large tensor, for the whole of it or for its rows."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .error import lower_error
+from .fused import fused, fuses
+from .grid import noise_factor
+from .rows import magnitude
+
+# Elements summed in float32, before the sums of such pieces are summed in float64.
+_PIECE = 1 << 15
+# Pieces that uncompiled operations take at once: few enough that their temporaries stay in cache.
+_PIECES_IN_CACHE = 8
+SMALLEST = _PIECE
+# From so many elements on a read is dear: the search starts from a sample's clip, and ends when it is proven to 5e-5.
+_LARGE = 1 << 19
+_TOLERANCE, _LARGE_TOLERANCE = 1e-6, 5e-5
+_MOST_READS = 12
+_ROW_UPDATES = 7
+
+
+def pays(x: Tensor) -> bool:
+    """Whether ``fixed_points`` is worth its overhead for ``x``, and its float32 arithmetic as good as it can be."""
+    return x.numel() >= SMALLEST and x.dtype != torch.float64
+
+
+def fixed_points(rows: Tensor, num_bits: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """The fixed point of Eq. 6 for each of ``rows``, ``[rows, n]``, where there is one that can be proven.
+
+    Args:
+        rows: float32, bfloat16 or float16.
+        num_bits, signed: the grid.
+
+    Returns:
+        Clips, float32 ``[rows]``, and whether each was found, ``[rows]``. Not found, and without a valid clip, are rows
+        on which Eq. 6 runs in a cycle, or that are all zero, not finite, or too large to be summed up.
+    """
+    rows = rows.contiguous()
+    if rows.shape[1] < _PIECE:
+        return _short_rows(rows, num_bits, signed)
+    noise = noise_factor(num_bits, signed)
+    clips = torch.tensor(
+        [_long_row(row, noise, signed) or 0.0 for row in rows], dtype=torch.float32, device=rows.device
+    )
+    return clips, clips > 0
+
+
+def _long_row(x: Tensor, noise: float, signed: bool) -> float | None:
+    r"""The fixed point of Eq. 6 for ``x``, ``[n]`` with n of at least ``_PIECE``, proven to within a tolerance.
+
+    The derivative of the modelled error, :math:`h(s) = c s \sum 1\{0<|x|\le s\} - \sum (|x|-s)_+`, increases with s and
+    is zero at the fixed point. Between two thresholds a < b its slope lies between D(b) and D(a), where
+    :math:`D(s) = c \sum 1\{0<|x|\le s\} + \sum 1\{|x|>s\}` is the denominator of Eq. 6, but for a jump by
+    :math:`c m` at each magnitude m between them. So the sums and counts above a and b bound the zero from both sides.
+    The fixed point of a sample says where to put a and b: two reads of the tensor are the rule.
+
+    Returns ``None`` where it was not found.
+    """
+    magnitudes = _Magnitudes(x, noise, signed)
+    tail = magnitudes.tail(_guess(_sample(x) if x.numel() >= _LARGE else x, noise, signed))
+    if not math.isfinite(magnitudes.total) or magnitudes.nonzero == 0:
+        return None
+    return _search(magnitudes, tail)
+
+
+def _sample(x: Tensor) -> Tensor:
+    """One element in 16, in runs."""
+    return x[: x.numel() // _PIECE * _PIECE].view(-1, _PIECE)[:, : _PIECE // 16].reshape(-1)
+
+
+def _guess(x: Tensor, noise: float, signed: bool) -> float:
+    """A clip near the fixed point; 0 where there is nothing to go by."""
+    if x.numel() < _LARGE:
+        clip = _row_updates.plain(x[None], *_noise_and_start(x, noise), signed)[-1].item()
+    else:
+        clip = _guess(_sample(x), noise, signed)
+        magnitudes = _Magnitudes(x, noise, signed)
+        for _ in range(2):
+            clip = magnitudes.update(magnitudes.tail(clip))
+    return clip if math.isfinite(clip) else 0.0
+
+
+class _Tail(NamedTuple):
+    """What is known of the magnitudes above a threshold: the sum of what they exceed it by, and their count."""
+
+    threshold: float
+    excess: float
+    outside: float
+
+
+class _Magnitudes:
+    """The magnitudes of ``x``, ``[n]``, read for the tails above one or two thresholds, which are rounded to float32.
+
+    ``total`` and ``nonzero``, the sum of ``|x|`` and the count of the nonzero magnitudes, are known after ``tail``.
+    """
+
+    def __init__(self, x: Tensor, noise: float, signed: bool):
+        self.noise = noise
+        self.numel = x.numel()
+        whole = x.numel() // _PIECE * _PIECE
+        self._signed = signed
+        self._compiled = fuses(x) and whole > _PIECE  # a size of 1 would be compiled anew
+        self._parts = [x[:whole].view(-1, _PIECE)]
+        if not self._compiled:
+            self._parts = list(self._parts[0].split(_PIECES_IN_CACHE))
+        if whole < x.numel():
+            self._parts.append(x[whole:].view(1, -1))
+
+    def tail(self, threshold: float) -> _Tail:
+        """What is above one threshold; also sets ``total`` and ``nonzero``."""
+        (threshold,), sums = self._read(_sums_and_tail, [threshold])
+        self.total, self.nonzero, excess, outside = sums
+        return _Tail(threshold, excess, outside)
+
+    def tails(self, low: float, high: float) -> tuple[_Tail, _Tail]:
+        """What is above each of two thresholds."""
+        (low, high), sums = self._read(_two_tails, [low, high])
+        return _Tail(low, sums[0], sums[1]), _Tail(high, sums[2], sums[3])
+
+    def slope(self, tail: _Tail) -> float:
+        """D at the threshold, the denominator of Eq. 6."""
+        return self.noise * (self.nonzero - tail.outside) + tail.outside
+
+    def update(self, tail: _Tail) -> float:
+        """Eq. 6 from the threshold. Above every magnitude that is 0, and from there the mean, which it is at once."""
+        if tail.outside == 0:
+            return self.total / max(self.nonzero, 1.0)
+        return (tail.excess + tail.threshold * tail.outside) / self.slope(tail)
+
+    def derivative(self, tail: _Tail) -> float:
+        """h at the threshold, the derivative of the modelled error."""
+        return self.noise * tail.threshold * (self.nonzero - tail.outside) - tail.excess
+
+    def _read(self, function: fused, thresholds: list[float]) -> tuple[list[float], list[float]]:
+        rounded = torch.tensor(thresholds, dtype=torch.float32)
+        on_device = rounded.to(self._parts[0].device)
+        first = function if self._compiled else function.plain
+        sums = [first(self._parts[0], on_device, self._signed)]
+        sums += [function.plain(part, on_device, self._signed) for part in self._parts[1:]]
+        return rounded.tolist(), torch.cat(sums, dim=1).double().sum(dim=1).tolist()
+
+
+@fused
+def _sums_and_tail(rows: Tensor, thresholds: Tensor, signed: bool) -> Tensor:
+    """Of each row the sum of ``|x|``, the count of nonzero magnitudes, and its tail: ``[4, rows]``, float32."""
+    values = rows.to(torch.float32)
+    # The tail does not need max(x, 0), for no threshold is negative.
+    magnitudes = values.abs() if signed else values
+    excess = (magnitudes - thresholds[0]).relu()
+    return torch.stack([values.abs().sum(dim=1), _count(magnitudes), excess.sum(dim=1), _count(excess)])
+
+
+@fused
+def _two_tails(rows: Tensor, thresholds: Tensor, signed: bool) -> Tensor:
+    """Of each row the tail above each threshold, its excess and its count: ``[4, rows]``, float32."""
+    values = rows.to(torch.float32)
+    magnitudes = values.abs() if signed else values
+    low, high = (magnitudes - thresholds[0]).relu(), (magnitudes - thresholds[1]).relu()
+    return torch.stack([low.sum(dim=1), _count(low), high.sum(dim=1), _count(high)])
+
+
+def _count(values: Tensor) -> Tensor:
+    """How many values of each row are positive."""
+    return (values > 0).sum(dim=1, dtype=torch.float32)
+
+
+def _search(magnitudes: _Magnitudes, tail: _Tail) -> float | None:
+    """The fixed point, from an update of ``tail`` on, by brackets that close around it."""
+    tolerance = _LARGE_TOLERANCE if magnitudes.numel >= _LARGE else _TOLERANCE
+    clip = magnitudes.update(tail)
+    spread = _error(clip, tail)
+    for _ in range(_MOST_READS):
+        spread = min(max(spread, 1e-6), 0.5)
+        below, above = magnitudes.tails(clip * (1 - spread), clip * (1 + spread))
+        if not below.threshold < above.threshold:
+            return None  # subnormal, where float32 cannot tell them apart
+        h_below, h_above = magnitudes.derivative(below), magnitudes.derivative(above)
+        if not h_below <= 0 <= h_above:
+            nearer = below if h_below > 0 else above
+            clip = magnitudes.update(nearer)
+            spread = _error(clip, nearer)
+            continue
+        jumps = magnitudes.noise * above.threshold * (below.outside - above.outside)
+        steepest, flattest = magnitudes.slope(below), magnitudes.slope(above)
+        lowest = max(below.threshold + max(0.0, -h_below - jumps) / steepest, above.threshold - h_above / flattest)
+        highest = min(above.threshold - max(0.0, h_above - jumps) / steepest, below.threshold - h_below / flattest)
+        clip = min(max(_zero(below.threshold, above.threshold, h_below, h_above, steepest, flattest), lowest), highest)
+        if highest - lowest <= tolerance * clip:
+            return clip
+        spread = min(spread / 4, 32 * spread**2)
+    return None
+
+
+def _zero(a: float, b: float, h_a: float, h_b: float, slope_a: float, slope_b: float) -> float:
+    """Where a parabola through (a, h_a) and (b, h_b) is zero whose slope changes by ``slope_b - slope_a`` between."""
+    width, mean_slope = b - a, (h_b - h_a) / (b - a)
+    bend = (slope_b - slope_a) / width
+    chord = -h_a / mean_slope
+    return a + chord - bend / 2 * chord * (chord - width) / (mean_slope + bend * (chord - width / 2))
+
+
+def _error(clip: float, tail: _Tail) -> float:
+    """A generous guess at the relative error of an update: Eq. 6 converges quadratically at first, then linearly."""
+    change = abs(clip / tail.threshold - 1) if tail.threshold else 1.0
+    return 16 * change**2 + 0.03 * change
+
+
+def _noise_and_start(x: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """The noise factor, and nearly the fixed point of Gaussian data in units of its mean magnitude, as tensors."""
+    start = (math.sqrt(-2 * math.log(noise)) - 1.05) * math.sqrt(math.pi / 2)
+    return (
+        torch.full((), noise, dtype=torch.float32, device=x.device),
+        torch.full((), start, dtype=torch.float32, device=x.device),
+    )
+
+
+def _short_rows(rows: Tensor, num_bits: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """``fixed_points`` for rows that stay in cache while Eq. 6 is run."""
+    parameters = _noise_and_start(rows, noise_factor(num_bits, signed))
+    if fuses(rows):
+        before, clip, last = _row_updates(rows, *parameters, signed)
+    else:
+        parts = rows.split(max(1, _PIECE * _PIECES_IN_CACHE // rows.shape[1]))
+        updated = (_row_updates.plain(part, *parameters, signed) for part in parts)
+        before, clip, last = (torch.cat(values) for values in zip(*updated, strict=True))
+    tolerance = 8 * torch.finfo(clip.dtype).eps * clip
+    settled = (last - clip).abs() <= tolerance
+    if settled.all():
+        return last, settled
+    # About one weight row in a hundred alternates: too many to leave to the recursion.
+    alternates = ((last - before).abs() <= tolerance) & ~settled
+    part, first, second = rows[alternates], clip[alternates], last[alternates]
+    last[alternates] = lower_error(part, first, second, num_bits, signed)
+    settled[alternates] = _one_magnitude_between(magnitude(part, signed), first, second)
+    return last, settled
+
+
+def _one_magnitude_between(magnitudes: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Whether all magnitudes of a row between two clips are equal: h jumps over zero there, and has no other zero."""
+    low, high = torch.minimum(first, second)[:, None], torch.maximum(first, second)[:, None]
+    between = (magnitudes > low) & (magnitudes <= high)
+    smallest = torch.where(between, magnitudes, torch.inf).amin(dim=1)
+    return smallest == torch.where(between, magnitudes, 0).amax(dim=1)
+
+
+@fused
+def _row_updates(rows: Tensor, noise: Tensor, start: Tensor, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Updates of Eq. 6 from ``start`` times the mean, in one read: the last three clips; NaN where there is none."""
+    magnitudes = magnitude(rows, signed)
+    nonzero = _count(magnitudes)
+    # From above every magnitude Eq. 6 would start over from 0.
+    highest = magnitudes.amax(dim=1) * (1 - 2.0**-20)
+    clips = [torch.minimum(start * magnitudes.sum(dim=1) / nonzero, highest)]
+    if not signed:  # a negative infinity is no magnitude
+        clips[0] = torch.where(rows.amin(dim=1) > -torch.inf, clips[0], torch.nan)
+    for _ in range(_ROW_UPDATES):
+        excess = (magnitudes - clips[-1][:, None]).relu()
+        outside = _count(excess)
+        clip = (excess.sum(dim=1) + clips[-1] * outside) / (noise * (nonzero - outside) + outside)
+        clips.append(torch.where(outside > 0, clip, torch.nan))
+    return clips[-3], clips[-2], clips[-1]

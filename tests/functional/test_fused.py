@@ -1,0 +1,163 @@
+"""Compiled functions: the same results as the plain ones, few compilations, and no crash without a compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from octav_hf.functional import fake_quantize, fused, octav_clip
+
+Tensor = torch.Tensor
+LARGE = fused.SMALLEST + 12_345
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "flat": lambda x: x,
+    "contiguous": lambda x: x.view(-1, 5, 4),
+    "transposed": lambda x: x.view(-1, 5, 4).transpose(0, 2),
+    "every_second": lambda x: x.repeat(2)[::2],
+    "expanded": lambda x: x[:50_000, None].expand(-1, 3),
+    "a_size_of_1": lambda x: x[None, :, None],
+}
+
+
+@pytest.fixture(autouse=True)
+def path() -> None:
+    """In place of the fixture that lowers the sizes from which things are compiled."""
+
+
+def gaussian(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+
+
+def value_and_gradient(x: Tensor, clip: Tensor, signed: bool, gradient: str) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    y = fake_quantize(x, clip, 4, signed=signed, gradient=gradient)
+    incoming = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
+    return y.detach(), torch.autograd.grad(y, x, incoming)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_compiled_equals_plain_bit_for_bit(
+    signed: bool, gradient: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = LAYOUTS[layout](gaussian(LARGE // 20 * 20 * 3))
+    compiled = value_and_gradient(x, torch.tensor(1.3), signed, gradient)
+    monkeypatch.setenv(fused.SWITCH, "0")
+    plain = value_and_gradient(x, torch.tensor(1.3), signed, gradient)
+    assert torch.equal(compiled[0], plain[0])
+    assert torch.equal(compiled[1], plain[1])
+    assert compiled[0].shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
+def test_compiled_rows_equal_plain_rows(gradient: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = gaussian(300 * 200, dtype).view(300, 200)
+    clip = octav_clip(x, 4, dim=1)
+    compiled = value_and_gradient(x, clip, True, gradient)
+    monkeypatch.setenv(fused.SWITCH, "0")
+    plain = value_and_gradient(x, clip, True, gradient)
+    assert torch.equal(compiled[0], plain[0])
+    assert torch.equal(compiled[1], plain[1])
+    torch.testing.assert_close(octav_clip(x, 4, dim=1), clip, rtol=1e-6, atol=0)
+
+
+def compilations() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+class Seen(TorchFunctionMode):
+    """A function mode, such as the one that attention runs under."""
+
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        return func(*args, **(kwargs or {}))
+
+
+def step(x: Tensor, bits: int) -> None:
+    """What a training step asks for: a clip and a quantized tensor with its gradient, whole and by rows."""
+    x = x.detach().requires_grad_()
+    for dim in (None, 1):
+        clip = octav_clip(x, bits, dim=dim)
+        fake_quantize(x, clip, bits, gradient="pwl" if dim is None else "mad").sum().backward()
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("state", [nullcontext, Seen, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
+def test_shapes_bits_and_contexts_share_a_compilation(state: Callable, bits: int) -> None:
+    """Batches differ in length, modules in bits, and attention runs under a mode: nothing of that is compiled anew."""
+    step(gaussian(400 * 300).view(400, 300), 4)
+    before = compilations()
+    assert before > 0
+    with state():
+        for shape in ((500, 300), (400, 307), (2, 70_000), (600, 600), (70_000, 2)):
+            step(gaussian(shape[0] * shape[1]).view(shape), bits)
+    assert compilations() == before
+
+
+def test_inference_mode_computes_the_same() -> None:
+    x = gaussian(LARGE)
+    expected = fake_quantize(x, octav_clip(x, 4), 4)
+    with torch.inference_mode():
+        assert torch.equal(fake_quantize(x, octav_clip(x, 4), 4), expected)
+        assert torch.equal(fake_quantize(x * 1, octav_clip(x * 1, 4), 4), expected)
+
+
+def test_a_dispatch_mode_sees_the_operations() -> None:
+    """Flop counters and selective checkpointing are such modes, and torch.compile refuses to work under them."""
+    x = gaussian(LARGE)
+    expected = fake_quantize(x, torch.tensor(2.0), 4)
+    with FlopCounterMode(display=False):
+        assert torch.equal(fake_quantize(x, torch.tensor(2.0), 4), expected)
+        torch.testing.assert_close(octav_clip(x, 4), octav_clip(x, 4), rtol=1e-6, atol=0)
+
+
+def test_small_tensors_and_the_switch_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fused.fuses(torch.zeros(fused.SMALLEST))
+    assert not fused.fuses(torch.zeros(fused.SMALLEST - 1))
+    assert not fused.fuses(torch.zeros(fused.SMALLEST, dtype=torch.float64))
+    assert not fused.fuses(torch.zeros(fused.SMALLEST, device="meta"))
+    monkeypatch.setenv(fused.SWITCH, "0")
+    assert not fused.fuses(torch.zeros(fused.SMALLEST))
+
+
+def test_without_a_compiler_one_warning_and_the_plain_functions(tmp_path: Path) -> None:
+    script = (
+        "import torch, warnings\n"
+        "from octav_hf.functional import fake_quantize, octav_clip\n"
+        "x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    results = [octav_clip(x, 4), octav_clip(x, 4, dim=1), fake_quantize(x, torch.tensor(2.5), 4)]\n"
+        "ours = [str(w.message) for w in caught if 'octav_hf' in str(w.message)]\n"
+        "print(len(ours), ours[0])\n"
+        f"torch.save(results, {str(tmp_path / 'results.pt')!r})\n"
+    )
+    without = {
+        **os.environ,
+        "CXX": "/no/such/compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": str(Path(fused.__file__).parents[2]),
+    }
+    output = subprocess.run(
+        [sys.executable, "-c", script], env=without, check=True, capture_output=True, text=True
+    ).stdout
+    assert output.startswith("1 ")
+    assert "C++ compiler" in output
+    assert fused.SWITCH in output
+    x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    clip, row_clips, quantized = torch.load(tmp_path / "results.pt")
+    torch.testing.assert_close(clip, octav_clip(x, 4), rtol=1e-6, atol=0)
+    torch.testing.assert_close(row_clips, octav_clip(x, 4, dim=1), rtol=1e-6, atol=0)
+    assert torch.equal(quantized, fake_quantize(x, torch.tensor(2.5), 4))
