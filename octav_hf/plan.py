@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .config import OctavConfig, matches
-from .nn import ATTENTION_OPERANDS, FakeQuantize, QuantizedAttention, QuantizedLinear
+from .nn import ATTENTION_OPERANDS, FakeQuantize, QuantizedAttention, QuantizedLinear, WeightFakeQuantize
 
 # Attention implementations whose matmuls run as functions that can be seen; None: the module does not ask for one.
 _REACHABLE_IMPLEMENTATIONS = ("eager", "sdpa", None)
@@ -132,7 +132,7 @@ def _weight_quantizer(config: OctavConfig, name: str) -> nn.Module:
     settings = config.settings_for(name)
     if settings.weight_bits is None:
         return nn.Identity()
-    return FakeQuantize(
+    return WeightFakeQuantize(
         settings.weight_bits,
         clip=settings.weight_clip,
         clip_options=settings.weight_clip_options,

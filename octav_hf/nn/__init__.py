@@ -5,6 +5,7 @@ from .attention_matmuls import ATTENTION_OPERANDS, AttentionMatmuls
 from .fake_quantize import FakeQuantize
 from .linear import QuantizedLinear
 from .scaled_dot_product_attention import quantized_scaled_dot_product_attention
+from .weight_fake_quantize import WeightFakeQuantize
 
 __all__ = [
     "ATTENTION_OPERANDS",
@@ -12,5 +13,6 @@ __all__ = [
     "FakeQuantize",
     "QuantizedAttention",
     "QuantizedLinear",
+    "WeightFakeQuantize",
     "quantized_scaled_dot_product_attention",
 ]

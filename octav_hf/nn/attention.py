@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from .attention_matmuls import AttentionMatmuls
+from .shared_inputs import shared_inputs
 
 
 class QuantizedAttention(nn.Module):
@@ -38,7 +39,7 @@ class QuantizedAttention(nn.Module):
         Raises:
             RuntimeError: an operand was never met, so it would have stayed in float.
         """
-        with AttentionMatmuls(self.operand_quantizers, self.attention_name) as matmuls:
+        with shared_inputs(), AttentionMatmuls(self.operand_quantizers, self.attention_name) as matmuls:
             output = super().forward(*args, **kwargs)
         matmuls.check_complete()
         return output

@@ -45,6 +45,11 @@ class FakeQuantize(nn.Module):
         self.dim = dim
         self.name = name
 
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What the result depends on besides the input; equal for quantizers that do the same."""
+        return self.num_bits, self.clip, self.clip_options, self.gradient, self.signed, self.dim
+
     @torch.compiler.disable
     def compute_clip(self, x: Tensor) -> Tensor:
         """Clipping scalar(s) of ``x``, broadcastable against it. An error of the rule is raised with ``name`` added."""

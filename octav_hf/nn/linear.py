@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from .shared_inputs import quantize_input
+
 
 class QuantizedLinear(nn.Linear):
     """``nn.Linear`` with ``weight_quantizer`` and ``input_quantizer``; ``nn.Identity`` leaves that operand in float.
@@ -27,4 +29,6 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``Q(input) Q(weight)^T + bias``; shapes as for ``nn.Linear``."""
-        return nn.functional.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        return nn.functional.linear(
+            quantize_input(self.input_quantizer, input), self.weight_quantizer(self.weight), self.bias
+        )

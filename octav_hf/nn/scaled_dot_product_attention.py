@@ -34,13 +34,16 @@ def quantized_scaled_dot_product_attention(
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], dim=-3)
-    scores = torch.matmul(query, key.transpose(-2, -1)) * scale
+    # The query is smaller than the scores are, so scale that; and no backward pass needs the scores before the mask.
+    scores = torch.matmul(query * scale, key.transpose(-2, -1))
     mask = _additive_mask(scores, attn_mask, is_causal)
     if mask is not None:
-        scores = scores + mask
+        scores = scores.add_(mask)
     probabilities = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     if mask is not None:
-        probabilities = probabilities.masked_fill((mask == -torch.inf).all(dim=-1, keepdim=True), 0)
+        blind = (mask == -torch.inf).all(dim=-1, keepdim=True)
+        if blind.any():
+            probabilities = probabilities.masked_fill(blind, 0)
     probabilities = nn.functional.dropout(probabilities.to(value.dtype), dropout_p)
     return torch.matmul(quantizers["probabilities"](probabilities), value)
 
