@@ -33,7 +33,7 @@ METHODS: dict[str, list[str]] = {
 RECIPE = {
     "per_device_train_batch_size": "8",
     "per_device_eval_batch_size": "32",
-    "num_train_epochs": "1",
+    "num_train_epochs": "1.5",
     "learning_rate": "3e-4",
     "warmup_steps": "0.1",
     "weight_decay": "0.01",

@@ -11,11 +11,14 @@ from .fused import fused, fuses
 from .grid import noise_factor
 from .rows import magnitude
 
-# Elements summed in float32, before the sums of such pieces are summed in float64.
-_PIECE = 1 << 15
+# Elements from which the search is worth its overhead.
+SMALLEST = 1 << 15
+# Elements from which a row is searched by itself; shorter ones stay in cache while Eq. 6 is run on all of them.
+_LONG_ROW = 1 << 15
+# Elements summed in float32, before the sums of such pieces are summed in float64: few enough for 1e-5 at the worst.
+_PIECE = 1 << 12
 # Pieces that uncompiled operations take at once: few enough that their temporaries stay in cache.
-_PIECES_IN_CACHE = 8
-SMALLEST = _PIECE
+_PIECES_IN_CACHE = 64
 # From so many elements on a read is dear: the search starts from a sample's clip, and ends when it is proven to 5e-5.
 _LARGE = 1 << 19
 _TOLERANCE, _LARGE_TOLERANCE = 1e-6, 5e-5
@@ -40,7 +43,7 @@ def fixed_points(rows: Tensor, num_bits: int, signed: bool) -> tuple[Tensor, Ten
         on which Eq. 6 runs in a cycle, or that are all zero, not finite, or too large to be summed up.
     """
     rows = rows.contiguous()
-    if rows.shape[1] < _PIECE:
+    if rows.shape[1] < _LONG_ROW:
         return _short_rows(rows, num_bits, signed)
     noise = noise_factor(num_bits, signed)
     clips = torch.tensor(
@@ -75,7 +78,8 @@ def _sample(x: Tensor) -> Tensor:
 def _guess(x: Tensor, noise: float, signed: bool) -> float:
     """A clip near the fixed point; 0 where there is nothing to go by."""
     if x.numel() < _LARGE:
-        clip = _row_updates.plain(x[None], *_noise_and_start(x, noise), signed)[-1].item()
+        updates = _row_updates if fuses(x) else _row_updates.plain
+        clip = updates(x[None], *_noise_and_start(x, noise), signed)[-1].item()
     else:
         clip = _guess(_sample(x), noise, signed)
         magnitudes = _Magnitudes(x, noise, signed)
@@ -85,10 +89,10 @@ def _guess(x: Tensor, noise: float, signed: bool) -> float:
 
 
 class _Tail(NamedTuple):
-    """What is known of the magnitudes above a threshold: the sum of what they exceed it by, and their count."""
+    """Sum and count of the magnitudes above a threshold."""
 
     threshold: float
-    excess: float
+    total: float
     outside: float
 
 
@@ -113,8 +117,8 @@ class _Magnitudes:
     def tail(self, threshold: float) -> _Tail:
         """What is above one threshold; also sets ``total`` and ``nonzero``."""
         (threshold,), sums = self._read(_sums_and_tail, [threshold])
-        self.total, self.nonzero, excess, outside = sums
-        return _Tail(threshold, excess, outside)
+        self.total, self.nonzero, total, outside = sums
+        return _Tail(threshold, total, outside)
 
     def tails(self, low: float, high: float) -> tuple[_Tail, _Tail]:
         """What is above each of two thresholds."""
@@ -129,11 +133,11 @@ class _Magnitudes:
         """Eq. 6 from the threshold. Above every magnitude that is 0, and from there the mean, which it is at once."""
         if tail.outside == 0:
             return self.total / max(self.nonzero, 1.0)
-        return (tail.excess + tail.threshold * tail.outside) / self.slope(tail)
+        return tail.total / self.slope(tail)
 
     def derivative(self, tail: _Tail) -> float:
         """h at the threshold, the derivative of the modelled error."""
-        return self.noise * tail.threshold * (self.nonzero - tail.outside) - tail.excess
+        return tail.threshold * self.slope(tail) - tail.total
 
     def _read(self, function: fused, thresholds: list[float]) -> tuple[list[float], list[float]]:
         rounded = torch.tensor(thresholds, dtype=torch.float32)
@@ -148,24 +152,28 @@ class _Magnitudes:
 def _sums_and_tail(rows: Tensor, thresholds: Tensor, signed: bool) -> Tensor:
     """Of each row the sum of ``|x|``, the count of nonzero magnitudes, and its tail: ``[4, rows]``, float32."""
     values = rows.to(torch.float32)
-    # The tail does not need max(x, 0), for no threshold is negative.
     magnitudes = values.abs() if signed else values
-    excess = (magnitudes - thresholds[0]).relu()
-    return torch.stack([values.abs().sum(dim=1), _count(magnitudes), excess.sum(dim=1), _count(excess)])
+    return torch.stack([values.abs().sum(dim=1), _count(magnitudes > 0), *_tail(magnitudes, thresholds[0])])
 
 
 @fused
 def _two_tails(rows: Tensor, thresholds: Tensor, signed: bool) -> Tensor:
-    """Of each row the tail above each threshold, its excess and its count: ``[4, rows]``, float32."""
+    """Of each row the tail above each threshold: ``[4, rows]``, float32."""
     values = rows.to(torch.float32)
+    # The tail does not need max(x, 0), for no threshold is negative.
     magnitudes = values.abs() if signed else values
-    low, high = (magnitudes - thresholds[0]).relu(), (magnitudes - thresholds[1]).relu()
-    return torch.stack([low.sum(dim=1), _count(low), high.sum(dim=1), _count(high)])
+    return torch.stack([*_tail(magnitudes, thresholds[0]), *_tail(magnitudes, thresholds[1])])
 
 
-def _count(values: Tensor) -> Tensor:
-    """How many values of each row are positive."""
-    return (values > 0).sum(dim=1, dtype=torch.float32)
+def _tail(magnitudes: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and count of the magnitudes above a threshold, which broadcasts against ``[rows, n]``; ``[rows]`` each."""
+    outside = magnitudes > threshold
+    return torch.where(outside, magnitudes, 0.0).sum(dim=1), _count(outside)
+
+
+def _count(condition: Tensor) -> Tensor:
+    """How often it holds in each row."""
+    return torch.where(condition, 1.0, 0.0).to(torch.float32).sum(dim=1)
 
 
 def _search(magnitudes: _Magnitudes, tail: _Tail) -> float | None:
@@ -219,7 +227,7 @@ def _noise_and_start(x: Tensor, noise: float) -> tuple[Tensor, Tensor]:
 
 
 def _short_rows(rows: Tensor, num_bits: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """``fixed_points`` for rows that stay in cache while Eq. 6 is run."""
+    """``fixed_points`` for rows shorter than ``_LONG_ROW``."""
     parameters = _noise_and_start(rows, noise_factor(num_bits, signed))
     if fuses(rows):
         before, clip, last = _row_updates(rows, *parameters, signed)
@@ -251,15 +259,14 @@ def _one_magnitude_between(magnitudes: Tensor, first: Tensor, second: Tensor) ->
 def _row_updates(rows: Tensor, noise: Tensor, start: Tensor, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Updates of Eq. 6 from ``start`` times the mean, in one read: the last three clips; NaN where there is none."""
     magnitudes = magnitude(rows, signed)
-    nonzero = _count(magnitudes)
+    nonzero = _count(magnitudes > 0)
     # From above every magnitude Eq. 6 would start over from 0.
     highest = magnitudes.amax(dim=1) * (1 - 2.0**-20)
     clips = [torch.minimum(start * magnitudes.sum(dim=1) / nonzero, highest)]
     if not signed:  # a negative infinity is no magnitude
         clips[0] = torch.where(rows.amin(dim=1) > -torch.inf, clips[0], torch.nan)
     for _ in range(_ROW_UPDATES):
-        excess = (magnitudes - clips[-1][:, None]).relu()
-        outside = _count(excess)
-        clip = (excess.sum(dim=1) + clips[-1] * outside) / (noise * (nonzero - outside) + outside)
+        total, outside = _tail(magnitudes, clips[-1][:, None])
+        clip = total / (noise * (nonzero - outside) + outside)
         clips.append(torch.where(outside > 0, clip, torch.nan))
     return clips[-3], clips[-2], clips[-1]

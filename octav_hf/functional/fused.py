@@ -56,6 +56,8 @@ class fused:
 
     def __call__(self, *arguments: Any) -> Any:
         global _failed
+        if _failed:
+            return self.plain(*arguments)
         if self._compiled is None:
             self._compiled = torch.compile(  # type: ignore[call-overload]  # its stubs lack recompile_limit
                 self.plain, dynamic=True, fullgraph=True, recompile_limit=_VARIANTS
@@ -71,7 +73,7 @@ class fused:
             _failed = True
             warnings.warn(
                 f"octav_hf runs without compiled kernels, which is slower but gives the same results: torch.compile "
-                f"failed with {type(error).__name__}: {error}. A C++ compiler (g++) is what it needs on a CPU; "
+                f"failed with {type(error).__name__}: {str(error).splitlines()[0]} A C++ compiler (g++) is what it needs on a CPU; "
                 f"{SWITCH}=0 in the environment switches it off without this warning.",
                 stacklevel=2,
             )

@@ -14,6 +14,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         monkeypatch.setattr(fixed_point, "SMALLEST", 1 << 62)
     else:
         monkeypatch.setattr(fixed_point, "SMALLEST", 1)
+        monkeypatch.setattr(fixed_point, "_LONG_ROW", 64)
         monkeypatch.setattr(fixed_point, "_PIECE", 64)
     if request.param == "compiled":
         monkeypatch.setattr(fused, "SMALLEST", 500)

