@@ -71,9 +71,10 @@ class fused:
                 return self._compiled(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             _failed = True
+            first_line = str(error).partition("\n")[0]
             warnings.warn(
-                f"octav_hf runs without compiled kernels, which is slower but gives the same results: torch.compile "
-                f"failed with {type(error).__name__}: {str(error).splitlines()[0]} A C++ compiler (g++) is what it needs on a CPU; "
+                "octav_hf runs without compiled kernels, which is slower but gives the same results: torch.compile "
+                f"failed with {type(error).__name__}: {first_line} A C++ compiler (g++) is what it needs on a CPU; "
                 f"{SWITCH}=0 in the environment switches it off without this warning.",
                 stacklevel=2,
             )
