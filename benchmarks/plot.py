@@ -61,12 +61,13 @@ def plot_step(result: dict[str, Any], path: Path) -> None:
     axes.barh(names, rest, color="#37618e", label="everything else")
     axes.barh(names, quantizers, left=rest, color="#c1440e", label="clips, rounding and its gradient")
     axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlim(0, 1.1 * max(medians.values()) / baseline)
     for index, name in enumerate(names):
         axes.text(medians[name] / baseline + 0.01, index, f"{medians[name] / baseline:.2f}", va="center")
     axes.set(
         xlabel="time of a step / FP32 eager", title="Fine-tuning step of MiniLM, batch {} × {}".format(*result["size"])
     )
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
 
 
