@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import torch
 from torch import nn
 
 from .attention_matmuls import AttentionMatmuls
@@ -39,7 +40,13 @@ class QuantizedAttention(nn.Module):
         Raises:
             RuntimeError: an operand was never met, so it would have stayed in float.
         """
-        with shared_inputs(), AttentionMatmuls(self.operand_quantizers, self.attention_name) as matmuls:
+        if torch.compiler.is_compiling():  # whose graph cannot be broken inside two contexts
+            return self._attend(*args, **kwargs)
+        with shared_inputs():
+            return self._attend(*args, **kwargs)
+
+    def _attend(self, *args: Any, **kwargs: Any) -> Any:
+        with AttentionMatmuls(self.operand_quantizers, self.attention_name) as matmuls:
             output = super().forward(*args, **kwargs)
         matmuls.check_complete()
         return output
