@@ -41,7 +41,7 @@ def octav_clip(
         signed: the two's-complement grid, or the unsigned one.
         dim: the dimension(s) reduced to one scalar; ``None`` for one scalar for the whole tensor.
         max_iterations: the number of updates applied to s_1 (the paper runs 10, which at 8 bits stops about 0.4 %
-            short); ``None`` runs to the fixed point.
+            short); ``None`` runs to the fixed point, of a large tensor to within 5e-5 of it (``fixed_point.py``).
 
     Returns:
         The clip s >= 0 in the units of ``x``, float32 (float64 for float64 input), no gradient; 0-dim for
