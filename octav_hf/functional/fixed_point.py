@@ -1,4 +1,4 @@
-"""The fixed point of Eq. 6 in few reads of a large tensor, for the whole of it or for its rows."""
+"""The fixed point of Eq. 6 in few reads of a large tensor, for the whole of it or for its rows, on any device."""
 
 import math
 from typing import NamedTuple
@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import octav_triton
 from .error import lower_error
-from .fused import fused, fuses
-from .grid import noise_factor
+from .grid import gaussian_clip, noise_factor
 from .rows import magnitude
 
 # Elements from which the search is worth its overhead.
@@ -17,7 +17,7 @@ SMALLEST = 1 << 15
 _LONG_ROW = 1 << 15
 # Elements summed in float32, before the sums of such pieces are summed in float64: few enough for 1e-5 at the worst.
 _PIECE = 1 << 12
-# Pieces that uncompiled operations take at once: few enough that their temporaries stay in cache.
+# Pieces that torch operations take at once: few enough that their temporaries stay in cache.
 _PIECES_IN_CACHE = 64
 # From so many elements on a read is dear: the search starts from a sample's clip, and ends when it is proven to 5e-5.
 _LARGE = 1 << 19
@@ -31,25 +31,23 @@ def pays(x: Tensor) -> bool:
     return x.numel() >= SMALLEST and x.dtype != torch.float64
 
 
-def fixed_points(rows: Tensor, num_bits: int, signed: bool) -> tuple[Tensor, Tensor]:
+def fixed_points(rows: Tensor, num_bits: int, signed: bool) -> Tensor:
     """The fixed point of Eq. 6 for each of ``rows``, ``[rows, n]``, where there is one that can be proven.
 
     Args:
-        rows: float32, bfloat16 or float16.
+        rows: float32, bfloat16 or float16, ``[rows, n]`` with n > 0.
         num_bits, signed: the grid.
 
     Returns:
-        Clips, float32 ``[rows]``, and whether each was found, ``[rows]``. Not found, and without a valid clip, are rows
-        on which Eq. 6 runs in a cycle, or that are all zero, not finite, or too large to be summed up.
+        Clips, float32 ``[rows]``; NaN for rows on which Eq. 6 runs in a cycle, or that are all zero, not finite, or too
+        large to be summed up.
     """
     rows = rows.contiguous()
     if rows.shape[1] < _LONG_ROW:
         return _short_rows(rows, num_bits, signed)
     noise = noise_factor(num_bits, signed)
-    clips = torch.tensor(
-        [_long_row(row, noise, signed) or 0.0 for row in rows], dtype=torch.float32, device=rows.device
-    )
-    return clips, clips > 0
+    clips = [_long_row(row, noise, signed) or math.nan for row in rows]
+    return torch.tensor(clips, dtype=torch.float32, device=rows.device)
 
 
 def _long_row(x: Tensor, noise: float, signed: bool) -> float | None:
@@ -78,8 +76,7 @@ def _sample(x: Tensor) -> Tensor:
 def _guess(x: Tensor, noise: float, signed: bool) -> float:
     """A clip near the fixed point; 0 where there is nothing to go by."""
     if x.numel() < _LARGE:
-        updates = _row_updates if fuses(x) else _row_updates.plain
-        clip = updates(x[None], *_noise_and_start(x, noise), signed)[-1].item()
+        clip = _updates(x[None], noise, signed)[-1].item()
     else:
         clip = _guess(_sample(x), noise, signed)
         magnitudes = _Magnitudes(x, noise, signed)
@@ -105,24 +102,18 @@ class _Magnitudes:
     def __init__(self, x: Tensor, noise: float, signed: bool):
         self.noise = noise
         self.numel = x.numel()
-        whole = x.numel() // _PIECE * _PIECE
+        self._x = x
         self._signed = signed
-        self._compiled = fuses(x) and whole > _PIECE  # a size of 1 would be compiled anew
-        self._parts = [x[:whole].view(-1, _PIECE)]
-        if not self._compiled:
-            self._parts = list(self._parts[0].split(_PIECES_IN_CACHE))
-        if whole < x.numel():
-            self._parts.append(x[whole:].view(1, -1))
 
     def tail(self, threshold: float) -> _Tail:
         """What is above one threshold; also sets ``total`` and ``nonzero``."""
-        (threshold,), sums = self._read(_sums_and_tail, [threshold])
+        (threshold,), sums = self._read([threshold])
         self.total, self.nonzero, total, outside = sums
         return _Tail(threshold, total, outside)
 
     def tails(self, low: float, high: float) -> tuple[_Tail, _Tail]:
         """What is above each of two thresholds."""
-        (low, high), sums = self._read(_two_tails, [low, high])
+        (low, high), sums = self._read([low, high])
         return _Tail(low, sums[0], sums[1]), _Tail(high, sums[2], sums[3])
 
     def slope(self, tail: _Tail) -> float:
@@ -139,30 +130,32 @@ class _Magnitudes:
         """h at the threshold, the derivative of the modelled error."""
         return tail.threshold * self.slope(tail) - tail.total
 
-    def _read(self, function: fused, thresholds: list[float]) -> tuple[list[float], list[float]]:
+    def _read(self, thresholds: list[float]) -> tuple[list[float], list[float]]:
         rounded = torch.tensor(thresholds, dtype=torch.float32)
-        on_device = rounded.to(self._parts[0].device)
-        first = function if self._compiled else function.plain
-        sums = [first(self._parts[0], on_device, self._signed)]
-        sums += [function.plain(part, on_device, self._signed) for part in self._parts[1:]]
-        return rounded.tolist(), torch.cat(sums, dim=1).double().sum(dim=1).tolist()
+        read = octav_triton.sums if octav_triton.serves(self._x) else _sums
+        sums = read(self._x, rounded.to(self._x.device), self._signed)
+        return rounded.tolist(), sums.double().sum(dim=1).tolist()
 
 
-@fused
-def _sums_and_tail(rows: Tensor, thresholds: Tensor, signed: bool) -> Tensor:
-    """Of each row the sum of ``|x|``, the count of nonzero magnitudes, and its tail: ``[4, rows]``, float32."""
+def _sums(x: Tensor, thresholds: Tensor, signed: bool) -> Tensor:
+    """Sums over each piece of ``x``, ``[n]``: float32 ``[4, pieces]``.
+
+    With one threshold the sum of ``|x|``, the count of nonzero magnitudes, and the sum and count above it; with two the
+    sum and count above each.
+    """
+    whole = x.numel() // _PIECE * _PIECE
+    parts = [*x[:whole].view(-1, _PIECE).split(_PIECES_IN_CACHE), x[whole:].view(1, -1)]
+    return torch.cat([_sums_of_rows(part, thresholds, signed) for part in parts if part.numel()], dim=1)
+
+
+def _sums_of_rows(rows: Tensor, thresholds: Tensor, signed: bool) -> Tensor:
     values = rows.to(torch.float32)
+    # A tail does not need max(x, 0), for no threshold is negative.
     magnitudes = values.abs() if signed else values
-    return torch.stack([values.abs().sum(dim=1), _count(magnitudes > 0), *_tail(magnitudes, thresholds[0])])
-
-
-@fused
-def _two_tails(rows: Tensor, thresholds: Tensor, signed: bool) -> Tensor:
-    """Of each row the tail above each threshold: ``[4, rows]``, float32."""
-    values = rows.to(torch.float32)
-    # The tail does not need max(x, 0), for no threshold is negative.
-    magnitudes = values.abs() if signed else values
-    return torch.stack([*_tail(magnitudes, thresholds[0]), *_tail(magnitudes, thresholds[1])])
+    sums = [part for threshold in thresholds for part in _tail(magnitudes, threshold)]
+    if len(thresholds) == 1:
+        sums = [values.abs().sum(dim=1), _count(magnitudes > 0), *sums]
+    return torch.stack(sums)
 
 
 def _tail(magnitudes: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,34 +210,28 @@ def _error(clip: float, tail: _Tail) -> float:
     return 16 * change**2 + 0.03 * change
 
 
-def _noise_and_start(x: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-    """The noise factor, and nearly the fixed point of Gaussian data in units of its mean magnitude, as tensors."""
-    start = (math.sqrt(-2 * math.log(noise)) - 1.05) * math.sqrt(math.pi / 2)
-    return (
-        torch.full((), noise, dtype=torch.float32, device=x.device),
-        torch.full((), start, dtype=torch.float32, device=x.device),
-    )
-
-
-def _short_rows(rows: Tensor, num_bits: int, signed: bool) -> tuple[Tensor, Tensor]:
+def _short_rows(rows: Tensor, num_bits: int, signed: bool) -> Tensor:
     """``fixed_points`` for rows shorter than ``_LONG_ROW``."""
-    parameters = _noise_and_start(rows, noise_factor(num_bits, signed))
-    if fuses(rows):
-        before, clip, last = _row_updates(rows, *parameters, signed)
-    else:
-        parts = rows.split(max(1, _PIECE * _PIECES_IN_CACHE // rows.shape[1]))
-        updated = (_row_updates.plain(part, *parameters, signed) for part in parts)
-        before, clip, last = (torch.cat(values) for values in zip(*updated, strict=True))
+    before, clip, last = _updates(rows, noise_factor(num_bits, signed), signed)
     tolerance = 8 * torch.finfo(clip.dtype).eps * clip
     settled = (last - clip).abs() <= tolerance
-    if settled.all():
-        return last, settled
     # About one weight row in a hundred alternates: too many to leave to the recursion.
     alternates = ((last - before).abs() <= tolerance) & ~settled
-    part, first, second = rows[alternates], clip[alternates], last[alternates]
-    last[alternates] = lower_error(part, first, second, num_bits, signed)
-    settled[alternates] = _one_magnitude_between(magnitude(part, signed), first, second)
-    return last, settled
+    if alternates.any():
+        part, first, second = rows[alternates], clip[alternates], last[alternates]
+        last[alternates] = lower_error(part, first, second, num_bits, signed)
+        settled[alternates] = _one_magnitude_between(magnitude(part, signed), first, second)
+    return torch.where(settled, last, math.nan)
+
+
+def _updates(rows: Tensor, noise: float, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The last three of a few updates of Eq. 6 for each of ``rows``, ``[rows]``; NaN where there is none."""
+    if octav_triton.serves(rows):
+        return octav_triton.row_updates(rows, noise, gaussian_clip(noise), signed)
+    parts = rows.split(max(1, _PIECE * _PIECES_IN_CACHE // rows.shape[1]))
+    updated = (_row_updates(part, noise, gaussian_clip(noise), signed) for part in parts)
+    before, clip, last = (torch.cat(values) for values in zip(*updated, strict=True))
+    return before, clip, last
 
 
 def _one_magnitude_between(magnitudes: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -255,9 +242,8 @@ def _one_magnitude_between(magnitudes: Tensor, first: Tensor, second: Tensor) ->
     return smallest == torch.where(between, magnitudes, 0).amax(dim=1)
 
 
-@fused
-def _row_updates(rows: Tensor, noise: Tensor, start: Tensor, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Updates of Eq. 6 from ``start`` times the mean, in one read: the last three clips; NaN where there is none."""
+def _row_updates(rows: Tensor, noise: float, start: float, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Updates of Eq. 6 from ``start`` times the mean: the last three clips; NaN where there is none."""
     magnitudes = magnitude(rows, signed)
     nonzero = _count(magnitudes > 0)
     # From above every magnitude Eq. 6 would start over from 0.

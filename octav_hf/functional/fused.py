@@ -1,7 +1,5 @@
 """Functions over large tensors, each compiled into one loop; as they are written where that cannot be had."""
 
-import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,36 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .compilation import give_up, given_up, may_serve
 from .rows import memory_order
-
-SWITCH = "OCTAV_HF_COMPILE"
-"""Environment variable: ``0`` switches compilation off."""
 
 # Elements from which a compiled call (about 50 microseconds before the loop starts) costs less than it saves.
 SMALLEST = 1 << 15
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DEVICES = ("cpu", "cuda")
 # dtypes, ranks, signs and whether tensors were made in inference mode: more than torch's limit of 8.
 _VARIANTS = 64
-_failed = False
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether work on ``x`` goes to compiled functions: a plain, large tensor in a dtype and on a device they serve."""
-    return (
-        not _failed
-        and os.environ.get(SWITCH) != "0"
-        and x.numel() >= SMALLEST
-        and x.dtype in _DTYPES
-        and x.device.type in _DEVICES
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()  # the caller's compiler fuses the plain function into its own graph
-        and not torch.jit.is_tracing()
-        and _get_current_dispatch_mode() is None  # what counts or records operations wants to see them
-    )
+    """Whether work on ``x`` goes to compiled functions."""
+    return x.numel() >= SMALLEST and may_serve(x, ("cpu", "cuda"))
 
 
 class fused:
@@ -55,8 +37,7 @@ class fused:
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
-        global _failed
-        if _failed:
+        if given_up():
             return self.plain(*arguments)
         if self._compiled is None:
             self._compiled = torch.compile(  # type: ignore[call-overload]  # its stubs lack recompile_limit
@@ -70,14 +51,7 @@ class fused:
             with _neutral(device):
                 return self._compiled(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            _failed = True
-            first_line = str(error).partition("\n")[0]
-            warnings.warn(
-                "octav_hf runs without compiled kernels, which is slower but gives the same results: torch.compile "
-                f"failed with {type(error).__name__}: {first_line} A C++ compiler (g++) is what it needs on a CPU; "
-                f"{SWITCH}=0 in the environment switches it off without this warning.",
-                stacklevel=2,
-            )
+            give_up(error)
             return self.plain(*arguments)
 
 

@@ -1,5 +1,7 @@
 """The quantization grid: bits and sign give the step, the integer range and the rounding (Eq. 2 and 3, footnote 2)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,11 @@ def noise_factor(num_bits: int, signed: bool) -> float:
     """Rounding noise of a value inside the clip over ``s^2`` (Eq. 4): ``4^-B / 3``, or ``4^-B / 12`` unsigned."""
     check_num_bits(num_bits)
     return 4.0**-num_bits / (3 if signed else 12)
+
+
+def gaussian_clip(noise: float) -> float:
+    """Nearly the minimum of Eq. 4 with that noise factor for Gaussian data, in units of its mean magnitude."""
+    return (math.sqrt(-2 * math.log(noise)) - 1.05) * math.sqrt(math.pi / 2)
 
 
 def round_to_grid(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True) -> Tensor:

@@ -17,8 +17,15 @@ def max_clip(x: Tensor, num_bits: int, *, signed: bool = True, dim: Dim = None) 
     """
     check_floating(x, "max_clip")
     check_num_bits(num_bits)
-    finite_range(x, "max_clip")
+    if x.numel() > 0 and dim is None:
+        low, high = finite_range(x, "max_clip")
+        peak = max(-low, high) if signed else max(high, 0.0)
+        return torch.tensor(peak, dtype=statistics_dtype(x.dtype), device=x.device)
     rows, shape = to_rows(x, dim)
     if rows.numel() == 0:
         return torch.zeros(shape, dtype=statistics_dtype(x.dtype), device=x.device)
-    return magnitude(rows, signed).amax(dim=1).reshape(shape)
+    clip = magnitude(rows, signed).amax(dim=1)
+    lowest = clip if signed else rows.amin(dim=1)
+    if not (clip.isfinite() & lowest.isfinite()).all():
+        finite_range(x, "max_clip")  # raises
+    return clip.reshape(shape)

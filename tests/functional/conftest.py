@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 
-from octav_hf.functional import fixed_point, fused
+from octav_hf.functional import compilation, fixed_point, fused, octav_cpu, octav_triton
+
+PATHS = {
+    "recursion": "Eq. 6 as it is written",
+    "search": "the search for its fixed point, in torch operations",
+    "triton": "the same, its reads in Triton, which is interpreted where there is no GPU",
+    "compiled": "the C++ for the clip, and Inductor's for the rounding",
+    "portable": "the C++ for processors without AVX-512",
+}
 
 
-@pytest.fixture(params=["recursion", "search", "compiled"], autouse=True)
+def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make tensors of any size take a path, if only they are large enough for it."""
+    if path not in ("compiled", "portable"):
+        monkeypatch.setenv(compilation.SWITCH, "0")
+    if path == "portable":
+        if platform.machine() != "x86_64":
+            pytest.skip("on this processor the other path is the portable one")
+        monkeypatch.setattr(octav_cpu, "FLAGS", ("-mno-avx512f",))
+    if path == "triton":
+        pytest.importorskip("triton", reason="pip install triton")
+        monkeypatch.delenv(compilation.SWITCH)
+        monkeypatch.setattr(octav_triton, "DEVICE_TYPES", ("cpu",))
+        # The interpreter's time goes by programs and operations, hardly by elements.
+        monkeypatch.setattr(octav_triton, "_PROGRAMS", 3)
+        monkeypatch.setattr(octav_triton, "_BLOCK", 1 << 18)
+        monkeypatch.setattr(octav_cpu, "SMALLEST", 1 << 62)
+        monkeypatch.setattr(fused, "SMALLEST", 1 << 62)
+
+
+# The interpreter takes minutes for all of them; test_fixed_point.py has the tests for it.
+@pytest.fixture(params=[name for name in PATHS if name != "triton"], autouse=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Eq. 6 as it is written; the search for its fixed point, uncompiled; the search and the rounding, compiled."""
-    if request.param == "recursion":
-        monkeypatch.setattr(fixed_point, "SMALLEST", 1 << 62)
-    else:
-        monkeypatch.setattr(fixed_point, "SMALLEST", 1)
-        monkeypatch.setattr(fixed_point, "_LONG_ROW", 64)
-        monkeypatch.setattr(fixed_point, "_PIECE", 64)
-    if request.param == "compiled":
-        monkeypatch.setattr(fused, "SMALLEST", 500)
-    else:
-        monkeypatch.setenv(fused.SWITCH, "0")
+    """See ``PATHS``."""
+    monkeypatch.setattr(fixed_point, "SMALLEST", 1 << 62 if request.param == "recursion" else 1)
+    monkeypatch.setattr(fixed_point, "_LONG_ROW", 64)
+    monkeypatch.setattr(fixed_point, "_PIECE", 64)
+    monkeypatch.setattr(octav_cpu, "SMALLEST", 1)
+    monkeypatch.setattr(fused, "SMALLEST", 500)
+    take_path(request.param, monkeypatch)
     return request.param

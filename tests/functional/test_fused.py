@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from octav_hf.functional import fake_quantize, fused, octav_clip
+from octav_hf.functional import compilation, fake_quantize, fused, octav_clip
 
 Tensor = torch.Tensor
 LARGE = fused.SMALLEST + 12_345
@@ -54,7 +54,7 @@ def test_compiled_equals_plain_bit_for_bit(
 ) -> None:
     x = LAYOUTS[layout](gaussian(LARGE // 20 * 20 * 3))
     compiled = value_and_gradient(x, torch.tensor(1.3), signed, gradient)
-    monkeypatch.setenv(fused.SWITCH, "0")
+    monkeypatch.setenv(compilation.SWITCH, "0")
     plain = value_and_gradient(x, torch.tensor(1.3), signed, gradient)
     assert torch.equal(compiled[0], plain[0])
     assert torch.equal(compiled[1], plain[1])
@@ -67,7 +67,7 @@ def test_compiled_rows_equal_plain_rows(gradient: str, dtype: torch.dtype, monke
     x = gaussian(300 * 200, dtype).view(300, 200)
     clip = octav_clip(x, 4, dim=1)
     compiled = value_and_gradient(x, clip, True, gradient)
-    monkeypatch.setenv(fused.SWITCH, "0")
+    monkeypatch.setenv(compilation.SWITCH, "0")
     plain = value_and_gradient(x, clip, True, gradient)
     assert torch.equal(compiled[0], plain[0])
     assert torch.equal(compiled[1], plain[1])
@@ -128,7 +128,7 @@ def test_small_tensors_and_the_switch_compile_nothing(monkeypatch: pytest.Monkey
     assert not fused.fuses(torch.zeros(fused.SMALLEST - 1))
     assert not fused.fuses(torch.zeros(fused.SMALLEST, dtype=torch.float64))
     assert not fused.fuses(torch.zeros(fused.SMALLEST, device="meta"))
-    monkeypatch.setenv(fused.SWITCH, "0")
+    monkeypatch.setenv(compilation.SWITCH, "0")
     assert not fused.fuses(torch.zeros(fused.SMALLEST))
 
 
@@ -155,7 +155,7 @@ def test_without_a_compiler_one_warning_and_the_plain_functions(tmp_path: Path) 
     ).stdout
     assert output.startswith("1 ")
     assert "C++ compiler" in output
-    assert fused.SWITCH in output
+    assert compilation.SWITCH in output
     x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
     clip, row_clips, quantized = torch.load(tmp_path / "results.pt")
     torch.testing.assert_close(clip, octav_clip(x, 4), rtol=1e-6, atol=0)
