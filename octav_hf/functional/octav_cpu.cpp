@@ -66,7 +66,7 @@ inline Floats load(const float *x) {
 inline Integers magnitude_bits(Floats values) { return reinterpret_cast<Integers>(values) & 0x7fffffff; }
 
 template <bool kSigned> inline Floats magnitude(Floats values) {
-  return kSigned ? reinterpret_cast<Floats>(magnitude_bits(values)) : values > 0 ? values : values - values;
+  return kSigned ? reinterpret_cast<Floats>(magnitude_bits(values)) : values > 0 ? values : Floats{};
 }
 
 inline Floats sum_of_unrolled(const Floats *vectors) {
