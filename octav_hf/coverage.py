@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .config import OctavConfig
-from .nn import ATTENTION_OPERANDS, FakeQuantize, QuantizedAttention, QuantizedLinear
+from .nn import ATTENTION_OPERANDS, FakeQuantize, QuantizedAttention, QuantizedLayer, quantized_class_of
 from .plan import attention_modules
 
 
@@ -85,15 +85,15 @@ def coverage_report(model: nn.Module) -> CoverageReport:
 
 def _rows(root: nn.Module, name: str, module: nn.Module, attention: dict[str, nn.Module]) -> Iterator[Operand]:
     config: OctavConfig | None = getattr(root, "octav_config", None)
-    if isinstance(module, QuantizedLinear):
-        for operand, quantizer in (("weight", module.weight_quantizer), ("input", module.input_quantizer)):
-            yield _row(
-                name, "linear", operand, quantizer, f"{'weight' if operand == 'weight' else 'activation'}_bits is None"
-            )
-    elif isinstance(module, nn.Linear):
-        for operand in ("weight", "input"):
+    layer = quantized_class_of(module)
+    if isinstance(module, QuantizedLayer):
+        for operand in module.operands:
+            bits = "activation_bits" if operand == "input" else "weight_bits"
+            yield _row(name, module.kind, operand, getattr(module, f"{operand}_quantizer"), f"{bits} is None")
+    elif layer is not None:
+        for operand in layer.operands:
             yield Operand(
-                name, "linear", operand, reason=_reason(config, name, "weight_bits and activation_bits are None")
+                name, layer.kind, operand, reason=_reason(config, name, "weight_bits and activation_bits are None")
             )
     elif isinstance(module, QuantizedAttention):
         for operand in ATTENTION_OPERANDS:

@@ -1,0 +1,65 @@
+"""What layers with a quantized weight have in common, and the registry of which float layer becomes which."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+
+class QuantizedLayer(nn.Module):
+    """Mixin in front of a float layer's class; each operand has a quantizer ``<operand>_quantizer``.
+
+    A quantized layer is made from an existing one by ``convert``, which changes that object's class in place:
+    parameters, their names, hooks and every reference to the module stay as they were.
+
+    Attributes:
+        kind: what the layer is called in reports.
+        operands: those that have a quantizer; ``nn.Identity`` as quantizer leaves one in float.
+        clip_dim: the dimensions of the weight that share a clip, so that there is one clip per output.
+        float_class: the layer's class before conversion, set by ``register_quantized_layer``.
+    """
+
+    kind: ClassVar[str]
+    operands: ClassVar[tuple[str, ...]] = ("weight", "input")
+    clip_dim: ClassVar[tuple[int, ...]]
+    float_class: ClassVar[type[nn.Module]]
+
+    weight_quantizer: nn.Module
+    input_quantizer: nn.Module
+
+    @classmethod
+    def convert(cls, layer: nn.Module, *quantizers: nn.Module) -> None:
+        """Turn ``layer``, exactly a ``float_class``, into this class in place; a quantizer for each of ``operands``."""
+        layer.__class__ = cls
+        for operand, quantizer in zip(cls.operands, quantizers, strict=True):
+            setattr(layer, f"{operand}_quantizer", quantizer)
+
+    def restore(self) -> None:
+        """Turn this layer back into the float layer it was, in place."""
+        for operand in self.operands:
+            delattr(self, f"{operand}_quantizer")
+        self.__class__ = self.float_class  # type: ignore[assignment]
+
+
+QUANTIZED_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {}
+"""Float layer's class -> the class it is converted to."""
+
+Layer = TypeVar("Layer", bound=type[QuantizedLayer])
+
+
+def register_quantized_layer(float_class: type[nn.Module]) -> Callable[[Layer], Layer]:
+    """Decorator: layers of ``float_class`` are converted to the decorated class. A class that is taken raises."""
+
+    def register(quantized_class: Layer) -> Layer:
+        if float_class in QUANTIZED_LAYERS:
+            raise ValueError(f"{float_class.__name__} is already converted to {QUANTIZED_LAYERS[float_class].__name__}")
+        quantized_class.float_class = float_class
+        QUANTIZED_LAYERS[float_class] = quantized_class
+        return quantized_class
+
+    return register
+
+
+def quantized_class_of(module: Any) -> type[QuantizedLayer] | None:
+    """The quantized class of a layer, of a subclass of one, or of a layer that is quantized; ``None`` for others."""
+    return next((quantized for base, quantized in QUANTIZED_LAYERS.items() if isinstance(module, base)), None)

@@ -1,0 +1,91 @@
+"""Deciding which layer with a weight gets which quantizers; the layers are those registered in ``nn``."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from .config import OctavConfig
+from .nn import FakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize, quantized_class_of
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One module to convert, and its quantizers by operand (``nn.Identity`` for an operand left in float)."""
+
+    name: str
+    module: nn.Module
+    quantizers: dict[str, nn.Module]
+
+    def apply(self) -> None:
+        """Convert the module in place."""
+        quantized_class = quantized_class_of(self.module)
+        if quantized_class is not None:
+            quantized_class.convert(self.module, *(self.quantizers[name] for name in quantized_class.operands))
+        else:
+            QuantizedAttention.convert(self.module, nn.ModuleDict(self.quantizers), self.name)
+
+
+def plan_layers(model: nn.Module, config: OctavConfig) -> Iterator[Conversion]:
+    """The conversions of the layers with a weight that are not quantized yet.
+
+    Raises:
+        ValueError: a layer cannot be quantized; the message names it and what to write instead.
+    """
+    for name, module in model.named_modules():
+        quantized_class = quantized_class_of(module)
+        if quantized_class is None or isinstance(module, QuantizedLayer) or config.excluded_by(name):
+            continue
+        settings = config.settings_for(name)
+        if settings.weight_bits is None and settings.activation_bits is None:
+            continue
+        _check_exact(name, module, quantized_class)
+        quantizers = {
+            operand: activation_quantizer(config, name, operand)
+            if operand == "input"
+            else weight_quantizer(config, name, quantized_class.clip_dim)
+            for operand in quantized_class.operands
+        }
+        yield Conversion(name, module, quantizers)
+
+
+def weight_quantizer(config: OctavConfig, name: str, clip_dim: tuple[int, ...]) -> nn.Module:
+    """The quantizer of the weight of the layer ``name``, with one clip for what lies along ``clip_dim``."""
+    settings = config.settings_for(name)
+    if settings.weight_bits is None:
+        return nn.Identity()
+    return WeightFakeQuantize(
+        settings.weight_bits,
+        clip=settings.weight_clip,
+        clip_options=settings.weight_clip_options,
+        gradient=settings.weight_gradient,
+        dim=clip_dim,
+        name=f"{name} weight",
+    )
+
+
+def activation_quantizer(config: OctavConfig, name: str, operand: str, signed: bool = True) -> nn.Module:
+    """The quantizer of the activation ``operand`` of the module ``name``, with one clip per tensor."""
+    settings = config.settings_for(name)
+    if settings.activation_bits is None:
+        return nn.Identity()
+    return FakeQuantize(
+        settings.activation_bits,
+        clip=settings.activation_clip,
+        clip_options=settings.activation_clip_options,
+        gradient=settings.activation_gradient,
+        signed=signed,
+        name=f"{name} {operand}",
+    )
+
+
+def _check_exact(name: str, module: nn.Module, quantized_class: type[QuantizedLayer]) -> None:
+    """A subclass may compute something else, which the quantized class would not."""
+    float_class = quantized_class.float_class
+    if type(module) is not float_class:
+        weight = module._parameters.get("weight")
+        shape = "" if weight is None else f" with weight of shape {tuple(weight.shape)}"
+        raise ValueError(
+            f"{name}: {type(module).__name__}{shape} is a subclass of nn.{float_class.__name__} that may compute "
+            "something else; name it in exclude_modules to leave it in float"
+        )
