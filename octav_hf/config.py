@@ -32,6 +32,7 @@ class ModuleSettings:
     activation_clip_options: Mapping[str, Any]
     weight_gradient: str
     activation_gradient: str
+    unsigned_activations: bool
     quantize_attention: bool
 
 
@@ -42,9 +43,9 @@ _SETTINGS = tuple(field.name for field in fields(ModuleSettings))
 class OctavConfig(QuantizationConfigMixin):
     """Quantization-aware training with OCTAV clips; the defaults are the paper's recipe "MPH" at 4 bits.
 
-    Weights of linear layers have one clip per output feature (row), everything else one clip per tensor (Appendix
-    E.2). "Activations" are the inputs of linear layers and the four operands of the attention matmuls (query, key,
-    probabilities, value; probabilities on the unsigned grid).
+    Weights of linear layers and convolutions have one clip per output feature or channel (row), everything else one
+    clip per tensor (Appendix E.2). "Activations" are the inputs of those layers and the four operands of the attention
+    matmuls (query, key, probabilities, value; probabilities on the unsigned grid).
 
     Args:
         weight_bits: 2 to 8; ``None`` leaves weights in float.
@@ -55,6 +56,9 @@ class OctavConfig(QuantizationConfigMixin):
             ``{"max_iterations": 10}`` for octav or ``{"percentile": 99.99}`` for percentile.
         weight_gradient, activation_gradient: ``"mad"``, ``"pwl"`` or ``"ste"`` (section 4). MAD for weights and PWL for
             activations is the paper's MPH.
+        unsigned_activations: whether a layer input without a negative value, such as the output of a ReLU, is quantized
+            on the unsigned grid, whose steps are half as wide. It is decided from the tensor at every forward pass, so
+            one negative value makes it signed. False keeps every layer input signed.
         quantize_attention: whether the attention matmuls are quantized. A model whose attention matmuls cannot be
             reached is refused unless this is False.
         exclude_modules: name patterns of modules left in float, with all that is below them.
@@ -79,6 +83,7 @@ class OctavConfig(QuantizationConfigMixin):
         activation_clip_options: dict[str, Any] | None = None,
         weight_gradient: str = "mad",
         activation_gradient: str = "pwl",
+        unsigned_activations: bool = True,
         quantize_attention: bool = True,
         exclude_modules: Iterable[str] = (),
         module_overrides: dict[str, dict[str, Any]] | None = None,
@@ -96,6 +101,7 @@ class OctavConfig(QuantizationConfigMixin):
         self.activation_clip_options = {} if activation_clip_options is None else activation_clip_options
         self.weight_gradient = weight_gradient
         self.activation_gradient = activation_gradient
+        self.unsigned_activations = unsigned_activations
         self.quantize_attention = quantize_attention
         self.exclude_modules = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules)
         self.module_overrides = {} if module_overrides is None else module_overrides
@@ -192,8 +198,9 @@ def _validate_settings(settings: dict[str, Any], where: str) -> None:
             CLIP_RULES[clip](torch.ones(1, device="cpu"), bits or MAX_BITS, **options)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {side}_clip_options: {error}") from error
-    if not isinstance(settings["quantize_attention"], bool):
-        raise ValueError(f"{where}: quantize_attention must be True or False, got {settings['quantize_attention']!r}")
+    for name in ("unsigned_activations", "quantize_attention"):
+        if not isinstance(settings[name], bool):
+            raise ValueError(f"{where}: {name} must be True or False, got {settings[name]!r}")
 
 
 def _unknown(problem: str, names: Iterable[Any], known: Iterable[str]) -> str:

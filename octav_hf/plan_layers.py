@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .config import OctavConfig
+from .config import ModuleSettings, OctavConfig
 from .nn import FakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize, quantized_class_of
 
 
@@ -40,18 +40,18 @@ def plan_layers(model: nn.Module, config: OctavConfig) -> Iterator[Conversion]:
         if settings.weight_bits is None and settings.activation_bits is None:
             continue
         _check_exact(name, module, quantized_class)
+        signed = None if settings.unsigned_activations else True
         quantizers = {
-            operand: activation_quantizer(config, name, operand)
+            operand: activation_quantizer(settings, name, operand, signed=signed)
             if operand == "input"
-            else weight_quantizer(config, name, quantized_class.clip_dim)
+            else weight_quantizer(settings, name, quantized_class.clip_dim)
             for operand in quantized_class.operands
         }
         yield Conversion(name, module, quantizers)
 
 
-def weight_quantizer(config: OctavConfig, name: str, clip_dim: tuple[int, ...]) -> nn.Module:
+def weight_quantizer(settings: ModuleSettings, name: str, clip_dim: tuple[int, ...]) -> nn.Module:
     """The quantizer of the weight of the layer ``name``, with one clip for what lies along ``clip_dim``."""
-    settings = config.settings_for(name)
     if settings.weight_bits is None:
         return nn.Identity()
     return WeightFakeQuantize(
@@ -64,9 +64,8 @@ def weight_quantizer(config: OctavConfig, name: str, clip_dim: tuple[int, ...]) 
     )
 
 
-def activation_quantizer(config: OctavConfig, name: str, operand: str, signed: bool = True) -> nn.Module:
+def activation_quantizer(settings: ModuleSettings, name: str, operand: str, *, signed: bool | None) -> nn.Module:
     """The quantizer of the activation ``operand`` of the module ``name``, with one clip per tensor."""
-    settings = config.settings_for(name)
     if settings.activation_bits is None:
         return nn.Identity()
     return FakeQuantize(

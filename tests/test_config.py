@@ -13,6 +13,7 @@ def test_defaults_are_the_papers_recipe() -> None:
     assert (config.weight_bits, config.activation_bits) == (4, 4)
     assert (config.weight_clip, config.activation_clip) == ("octav", "octav")
     assert (config.weight_gradient, config.activation_gradient) == ("mad", "pwl")
+    assert config.unsigned_activations
     assert config.quantize_attention
 
 
@@ -23,6 +24,7 @@ def test_survives_json() -> None:
         weight_clip="percentile",
         weight_clip_options={"percentile": 99.99},
         weight_gradient="ste",
+        unsigned_activations=False,
         quantize_attention=False,
         exclude_modules=["qa_outputs"],
         module_overrides={"encoder.*": {"weight_bits": 3}},
@@ -46,6 +48,7 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"unsigned_activations": "auto"}, "unsigned_activations must be True or False, got 'auto'"),
         ({"weight_bit": 4}, "did you mean 'weight_bits'"),
         ({"weight_bits": 1}, "integer from 2 to 8"),
         ({"weight_bits": 9}, "integer from 2 to 8"),

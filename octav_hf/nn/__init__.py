@@ -2,6 +2,7 @@
 
 from .attention import QuantizedAttention
 from .attention_matmuls import ATTENTION_OPERANDS, AttentionMatmuls
+from .convolution import QuantizedConv1d, QuantizedConv2d
 from .fake_quantize import FakeQuantize
 from .linear import QuantizedLinear
 from .quantized_layer import QUANTIZED_LAYERS, QuantizedLayer, quantized_class_of, register_quantized_layer
@@ -14,6 +15,8 @@ __all__ = [
     "AttentionMatmuls",
     "FakeQuantize",
     "QuantizedAttention",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
     "QuantizedLayer",
     "QuantizedLinear",
     "WeightFakeQuantize",
