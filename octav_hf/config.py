@@ -15,6 +15,7 @@ from .functional import CLIP_RULES, GRADIENTS
 from .functional.grid import MAX_BITS, MIN_BITS
 
 QUANT_METHOD = "octav"
+WEIGHT_GRANULARITIES = ("row", "tensor")
 
 # What every clipping rule takes, so that it cannot be given as an option.
 _RULE_ARGUMENTS = {"x", "num_bits", "signed", "dim"}
@@ -30,6 +31,7 @@ class ModuleSettings:
     activation_clip: str
     weight_clip_options: Mapping[str, Any]
     activation_clip_options: Mapping[str, Any]
+    weight_granularity: str
     weight_gradient: str
     activation_gradient: str
     unsigned_activations: bool
@@ -54,6 +56,8 @@ class OctavConfig(QuantizationConfigMixin):
             registered in ``octav_hf.functional.CLIP_RULES``.
         weight_clip_options, activation_clip_options: further keyword arguments of that rule, for instance
             ``{"max_iterations": 10}`` for octav or ``{"percentile": 99.99}`` for percentile.
+        weight_granularity: ``"row"``, or ``"tensor"`` for one clip for a whole weight, which the paper uses for the
+            linear layers of ResNets and MobileNets.
         weight_gradient, activation_gradient: ``"mad"``, ``"pwl"`` or ``"ste"`` (section 4). MAD for weights and PWL for
             activations is the paper's MPH.
         unsigned_activations: whether a layer input without a negative value, such as the output of a ReLU, is quantized
@@ -61,9 +65,14 @@ class OctavConfig(QuantizationConfigMixin):
             one negative value makes it signed. False keeps every layer input signed.
         quantize_attention: whether the attention matmuls are quantized. A model whose attention matmuls cannot be
             reached is refused unless this is False.
+        first_last_bits: 2 to 8 bits for weight and input of the first and the last layer, whatever the other layers
+            have (a side that is ``None`` stays in float); the paper uses 8 for ResNets and MobileNets. The layers are
+            found by the order in which modules are defined, and a model that is not clearly an image classifier, from
+            a convolution to a linear head, is refused. ``None``: they are as the others.
         exclude_modules: name patterns of modules left in float, with all that is below them.
-        module_overrides: name pattern -> fields (of those above, except ``exclude_modules``) that differ for the
-            modules it matches and all that is below them: ``{"qa_outputs": {"weight_bits": 8, "activation_bits": 8}}``.
+        module_overrides: name pattern -> fields (of those above, except ``first_last_bits`` and ``exclude_modules``)
+            that differ for the modules it matches and all that is below them:
+            ``{"qa_outputs": {"weight_bits": 8, "activation_bits": 8}}``.
             An exact name wins over a pattern with wildcards; two patterns of one kind must not disagree.
 
     A name pattern is a module's full dotted name, or a shell-style pattern for it
@@ -81,10 +90,12 @@ class OctavConfig(QuantizationConfigMixin):
         activation_clip: str = "octav",
         weight_clip_options: dict[str, Any] | None = None,
         activation_clip_options: dict[str, Any] | None = None,
+        weight_granularity: str = "row",
         weight_gradient: str = "mad",
         activation_gradient: str = "pwl",
         unsigned_activations: bool = True,
         quantize_attention: bool = True,
+        first_last_bits: int | None = None,
         exclude_modules: Iterable[str] = (),
         module_overrides: dict[str, dict[str, Any]] | None = None,
         **unknown: Any,
@@ -99,10 +110,12 @@ class OctavConfig(QuantizationConfigMixin):
         self.activation_clip = activation_clip
         self.weight_clip_options = {} if weight_clip_options is None else weight_clip_options
         self.activation_clip_options = {} if activation_clip_options is None else activation_clip_options
+        self.weight_granularity = weight_granularity
         self.weight_gradient = weight_gradient
         self.activation_gradient = activation_gradient
         self.unsigned_activations = unsigned_activations
         self.quantize_attention = quantize_attention
+        self.first_last_bits = first_last_bits
         self.exclude_modules = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules)
         self.module_overrides = {} if module_overrides is None else module_overrides
         self.validate()
@@ -124,6 +137,7 @@ class OctavConfig(QuantizationConfigMixin):
         """Check every field; ``apply_octav`` does so again, since fields can be assigned."""
         settings = {name: getattr(self, name) for name in _SETTINGS}
         _validate_settings(settings, "OctavConfig")
+        _validate_bits("OctavConfig: first_last_bits", self.first_last_bits, "to treat those layers as the others")
         if settings["weight_bits"] is None and settings["activation_bits"] is None and not self.module_overrides:
             raise ValueError("weight_bits and activation_bits are both None, so nothing would be quantized; set one")
         if isinstance(self.exclude_modules, str) or not all(isinstance(name, str) for name in self.exclude_modules):
@@ -175,11 +189,7 @@ def matches(pattern: str, module_name: str) -> bool:
 def _validate_settings(settings: dict[str, Any], where: str) -> None:
     for side in ("weight", "activation"):
         bits = settings[f"{side}_bits"]
-        if bits is not None and (type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS):
-            raise ValueError(
-                f"{where}: {side}_bits must be an integer from {MIN_BITS} to {MAX_BITS}, or None to leave it in float; "
-                f"got {bits!r}"
-            )
+        _validate_bits(f"{where}: {side}_bits", bits, "to leave it in float")
         clip = settings[f"{side}_clip"]
         if clip not in CLIP_RULES:
             raise ValueError(_unknown(f"{where}: {side}_clip cannot be", [clip], CLIP_RULES))
@@ -198,9 +208,18 @@ def _validate_settings(settings: dict[str, Any], where: str) -> None:
             CLIP_RULES[clip](torch.ones(1, device="cpu"), bits or MAX_BITS, **options)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {side}_clip_options: {error}") from error
+    if settings["weight_granularity"] not in WEIGHT_GRANULARITIES:
+        raise ValueError(
+            _unknown(f"{where}: weight_granularity cannot be", [settings["weight_granularity"]], WEIGHT_GRANULARITIES)
+        )
     for name in ("unsigned_activations", "quantize_attention"):
         if not isinstance(settings[name], bool):
             raise ValueError(f"{where}: {name} must be True or False, got {settings[name]!r}")
+
+
+def _validate_bits(field: str, bits: Any, none: str) -> None:
+    if bits is not None and (type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS):
+        raise ValueError(f"{field} must be an integer from {MIN_BITS} to {MAX_BITS}, or None {none}; got {bits!r}")
 
 
 def _unknown(problem: str, names: Iterable[Any], known: Iterable[str]) -> str:

@@ -56,7 +56,7 @@ class CoverageReport(list[Operand]):
 
     def summary(self) -> str:
         """Counts, and what is left in float for which reason."""
-        kinds = dict.fromkeys([*(layer.kind for layer in QUANTIZED_LAYERS.values()), "attention"])
+        kinds = dict.fromkeys(["linear", "attention", *(layer.kind for layer in QUANTIZED_LAYERS.values())])
         lines = []
         for kind in kinds:
             of_kind = sum(row.kind == kind for row in self)
@@ -96,14 +96,13 @@ def _rows(root: nn.Module, name: str, module: nn.Module, attention: dict[str, nn
     config: OctavConfig | None = getattr(root, "octav_config", None)
     layer = quantized_class_of(module)
     if isinstance(module, QuantizedLayer):
-        for operand in module.operands:
-            bits = "activation_bits" if operand == "input" else "weight_bits"
-            yield _row(name, module.kind, operand, getattr(module, f"{operand}_quantizer"), f"{bits} is None")
+        for operand, field in module.operands.items():
+            yield _row(name, module.kind, operand, getattr(module, f"{operand}_quantizer"), f"{field} is None")
     elif layer is not None:
+        fields = layer.operands.values()
+        reason = _reason(config, name, f"{' and '.join(fields)} {'is' if len(fields) == 1 else 'are'} None")
         for operand in layer.operands:
-            yield Operand(
-                name, layer.kind, operand, reason=_reason(config, name, "weight_bits and activation_bits are None")
-            )
+            yield Operand(name, layer.kind, operand, reason=reason)
     elif isinstance(module, QuantizedAttention):
         for operand in ATTENTION_OPERANDS:
             yield _row(name, "attention", operand, module.operand_quantizers[operand], "")

@@ -60,7 +60,9 @@ def _plan_attention(model: nn.Module, config: OctavConfig) -> Iterator[Conversio
             name,
             module,
             {
-                operand: activation_quantizer(settings, name, operand, signed=operand != "probabilities")
+                operand: activation_quantizer(
+                    settings, settings.activation_bits, name, operand, signed=operand != "probabilities"
+                )
                 for operand in ATTENTION_OPERANDS
             },
         )

@@ -14,6 +14,8 @@ def test_defaults_are_the_papers_recipe() -> None:
     assert (config.weight_clip, config.activation_clip) == ("octav", "octav")
     assert (config.weight_gradient, config.activation_gradient) == ("mad", "pwl")
     assert config.unsigned_activations
+    assert config.weight_granularity == "row"
+    assert config.first_last_bits is None
     assert config.quantize_attention
 
 
@@ -24,7 +26,9 @@ def test_survives_json() -> None:
         weight_clip="percentile",
         weight_clip_options={"percentile": 99.99},
         weight_gradient="ste",
+        weight_granularity="tensor",
         unsigned_activations=False,
+        first_last_bits=8,
         quantize_attention=False,
         exclude_modules=["qa_outputs"],
         module_overrides={"encoder.*": {"weight_bits": 3}},
@@ -49,6 +53,9 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
     ("fields", "message"),
     [
         ({"unsigned_activations": "auto"}, "unsigned_activations must be True or False, got 'auto'"),
+        ({"first_last_bits": 9}, "first_last_bits must be an integer from 2 to 8, or None"),
+        ({"weight_granularity": "channel"}, "weight_granularity cannot be 'channel'; choose from 'row', 'tensor'"),
+        ({"module_overrides": {"a": {"first_last_bits": 8}}}, "cannot set 'first_last_bits'"),
         ({"weight_bit": 4}, "did you mean 'weight_bits'"),
         ({"weight_bits": 1}, "integer from 2 to 8"),
         ({"weight_bits": 9}, "integer from 2 to 8"),

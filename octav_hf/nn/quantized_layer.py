@@ -1,6 +1,6 @@
 """What layers with a quantized weight have in common, and the registry of which float layer becomes which."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
@@ -14,13 +14,14 @@ class QuantizedLayer(nn.Module):
 
     Attributes:
         kind: what the layer is called in reports.
-        operands: those that have a quantizer; ``nn.Identity`` as quantizer leaves one in float.
+        operands: those that have a quantizer (``nn.Identity`` leaves one in float), and the setting that says to how
+            many bits.
         clip_dim: the dimensions of the weight that share a clip, so that there is one clip per output.
         float_class: the layer's class before conversion, set by ``register_quantized_layer``.
     """
 
     kind: ClassVar[str]
-    operands: ClassVar[tuple[str, ...]] = ("weight", "input")
+    operands: ClassVar[Mapping[str, str]] = {"weight": "weight_bits", "input": "activation_bits"}
     clip_dim: ClassVar[tuple[int, ...]]
     float_class: ClassVar[type[nn.Module]]
 
