@@ -17,6 +17,8 @@ from .functional.grid import MAX_BITS, MIN_BITS
 QUANT_METHOD = "octav"
 WEIGHT_GRANULARITIES = ("row", "tensor")
 
+_SIDES = ("weight", "activation", "embedding")
+
 # What every clipping rule takes, so that it cannot be given as an option.
 _RULE_ARGUMENTS = {"x", "num_bits", "signed", "dim"}
 
@@ -27,6 +29,7 @@ class ModuleSettings:
 
     weight_bits: int | None
     activation_bits: int | None
+    embedding_bits: int | None
     weight_clip: str
     activation_clip: str
     weight_clip_options: Mapping[str, Any]
@@ -52,6 +55,9 @@ class OctavConfig(QuantizationConfigMixin):
     Args:
         weight_bits: 2 to 8; ``None`` leaves weights in float.
         activation_bits: 2 to 8; ``None`` leaves activations, attention operands included, in float.
+        embedding_bits: 2 to 8 quantizes embedding tables too, of tokens, positions and whatever else is an
+            ``nn.Embedding``, with one clip per row, by the clipping rule and gradient of weights; ``None`` leaves them
+            in float, as the paper does.
         weight_clip, activation_clip: ``"octav"``, ``"max"``, ``"percentile"`` or ``"mse_sweep"``, or another rule
             registered in ``octav_hf.functional.CLIP_RULES``.
         weight_clip_options, activation_clip_options: further keyword arguments of that rule, for instance
@@ -86,6 +92,7 @@ class OctavConfig(QuantizationConfigMixin):
         self,
         weight_bits: int | None = 4,
         activation_bits: int | None = 4,
+        embedding_bits: int | None = None,
         weight_clip: str = "octav",
         activation_clip: str = "octav",
         weight_clip_options: dict[str, Any] | None = None,
@@ -106,6 +113,7 @@ class OctavConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.weight_bits = weight_bits
         self.activation_bits = activation_bits
+        self.embedding_bits = embedding_bits
         self.weight_clip = weight_clip
         self.activation_clip = activation_clip
         self.weight_clip_options = {} if weight_clip_options is None else weight_clip_options
@@ -138,8 +146,10 @@ class OctavConfig(QuantizationConfigMixin):
         settings = {name: getattr(self, name) for name in _SETTINGS}
         _validate_settings(settings, "OctavConfig")
         _validate_bits("OctavConfig: first_last_bits", self.first_last_bits, "to treat those layers as the others")
-        if settings["weight_bits"] is None and settings["activation_bits"] is None and not self.module_overrides:
-            raise ValueError("weight_bits and activation_bits are both None, so nothing would be quantized; set one")
+        if not any(settings[f"{side}_bits"] for side in _SIDES) and not self.module_overrides:
+            raise ValueError(
+                "weight_bits, activation_bits and embedding_bits are all None, so nothing would be quantized; set one"
+            )
         if isinstance(self.exclude_modules, str) or not all(isinstance(name, str) for name in self.exclude_modules):
             raise ValueError(f"exclude_modules must be a list of name patterns, got {self.exclude_modules!r}")
         if not isinstance(self.module_overrides, dict):
@@ -187,9 +197,9 @@ def matches(pattern: str, module_name: str) -> bool:
 
 
 def _validate_settings(settings: dict[str, Any], where: str) -> None:
+    for side in _SIDES:
+        _validate_bits(f"{where}: {side}_bits", settings[f"{side}_bits"], "to leave it in float")
     for side in ("weight", "activation"):
-        bits = settings[f"{side}_bits"]
-        _validate_bits(f"{where}: {side}_bits", bits, "to leave it in float")
         clip = settings[f"{side}_clip"]
         if clip not in CLIP_RULES:
             raise ValueError(_unknown(f"{where}: {side}_clip cannot be", [clip], CLIP_RULES))
@@ -205,7 +215,7 @@ def _validate_settings(settings: dict[str, Any], where: str) -> None:
             raise ValueError(_unknown(f"{where}: the clip {clip!r} has no option", unknown, accepted))
         try:
             # On the CPU whatever the default device: from_pretrained builds models on meta.
-            CLIP_RULES[clip](torch.ones(1, device="cpu"), bits or MAX_BITS, **options)
+            CLIP_RULES[clip](torch.ones(1, device="cpu"), settings[f"{side}_bits"] or MAX_BITS, **options)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {side}_clip_options: {error}") from error
     if settings["weight_granularity"] not in WEIGHT_GRANULARITIES:

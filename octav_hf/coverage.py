@@ -22,7 +22,7 @@ class Operand:
     """One operand of one module. ``reason`` says why it is left in float; it is empty for a quantized operand."""
 
     module: str
-    kind: str  # "linear", "convolution", "attention" or the class of another module with a weight matrix
+    kind: str  # "linear", "convolution", "embedding", "attention" or the class of another module with a weight matrix
     operand: str  # "weight", "input", "query", "key", "probabilities" or "value"
     bits: int | None = None
     signed: bool | None = True  # None: as the tensor's values are, at every forward pass
@@ -47,7 +47,7 @@ class CoverageReport(list[Operand]):
     """The operands of a model in the order of its modules; ``print`` shows a table, ``summary`` a few lines."""
 
     def quantized(self, kind: str) -> list[Operand]:
-        """The quantized operands of one kind: ``"linear"``, ``"convolution"`` or ``"attention"``."""
+        """The quantized operands of one kind: such as ``"linear"`` or ``"attention"``."""
         return [row for row in self if row.kind == kind and row.bits is not None]
 
     def left_in_float(self) -> list[Operand]:
@@ -84,7 +84,7 @@ def coverage_report(model: nn.Module) -> CoverageReport:
 
     Returns:
         One ``Operand`` each: two for a linear layer or convolution, four for an attention module, one for an embedding
-        or another module with a weight of two or more dimensions.
+        and for any other module with a weight of two or more dimensions.
     """
     attention = dict(attention_modules(model))
     return CoverageReport(

@@ -7,7 +7,7 @@ from torch import nn
 
 from .config import ModuleSettings, OctavConfig
 from .first_last import first_and_last
-from .nn import FakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize, quantized_class_of
+from .nn import FakeQuantize, QuantizedAttention, QuantizedLayer, quantized_class_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,12 @@ def plan_layers(model: nn.Module, config: OctavConfig) -> Iterator[Conversion]:
             bits = _first_last_bits(bits, name, config)
         if not any(bits.values()):
             continue
-        _check_exact(name, module, quantized_class)
+        _check_convertible(name, module, quantized_class)
+        if settings.weight_granularity not in quantized_class.granularities:
+            raise ValueError(
+                f"{name}: the weight of {type(module).__name__} has one clip per row, not per "
+                f"{settings.weight_granularity}; write module_overrides={{{name!r}: {{'weight_granularity': 'row'}}}}"
+            )
         signed = None if settings.unsigned_activations else True
         quantizers = {
             operand: activation_quantizer(settings, bits[operand], name, operand, signed=signed)
@@ -61,7 +66,7 @@ def weight_quantizer(
     """The quantizer of the weight of the layer ``name``."""
     if bits is None:
         return nn.Identity()
-    return WeightFakeQuantize(
+    return quantized_class.weight_quantizer_class(
         bits,
         clip=settings.weight_clip,
         clip_options=settings.weight_clip_options,
@@ -97,13 +102,17 @@ def _first_last_bits(bits: dict[str, int | None], name: str, config: OctavConfig
     return {operand: number and config.first_last_bits for operand, number in bits.items()}
 
 
-def _check_exact(name: str, module: nn.Module, quantized_class: type[QuantizedLayer]) -> None:
-    """A subclass may compute something else, which the quantized class would not."""
+def _check_convertible(name: str, module: nn.Module, quantized_class: type[QuantizedLayer]) -> None:
     float_class = quantized_class.float_class
+    remedy = "name it in exclude_modules to leave it in float"
+    described = type(module).__name__
+    weight = module._parameters.get("weight")
+    if weight is not None:
+        described += f" with weight of shape {tuple(weight.shape)}"
     if type(module) is not float_class:
-        weight = module._parameters.get("weight")
-        shape = "" if weight is None else f" with weight of shape {tuple(weight.shape)}"
         raise ValueError(
-            f"{name}: {type(module).__name__}{shape} is a subclass of nn.{float_class.__name__} that may compute "
-            "something else; name it in exclude_modules to leave it in float"
+            f"{name}: {described} is a subclass of nn.{float_class.__name__} that may compute something else; {remedy}"
         )
+    refusal = quantized_class.refusal(module)
+    if refusal:
+        raise ValueError(f"{name}: {described} cannot be quantized: {refusal}, or {remedy}")
