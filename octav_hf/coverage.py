@@ -15,6 +15,7 @@ from .nn import (
     quantized_class_of,
 )
 from .plan import attention_modules
+from .plan_layers import unknown_weights
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Operand:
 
     module: str
     kind: str  # "linear", "convolution", "embedding", "attention" or the class of another module with a weight matrix
-    operand: str  # "weight", "input", "query", "key", "probabilities" or "value"
+    operand: str  # "weight", another parameter's name, "input", "query", "key", "probabilities" or "value"
     bits: int | None = None
     signed: bool | None = True  # None: as the tensor's values are, at every forward pass
     clip: str = ""
@@ -113,10 +114,11 @@ def _rows(root: nn.Module, name: str, module: nn.Module, attention: dict[str, nn
         for operand in ATTENTION_OPERANDS:
             yield Operand(name, "attention", operand, reason=_reason(config, name, off))
     else:
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.dim() > 1:
+        for weight in unknown_weights(module):
             kind = type(module).__name__
-            yield Operand(name, kind, "weight", reason=f"{kind} is not a layer that can be quantized")
+            yield Operand(
+                name, kind, weight, reason=_reason(config, name, f"{kind} is not a layer that can be quantized")
+            )
 
 
 def _row(name: str, kind: str, operand: str, quantizer: nn.Module, reason: str) -> Operand:

@@ -9,6 +9,9 @@ from .config import ModuleSettings, OctavConfig
 from .first_last import first_and_last
 from .nn import FakeQuantize, QuantizedAttention, QuantizedLayer, quantized_class_of
 
+# A norm multiplies element by element, whatever the shape of its weight.
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -35,10 +38,14 @@ def plan_layers(model: nn.Module, config: OctavConfig) -> Iterator[Conversion]:
     """
     edges = () if config.first_last_bits is None else first_and_last(model, config)
     for name, module in model.named_modules():
-        quantized_class = quantized_class_of(module)
-        if quantized_class is None or isinstance(module, QuantizedLayer) or config.excluded_by(name):
+        if isinstance(module, QuantizedLayer) or config.excluded_by(name):
             continue
         settings = config.settings_for(name)
+        quantized_class = quantized_class_of(module)
+        if quantized_class is None:
+            if settings.weight_bits or settings.activation_bits:
+                _check_holds_no_weight(name, module)
+            continue
         bits = {operand: getattr(settings, field) for operand, field in quantized_class.operands.items()}
         if name in edges:
             bits = _first_last_bits(bits, name, config)
@@ -100,6 +107,24 @@ def _first_last_bits(bits: dict[str, int | None], name: str, config: OctavConfig
             "are None; set one of them, or first_last_bits=None"
         )
     return {operand: number and config.first_last_bits for operand, number in bits.items()}
+
+
+def unknown_weights(module: nn.Module) -> list[str]:
+    """Names of the weights of two or more dimensions in a module that is no registered layer and no norm."""
+    if quantized_class_of(module) is not None or isinstance(module, _NORMS):
+        return []
+    parameters = module._parameters.items()
+    return [name for name, value in parameters if "weight" in name and value is not None and value.dim() > 1]
+
+
+def _check_holds_no_weight(name: str, module: nn.Module) -> None:
+    unknown = unknown_weights(module)
+    if unknown:
+        shape = tuple(module.get_parameter(unknown[0]).shape)
+        raise ValueError(
+            f"{name}: {type(module).__name__} with {unknown[0]} of shape {shape} is not a layer that can be quantized; "
+            "name it in exclude_modules to leave it in float"
+        )
 
 
 def _check_convertible(name: str, module: nn.Module, quantized_class: type[QuantizedLayer]) -> None:

@@ -234,12 +234,31 @@ class WithAttentionFunction(nn.Linear):
         ({"norm": nn.LayerNorm(2)}, "Net has no layer that can be quantized"),
         ({"special": WithAttentionFunction(4, 3)}, r"special: WithAttentionFunction with weight of shape \(3, 4\)"),
         ({"attention": nn.MultiheadAttention(8, 2)}, "attention: nn.MultiheadAttention fuses its matmuls"),
+        (
+            {"head": nn.Linear(2, 2), "conv": nn.Conv3d(2, 3, 1)},
+            r"conv: Conv3d with weight of shape \(3, 2, 1, 1, 1\) is not a layer.*exclude_modules",
+        ),
+        (
+            {"head": nn.Linear(2, 2), "rnn": nn.LSTM(4, 5)},
+            r"rnn: LSTM with weight_ih_l0 of shape \(20, 4\) is not a layer.*exclude_modules",
+        ),
     ],
-    ids=["no layer", "subclass", "multihead attention"],
+    ids=["no layer", "subclass", "multihead attention", "unknown layer", "recurrent layer"],
 )
 def test_models_that_cannot_be_quantized_are_refused(layers: dict[str, nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         apply_octav(Net(**layers), OctavConfig())
+
+
+def test_an_unknown_layer_can_be_left_in_float() -> None:
+    layers = {"head": nn.Linear(2, 2), "conv": nn.Conv3d(2, 3, 1), "rnn": nn.LSTM(4, 5), "norm": nn.LayerNorm((3, 4))}
+    net = apply_octav(Net(**layers), OctavConfig(exclude_modules=["conv", "rnn"]))
+    left = {(row.module, row.operand): row.reason for row in coverage_report(net).left_in_float()}
+    assert left == {
+        ("conv", "weight"): "excluded by 'conv'",
+        ("rnn", "weight_ih_l0"): "excluded by 'rnn'",
+        ("rnn", "weight_hh_l0"): "excluded by 'rnn'",
+    }
 
 
 def test_everything_excluded_is_refused() -> None:
