@@ -16,7 +16,7 @@ from torch import nn
 from octav_hf import OctavConfig, apply_octav, coverage_report
 
 EXAMPLE = Path(digits_study.__file__).parent
-RESULTS = EXAMPLE / "results" / "digits_4bit.json"
+RECORDS = sorted((EXAMPLE / "results").glob("*.json"))
 
 
 def contents(images: Images) -> set[bytes]:
@@ -105,7 +105,14 @@ def test_one_epoch(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert markdown_table(rows) in capsys.readouterr().out
 
 
-def test_the_readme_quotes_the_record() -> None:
-    record = json.loads(RESULTS.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_the_readme_quotes_the_record(path: Path) -> None:
+    record = json.loads(path.read_text(encoding="utf-8"))
     assert record["options"]["part"] == "test"
+    assert path.stem.endswith(f"{record['options']['bits']}bit")
+    assert record["recipe"] == digits_study.RECIPE
     assert markdown_table(record["rows"]) in (EXAMPLE / "README.md").read_text(encoding="utf-8")
+
+
+def test_there_are_three_records() -> None:
+    assert len(RECORDS) == 3
