@@ -6,8 +6,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from .config import OctavConfig
-from .nn import ATTENTION_OPERANDS, FakeQuantize, QuantizedAttention, QuantizedLinear
+from .nn import (
+    ATTENTION_OPERANDS,
+    QUANTIZED_LAYERS,
+    FakeQuantize,
+    QuantizedAttention,
+    QuantizedLayer,
+    quantized_class_of,
+)
 from .plan import attention_modules
+from .plan_layers import unknown_weights
 
 
 @dataclass(frozen=True)
@@ -15,10 +23,10 @@ class Operand:
     """One operand of one module. ``reason`` says why it is left in float; it is empty for a quantized operand."""
 
     module: str
-    kind: str  # "linear", "attention" or the class of another module with a weight matrix
-    operand: str  # "weight", "input", "query", "key", "probabilities" or "value"
+    kind: str  # "linear", "convolution", "embedding", "attention" or the class of another module with a weight matrix
+    operand: str  # "weight", another parameter's name, "input", "query", "key", "probabilities" or "value"
     bits: int | None = None
-    signed: bool = True
+    signed: bool | None = True  # None: as the tensor's values are, at every forward pass
     clip: str = ""
     gradient: str = ""
     per_row: bool = False
@@ -28,7 +36,7 @@ class Operand:
         """The operand as a row of the printed report."""
         if self.bits is None:
             return self.module, self.operand, "float", "", "", "", self.reason
-        grid = f"{'signed' if self.signed else 'unsigned'}"
+        grid = {True: "signed", False: "unsigned", None: "by sign"}[self.signed]
         return self.module, self.operand, str(self.bits), grid, self.clip_cell, self.gradient, ""
 
     @property
@@ -40,7 +48,7 @@ class CoverageReport(list[Operand]):
     """The operands of a model in the order of its modules; ``print`` shows a table, ``summary`` a few lines."""
 
     def quantized(self, kind: str) -> list[Operand]:
-        """The quantized operands of ``"linear"`` layers or of ``"attention"``."""
+        """The quantized operands of one kind: such as ``"linear"`` or ``"attention"``."""
         return [row for row in self if row.kind == kind and row.bits is not None]
 
     def left_in_float(self) -> list[Operand]:
@@ -49,10 +57,12 @@ class CoverageReport(list[Operand]):
 
     def summary(self) -> str:
         """Counts, and what is left in float for which reason."""
+        kinds = dict.fromkeys(["linear", "attention", *(layer.kind for layer in QUANTIZED_LAYERS.values())])
         lines = []
-        for kind in ("linear", "attention"):
-            of_kind = [row for row in self if row.kind == kind]
-            lines.append(f"{len(self.quantized(kind))} of {len(of_kind)} {kind} operands quantized")
+        for kind in kinds:
+            of_kind = sum(row.kind == kind for row in self)
+            if of_kind:
+                lines.append(f"{len(self.quantized(kind))} of {of_kind} {kind} operands quantized")
         reasons: dict[str, list[str]] = {}
         for row in self.left_in_float():
             reasons.setdefault(row.reason, []).append(f"{row.module} {row.operand}")
@@ -68,14 +78,14 @@ class CoverageReport(list[Operand]):
 
 
 def coverage_report(model: nn.Module) -> CoverageReport:
-    """List every operand of the model's linear layers and attention matmuls, and every other weight matrix.
+    """List every operand of the model's layers and attention matmuls, and every other weight matrix.
 
     Args:
         model: the module that ``apply_octav`` was called on; for any other, what is left in float has no known reason.
 
     Returns:
-        One ``Operand`` each: two for a linear layer, four for an attention module, one for an embedding or another
-        module with a weight of two or more dimensions.
+        One ``Operand`` each: two for a linear layer or convolution, four for an attention module, one for an embedding
+        and for any other module with a weight of two or more dimensions.
     """
     attention = dict(attention_modules(model))
     return CoverageReport(
@@ -85,16 +95,15 @@ def coverage_report(model: nn.Module) -> CoverageReport:
 
 def _rows(root: nn.Module, name: str, module: nn.Module, attention: dict[str, nn.Module]) -> Iterator[Operand]:
     config: OctavConfig | None = getattr(root, "octav_config", None)
-    if isinstance(module, QuantizedLinear):
-        for operand, quantizer in (("weight", module.weight_quantizer), ("input", module.input_quantizer)):
-            yield _row(
-                name, "linear", operand, quantizer, f"{'weight' if operand == 'weight' else 'activation'}_bits is None"
-            )
-    elif isinstance(module, nn.Linear):
-        for operand in ("weight", "input"):
-            yield Operand(
-                name, "linear", operand, reason=_reason(config, name, "weight_bits and activation_bits are None")
-            )
+    layer = quantized_class_of(module)
+    if isinstance(module, QuantizedLayer):
+        for operand, field in module.operands.items():
+            yield _row(name, module.kind, operand, getattr(module, f"{operand}_quantizer"), f"{field} is None")
+    elif layer is not None:
+        fields = layer.operands.values()
+        reason = _reason(config, name, f"{' and '.join(fields)} {'is' if len(fields) == 1 else 'are'} None")
+        for operand in layer.operands:
+            yield Operand(name, layer.kind, operand, reason=reason)
     elif isinstance(module, QuantizedAttention):
         for operand in ATTENTION_OPERANDS:
             yield _row(name, "attention", operand, module.operand_quantizers[operand], "")
@@ -105,10 +114,11 @@ def _rows(root: nn.Module, name: str, module: nn.Module, attention: dict[str, nn
         for operand in ATTENTION_OPERANDS:
             yield Operand(name, "attention", operand, reason=_reason(config, name, off))
     else:
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.dim() > 1:
+        for weight in unknown_weights(module):
             kind = type(module).__name__
-            yield Operand(name, kind, "weight", reason=f"only linear layers and attention are quantized, not {kind}")
+            yield Operand(
+                name, kind, weight, reason=_reason(config, name, f"{kind} is not a layer that can be quantized")
+            )
 
 
 def _row(name: str, kind: str, operand: str, quantizer: nn.Module, reason: str) -> Operand:

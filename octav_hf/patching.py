@@ -8,16 +8,18 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from .config import OctavConfig
-from .nn import QuantizedAttention, QuantizedLinear
-from .plan import plan_conversion, plan_linear_layers
+from .nn import QuantizedAttention, QuantizedLayer
+from .plan import plan_conversion
+from .plan_layers import plan_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def apply_octav(model: Model, config: OctavConfig) -> Model:
-    """Quantize the operands of the model's linear layers and attention matmuls, in place, for training and evaluation.
+    """Quantize the operands of the model's layers and attention matmuls, in place, for training and evaluation.
 
-    Every ``nn.Linear`` becomes a ``QuantizedLinear`` and every attention module a ``QuantizedAttention``: the same
+    Each layer of ``nn.QUANTIZED_LAYERS`` (``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``; ``nn.Embedding`` where
+    ``embedding_bits`` is set) becomes its quantized class and every attention module a ``QuantizedAttention``: the same
     objects, with the same parameters under the same names, so that optimizers, tied weights and hooks stay valid. A
     Transformers model also gets the config as its ``quantization_config``, which ``save_pretrained`` writes and
     ``from_pretrained`` applies again.
@@ -31,8 +33,8 @@ def apply_octav(model: Model, config: OctavConfig) -> Model:
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``, or ``config`` not an ``OctavConfig``.
-        ValueError: the model is quantized already, has no linear layer, or has a module that cannot be quantized; or a
-            name pattern of the config matches nothing. The model is then unchanged.
+        ValueError: the model is quantized already, has no layer to quantize, or has a module that cannot be quantized;
+            or a name pattern of the config matches nothing. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_octav takes a model (an nn.Module), got {type(model).__name__}")
@@ -79,7 +81,7 @@ def convert_modules(model: nn.Module, config: OctavConfig) -> None:
     for conversion in plan_conversion(model, config):
         conversion.apply()
     model.octav_config = config  # type: ignore[assignment]
-    if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), QuantizedLinear):
+    if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), QuantizedLayer):
         handle = model.register_forward_pre_hook(_requantize_output_embeddings)
         model.octav_output_embeddings_hook = handle  # type: ignore[assignment]
 
@@ -95,9 +97,9 @@ def restore_modules(model: nn.Module) -> None:
             hook.remove()
 
 
-def quantized_modules(model: nn.Module) -> Iterator[QuantizedLinear | QuantizedAttention]:
+def quantized_modules(model: nn.Module) -> Iterator[QuantizedLayer | QuantizedAttention]:
     """The modules that ``convert_modules`` has converted."""
-    return (module for module in model.modules() if isinstance(module, QuantizedLinear | QuantizedAttention))
+    return (module for module in model.modules() if isinstance(module, QuantizedLayer | QuantizedAttention))
 
 
 def _check_not_quantized(model: nn.Module) -> None:
@@ -115,9 +117,9 @@ def _check_not_quantized(model: nn.Module) -> None:
 
 
 def _requantize_output_embeddings(model: PreTrainedModel, args: Any) -> None:
-    """Forward pre-hook: ``resize_token_embeddings`` puts a new ``nn.Linear`` in the place of a quantized head."""
+    """Forward pre-hook: ``resize_token_embeddings`` puts a new layer in the place of a quantized head."""
     head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear) and not isinstance(head, QuantizedLinear):
-        for conversion in plan_linear_layers(model, model.octav_config):  # type: ignore[arg-type]
+    if not isinstance(head, QuantizedLayer):
+        for conversion in plan_layers(model, model.octav_config):  # type: ignore[arg-type]
             if conversion.module is head:
                 conversion.apply()

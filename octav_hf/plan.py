@@ -1,31 +1,15 @@
 """Deciding which module gets which quantizers, with every check that could fail, before anything is changed."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from torch import nn
 
 from .config import OctavConfig, matches
-from .nn import ATTENTION_OPERANDS, FakeQuantize, QuantizedAttention, QuantizedLinear, WeightFakeQuantize
+from .nn import ATTENTION_OPERANDS, QUANTIZED_LAYERS, quantized_class_of
+from .plan_layers import Conversion, activation_quantizer, plan_layers
 
 # Attention implementations whose matmuls run as functions that can be seen; None: the module does not ask for one.
 _REACHABLE_IMPLEMENTATIONS = ("eager", "sdpa", None)
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """One module to convert, and its quantizers by operand (``nn.Identity`` for an operand left in float)."""
-
-    name: str
-    module: nn.Module
-    quantizers: dict[str, nn.Module]
-
-    def apply(self) -> None:
-        """Convert the module in place."""
-        if isinstance(self.module, nn.Linear):
-            QuantizedLinear.convert(self.module, self.quantizers["weight"], self.quantizers["input"])
-        else:
-            QuantizedAttention.convert(self.module, nn.ModuleDict(self.quantizers), self.name)
 
 
 def plan_conversion(model: nn.Module, config: OctavConfig) -> list[Conversion]:
@@ -36,11 +20,12 @@ def plan_conversion(model: nn.Module, config: OctavConfig) -> list[Conversion]:
     """
     config.validate()
     _check_patterns(model, config)
-    if not any(isinstance(module, nn.Linear) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} has no nn.Linear layer, so there is nothing to quantize")
-    plan = [*_plan_attention(model, config), *plan_linear_layers(model, config)]
+    if not any(quantized_class_of(module) for module in model.modules()):
+        kinds = ", ".join(f"nn.{float_class.__name__}" for float_class in QUANTIZED_LAYERS)
+        raise ValueError(f"{type(model).__name__} has no layer that can be quantized ({kinds})")
+    plan = [*_plan_attention(model, config), *plan_layers(model, config)]
     if not plan:
-        raise ValueError("the config leaves every linear layer and attention matmul in float; exclude less")
+        raise ValueError("the config leaves every layer and attention matmul in float; exclude less")
     for conversion in plan:
         if "forward" in conversion.module.__dict__:
             raise ValueError(
@@ -49,23 +34,6 @@ def plan_conversion(model: nn.Module, config: OctavConfig) -> list[Conversion]:
                 "quantization_config=OctavConfig(…) to from_pretrained, or call apply_octav first"
             )
     return plan
-
-
-def plan_linear_layers(model: nn.Module, config: OctavConfig) -> Iterator[Conversion]:
-    """The conversions of the linear layers that are not quantized yet."""
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or isinstance(module, QuantizedLinear) or config.excluded_by(name):
-            continue
-        settings = config.settings_for(name)
-        if settings.weight_bits is None and settings.activation_bits is None:
-            continue
-        if type(module) is not nn.Linear:
-            raise ValueError(
-                f"{name}: {type(module).__name__} with weight of shape {tuple(module.weight.shape)} is a subclass of "
-                "nn.Linear that may compute something else; name it in exclude_modules to leave it in float"
-            )
-        quantizers = {"weight": _weight_quantizer(config, name), "input": _activation_quantizer(config, name, "input")}
-        yield Conversion(name, module, quantizers)
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -92,7 +60,9 @@ def _plan_attention(model: nn.Module, config: OctavConfig) -> Iterator[Conversio
             name,
             module,
             {
-                operand: _activation_quantizer(config, name, operand, signed=operand != "probabilities")
+                operand: activation_quantizer(
+                    settings, settings.activation_bits, name, operand, signed=operand != "probabilities"
+                )
                 for operand in ATTENTION_OPERANDS
             },
         )
@@ -126,31 +96,3 @@ def _check_patterns(model: nn.Module, config: OctavConfig) -> None:
                     f"{field}: {pattern!r} matches no module of {type(model).__name__}; write a full dotted name, or a "
                     "pattern for it: print([name for name, _ in model.named_modules()]) lists them"
                 )
-
-
-def _weight_quantizer(config: OctavConfig, name: str) -> nn.Module:
-    settings = config.settings_for(name)
-    if settings.weight_bits is None:
-        return nn.Identity()
-    return WeightFakeQuantize(
-        settings.weight_bits,
-        clip=settings.weight_clip,
-        clip_options=settings.weight_clip_options,
-        gradient=settings.weight_gradient,
-        dim=1,  # one clip per output feature (Appendix E.2)
-        name=f"{name} weight",
-    )
-
-
-def _activation_quantizer(config: OctavConfig, name: str, operand: str, signed: bool = True) -> nn.Module:
-    settings = config.settings_for(name)
-    if settings.activation_bits is None:
-        return nn.Identity()
-    return FakeQuantize(
-        settings.activation_bits,
-        clip=settings.activation_clip,
-        clip_options=settings.activation_clip_options,
-        gradient=settings.activation_gradient,
-        signed=signed,
-        name=f"{name} {operand}",
-    )

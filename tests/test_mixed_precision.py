@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertForQuestionAnswering
+from transformers import BertForQuestionAnswering, ResNetForImageClassification
 
 from octav_hf import OctavConfig, apply_octav
 
@@ -17,14 +18,15 @@ MakeBert = Callable[..., BertForQuestionAnswering]
 
 
 class MatmulDtypes(TorchDispatchMode):
-    """Records the dtypes of all matmuls' operands."""
+    """Records the dtypes of all operands of these operations."""
 
-    def __init__(self) -> None:
+    def __init__(self, operations: set[Any] = MATMULS) -> None:
         super().__init__()
+        self.operations = operations
         self.seen: list[torch.dtype] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.overloadpacket in MATMULS:
+        if func.overloadpacket in self.operations:
             self.seen += [a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
         return func(*args, **(kwargs or {}))
 
@@ -59,3 +61,16 @@ def test_a_bfloat16_model(small_bert: MakeBert, padded_batch: dict) -> None:
     with MatmulDtypes() as matmuls:
         model(**padded_batch).start_logits.sum().backward()
     assert set(matmuls.seen) == {torch.bfloat16}
+
+
+def test_autocast_of_convolutions(small_resnet: Callable[..., ResNetForImageClassification]) -> None:
+    model = apply_octav(small_resnet(), OctavConfig()).train()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with MatmulDtypes({torch.ops.aten.convolution}) as convolutions:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(images).logits.float().square().sum()
+        loss.backward()
+    layers = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert convolutions.seen == [torch.bfloat16] * 2 * layers
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name

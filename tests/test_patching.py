@@ -148,6 +148,23 @@ def test_resized_token_embeddings_stay_quantized(tied: bool) -> None:
     assert not model._forward_pre_hooks
 
 
+def test_only_inputs_without_negative_values_are_unsigned(small_bert: MakeBert, padded_batch: dict) -> None:
+    """BERT has none, so the option changes nothing there; the second layer of an MLP with a ReLU has."""
+    models = [apply_octav(small_bert(), OctavConfig(unsigned_activations=on)) for on in (True, False)]
+    assert torch.equal(*(logits(model, padded_batch) for model in models))
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    for unsigned in (True, False):
+        torch.manual_seed(0)
+        net = apply_octav(
+            nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), OctavConfig(unsigned_activations=unsigned)
+        )
+        hidden = net[:2](x)
+        assert net[0].input_quantizer(x).unique().numel() <= 16
+        assert net[0].input_quantizer(x).min() < 0
+        # Of the signed grid's 16 levels 8 are not negative.
+        assert (net[2].input_quantizer(hidden).unique().numel() > 8) is unsigned
+
+
 def test_one_side_can_stay_in_float(small_bert: MakeBert) -> None:
     weights = apply_octav(small_bert(), OctavConfig(activation_bits=None))
     assert isinstance(weights.qa_outputs.weight_quantizer, FakeQuantize)
@@ -214,19 +231,38 @@ class WithAttentionFunction(nn.Linear):
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ({"conv": nn.Conv1d(2, 2, 1)}, "no nn.Linear layer"),
+        ({"norm": nn.LayerNorm(2)}, "Net has no layer that can be quantized"),
         ({"special": WithAttentionFunction(4, 3)}, r"special: WithAttentionFunction with weight of shape \(3, 4\)"),
         ({"attention": nn.MultiheadAttention(8, 2)}, "attention: nn.MultiheadAttention fuses its matmuls"),
+        (
+            {"head": nn.Linear(2, 2), "conv": nn.Conv3d(2, 3, 1)},
+            r"conv: Conv3d with weight of shape \(3, 2, 1, 1, 1\) is not a layer.*exclude_modules",
+        ),
+        (
+            {"head": nn.Linear(2, 2), "rnn": nn.LSTM(4, 5)},
+            r"rnn: LSTM with weight_ih_l0 of shape \(20, 4\) is not a layer.*exclude_modules",
+        ),
     ],
-    ids=["no linear", "subclass", "multihead attention"],
+    ids=["no layer", "subclass", "multihead attention", "unknown layer", "recurrent layer"],
 )
 def test_models_that_cannot_be_quantized_are_refused(layers: dict[str, nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         apply_octav(Net(**layers), OctavConfig())
 
 
+def test_an_unknown_layer_can_be_left_in_float() -> None:
+    layers = {"head": nn.Linear(2, 2), "conv": nn.Conv3d(2, 3, 1), "rnn": nn.LSTM(4, 5), "norm": nn.LayerNorm((3, 4))}
+    net = apply_octav(Net(**layers), OctavConfig(exclude_modules=["conv", "rnn"]))
+    left = {(row.module, row.operand): row.reason for row in coverage_report(net).left_in_float()}
+    assert left == {
+        ("conv", "weight"): "excluded by 'conv'",
+        ("rnn", "weight_ih_l0"): "excluded by 'rnn'",
+        ("rnn", "weight_hh_l0"): "excluded by 'rnn'",
+    }
+
+
 def test_everything_excluded_is_refused() -> None:
-    with pytest.raises(ValueError, match="leaves every linear layer"):
+    with pytest.raises(ValueError, match="leaves every layer"):
         apply_octav(Net(one=nn.Linear(2, 2)), OctavConfig(exclude_modules=["one"]))
 
 

@@ -52,7 +52,9 @@ def test_the_numerics_snippet_runs() -> None:
     assert all(row.unique().numel() <= 16 for row in names["y"])
 
 
-@pytest.mark.parametrize("document", ["README.md", "examples/squad/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "examples/squad/README.md", "examples/image_classification/README.md"]
+)
 def test_links_lead_somewhere(document: str) -> None:
     folder = (ROOT / document).parent
     for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text(encoding="utf-8")):

@@ -76,11 +76,17 @@ class OctavArguments:
     activation_bits: Union[int, str, None] = field(
         default=None, metadata={"help": f'Bits of the activations, or "none" for float. {_CONFIG_DEFAULT}'}
     )
+    embedding_bits: Union[int, str, None] = field(
+        default=None, metadata={"help": f'Bits of the embedding tables, or "none" for float. {_CONFIG_DEFAULT}'}
+    )
     weight_clip: Optional[str] = field(
         default=None, metadata={"help": f"One of {', '.join(CLIP_RULES)}. {_CONFIG_DEFAULT}"}
     )
     activation_clip: Optional[str] = field(
         default=None, metadata={"help": f"One of {', '.join(CLIP_RULES)}. {_CONFIG_DEFAULT}"}
+    )
+    weight_granularity: Optional[str] = field(
+        default=None, metadata={"help": f"A clip per row or per tensor. {_CONFIG_DEFAULT}"}
     )
     weight_gradient: Optional[str] = field(default=None, metadata={"help": f"ste, pwl or mad. {_CONFIG_DEFAULT}"})
     activation_gradient: Optional[str] = field(default=None, metadata={"help": f"ste, pwl or mad. {_CONFIG_DEFAULT}"})
@@ -89,6 +95,10 @@ class OctavArguments:
     )
     activation_clip_options: Union[dict, str, None] = field(
         default=None, metadata={"help": f"JSON object with options of --activation_clip. {_CONFIG_DEFAULT}"}
+    )
+    unsigned_activations: Optional[bool] = field(
+        default=None,
+        metadata={"help": f"Quantize layer inputs without a negative value on the unsigned grid. {_CONFIG_DEFAULT}"},
     )
     exclude_modules: Optional[list[str]] = field(
         default=None, metadata={"help": f"Modules to leave in float. {_CONFIG_DEFAULT}"}
@@ -114,7 +124,7 @@ class OctavArguments:
         """The configuration for `apply_octav`. Raises `ValueError` for values that cannot be used."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "quantize"}
         values = {name: value for name, value in values.items() if value is not None}
-        for name in ("weight_bits", "activation_bits"):
+        for name in ("weight_bits", "activation_bits", "embedding_bits"):
             if name in values:
                 values[name] = _bits(values[name], name)
         for name in ("weight_clip_options", "activation_clip_options", "module_overrides"):

@@ -2,17 +2,27 @@
 
 from .attention import QuantizedAttention
 from .attention_matmuls import ATTENTION_OPERANDS, AttentionMatmuls
+from .convolution import QuantizedConv1d, QuantizedConv2d
+from .embedding import QuantizedEmbedding
 from .fake_quantize import FakeQuantize
 from .linear import QuantizedLinear
+from .quantized_layer import QUANTIZED_LAYERS, QuantizedLayer, quantized_class_of, register_quantized_layer
 from .scaled_dot_product_attention import quantized_scaled_dot_product_attention
 from .weight_fake_quantize import WeightFakeQuantize
 
 __all__ = [
     "ATTENTION_OPERANDS",
+    "QUANTIZED_LAYERS",
     "AttentionMatmuls",
     "FakeQuantize",
     "QuantizedAttention",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
+    "QuantizedEmbedding",
+    "QuantizedLayer",
     "QuantizedLinear",
     "WeightFakeQuantize",
+    "quantized_class_of",
     "quantized_scaled_dot_product_attention",
+    "register_quantized_layer",
 ]

@@ -76,6 +76,21 @@ def test_a_changed_weight_is_computed_again(
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("dim", [(1, 2, 3), None], ids=["per row", "per tensor"])
+@pytest.mark.parametrize("place", [(0, 0, 0, 0), (2, 1, 0, 1), (5, 4, 3, 1)], ids=str)
+def test_a_changed_kernel_is_computed_again(
+    weight: Tensor, calls: list[Tensor], place: tuple[int, ...], dim: tuple[int, ...] | None
+) -> None:
+    kernel = weight.detach().view(6, 5, 4, 2)
+    quantizer = WeightFakeQuantize(4, dim=dim)
+    quantizer(kernel)
+    quantizer(kernel)
+    assert len(calls) == 1
+    kernel[place] += 0.5
+    assert torch.equal(quantizer.compute_clip(kernel), octav_clip(kernel, 4, dim=dim))
+    assert len(calls) == 2
+
+
 def test_an_optimizer_step_is_a_change(weight: torch.nn.Parameter, calls: list[Tensor]) -> None:
     quantizer = WeightFakeQuantize(4, dim=1)
     optimizer = torch.optim.AdamW([weight], lr=1e-6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from run_squad import main, parse_arguments
 from squad_arguments import DataArguments, OctavArguments
 
+from octav_hf import OctavConfig
 from octav_hf.functional import CLIP_RULES
 
 BASE = ["--model_name_or_path", "m", "--train_file", "t.json", "--output_dir", "o", "--do_train"]
@@ -86,6 +89,14 @@ def test_json_file(tmp_path: Path) -> None:
     assert (config.weight_bits, config.activation_bits) == (5, None)
     assert config.weight_clip_options == {"percentile": 99.0}
     assert (training.learning_rate, data.max_seq_length, data.doc_stride) == (1e-3, 384, 128)
+
+
+def test_every_field_of_the_config_is_an_argument() -> None:
+    known = set(inspect.signature(OctavConfig).parameters) - {"unknown", "first_last_bits"}
+    assert {field.name for field in dataclasses.fields(OctavArguments)} - {"quantize"} == known
+    words = ["--embedding_bits", "6", "--weight_granularity", "tensor", "--unsigned_activations", "false"]
+    config = octav("--quantize", *words).to_config()
+    assert (config.embedding_bits, config.weight_granularity, config.unsigned_activations) == (6, "tensor", False)
 
 
 def test_data_is_required() -> None:
