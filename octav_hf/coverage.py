@@ -7,7 +7,7 @@ from torch import nn
 
 from .config import OctavConfig
 from .nn import ATTENTION_OPERANDS, FakeQuantize, QuantizedAttention, QuantizedLayer, quantized_class_of
-from .plan import attention_modules
+from .plan_attention import attention_modules
 
 
 @dataclass(frozen=True)
