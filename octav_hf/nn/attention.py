@@ -46,7 +46,8 @@ class QuantizedAttention(nn.Module):
             return self._attend(*args, **kwargs)
 
     def _attend(self, *args: Any, **kwargs: Any) -> Any:
-        with AttentionMatmuls(self.operand_quantizers, self.attention_name) as matmuls:
+        own_parameters = self.parameters(recurse=False)
+        with AttentionMatmuls(self.operand_quantizers, self.attention_name, own_parameters) as matmuls:
             output = super().forward(*args, **kwargs)
         matmuls.check_complete()
         return output
