@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .attention_modules import attention_modules
 from .config import OctavConfig
 from .nn import ATTENTION_OPERANDS, FakeQuantize, QuantizedAttention, QuantizedLayer, quantized_class_of
-from .plan_attention import attention_modules
 
 
 @dataclass(frozen=True)

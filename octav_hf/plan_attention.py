@@ -4,24 +4,13 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .attention_modules import attention_modules
 from .config import OctavConfig
 from .nn import ATTENTION_OPERANDS
 from .plan_layers import Conversion, activation_quantizer
 
 # Attention implementations whose matmuls run as functions that can be seen; None: the module does not ask for one.
 _REACHABLE_IMPLEMENTATIONS = ("eager", "sdpa", None)
-
-
-def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of those that compute attention: called so by their class, with no other such module inside."""
-    for name, module in model.named_modules():
-        inner = (child for child in module.modules() if child is not module)
-        if _is_attention(module) and not any(_is_attention(child) for child in inner):
-            yield name, module
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return "Attention" in type(module).__name__ and any(True for _ in module.children())
 
 
 def plan_attention(model: nn.Module, config: OctavConfig) -> Iterator[Conversion]:
@@ -48,8 +37,9 @@ def plan_attention(model: nn.Module, config: OctavConfig) -> Iterator[Conversion
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
     if heads and not found and config.quantize_attention and config.activation_bits is not None:
         raise ValueError(
-            f"{type(model).__name__} has {heads} attention heads but no module whose class is called …Attention…, so "
-            "its attention matmuls cannot be reached; set quantize_attention=False to leave them in float"
+            f"{type(model).__name__} has {heads} attention heads but no module whose class is called …Attention… or "
+            "whose code is attention, so its attention matmuls cannot be reached; set quantize_attention=False to leave"
+            " them in float"
         )
 
 
