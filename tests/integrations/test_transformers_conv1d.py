@@ -9,9 +9,9 @@ from octav_hf.integrations import QuantizedTransformersConv1D
 
 
 def conv1d_and_linear() -> tuple[nn.Sequential, nn.Sequential]:
-    """A ``Conv1D`` from 5 to 3 features, and a linear layer that computes the same."""
+    """A ``Conv1D`` from 20 to 3 features, and a linear layer that computes the same."""
     torch.manual_seed(0)
-    conv, linear = Conv1D(3, 5), nn.Linear(5, 3)
+    conv, linear = Conv1D(3, 20), nn.Linear(20, 3)
     with torch.no_grad():
         conv.bias.normal_()
         linear.weight.copy_(conv.weight.t())
@@ -21,7 +21,7 @@ def conv1d_and_linear() -> tuple[nn.Sequential, nn.Sequential]:
 
 def test_output_and_gradients_are_those_of_a_linear_layer() -> None:
     conv, linear = (apply_octav(net, OctavConfig(weight_bits=3)) for net in conv1d_and_linear())
-    x = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 4, 20, generator=torch.Generator().manual_seed(1))
     output, expected = conv(x), linear(x)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
     output.square().sum().backward()
@@ -33,13 +33,13 @@ def test_output_and_gradients_are_those_of_a_linear_layer() -> None:
 
 def test_is_reported_and_checked_as_a_linear_layer() -> None:
     conv, _ = conv1d_and_linear()
-    before = conv(torch.ones(2, 5))
+    before = conv(torch.ones(2, 20))
     apply_octav(conv, OctavConfig())
     assert type(conv[0]) is QuantizedTransformersConv1D
     assert [(row.kind, row.operand, row.bits) for row in coverage_report(conv)] == [
         ("linear", "weight", 4),
         ("linear", "input", 4),
     ]
-    assert check_coverage(conv, torch.ones(2, 5)) == []
+    assert check_coverage(conv, torch.ones(2, 20)) == []
     assert type(remove_octav(conv)[0]) is Conv1D
-    assert torch.equal(conv(torch.ones(2, 5)), before)
+    assert torch.equal(conv(torch.ones(2, 20)), before)
