@@ -252,12 +252,16 @@ def test_written_out_sdpa_is_causal_and_groups_heads() -> None:
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
 
 
-def test_a_query_that_sees_no_key_gets_zero() -> None:
+def test_a_query_that_sees_no_key_gets_zero_and_gives_no_gradient() -> None:
     mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
     mask[0, 0, 2] = False
-    output = quantized_scaled_dot_product_attention(no_quantizers(), *operands(), attn_mask=mask)
+    inputs, others = ([x.requires_grad_() for x in operands()] for _ in range(2))
+    output = quantized_scaled_dot_product_attention(no_quantizers(), *inputs, attn_mask=mask)
     assert torch.equal(output[0, :, 2], torch.zeros(4, 8))
-    assert torch.isfinite(output).all()
+    output.square().sum().backward()
+    F.scaled_dot_product_attention(*others, attn_mask=mask).square().sum().backward()
+    for x, other in zip(inputs, others, strict=True):
+        torch.testing.assert_close(x.grad, other.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_comes_before_the_probabilities_quantizer() -> None:
