@@ -15,11 +15,13 @@ class CoverageCheck(list[FloatOperand]):
 
     Attributes:
         products: how many products ran, on quantized operands or not.
+        description: what the operands in it have in common.
     """
 
-    def __init__(self, rows: Iterable[FloatOperand] = (), products: int = 0):
+    def __init__(self, rows: Iterable[FloatOperand], products: int, description: str = "in float"):
         super().__init__(rows)
         self.products = products
+        self.description = description
 
     def unexplained(self, report: CoverageReport) -> "CoverageCheck":
         """Those that ``coverage_report`` of the same model does not list as left in float.
@@ -30,15 +32,16 @@ class CoverageCheck(list[FloatOperand]):
         listed: dict[str, list[Operand]] = {}
         for operand in report:
             listed.setdefault(operand.module, []).append(operand)
-        return CoverageCheck((row for row in self if not _explained(row, listed)), self.products)
+        rows = (row for row in self if not _explained(row, listed))
+        return CoverageCheck(rows, self.products, "in float and not listed as such")
 
     def __str__(self) -> str:
+        summary = f"{len(self)} operands {self.description}; {self.products} products ran"
         if not self:
-            return f"all operands of the {self.products} products that ran were quantized"
+            return summary
         table = [("module", "operation", "operand", "", "shape"), *(row.cells() for row in self)]
         widths = [max(len(cells[column]) for cells in table) for column in range(5)]
         rows = ("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table)
-        summary = f"{len(self)} operands were in float; {self.products} products ran"
         return "\n".join([*(row.rstrip() for row in rows), "", summary])
 
 

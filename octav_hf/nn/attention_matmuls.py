@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from .probabilities import SOFTMAX, keeps_probabilities
 from .products import Product, UnknownProduct, find_product
-from .scaled_dot_product_attention import quantized_scaled_dot_product_attention
+from .scaled_dot_product_attention import OperandQuantizers, quantized_scaled_dot_product_attention
 
 ATTENTION_OPERANDS = ("query", "key", "probabilities", "value")
 
@@ -29,7 +29,7 @@ class AttentionMatmuls(TorchFunctionMode):
         own_parameters: parameters of the attention module itself, none of which may be in a product.
     """
 
-    def __init__(self, quantizers: nn.ModuleDict, name: str, own_parameters: Iterable[nn.Parameter] = ()):
+    def __init__(self, quantizers: OperandQuantizers, name: str, own_parameters: Iterable[nn.Parameter] = ()):
         super().__init__()
         self._quantizers = quantizers
         self._name = name

@@ -1,11 +1,16 @@
 """Scaled dot-product attention written out, so that the operands of both its matmuls can be quantized."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
+OperandQuantizers = Mapping[str, nn.Module] | nn.ModuleDict
+"""The modules named ``query``, ``key``, ``probabilities`` and ``value``."""
+
 
 def quantized_scaled_dot_product_attention(
-    quantizers: nn.ModuleDict,
+    quantizers: OperandQuantizers,
     query: Tensor,
     key: Tensor,
     value: Tensor,
