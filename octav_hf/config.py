@@ -15,6 +15,9 @@ from .functional import CLIP_RULES, GRADIENTS
 from .functional.grid import MAX_BITS, MIN_BITS
 
 QUANT_METHOD = "octav"
+WEIGHT_GRANULARITIES = ("row", "tensor")
+
+_SIDES = ("weight", "activation", "embedding")
 
 # What every clipping rule takes, so that it cannot be given as an option.
 _RULE_ARGUMENTS = {"x", "num_bits", "signed", "dim"}
@@ -26,12 +29,15 @@ class ModuleSettings:
 
     weight_bits: int | None
     activation_bits: int | None
+    embedding_bits: int | None
     weight_clip: str
     activation_clip: str
     weight_clip_options: Mapping[str, Any]
     activation_clip_options: Mapping[str, Any]
+    weight_granularity: str
     weight_gradient: str
     activation_gradient: str
+    unsigned_activations: bool
     quantize_attention: bool
 
 
@@ -42,24 +48,37 @@ _SETTINGS = tuple(field.name for field in fields(ModuleSettings))
 class OctavConfig(QuantizationConfigMixin):
     """Quantization-aware training with OCTAV clips; the defaults are the paper's recipe "MPH" at 4 bits.
 
-    Weights of linear layers have one clip per output feature (row), everything else one clip per tensor (Appendix
-    E.2). "Activations" are the inputs of linear layers and the four operands of the attention matmuls (query, key,
-    probabilities, value; probabilities on the unsigned grid).
+    Weights of linear layers and convolutions have one clip per output feature or channel (row), everything else one
+    clip per tensor (Appendix E.2). "Activations" are the inputs of those layers and the four operands of the attention
+    matmuls (query, key, probabilities, value; probabilities on the unsigned grid).
 
     Args:
         weight_bits: 2 to 8; ``None`` leaves weights in float.
         activation_bits: 2 to 8; ``None`` leaves activations, attention operands included, in float.
+        embedding_bits: 2 to 8 quantizes embedding tables too, of tokens, positions and whatever else is an
+            ``nn.Embedding``, with one clip per row, by the clipping rule and gradient of weights; ``None`` leaves them
+            in float, as the paper does.
         weight_clip, activation_clip: ``"octav"``, ``"max"``, ``"percentile"`` or ``"mse_sweep"``, or another rule
             registered in ``octav_hf.functional.CLIP_RULES``.
         weight_clip_options, activation_clip_options: further keyword arguments of that rule, for instance
             ``{"max_iterations": 10}`` for octav or ``{"percentile": 99.99}`` for percentile.
+        weight_granularity: ``"row"``, or ``"tensor"`` for one clip for a whole weight, which the paper uses for the
+            linear layers of ResNets and MobileNets.
         weight_gradient, activation_gradient: ``"mad"``, ``"pwl"`` or ``"ste"`` (section 4). MAD for weights and PWL for
             activations is the paper's MPH.
+        unsigned_activations: whether a layer input without a negative value, such as the output of a ReLU, is quantized
+            on the unsigned grid, whose steps are half as wide. It is decided from the tensor at every forward pass, so
+            one negative value makes it signed. False keeps every layer input signed.
         quantize_attention: whether the attention matmuls are quantized. A model whose attention matmuls cannot be
             reached is refused unless this is False.
+        first_last_bits: 2 to 8 bits for weight and input of the first and the last layer, whatever the other layers
+            have (a side that is ``None`` stays in float); the paper uses 8 for ResNets and MobileNets. The layers are
+            found by the order in which modules are defined, and a model that is not clearly an image classifier, from
+            a convolution to a linear head, is refused. ``None``: they are as the others.
         exclude_modules: name patterns of modules left in float, with all that is below them.
-        module_overrides: name pattern -> fields (of those above, except ``exclude_modules``) that differ for the
-            modules it matches and all that is below them: ``{"qa_outputs": {"weight_bits": 8, "activation_bits": 8}}``.
+        module_overrides: name pattern -> fields (of those above, except ``first_last_bits`` and ``exclude_modules``)
+            that differ for the modules it matches and all that is below them:
+            ``{"qa_outputs": {"weight_bits": 8, "activation_bits": 8}}``.
             An exact name wins over a pattern with wildcards; two patterns of one kind must not disagree.
 
     A name pattern is a module's full dotted name, or a shell-style pattern for it
@@ -73,13 +92,17 @@ class OctavConfig(QuantizationConfigMixin):
         self,
         weight_bits: int | None = 4,
         activation_bits: int | None = 4,
+        embedding_bits: int | None = None,
         weight_clip: str = "octav",
         activation_clip: str = "octav",
         weight_clip_options: dict[str, Any] | None = None,
         activation_clip_options: dict[str, Any] | None = None,
+        weight_granularity: str = "row",
         weight_gradient: str = "mad",
         activation_gradient: str = "pwl",
+        unsigned_activations: bool = True,
         quantize_attention: bool = True,
+        first_last_bits: int | None = None,
         exclude_modules: Iterable[str] = (),
         module_overrides: dict[str, dict[str, Any]] | None = None,
         **unknown: Any,
@@ -90,13 +113,17 @@ class OctavConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.weight_bits = weight_bits
         self.activation_bits = activation_bits
+        self.embedding_bits = embedding_bits
         self.weight_clip = weight_clip
         self.activation_clip = activation_clip
         self.weight_clip_options = {} if weight_clip_options is None else weight_clip_options
         self.activation_clip_options = {} if activation_clip_options is None else activation_clip_options
+        self.weight_granularity = weight_granularity
         self.weight_gradient = weight_gradient
         self.activation_gradient = activation_gradient
+        self.unsigned_activations = unsigned_activations
         self.quantize_attention = quantize_attention
+        self.first_last_bits = first_last_bits
         self.exclude_modules = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules)
         self.module_overrides = {} if module_overrides is None else module_overrides
         self.validate()
@@ -118,8 +145,11 @@ class OctavConfig(QuantizationConfigMixin):
         """Check every field; ``apply_octav`` does so again, since fields can be assigned."""
         settings = {name: getattr(self, name) for name in _SETTINGS}
         _validate_settings(settings, "OctavConfig")
-        if settings["weight_bits"] is None and settings["activation_bits"] is None and not self.module_overrides:
-            raise ValueError("weight_bits and activation_bits are both None, so nothing would be quantized; set one")
+        _validate_bits("OctavConfig: first_last_bits", self.first_last_bits, "to treat those layers as the others")
+        if not any(settings[f"{side}_bits"] for side in _SIDES) and not self.module_overrides:
+            raise ValueError(
+                "weight_bits, activation_bits and embedding_bits are all None, so nothing would be quantized; set one"
+            )
         if isinstance(self.exclude_modules, str) or not all(isinstance(name, str) for name in self.exclude_modules):
             raise ValueError(f"exclude_modules must be a list of name patterns, got {self.exclude_modules!r}")
         if not isinstance(self.module_overrides, dict):
@@ -167,13 +197,9 @@ def matches(pattern: str, module_name: str) -> bool:
 
 
 def _validate_settings(settings: dict[str, Any], where: str) -> None:
+    for side in _SIDES:
+        _validate_bits(f"{where}: {side}_bits", settings[f"{side}_bits"], "to leave it in float")
     for side in ("weight", "activation"):
-        bits = settings[f"{side}_bits"]
-        if bits is not None and (type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS):
-            raise ValueError(
-                f"{where}: {side}_bits must be an integer from {MIN_BITS} to {MAX_BITS}, or None to leave it in float; "
-                f"got {bits!r}"
-            )
         clip = settings[f"{side}_clip"]
         if clip not in CLIP_RULES:
             raise ValueError(_unknown(f"{where}: {side}_clip cannot be", [clip], CLIP_RULES))
@@ -189,11 +215,21 @@ def _validate_settings(settings: dict[str, Any], where: str) -> None:
             raise ValueError(_unknown(f"{where}: the clip {clip!r} has no option", unknown, accepted))
         try:
             # On the CPU whatever the default device: from_pretrained builds models on meta.
-            CLIP_RULES[clip](torch.ones(1, device="cpu"), bits or MAX_BITS, **options)
+            CLIP_RULES[clip](torch.ones(1, device="cpu"), settings[f"{side}_bits"] or MAX_BITS, **options)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {side}_clip_options: {error}") from error
-    if not isinstance(settings["quantize_attention"], bool):
-        raise ValueError(f"{where}: quantize_attention must be True or False, got {settings['quantize_attention']!r}")
+    if settings["weight_granularity"] not in WEIGHT_GRANULARITIES:
+        raise ValueError(
+            _unknown(f"{where}: weight_granularity cannot be", [settings["weight_granularity"]], WEIGHT_GRANULARITIES)
+        )
+    for name in ("unsigned_activations", "quantize_attention"):
+        if not isinstance(settings[name], bool):
+            raise ValueError(f"{where}: {name} must be True or False, got {settings[name]!r}")
+
+
+def _validate_bits(field: str, bits: Any, none: str) -> None:
+    if bits is not None and (type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS):
+        raise ValueError(f"{field} must be an integer from {MIN_BITS} to {MAX_BITS}, or None {none}; got {bits!r}")
 
 
 def _unknown(problem: str, names: Iterable[Any], known: Iterable[str]) -> str:

@@ -7,7 +7,14 @@ from torch import nn
 
 from .attention_modules import attention_modules
 from .config import OctavConfig
-from .nn import ATTENTION_OPERANDS, FakeQuantize, QuantizedAttention, QuantizedLayer, quantized_class_of
+from .nn import (
+    ATTENTION_OPERANDS,
+    QUANTIZED_LAYERS,
+    FakeQuantize,
+    QuantizedAttention,
+    QuantizedLayer,
+    quantized_class_of,
+)
 
 
 @dataclass(frozen=True)
@@ -15,10 +22,10 @@ class Operand:
     """One operand of one module. ``reason`` says why it is left in float; it is empty for a quantized operand."""
 
     module: str
-    kind: str  # "linear", "attention" or the class of another module with a weight matrix
+    kind: str  # "linear", "convolution", "embedding", "attention" or the class of another module with a weight matrix
     operand: str  # "weight", "input", "query", "key", "probabilities" or "value"
     bits: int | None = None
-    signed: bool = True
+    signed: bool | None = True  # None: as the tensor's values are, at every forward pass
     clip: str = ""
     gradient: str = ""
     per_row: bool = False
@@ -28,7 +35,7 @@ class Operand:
         """The operand as a row of the printed report."""
         if self.bits is None:
             return self.module, self.operand, "float", "", "", "", self.reason
-        grid = f"{'signed' if self.signed else 'unsigned'}"
+        grid = {True: "signed", False: "unsigned", None: "by sign"}[self.signed]
         return self.module, self.operand, str(self.bits), grid, self.clip_cell, self.gradient, ""
 
     @property
@@ -40,7 +47,7 @@ class CoverageReport(list[Operand]):
     """The operands of a model in the order of its modules; ``print`` shows a table, ``summary`` a few lines."""
 
     def quantized(self, kind: str) -> list[Operand]:
-        """The quantized operands of ``"linear"`` layers or of ``"attention"``."""
+        """The quantized operands of one kind: such as ``"linear"`` or ``"attention"``."""
         return [row for row in self if row.kind == kind and row.bits is not None]
 
     def left_in_float(self) -> list[Operand]:
@@ -49,10 +56,12 @@ class CoverageReport(list[Operand]):
 
     def summary(self) -> str:
         """Counts, and what is left in float for which reason."""
+        kinds = dict.fromkeys(["linear", "attention", *(layer.kind for layer in QUANTIZED_LAYERS.values())])
         lines = []
-        for kind in ("linear", "attention"):
-            of_kind = [row for row in self if row.kind == kind]
-            lines.append(f"{len(self.quantized(kind))} of {len(of_kind)} {kind} operands quantized")
+        for kind in kinds:
+            of_kind = sum(row.kind == kind for row in self)
+            if of_kind:
+                lines.append(f"{len(self.quantized(kind))} of {of_kind} {kind} operands quantized")
         reasons: dict[str, list[str]] = {}
         for row in self.left_in_float():
             reasons.setdefault(row.reason, []).append(f"{row.module} {row.operand}")
@@ -68,47 +77,69 @@ class CoverageReport(list[Operand]):
 
 
 def coverage_report(model: nn.Module) -> CoverageReport:
-    """List every operand of the model's linear layers and attention matmuls, and every other weight matrix.
+    """List every operand of the model's layers and attention matmuls, and every other weight matrix.
 
     Args:
         model: the module that ``apply_octav`` was called on; for any other, what is left in float has no known reason.
 
     Returns:
-        One ``Operand`` each: two for a linear layer, four for an attention module, one for an embedding or another
-        module with a weight of two or more dimensions.
+        One ``Operand`` each: two for a linear layer or convolution, four for an attention module, one for an embedding
+        and for any other module with a weight of two or more dimensions.
     """
     attention = dict(attention_modules(model))
-    return CoverageReport(
-        row for name, module in model.named_modules() for row in _rows(model, name, module, attention)
-    )
+    named = list(model.named_modules())
+    # The quantized model may stand inside another, such as PEFT's.
+    roots = [(name, module.__dict__["octav_config"]) for name, module in named if "octav_config" in module.__dict__]
+    return CoverageReport(row for name, module in named for row in _rows(_Place(name, roots), module, attention))
 
 
-def _rows(root: nn.Module, name: str, module: nn.Module, attention: dict[str, nn.Module]) -> Iterator[Operand]:
-    config: OctavConfig | None = getattr(root, "octav_config", None)
+class _Place:
+    """A module's name, and what the config asks of the module."""
+
+    def __init__(self, name: str, roots: list[tuple[str, OctavConfig]]):
+        self.name = name
+        self._config: OctavConfig | None = None
+        for root, config in roots:
+            if not root or name == root or name.startswith(f"{root}."):
+                self._config, self._name_in_root = config, name[len(root) :].removeprefix(".")
+
+    def reason(self, *fields: str) -> str:
+        """Why an operand is left in float for which the config would have to set one of these fields."""
+        if self._config is None:
+            return "apply_octav was not called on this model"
+        pattern = self._config.excluded_by(self._name_in_root)
+        if pattern:
+            return f"excluded by {pattern!r}"
+        settings = self._config.settings_for(self._name_in_root)
+        values = {field: getattr(settings, field) for field in fields}
+        if any(values.values()):
+            return "it was added after apply_octav"
+        return f"{' and '.join(values)} {'is' if len(values) == 1 else 'are'} {values[fields[0]]}"
+
+
+def _rows(place: _Place, module: nn.Module, attention: dict[str, nn.Module]) -> Iterator[Operand]:
+    name = place.name
     layer = quantized_class_of(module)
     if isinstance(module, QuantizedLayer):
-        for operand in module.operands:
-            bits = "activation_bits" if operand == "input" else "weight_bits"
-            yield _row(name, module.kind, operand, getattr(module, f"{operand}_quantizer"), f"{bits} is None")
+        for operand, field in module.operands.items():
+            yield _row(name, module.kind, operand, getattr(module, f"{operand}_quantizer"), f"{field} is None")
     elif layer is not None:
         for operand in layer.operands:
-            yield Operand(
-                name, layer.kind, operand, reason=_reason(config, name, "weight_bits and activation_bits are None")
-            )
+            yield Operand(name, layer.kind, operand, reason=place.reason(*layer.operands.values()))
     elif isinstance(module, QuantizedAttention):
         for operand in ATTENTION_OPERANDS:
             yield _row(name, "attention", operand, module.operand_quantizers[operand], "")
     elif name in attention:
-        off = "quantize_attention is False"
-        if config is not None and config.settings_for(name).activation_bits is None:
-            off = "activation_bits is None"
+        reason = place.reason("activation_bits")
+        if reason.startswith("it was"):
+            reason = place.reason("quantize_attention")
         for operand in ATTENTION_OPERANDS:
-            yield Operand(name, "attention", operand, reason=_reason(config, name, off))
+            yield Operand(name, "attention", operand, reason=reason)
     else:
         weight = module._parameters.get("weight")
         if weight is not None and weight.dim() > 1:
             kind = type(module).__name__
-            yield Operand(name, kind, "weight", reason=f"only linear layers and attention are quantized, not {kind}")
+            yield Operand(name, kind, "weight", reason=f"{kind} is not a layer that can be quantized")
 
 
 def _row(name: str, kind: str, operand: str, quantizer: nn.Module, reason: str) -> Operand:
@@ -124,10 +155,3 @@ def _row(name: str, kind: str, operand: str, quantizer: nn.Module, reason: str) 
         gradient=quantizer.gradient,
         per_row=quantizer.dim is not None,
     )
-
-
-def _reason(config: OctavConfig | None, name: str, otherwise: str) -> str:
-    if config is None:
-        return "apply_octav was not called on this model"
-    pattern = config.excluded_by(name)
-    return f"excluded by {pattern!r}" if pattern else otherwise

@@ -18,7 +18,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def apply_octav(model: Model, config: OctavConfig) -> Model:
     """Quantize the operands of the model's layers and attention matmuls, in place, for training and evaluation.
 
-    Every ``nn.Linear`` becomes a ``QuantizedLinear`` and every attention module a ``QuantizedAttention``: the same
+    Each layer of ``nn.QUANTIZED_LAYERS`` (``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``; ``nn.Embedding`` where
+    ``embedding_bits`` is set) becomes its quantized class and every attention module a ``QuantizedAttention``: the same
     objects, with the same parameters under the same names, so that optimizers, tied weights and hooks stay valid. A
     Transformers model also gets the config as its ``quantization_config``, which ``save_pretrained`` writes and
     ``from_pretrained`` applies again.

@@ -30,7 +30,9 @@ def plan_attention(model: nn.Module, config: OctavConfig) -> Iterator[Conversion
             name,
             module,
             {
-                operand: activation_quantizer(config, name, operand, signed=operand != "probabilities")
+                operand: activation_quantizer(
+                    settings, settings.activation_bits, name, operand, signed=operand != "probabilities"
+                )
                 for operand in ATTENTION_OPERANDS
             },
         )

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .config import OctavConfig
-from .nn import FakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize, quantized_class_of
+from .config import ModuleSettings, OctavConfig
+from .first_last import first_and_last
+from .nn import FakeQuantize, QuantizedAttention, QuantizedLayer, quantized_class_of
 
 
 @dataclass(frozen=True)
@@ -32,45 +33,57 @@ def plan_layers(model: nn.Module, config: OctavConfig) -> Iterator[Conversion]:
     Raises:
         ValueError: a layer cannot be quantized; the message names it and what to write instead.
     """
+    edges = () if config.first_last_bits is None else first_and_last(model, config)
     for name, module in model.named_modules():
         quantized_class = quantized_class_of(module)
         if quantized_class is None or isinstance(module, QuantizedLayer) or config.excluded_by(name):
             continue
         settings = config.settings_for(name)
-        if settings.weight_bits is None and settings.activation_bits is None:
+        bits = {operand: getattr(settings, field) for operand, field in quantized_class.operands.items()}
+        if name in edges:
+            bits = _first_last_bits(bits, name, config)
+        if not any(bits.values()):
             continue
-        _check_exact(name, module, quantized_class)
+        _check_convertible(name, module, quantized_class)
+        if settings.weight_granularity not in quantized_class.granularities:
+            raise ValueError(
+                f"{name}: the weight of {type(module).__name__} has one clip per row, not per "
+                f"{settings.weight_granularity}; write module_overrides={{{name!r}: {{'weight_granularity': 'row'}}}}"
+            )
+        signed = None if settings.unsigned_activations else True
         quantizers = {
-            operand: activation_quantizer(config, name, operand)
+            operand: activation_quantizer(settings, bits[operand], name, operand, signed=signed)
             if operand == "input"
-            else weight_quantizer(config, name, quantized_class.clip_dim)
+            else weight_quantizer(settings, bits[operand], name, quantized_class)
             for operand in quantized_class.operands
         }
         yield Conversion(name, module, quantizers)
 
 
-def weight_quantizer(config: OctavConfig, name: str, clip_dim: tuple[int, ...]) -> nn.Module:
-    """The quantizer of the weight of the layer ``name``, with one clip for what lies along ``clip_dim``."""
-    settings = config.settings_for(name)
-    if settings.weight_bits is None:
+def weight_quantizer(
+    settings: ModuleSettings, bits: int | None, name: str, quantized_class: type[QuantizedLayer]
+) -> nn.Module:
+    """The quantizer of the weight of the layer ``name``."""
+    if bits is None:
         return nn.Identity()
-    return WeightFakeQuantize(
-        settings.weight_bits,
+    return quantized_class.weight_quantizer_class(
+        bits,
         clip=settings.weight_clip,
         clip_options=settings.weight_clip_options,
         gradient=settings.weight_gradient,
-        dim=clip_dim,
+        dim=quantized_class.clip_dim if settings.weight_granularity == "row" else None,
         name=f"{name} weight",
     )
 
 
-def activation_quantizer(config: OctavConfig, name: str, operand: str, signed: bool = True) -> nn.Module:
+def activation_quantizer(
+    settings: ModuleSettings, bits: int | None, name: str, operand: str, *, signed: bool | None
+) -> nn.Module:
     """The quantizer of the activation ``operand`` of the module ``name``, with one clip per tensor."""
-    settings = config.settings_for(name)
-    if settings.activation_bits is None:
+    if bits is None:
         return nn.Identity()
     return FakeQuantize(
-        settings.activation_bits,
+        bits,
         clip=settings.activation_clip,
         clip_options=settings.activation_clip_options,
         gradient=settings.activation_gradient,
@@ -79,13 +92,27 @@ def activation_quantizer(config: OctavConfig, name: str, operand: str, signed: b
     )
 
 
-def _check_exact(name: str, module: nn.Module, quantized_class: type[QuantizedLayer]) -> None:
-    """A subclass may compute something else, which the quantized class would not."""
-    float_class = quantized_class.float_class
-    if type(module) is not float_class:
-        weight = module._parameters.get("weight")
-        shape = "" if weight is None else f" with weight of shape {tuple(weight.shape)}"
+def _first_last_bits(bits: dict[str, int | None], name: str, config: OctavConfig) -> dict[str, int | None]:
+    """``first_last_bits`` for each operand that is quantized."""
+    if not any(bits.values()):
         raise ValueError(
-            f"{name}: {type(module).__name__}{shape} is a subclass of nn.{float_class.__name__} that may compute "
-            "something else; name it in exclude_modules to leave it in float"
+            f"first_last_bits={config.first_last_bits} has no effect on {name}, whose weight_bits and activation_bits "
+            "are None; set one of them, or first_last_bits=None"
         )
+    return {operand: number and config.first_last_bits for operand, number in bits.items()}
+
+
+def _check_convertible(name: str, module: nn.Module, quantized_class: type[QuantizedLayer]) -> None:
+    float_class = quantized_class.float_class
+    remedy = "name it in exclude_modules to leave it in float"
+    described = type(module).__name__
+    weight = module._parameters.get("weight")
+    if weight is not None:
+        described += f" with weight of shape {tuple(weight.shape)}"
+    if type(module) is not float_class:
+        raise ValueError(
+            f"{name}: {described} is a subclass of nn.{float_class.__name__} that may compute something else; {remedy}"
+        )
+    refusal = quantized_class.refusal(module)
+    if refusal:
+        raise ValueError(f"{name}: {described} cannot be quantized: {refusal}, or {remedy}")

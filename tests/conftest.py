@@ -8,7 +8,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from transformers import BertConfig, BertForQuestionAnswering
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 ROOT = Path(__file__).parent.parent
 SHARED_SQUAD = ROOT.parent / "shared" / "squad"
@@ -36,7 +43,7 @@ def shared_squad() -> Path:
 
 @pytest.fixture
 def small_bert() -> Callable[..., BertForQuestionAnswering]:
-    """A function that makes a small random BERT in eval mode, always the same one; keywords change its config."""
+    """A function that makes a small random BERT in eval mode, always the same; keywords change its config."""
 
     def make(seed: int = 0, attn_implementation: str = "sdpa", **changes: object) -> BertForQuestionAnswering:
         torch.manual_seed(seed)
@@ -55,3 +62,27 @@ def padded_batch() -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     mask[1, 10:] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture
+def small_resnet() -> Callable[..., ResNetForImageClassification]:
+    """A function that makes a small random ResNet in eval mode, always the same; keywords change its config."""
+
+    def make(seed: int = 0, **changes: object) -> ResNetForImageClassification:
+        torch.manual_seed(seed)
+        sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 2], "layer_type": "basic"}
+        return ResNetForImageClassification(ResNetConfig(num_labels=5, **(sizes | changes))).eval()
+
+    return make
+
+
+@pytest.fixture
+def small_mobilenet() -> Callable[..., MobileNetV2ForImageClassification]:
+    """A function that makes a small random MobileNetV2 in eval mode, always the same; keywords change its config."""
+
+    def make(seed: int = 0, **changes: object) -> MobileNetV2ForImageClassification:
+        torch.manual_seed(seed)
+        sizes = {"depth_multiplier": 0.25, "expand_ratio": 2.0, "finegrained_output": False, "num_labels": 5}
+        return MobileNetV2ForImageClassification(MobileNetV2Config(**(sizes | changes))).eval()
+
+    return make

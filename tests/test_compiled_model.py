@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import BertForQuestionAnswering
+from transformers import BertForQuestionAnswering, ResNetForImageClassification
 
 from octav_hf import OctavConfig, apply_octav
 
@@ -30,3 +30,25 @@ def test_logits_and_gradients(
             )
     with torch.no_grad():
         torch.testing.assert_close(compiled(**padded_batch).end_logits, model(**padded_batch).end_logits)
+
+
+def test_a_convolutional_model(small_resnet: Callable[..., ResNetForImageClassification]) -> None:
+    torch.compiler.reset()
+    model, other = (apply_octav(small_resnet(depths=[1, 1]), OctavConfig()) for _ in range(2))
+    compiled = torch.compile(other, backend="aot_eager")
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected, got = model(images).logits, compiled(images).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    expected.square().sum().backward()
+    got.square().sum().backward()
+    for (name, parameter), twin in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(twin.grad, parameter.grad, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_quantized_embeddings(small_bert: Callable[..., BertForQuestionAnswering], padded_batch: dict) -> None:
+    torch.compiler.reset()
+    config = OctavConfig(embedding_bits=4)
+    model, other = (apply_octav(small_bert(num_hidden_layers=1), config) for _ in range(2))
+    with torch.no_grad():
+        got = torch.compile(other, backend="aot_eager")(**padded_batch).start_logits
+        torch.testing.assert_close(got, model(**padded_batch).start_logits)

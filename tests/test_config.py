@@ -13,6 +13,10 @@ def test_defaults_are_the_papers_recipe() -> None:
     assert (config.weight_bits, config.activation_bits) == (4, 4)
     assert (config.weight_clip, config.activation_clip) == ("octav", "octav")
     assert (config.weight_gradient, config.activation_gradient) == ("mad", "pwl")
+    assert config.embedding_bits is None
+    assert config.unsigned_activations
+    assert config.weight_granularity == "row"
+    assert config.first_last_bits is None
     assert config.quantize_attention
 
 
@@ -23,6 +27,10 @@ def test_survives_json() -> None:
         weight_clip="percentile",
         weight_clip_options={"percentile": 99.99},
         weight_gradient="ste",
+        embedding_bits=6,
+        weight_granularity="tensor",
+        unsigned_activations=False,
+        first_last_bits=8,
         quantize_attention=False,
         exclude_modules=["qa_outputs"],
         module_overrides={"encoder.*": {"weight_bits": 3}},
@@ -46,6 +54,11 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"unsigned_activations": "auto"}, "unsigned_activations must be True or False, got 'auto'"),
+        ({"first_last_bits": 9}, "first_last_bits must be an integer from 2 to 8, or None"),
+        ({"weight_granularity": "channel"}, "weight_granularity cannot be 'channel'; choose from 'row', 'tensor'"),
+        ({"module_overrides": {"a": {"first_last_bits": 8}}}, "cannot set 'first_last_bits'"),
+        ({"embedding_bits": 1}, "embedding_bits must be an integer from 2 to 8"),
         ({"weight_bit": 4}, "did you mean 'weight_bits'"),
         ({"weight_bits": 1}, "integer from 2 to 8"),
         ({"weight_bits": 9}, "integer from 2 to 8"),

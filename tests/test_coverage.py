@@ -20,7 +20,7 @@ def test_lists_every_operand_with_its_quantizer(small_bert: MakeBert) -> None:
     assert (probabilities.per_row, probabilities.signed) == (False, False)
     assert len(report.quantized("linear")) == 2 * (2 * 6 + 1)
     assert len(report.quantized("attention")) == 2 * 4
-    assert {row.kind for row in report.left_in_float()} == {"Embedding"}
+    assert {(row.kind, row.reason) for row in report.left_in_float()} == {("embedding", "embedding_bits is None")}
 
 
 def test_gives_the_reason_for_what_is_left_in_float(small_bert: MakeBert) -> None:

@@ -40,7 +40,7 @@ def test_a_quantized_model_has_nothing_in_float(
 def test_a_float_model_is_reported_whole(small_bert: MakeBert, padded_batch: dict) -> None:
     model = small_bert(attn_implementation="eager")
     check = check_coverage(model, padded_batch)
-    assert {row.module for row in check} == {row.module for row in coverage_report(model) if row.kind != "Embedding"}
+    assert {row.module for row in check} == {row.module for row in coverage_report(model) if row.kind != "embedding"}
     assert FloatOperand("qa_outputs", "addmm", 2, (32, 2), parameter=True) in check
     assert [row for row in check if row.module == SELF] == [
         FloatOperand(SELF, "bmm", 0, (8, 16, 8), parameter=False),

@@ -148,6 +148,23 @@ def test_resized_token_embeddings_stay_quantized(tied: bool) -> None:
     assert not model._forward_pre_hooks
 
 
+def test_only_inputs_without_negative_values_are_unsigned(small_bert: MakeBert, padded_batch: dict) -> None:
+    """BERT has none, so the option changes nothing there; the second layer of an MLP with a ReLU has."""
+    models = [apply_octav(small_bert(), OctavConfig(unsigned_activations=on)) for on in (True, False)]
+    assert torch.equal(*(logits(model, padded_batch) for model in models))
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    for unsigned in (True, False):
+        torch.manual_seed(0)
+        net = apply_octav(
+            nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), OctavConfig(unsigned_activations=unsigned)
+        )
+        hidden = net[:2](x)
+        assert net[0].input_quantizer(x).unique().numel() <= 16
+        assert net[0].input_quantizer(x).min() < 0
+        # Of the signed grid's 16 levels 8 are not negative.
+        assert (net[2].input_quantizer(hidden).unique().numel() > 8) is unsigned
+
+
 def test_one_side_can_stay_in_float(small_bert: MakeBert) -> None:
     weights = apply_octav(small_bert(), OctavConfig(activation_bits=None))
     assert isinstance(weights.qa_outputs.weight_quantizer, FakeQuantize)

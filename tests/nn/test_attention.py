@@ -12,6 +12,8 @@ from octav_hf.nn import (
     AttentionMatmuls,
     FakeQuantize,
     QuantizedAttention,
+    QuantizedLinear,
+    WeightFakeQuantize,
     quantized_scaled_dot_product_attention,
 )
 
@@ -167,6 +169,23 @@ def test_a_missed_operand_is_an_error() -> None:
         torch.matmul(query, key.mT)
     with pytest.raises(RuntimeError, match=r"encoder.self.*probabilities, value"):
         matmuls.check_complete()
+
+
+def test_what_quantizers_multiply_is_not_taken_for_attention() -> None:
+    """The weight's quantizer finds out by a product whether the weight has changed."""
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 8)
+    QuantizedLinear.convert(linear, WeightFakeQuantize(4, dim=(1,)), FakeQuantize(4))
+    x = torch.randn(2, 8)
+    expected = linear(x)
+    with AttentionMatmuls(quantizers(2), "layer") as matmuls:
+        assert torch.equal(linear(x), expected)
+        linear.weight.data *= 1.001
+        inside = linear(x)
+    with pytest.raises(RuntimeError, match="query, key, probabilities, value"):
+        matmuls.check_complete()
+    assert torch.equal(inside, linear(x))
+    assert not torch.equal(inside, expected)
 
 
 PARAMETER = nn.Parameter(torch.ones(8, 6))

@@ -24,12 +24,46 @@ def test_recomputes_the_clip_at_every_call() -> None:
     assert not list(quantizer.state_dict())
 
 
+@pytest.mark.parametrize("place", [0, 1, -1], ids=["first value", "first sample", "last value"])
+def test_by_sign_one_negative_value_makes_it_signed(place: int) -> None:
+    x = torch.rand(4, 25, generator=torch.Generator().manual_seed(0))
+    quantizer = FakeQuantize(4, gradient="pwl", signed=None)
+    unsigned = fake_quantize(x, octav_clip(x, 4, signed=False), 4, signed=False, gradient="pwl")
+    assert torch.equal(quantizer(x), unsigned)
+    assert unsigned.unique().numel() == 16
+    x.view(-1)[place] = -1e-6
+    assert torch.equal(quantizer(x), fake_quantize(x, octav_clip(x, 4), 4))
+    x.view(-1)[place] = 0
+    assert not quantizer.is_signed(x)
+
+
+def test_by_sign_the_gradient_is_that_of_the_grid() -> None:
+    x = torch.tensor([0.0, 0.5, 1.0, 30.0])
+    for values, signed in ((x, False), (torch.cat([x, -x]), True)):
+        values = values.clone().requires_grad_()
+        quantizer = FakeQuantize(4, gradient="mad", signed=None)
+        clip = quantizer.compute_clip(values)
+        quantizer(values).sum().backward()
+        assert torch.equal(clip, octav_clip(values, 4, signed=signed))
+        expected = torch.where(values.abs() > clip, clip / values.abs(), 1.0)
+        torch.testing.assert_close(values.grad, expected.detach())
+
+
+def test_by_sign_of_no_values_and_of_nan() -> None:
+    quantizer = FakeQuantize(4, signed=None)
+    assert quantizer(torch.empty(0, 3)).shape == (0, 3)
+    assert quantizer(torch.tensor(2.0)) > 1
+    with pytest.raises(ValueError, match="1 NaN"):
+        quantizer(torch.tensor([1.0, torch.nan]))
+
+
 def test_an_error_names_where_it_stands() -> None:
     with pytest.raises(ValueError, match=r"layer.3 input: octav_clip: x of shape \(2,\).*1 NaN"):
         FakeQuantize(4, name="layer.3 input")(torch.tensor([1.0, torch.nan]))
 
 
 def test_says_what_it_is() -> None:
+    assert "4 bits [-8, 7] or [0, 15], clip=octav" in repr(FakeQuantize(4, signed=None))
     assert repr(FakeQuantize(4, signed=False)) == "FakeQuantize(4 bits [0, 15], clip=octav per tensor, gradient=mad)"
 
 

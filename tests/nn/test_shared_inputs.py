@@ -34,9 +34,10 @@ def test_one_result_for_one_tensor(x: Tensor) -> None:
         FakeQuantize(4, clip_options={"max_iterations": 1}),
         FakeQuantize(4, gradient="ste"),
         FakeQuantize(4, signed=False),
+        FakeQuantize(4, signed=None),
         FakeQuantize(4, dim=1),
     ],
-    ids=["bits", "clip", "options", "gradient", "sign", "dim"],
+    ids=["bits", "clip", "options", "gradient", "unsigned", "by sign", "dim"],
 )
 def test_other_settings_are_another_result(x: Tensor, other: FakeQuantize) -> None:
     with shared_inputs():
