@@ -6,15 +6,20 @@ Importing the package registers the quantization method ``octav`` with Transform
 from ._version import __version__
 from .config import OctavConfig
 from .coverage import CoverageReport, coverage_report
+from .coverage_check import CoverageCheck, check_coverage
 from .integrations import OctavQuantizer
+from .operand_watch import FloatOperand
 from .patching import apply_octav, remove_octav
 
 __all__ = [
+    "CoverageCheck",
     "CoverageReport",
+    "FloatOperand",
     "OctavConfig",
     "OctavQuantizer",
     "__version__",
     "apply_octav",
+    "check_coverage",
     "coverage_report",
     "remove_octav",
 ]

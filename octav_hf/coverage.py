@@ -1,10 +1,11 @@
 """The coverage report: every operand of a model's matmuls, how it is quantized, or why it is not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
+from .attention_modules import attention_modules
 from .config import OctavConfig
 from .nn import (
     ATTENTION_OPERANDS,
@@ -14,7 +15,6 @@ from .nn import (
     QuantizedLayer,
     quantized_class_of,
 )
-from .plan import attention_modules
 from .plan_layers import unknown_weights
 
 
@@ -88,37 +88,59 @@ def coverage_report(model: nn.Module) -> CoverageReport:
         and for any other module with a weight of two or more dimensions.
     """
     attention = dict(attention_modules(model))
-    return CoverageReport(
-        row for name, module in model.named_modules() for row in _rows(model, name, module, attention)
-    )
+    named = list(model.named_modules())
+    # The quantized model may stand inside another, such as PEFT's.
+    roots = [(name, module.__dict__["octav_config"]) for name, module in named if "octav_config" in module.__dict__]
+    return CoverageReport(row for name, module in named for row in _rows(_Place(name, roots), module, attention))
 
 
-def _rows(root: nn.Module, name: str, module: nn.Module, attention: dict[str, nn.Module]) -> Iterator[Operand]:
-    config: OctavConfig | None = getattr(root, "octav_config", None)
+class _Place:
+    """A module's name, and what the config asks of the module."""
+
+    def __init__(self, name: str, roots: list[tuple[str, OctavConfig]]):
+        self.name = name
+        self._config: OctavConfig | None = None
+        for root, config in roots:
+            if not root or name == root or name.startswith(f"{root}."):
+                self._config, self._name_in_root = config, name[len(root) :].removeprefix(".")
+
+    def reason(self, *needed: Iterable[str], otherwise: str = "it was added after apply_octav") -> str:
+        """Why an operand is in float for which the config has to set a field of each of the ``needed`` groups."""
+        if self._config is None:
+            return "apply_octav was not called on this model"
+        pattern = self._config.excluded_by(self._name_in_root)
+        if pattern:
+            return f"excluded by {pattern!r}"
+        settings = self._config.settings_for(self._name_in_root)
+        for fields in needed:
+            values = {field: getattr(settings, field) for field in fields}
+            if not any(values.values()):
+                unset = next(iter(values.values()))
+                return f"{' and '.join(values)} {'is' if len(values) == 1 else 'are'} {unset}"
+        return otherwise
+
+
+def _rows(place: _Place, module: nn.Module, attention: dict[str, nn.Module]) -> Iterator[Operand]:
+    name = place.name
     layer = quantized_class_of(module)
     if isinstance(module, QuantizedLayer):
         for operand, field in module.operands.items():
             yield _row(name, module.kind, operand, getattr(module, f"{operand}_quantizer"), f"{field} is None")
     elif layer is not None:
-        fields = layer.operands.values()
-        reason = _reason(config, name, f"{' and '.join(fields)} {'is' if len(fields) == 1 else 'are'} None")
         for operand in layer.operands:
-            yield Operand(name, layer.kind, operand, reason=reason)
+            yield Operand(name, layer.kind, operand, reason=place.reason(layer.operands.values()))
     elif isinstance(module, QuantizedAttention):
         for operand in ATTENTION_OPERANDS:
             yield _row(name, "attention", operand, module.operand_quantizers[operand], "")
     elif name in attention:
-        off = "quantize_attention is False"
-        if config is not None and config.settings_for(name).activation_bits is None:
-            off = "activation_bits is None"
+        reason = place.reason(["activation_bits"], ["quantize_attention"])
         for operand in ATTENTION_OPERANDS:
-            yield Operand(name, "attention", operand, reason=_reason(config, name, off))
+            yield Operand(name, "attention", operand, reason=reason)
     else:
+        kind = type(module).__name__
         for weight in unknown_weights(module):
-            kind = type(module).__name__
-            yield Operand(
-                name, kind, weight, reason=_reason(config, name, f"{kind} is not a layer that can be quantized")
-            )
+            reason = place.reason(otherwise=f"{kind} is not a layer that can be quantized")
+            yield Operand(name, kind, weight, reason=reason)
 
 
 def _row(name: str, kind: str, operand: str, quantizer: nn.Module, reason: str) -> Operand:
@@ -134,10 +156,3 @@ def _row(name: str, kind: str, operand: str, quantizer: nn.Module, reason: str) 
         gradient=quantizer.gradient,
         per_row=quantizer.dim is not None,
     )
-
-
-def _reason(config: OctavConfig | None, name: str, otherwise: str) -> str:
-    if config is None:
-        return "apply_octav was not called on this model"
-    pattern = config.excluded_by(name)
-    return f"excluded by {pattern!r}" if pattern else otherwise

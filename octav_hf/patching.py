@@ -67,12 +67,12 @@ def remove_octav(model: Model) -> Model:
     if not any(True for _ in quantized_modules(model)):
         raise ValueError(f"remove_octav: {type(model).__name__} has no module quantized by apply_octav")
     restore_modules(model)
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config._is_quantized = False
+    for module in model.modules():  # the model may stand inside another, such as PEFT's
+        if isinstance(module, PreTrainedModel):
+            quantizer = module.__dict__.get("hf_quantizer")
+            if quantizer is not None:
+                quantizer.remove_quantization_config(module)
+            module.config._is_quantized = False
     return model
 
 

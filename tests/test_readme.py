@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, TrainingArguments
 
+import octav_hf
 from octav_hf import coverage_report
 
 ROOT = Path(__file__).parent.parent
@@ -15,8 +16,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_there_are_two_snippets() -> None:
-    assert len(SNIPPETS) == 2
+def test_there_are_three_snippets() -> None:
+    assert len(SNIPPETS) == 3
 
 
 def test_the_trainer_snippet_runs_and_its_checkpoint_comes_back_quantized(
@@ -44,9 +45,17 @@ def test_the_trainer_snippet_runs_and_its_checkpoint_comes_back_quantized(
         assert torch.equal(loaded(**padded_batch).start_logits, trained(**padded_batch).start_logits)
 
 
+def test_the_checking_snippet_runs(
+    small_bert: Callable[..., BertForQuestionAnswering], padded_batch: dict, capsys: pytest.CaptureFixture
+) -> None:
+    model = octav_hf.apply_octav(small_bert(), octav_hf.OctavConfig())
+    exec(SNIPPETS[1], {"octav_hf": octav_hf, "model": model, "batch": padded_batch})
+    assert capsys.readouterr().out == "0 operands in float; 17 products ran\n"
+
+
 def test_the_numerics_snippet_runs() -> None:
     names: dict[str, torch.Tensor] = {}
-    exec(SNIPPETS[1], names)
+    exec(SNIPPETS[2], names)
     assert names["clip"].shape == (1024, 1)
     assert names["y"].shape == names["x"].shape
     assert all(row.unique().numel() <= 16 for row in names["y"])

@@ -1,5 +1,6 @@
 """Hooks into other libraries; importing this registers them."""
 
+from .transformers_conv1d import QuantizedTransformersConv1D
 from .transformers_quantizer import OctavQuantizer
 
-__all__ = ["OctavQuantizer"]
+__all__ = ["OctavQuantizer", "QuantizedTransformersConv1D"]

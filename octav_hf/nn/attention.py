@@ -6,32 +6,43 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attention_matmuls import AttentionMatmuls
+from .attention_matmuls import ATTENTION_OPERANDS, AttentionMatmuls
+from .scaled_dot_product_attention import OperandQuantizers
 from .shared_inputs import shared_inputs
 
 
 class QuantizedAttention(nn.Module):
     """Mixin put in front of an attention module's own class; that class's forward runs unchanged inside.
 
-    ``operand_quantizers`` holds one quantizer each for ``query``, ``key``, ``probabilities`` and ``value``. Made from
-    an existing module by ``convert``, which changes that object's class in place.
+    It has a quantizer for each operand: ``query_quantizer``, ``key_quantizer``, ``probabilities_quantizer`` and
+    ``value_quantizer``. Made from an existing module by ``convert``, which changes that object's class in place.
     """
 
-    operand_quantizers: nn.ModuleDict
     attention_name: str
 
     @staticmethod
-    def convert(attention: nn.Module, operand_quantizers: nn.ModuleDict, name: str) -> None:
-        """Put the mixin in front of ``attention``'s class in place; ``name`` is for error messages."""
+    def convert(attention: nn.Module, quantizers: OperandQuantizers, name: str) -> None:
+        """Put the mixin in front of ``attention``'s class in place, with quantizers by operand.
+
+        ``name`` is for error messages.
+        """
         base: Any = type(attention)
         attention.__class__ = _quantized_class(base)
         assert isinstance(attention, QuantizedAttention)
-        attention.operand_quantizers = operand_quantizers
+        for operand, quantizer in quantizers.items():
+            setattr(attention, f"{operand}_quantizer", quantizer)
         attention.attention_name = name
+
+    @property
+    def operand_quantizers(self) -> dict[str, nn.Module]:
+        """Operand -> its quantizer."""
+        return {operand: getattr(self, f"{operand}_quantizer") for operand in ATTENTION_OPERANDS}
 
     def restore(self) -> None:
         """Give the module its own class back, in place."""
-        del self.operand_quantizers, self.attention_name
+        for operand in ATTENTION_OPERANDS:
+            delattr(self, f"{operand}_quantizer")
+        del self.attention_name
         self.__class__ = type(self).__bases__[1]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +57,8 @@ class QuantizedAttention(nn.Module):
             return self._attend(*args, **kwargs)
 
     def _attend(self, *args: Any, **kwargs: Any) -> Any:
-        with AttentionMatmuls(self.operand_quantizers, self.attention_name) as matmuls:
+        own_parameters = self.parameters(recurse=False)
+        with AttentionMatmuls(self.operand_quantizers, self.attention_name, own_parameters) as matmuls:
             output = super().forward(*args, **kwargs)
         matmuls.check_complete()
         return output

@@ -1,68 +1,39 @@
-"""Finds the two matmuls of an attention module while its forward runs, and quantizes their operands."""
+"""Finds the matmuls of an attention module while its forward runs, and quantizes their operands."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .scaled_dot_product_attention import quantized_scaled_dot_product_attention
+from .probabilities import SOFTMAX, keeps_probabilities
+from .products import Product, UnknownProduct, find_product
+from .scaled_dot_product_attention import OperandQuantizers, quantized_scaled_dot_product_attention
 
 ATTENTION_OPERANDS = ("query", "key", "probabilities", "value")
-
-# Function -> positions of the two operands that are multiplied.
-_MATMULS: dict[Callable[..., Any], tuple[int, int]] = {
-    torch.matmul: (0, 1),
-    torch.bmm: (0, 1),
-    torch.baddbmm: (1, 2),
-    Tensor.matmul: (0, 1),
-    Tensor.__matmul__: (0, 1),
-    Tensor.bmm: (0, 1),
-    Tensor.baddbmm: (1, 2),
-}
-_SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax}
-# What leaves probabilities recognisable as such: elementwise, or only another view of them.
-_PRESERVING = {
-    F.dropout,
-    torch.dropout,
-    Tensor.to,
-    Tensor.type,
-    Tensor.type_as,
-    Tensor.float,
-    Tensor.half,
-    Tensor.bfloat16,
-    Tensor.contiguous,
-    Tensor.view,
-    Tensor.reshape,
-    Tensor.masked_fill,
-    Tensor.transpose,
-    Tensor.permute,
-    torch.transpose,
-    torch.permute,
-    torch.masked_fill,
-    torch.reshape,
-}
-_UNREACHABLE = {torch.einsum, torch.addbmm, Tensor.addbmm, F.multi_head_attention_forward}
 
 
 class AttentionMatmuls(TorchFunctionMode):
     """While active, every attention matmul and ``scaled_dot_product_attention`` runs on quantized operands.
 
-    The operands are told apart by their place: before the softmax the first is the query and the second the key; the
-    output of the softmax, through dropout and changes of dtype or shape, is the probabilities, and what it is
-    multiplied with is the value. Scores, masks, softmax and the attention implementation stay as they are.
+    The operands are told apart by their place: before the softmax the first is the query and the second the key, also
+    where there are several such products, with positions for instance; the output of the softmax, through dropout and
+    changes of dtype or shape, is the probabilities, and what it is multiplied with is the value. Scores, masks, softmax
+    and the attention implementation stay as they are. Left alone are products that add nothing up, which masks are made
+    with, and those with a parameter of a layer inside the attention module: they are the layer's own.
 
     Args:
         quantizers: modules named after ``ATTENTION_OPERANDS``.
         name: the attention module's name, for error messages.
+        own_parameters: parameters of the attention module itself, none of which may be in a product.
     """
 
-    def __init__(self, quantizers: nn.ModuleDict, name: str):
+    def __init__(self, quantizers: OperandQuantizers, name: str, own_parameters: Iterable[nn.Parameter] = ()):
         super().__init__()
         self._quantizers = quantizers
         self._name = name
+        self._own_parameters = list(own_parameters)
         self._probabilities: list[Tensor] = []
         self._quantized: set[str] = set()
 
@@ -70,19 +41,20 @@ class AttentionMatmuls(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _MATMULS:
-            return self._matmul(func, args, kwargs)
         if func is F.scaled_dot_product_attention:
             self._quantized.update(ATTENTION_OPERANDS)
             return quantized_scaled_dot_product_attention(self._quantizers, *args, **kwargs)
-        if func in _UNREACHABLE:
-            raise NotImplementedError(
-                f"{self._name}: its attention multiplies with {getattr(func, '__name__', func)}, whose operands cannot "
-                "be quantized; set quantize_attention=False, or name the module in exclude_modules"
-            )
+        try:
+            product = find_product(func, args, kwargs)
+        except UnknownProduct as error:
+            raise self._refusal(
+                f"multiplies with {error}, and only products of two tensors can be quantized"
+            ) from error
+        if product is not None and self._is_attention(product):
+            return self._quantized_product(product)
         result = func(*args, **kwargs)
-        if func in _SOFTMAX or (func in _PRESERVING and self._is_probabilities(args[0])):
-            self._probabilities.append(result)
+        if func in SOFTMAX or keeps_probabilities(func, args, kwargs, self._is_probabilities):
+            self._probabilities.extend(result if isinstance(result, tuple | list) else [result])
         return result
 
     def check_complete(self) -> None:
@@ -91,28 +63,48 @@ class AttentionMatmuls(TorchFunctionMode):
         if missing:
             raise RuntimeError(
                 f"{self._name}: its forward ran without a matmul on the attention operand(s) {', '.join(missing)}, so "
-                "they were not quantized (a fused attention kernel?); load the model with attn_implementation='sdpa' "
-                "or 'eager', or set quantize_attention=False"
+                "they were not quantized. If it uses a fused attention kernel, load the model with "
+                "attn_implementation='sdpa' or 'eager'. If its probabilities do not come from a softmax, or are "
+                f"changed before they are multiplied, they are not recognised: {self._remedy}"
             )
 
-    def _matmul(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        positions = _MATMULS[func]
-        if len(args) <= positions[1]:
-            raise NotImplementedError(
-                f"{self._name}: {func.__name__} is called with its operands as keyword arguments, where they cannot be "
-                "told apart; set quantize_attention=False, or name the module in exclude_modules"
+    def _is_attention(self, product: Product) -> bool:
+        """Whether this is a matmul of activations, not of a layer's weight or of a mask."""
+        for operand in product.operands:
+            parameter = operand if isinstance(operand, nn.Parameter) else None
+            if parameter is not None and any(parameter is own for own in self._own_parameters):
+                raise self._refusal(
+                    f"multiplies with its own parameter of shape {tuple(parameter.shape)}; only a weight in a layer "
+                    "such as nn.Linear can be quantized"
+                )
+            if parameter is not None or not operand.is_floating_point():
+                return False
+        return product.inner_size != 1 or any(self._is_probabilities(operand) for operand in product.operands)
+
+    def _quantized_product(self, product: Product) -> Any:
+        attending = [self._is_probabilities(operand) for operand in product.operands]
+        if all(attending):
+            raise self._refusal(
+                f"multiplies probabilities with probabilities, of shapes {tuple(product.operands[0].shape)} and "
+                f"{tuple(product.operands[1].shape)}, so that its operands cannot be told apart"
             )
-        operands = [args[position] for position in positions]
-        attending = [self._is_probabilities(operand) for operand in operands]
         if any(attending):
             names = ("probabilities", "value") if attending[0] else ("value", "probabilities")
         else:
             names = ("query", "key")
-        new_args = list(args)
-        for position, operand, name in zip(positions, operands, names, strict=True):
-            new_args[position] = self._quantizers[name](operand)
         self._quantized.update(names)
-        return func(*new_args, **kwargs)
+        left, right = (self._quantizers[name](x) for name, x in zip(names, product.operands, strict=True))
+        return product.call(left, right)
 
     def _is_probabilities(self, tensor: Any) -> bool:
         return any(tensor is known for known in self._probabilities)
+
+    def _refusal(self, problem: str) -> NotImplementedError:
+        return NotImplementedError(f"{self._name}: its attention {problem}; {self._remedy}")
+
+    @property
+    def _remedy(self) -> str:
+        return (
+            f"set module_overrides={{{self._name!r}: {{'quantize_attention': False}}}} to leave its matmuls in float, "
+            "or quantize_attention=False for those of all attention modules"
+        )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import CLIP_RULES, fake_quantize, integer_range
 from ..functional.rows import Dim
+from .function_modes import outside_function_modes
 
 
 class FakeQuantize(nn.Module):
@@ -63,6 +64,7 @@ class FakeQuantize(nn.Module):
         return x.numel() > 0 and not (bool(first.min() >= 0) and bool(x.min() >= 0))
 
     @torch.compiler.disable
+    @outside_function_modes
     def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:
         """Clipping scalar(s) of ``x``, broadcastable against it. An error of the rule is raised with ``name`` added.
 

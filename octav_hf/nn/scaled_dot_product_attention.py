@@ -1,11 +1,16 @@
 """Scaled dot-product attention written out, so that the operands of both its matmuls can be quantized."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
+OperandQuantizers = Mapping[str, nn.Module] | nn.ModuleDict
+"""The modules named ``query``, ``key``, ``probabilities`` and ``value``."""
+
 
 def quantized_scaled_dot_product_attention(
-    quantizers: nn.ModuleDict,
+    quantizers: OperandQuantizers,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -37,13 +42,17 @@ def quantized_scaled_dot_product_attention(
     # The query is smaller than the scores are, so scale that; and no backward pass needs the scores before the mask.
     scores = torch.matmul(query * scale, key.transpose(-2, -1))
     mask = _additive_mask(scores, attn_mask, is_causal)
-    if mask is not None:
-        scores = scores.add_(mask)
-    probabilities = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    blind = None
     if mask is not None:
         blind = (mask == -torch.inf).all(dim=-1, keepdim=True)
         if blind.any():
-            probabilities = probabilities.masked_fill(blind, 0)
+            mask = mask.masked_fill(blind, 0)  # the softmax of nothing would be NaN, and so would its gradient be
+        else:
+            blind = None
+        scores = scores.add_(mask)
+    probabilities = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    if blind is not None:
+        probabilities = probabilities.masked_fill(blind, 0)
     probabilities = nn.functional.dropout(probabilities.to(value.dtype), dropout_p)
     return torch.matmul(quantizers["probabilities"](probabilities), value)
 

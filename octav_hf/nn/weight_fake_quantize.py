@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..functional.rows import statistics_dtype
 from .fake_quantize import FakeQuantize
+from .function_modes import outside_function_modes
 
 _SEED = 0
 
@@ -23,6 +24,7 @@ class WeightFakeQuantize(FakeQuantize):
     _probe: Tensor | None = None
 
     @torch.compiler.disable
+    @outside_function_modes
     # Under inference mode too the clips are kept for a later training step, which saves them for its backward pass.
     @torch.inference_mode(False)
     @torch.no_grad()

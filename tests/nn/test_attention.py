@@ -12,6 +12,8 @@ from octav_hf.nn import (
     AttentionMatmuls,
     FakeQuantize,
     QuantizedAttention,
+    QuantizedLinear,
+    WeightFakeQuantize,
     quantized_scaled_dot_product_attention,
 )
 
@@ -64,6 +66,34 @@ def with_baddbmm(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
     return scores.softmax(-1).bmm(value).reshape(SHAPE)
 
 
+def with_einsum(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    scores = torch.einsum("bhqd, bhkd -> bhqk", query, key) / math.sqrt(8)
+    return torch.einsum("...ck,...kd", (scores.softmax(-1), value))
+
+
+def with_einsum_of_lists(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    scores = torch.einsum(query, [..., 0, 1], key, [..., 2, 1], [..., 0, 2]) / math.sqrt(8)
+    return torch.einsum(scores.softmax(-1), [..., 0, 1], value, [..., 1, 2], [..., 0, 2])
+
+
+def with_keywords(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    probabilities = (torch.matmul(input=query, other=key.mT) / math.sqrt(8)).softmax(-1)
+    return torch.matmul(probabilities, other=value)
+
+
+def with_mm(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The first head of the first sequence alone."""
+    scores = torch.addmm(torch.zeros(6, 6), query[0, 0], key[0, 0].t()) / math.sqrt(8)
+    return torch.mm(scores.softmax(-1), value[0, 0])[None, None]
+
+
+def in_pieces(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Probabilities that are cut up, padded, joined and scaled before they are multiplied."""
+    left, right = (query @ key.mT / math.sqrt(8)).softmax(-1).split(3, dim=-1)
+    probabilities = F.pad(torch.cat([left, right], dim=-1)[..., :6], (0, 2)).narrow(-1, 0, 6).unsqueeze(0)
+    return ((probabilities * 2.0).squeeze(0).expand(2, 4, 6, 6) @ value) / 2
+
+
 def with_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(query, key, value)
 
@@ -73,12 +103,57 @@ def transposed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> t
     return torch.matmul(value.mT, probabilities.masked_fill(torch.tensor(False), 0).contiguous().transpose(-2, -1)).mT
 
 
-@pytest.mark.parametrize("attention", [with_matmul, with_operator, with_bmm, with_baddbmm, with_sdpa, transposed])
+SPELLINGS = [
+    *(with_matmul, with_operator, with_bmm, with_baddbmm, with_sdpa, with_keywords, with_einsum, with_einsum_of_lists),
+    *(transposed, in_pieces),
+]
+
+
+@pytest.mark.parametrize("attention", SPELLINGS)
 def test_every_spelling_of_attention_is_quantized(attention) -> None:
     with AttentionMatmuls(quantizers(), "layer") as matmuls:
         output = attention(*operands())
     matmuls.check_complete()
     torch.testing.assert_close(output, by_hand(*operands()), rtol=0, atol=1e-6)
+
+
+def test_matrices_are_quantized() -> None:
+    with AttentionMatmuls(quantizers(), "layer") as matmuls:
+        output = with_mm(*operands())
+    matmuls.check_complete()
+    expected = by_hand(*(x[:1, :1] for x in operands()))
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+
+
+def test_several_products_before_the_softmax_are_quantized() -> None:
+    """As in disentangled attention: scores between contents and positions are added to those between contents."""
+    query, key, value = operands()
+    positions = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    with AttentionMatmuls(quantizers(), "layer"):
+        scores = query @ key.mT + query @ positions.mT + (key @ positions.mT).mT
+        output = scores.softmax(-1) @ value
+    q, k, p = (FakeQuantize(4)(x) for x in (query, key, positions))
+    scores = q @ k.mT + q @ p.mT + (k @ p.mT).mT
+    expected = FakeQuantize(4, signed=False)(scores.softmax(-1)) @ FakeQuantize(4)(value)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda mask, linear: torch.einsum("bq,bk->bqk", mask, mask),
+        lambda mask, linear: torch.einsum("bqk->bkq", mask[..., None]),
+        lambda mask, linear: mask[..., None] @ mask[:, None],
+        lambda mask, linear: mask @ linear.weight,
+        lambda mask, linear: (mask > 0).long() @ (mask > 0).long().T,
+    ],
+    ids=["no sum", "one operand", "sums of one term", "a layer's weight", "integers"],
+)
+def test_what_is_no_attention_matmul_is_left_alone(call) -> None:
+    mask, linear = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), nn.Linear(6, 6)
+    with AttentionMatmuls(quantizers(), "layer"):
+        output = call(mask, linear)
+    assert torch.equal(output, call(mask, linear))
 
 
 def test_outside_the_mode_nothing_changes() -> None:
@@ -96,17 +171,59 @@ def test_a_missed_operand_is_an_error() -> None:
         matmuls.check_complete()
 
 
+def test_what_quantizers_multiply_is_not_taken_for_attention() -> None:
+    """The weight's quantizer finds out by a product whether the weight has changed."""
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 8)
+    QuantizedLinear.convert(linear, WeightFakeQuantize(4, dim=(1,)), FakeQuantize(4))
+    x = torch.randn(2, 8)
+    expected = linear(x)
+    with AttentionMatmuls(quantizers(2), "layer") as matmuls:
+        assert torch.equal(linear(x), expected)
+        linear.weight.data *= 1.001
+        inside = linear(x)
+    with pytest.raises(RuntimeError, match="query, key, probabilities, value"):
+        matmuls.check_complete()
+    assert torch.equal(inside, linear(x))
+    assert not torch.equal(inside, expected)
+
+
+PARAMETER = nn.Parameter(torch.ones(8, 6))
+
+
 @pytest.mark.parametrize(
-    "multiply",
+    ("multiply", "problem"),
     [
-        lambda q, k, v: torch.einsum("bhqd,bhkd->bhqk", q, k),
-        lambda q, k, v: torch.matmul(input=q, other=k.mT),
+        (
+            lambda q, k, v: torch.einsum("bhqd,bhkd,bhke->bhqe", q, k, v),
+            r"einsum 'bhqd,bhkd,bhke->bhqe', of 3 operands",
+        ),
+        (lambda q, k, v: torch.tensordot(q, k, dims=([-1], [-1])), "tensordot"),
+        (lambda q, k, v: q @ PARAMETER, r"its own parameter of shape \(8, 6\)"),
+        (
+            lambda q, k, v: q.softmax(-1) @ k.softmax(-1).mT,
+            r"probabilities with probabilities, of shapes \(2, 4, 6, 8\)",
+        ),
     ],
-    ids=["einsum", "keywords"],
+    ids=["three operands", "tensordot", "own parameter", "two probabilities"],
 )
-def test_a_product_that_cannot_be_quantized_is_an_error(multiply) -> None:
-    with AttentionMatmuls(quantizers(), "encoder.self"), pytest.raises(NotImplementedError, match="encoder.self: "):
+def test_a_product_that_cannot_be_quantized_is_an_error(multiply, problem: str) -> None:
+    remedy = r"set module_overrides=\{'encoder.self': \{'quantize_attention': False\}\}"
+    with (
+        AttentionMatmuls(quantizers(), "encoder.self", [PARAMETER]),
+        pytest.raises(NotImplementedError, match=f"encoder.self: .*{problem}.*{remedy}"),
+    ):
         multiply(*operands())
+
+
+def test_probabilities_that_may_be_negative_are_not_taken_for_such() -> None:
+    query, key, value = operands()
+    with AttentionMatmuls(quantizers(), "encoder.self") as matmuls:
+        ((query @ key.mT).softmax(-1) - 0.1) @ value
+    with pytest.raises(
+        RuntimeError, match=r"encoder.self: .*probabilities, value.*are not recognised: set module_over"
+    ):
+        matmuls.check_complete()
 
 
 class LocalAttention(nn.Module):
@@ -154,12 +271,16 @@ def test_written_out_sdpa_is_causal_and_groups_heads() -> None:
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
 
 
-def test_a_query_that_sees_no_key_gets_zero() -> None:
+def test_a_query_that_sees_no_key_gets_zero_and_gives_no_gradient() -> None:
     mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
     mask[0, 0, 2] = False
-    output = quantized_scaled_dot_product_attention(no_quantizers(), *operands(), attn_mask=mask)
+    inputs, others = ([x.requires_grad_() for x in operands()] for _ in range(2))
+    output = quantized_scaled_dot_product_attention(no_quantizers(), *inputs, attn_mask=mask)
     assert torch.equal(output[0, :, 2], torch.zeros(4, 8))
-    assert torch.isfinite(output).all()
+    output.square().sum().backward()
+    F.scaled_dot_product_attention(*others, attn_mask=mask).square().sum().backward()
+    for x, other in zip(inputs, others, strict=True):
+        torch.testing.assert_close(x.grad, other.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_comes_before_the_probabilities_quantizer() -> None:

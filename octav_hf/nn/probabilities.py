@@ -1,0 +1,58 @@
+"""Which torch functions make attention probabilities, and which leave them recognisable as such."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Function = Callable[..., Any]
+
+SOFTMAX: set[Function] = {torch.softmax, torch.special.softmax, Tensor.softmax, F.softmax}
+
+# Results that hold the values of the first argument, in another shape, place or dtype.
+_REARRANGING = (
+    *("contiguous", "clone", "detach", "cpu", "cuda", "to", "type", "type_as", "float", "double", "half", "bfloat16"),
+    *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"),
+    *("expand", "expand_as", "repeat", "repeat_interleave", "tile", "broadcast_to", "as_strided", "unfold"),
+    *("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "flip", "roll"),
+    *("split", "tensor_split", "chunk", "unbind", "narrow", "select", "diagonal", "__getitem__"),
+    *("gather", "take_along_dim", "index_select", "masked_select", "nan_to_num"),
+)
+_KEEPING: set[Function] = {
+    *(F.dropout, torch.dropout),
+    *(function for name in _REARRANGING for where in (Tensor, torch) if (function := getattr(where, name, None))),
+    *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")),
+}
+# Functions that fill in or multiply with a number: where they take it. It must not be negative.
+_WITH_NUMBER: dict[Function, tuple[int, str]] = {
+    **dict.fromkeys((torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_), (2, "value")),
+    F.pad: (3, "value"),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div), (1, "other")),
+    Tensor.__truediv__: (1, "other"),
+}
+_JOINING: set[Function] = {torch.cat, torch.concat, torch.stack}
+
+
+def keeps_probabilities(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], is_probabilities: Callable[[Any], bool]
+) -> bool:
+    """Whether the result of this call on probabilities still is probabilities: the same values, or zeros, or multiples
+    by one number, so that it is never negative.
+
+    Args:
+        function, args, kwargs: the call.
+        is_probabilities: whether a tensor is known to be probabilities.
+    """
+    if not args:
+        return False
+    if function in _JOINING:
+        return all(is_probabilities(part) for part in args[0])
+    if not is_probabilities(args[0]):
+        return False
+    if function in _WITH_NUMBER:
+        position, keyword = _WITH_NUMBER[function]
+        number = args[position] if position < len(args) else kwargs.get(keyword)
+        return number is None or (isinstance(number, int | float) and number >= 0)
+    return function in _KEEPING

@@ -1,0 +1,150 @@
+"""Each architecture, small and random: covered whole, trains, comes back from disk and from quantization, generates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from octav_hf import OctavConfig, apply_octav, check_coverage, coverage_report, remove_octav
+from octav_hf.nn import QuantizedLayer
+
+from .models import ARCHITECTURES, Architecture, Batch
+
+Record = Callable[[str, object], None]
+
+each = pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+each_implementation = pytest.mark.parametrize(
+    ("architecture", "implementation"),
+    [
+        pytest.param(architecture, implementation, id=f"{name}-{implementation}")
+        for name, architecture in ARCHITECTURES.items()
+        for implementation in architecture.implementations
+    ],
+)
+each_with_both_implementations = pytest.mark.parametrize(
+    "architecture", [pytest.param(a, id=name) for name, a in ARCHITECTURES.items() if a.implementations_agree]
+)
+each_that_generates = pytest.mark.parametrize(
+    "architecture", [pytest.param(a, id=name) for name, a in ARCHITECTURES.items() if a.generates]
+)
+
+
+def logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+@each_implementation
+def test_covered(architecture: Architecture, implementation: str, record_property: Record) -> None:
+    model = apply_octav(architecture.make(implementation), OctavConfig())
+    report = coverage_report(model)
+    left = [row for row in report.left_in_float() if row.kind in ("linear", "attention")]
+    assert left == []
+    batch = architecture.batch()
+    for training in (False, True):
+        check = check_coverage(model.train(training), batch)
+        assert check.unexplained(report) == [], str(check)
+        assert check == []
+        assert check.products > len(report.quantized("linear")) / 2
+    for kind in ("linear", "attention"):
+        record_property(kind, len(report.quantized(kind)))
+    record_property("left in float", sorted({row.kind for row in report.left_in_float()}))
+
+
+class Repeated(torch.utils.data.Dataset):
+    """The rows of a batch, over and over."""
+
+    def __init__(self, batch: Batch):
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Batch:
+        return {name: values[index % len(values)] for name, values in self.batch.items()}
+
+
+@each
+def test_trains(architecture: Architecture, tmp_path: Path) -> None:
+    model = apply_octav(architecture.make(), OctavConfig())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=0,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=Repeated(architecture.batch()))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2
+    assert torch.isfinite(torch.tensor(losses)).all()
+    quantized = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    unchanged = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    assert unchanged & quantized <= weights_without_gradient(architecture)
+
+
+def weights_without_gradient(architecture: Architecture) -> set[str]:
+    """Those that the float model's loss does not depend on, such as a pooler that the head does not read."""
+    model = architecture.make()
+    model(**architecture.batch()).loss.backward()
+    return {name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()}
+
+
+@each
+def test_saved_and_loaded(architecture: Architecture, tmp_path: Path) -> None:
+    model = apply_octav(architecture.make(), OctavConfig())
+    model.save_pretrained(tmp_path)
+    loaded = architecture.model_class.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, architecture.batch()), logits(model, architecture.batch()))
+    assert str(coverage_report(loaded)) == str(coverage_report(model))
+
+
+@each_implementation
+def test_removed(architecture: Architecture, implementation: str) -> None:
+    model, batch = architecture.make(implementation), architecture.batch()
+    before = logits(model, batch)
+    assert not torch.equal(logits(apply_octav(model, OctavConfig()), batch), before)
+    assert torch.equal(logits(remove_octav(model), batch), before)
+    assert [type(module) for module in model.modules()] == [type(module) for module in architecture.make().modules()]
+
+
+@each_with_both_implementations
+def test_eager_and_sdpa_agree(architecture: Architecture) -> None:
+    eager, sdpa = (apply_octav(architecture.make(name), OctavConfig()) for name in ("eager", "sdpa"))
+    batch = architecture.batch()
+    torch.testing.assert_close(logits(eager, batch), logits(sdpa, batch), rtol=0, atol=1e-5)
+
+
+class Generation(nn.Module):
+    """Generating text as a forward pass, so that it can be checked."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=True)
+
+
+@each_that_generates
+def test_generates_with_a_cache(architecture: Architecture) -> None:
+    generation = Generation(apply_octav(architecture.make(), OctavConfig()))
+    prompt = {name: value for name, value in architecture.batch().items() if name != "labels"}
+    tokens = generation(**prompt)
+    new = tokens.shape[1] - (1 if generation.model.config.is_encoder_decoder else prompt["input_ids"].shape[1])
+    assert new == 4
+    check = check_coverage(generation, prompt)
+    assert check == []
+    assert check.products > 3 * len(coverage_report(generation).quantized("attention")) / 2

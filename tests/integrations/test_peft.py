@@ -1,0 +1,119 @@
+"""PEFT's LoRA, on top of a quantized model and underneath one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertForQuestionAnswering
+
+from octav_hf import OctavConfig, apply_octav, check_coverage, coverage_report, remove_octav
+from octav_hf.nn import QuantizedLinear
+
+peft = pytest.importorskip("peft", reason="pip install --no-deps peft")
+
+MakeBert = Callable[..., BertForQuestionAnswering]
+
+targets = pytest.mark.parametrize("target_modules", [["query", "value"], "all-linear"], ids=["query, value", "all"])
+
+
+def lora(target_modules: list[str] | str = "all-linear") -> peft.LoraConfig:
+    """Adapters that change the output from the start."""
+    torch.manual_seed(1)
+    return peft.LoraConfig(r=4, target_modules=target_modules, init_lora_weights=False)
+
+
+def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        output = model.eval()(**batch)
+    return torch.cat([output.start_logits, output.end_logits])
+
+
+def train(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    """Two steps of gradient descent on what asks for a gradient."""
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        output = model.train()(**batch)
+        (output.start_logits.square().sum() + output.end_logits.sum()).backward()
+        optimizer.step()
+
+
+@targets
+def test_adapters_on_a_quantized_model_stay_in_float_and_are_listed(
+    small_bert: MakeBert, padded_batch: dict, target_modules: list[str] | str
+) -> None:
+    base = apply_octav(small_bert(), OctavConfig())
+    model = peft.get_peft_model(base, lora(target_modules))
+    check, report = check_coverage(model.eval(), padded_batch), coverage_report(model)
+    assert {row.module.split(".")[-2] for row in check} == {"lora_A", "lora_B"}
+    assert check.unexplained(report) == []
+    (reason,) = {row.reason for row in report.left_in_float() if row.kind == "linear"}
+    assert reason == "it was added after apply_octav"
+
+
+def test_adapters_on_a_quantized_model_train_and_come_back(
+    small_bert: MakeBert, padded_batch: dict, tmp_path: Path
+) -> None:
+    model = peft.get_peft_model(apply_octav(small_bert(), OctavConfig()), lora())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train(model, padded_batch)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(apply_octav(small_bert(), OctavConfig()), tmp_path)
+    assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
+
+    floating = peft.PeftModel.from_pretrained(small_bert(), tmp_path)
+    assert torch.equal(logits(remove_octav(model), padded_batch), logits(floating, padded_batch))
+    assert not model.base_model.model.is_quantized
+
+
+def test_merged_adapters_leave_the_model_quantized(small_bert: MakeBert, padded_batch: dict) -> None:
+    model = peft.get_peft_model(apply_octav(small_bert(), OctavConfig()), lora())
+    weight = model.get_submodule("base_model.model.qa_outputs.base_layer").weight.clone()
+    merged = model.merge_and_unload()
+    assert isinstance(merged.qa_outputs, QuantizedLinear)
+    assert not torch.equal(merged.qa_outputs.weight, weight)
+    assert check_coverage(merged.eval(), padded_batch) == []
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["get_peft_model", "add_adapter"])
+def test_a_model_that_has_adapters_is_quantized_with_them(
+    small_bert: MakeBert, padded_batch: dict, tmp_path: Path, wrapped: bool
+) -> None:
+    if wrapped:
+        model = peft.get_peft_model(small_bert(), lora())
+    else:
+        model = small_bert()
+        model.add_adapter(lora())
+    before = logits(model, padded_batch)
+    apply_octav(model, OctavConfig())
+    assert {row.kind for row in coverage_report(model).left_in_float()} == {"embedding"}
+    check = check_coverage(model, padded_batch)
+    assert check == []
+    assert check.products == 2 * (6 + 2) + 1 + 2 * 13  # two for each of the 13 adapters
+    assert not torch.equal(logits(model, padded_batch), before)
+    assert torch.equal(logits(remove_octav(model), padded_batch), before)
+
+
+def test_a_quantized_model_that_has_adapters_comes_back(
+    small_bert: MakeBert, padded_batch: dict, tmp_path: Path
+) -> None:
+    model = apply_octav(peft.get_peft_model(small_bert(), lora()), OctavConfig())
+    train(model, padded_batch)
+    model.save_pretrained(tmp_path)
+    loaded = apply_octav(peft.PeftModel.from_pretrained(small_bert(), tmp_path), OctavConfig())
+    assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
+
+
+def test_adapters_can_be_excluded(small_bert: MakeBert, padded_batch: dict) -> None:
+    model = peft.get_peft_model(small_bert(), lora())
+    apply_octav(model, OctavConfig(exclude_modules=["*.lora_A", "*.lora_B"]))
+    check = check_coverage(model, padded_batch)
+    assert {row.module.split(".")[-2] for row in check} == {"lora_A", "lora_B"}
+    assert check.unexplained(coverage_report(model)) == []
