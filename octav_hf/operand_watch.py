@@ -34,14 +34,17 @@ _FUSED = {"mkldnn_rnn_layer", "_cudnn_rnn", "_transformer_encoder_layer_fwd"}
 _COPIES = {
     *("clone", "_to_copy", "contiguous", "copy", "cat", "stack", "repeat", "repeat_interleave", "flip", "roll"),
     *("index", "index_select", "gather", "take", "embedding", "masked_select", "constant_pad_nd", "masked_fill"),
+    *("reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d"),
 }
+# Operations whose result holds nothing yet, or zeros: it becomes what is copied into it.
+_BLANKS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like", "new_zeros"}
 # Where a number is filled in, its position; it must be zero.
 _FILLED = {"constant_pad_nd": 2, "masked_fill": 2}
 _SCALINGS = {"mul", "div", "neg"}
 # Values of each clip's share that are looked at.
 _SAMPLE = 4096
 
-Origin = Literal["quantized", "parameter"]
+Origin = Literal["quantized", "parameter", "blank"]
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,8 @@ class OperandWatch(TorchDispatchMode):
     def _origin_of_result(self, name: str, args: tuple[Any, ...]) -> Origin | None:
         """The origin of a result that holds the arguments' values, or multiples of them by one number."""
         base = name.removesuffix("_")
+        if base in _BLANKS:
+            return "blank"
         tensors = [x for x in _tensors(args) if _is_float(x)]
         if base == "copy" and name == "copy_":
             whole = args[0].numel() * args[0].element_size() == args[0].untyped_storage().nbytes()
@@ -160,6 +165,8 @@ class OperandWatch(TorchDispatchMode):
                 return None
             tensors = tensors[:1]
         origins = {self.origin(x) for x in tensors}
+        if len(origins) > 1:
+            origins.discard("blank")
         return origins.pop() if len(origins) == 1 else None
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -17,7 +17,7 @@ def plan_conversion(model: nn.Module, config: OctavConfig) -> list[Conversion]:
     config.validate()
     _check_patterns(model, config)
     if not any(quantized_class_of(module) for module in model.modules()):
-        kinds = ", ".join(f"nn.{float_class.__name__}" for float_class in QUANTIZED_LAYERS)
+        kinds = ", ".join(float_class.__name__ for float_class in QUANTIZED_LAYERS)
         raise ValueError(f"{type(model).__name__} has no layer that can be quantized ({kinds})")
     plan = [*plan_attention(model, config), *plan_layers(model, config)]
     if not plan:

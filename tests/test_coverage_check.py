@@ -113,9 +113,18 @@ class Between(nn.Module):
         return y.reshape(-1, y.shape[-1]) @ self.weight_quantizer(self.weight).to(y.dtype)[: y.shape[-1]]
 
 
+def halves(upper: Tensor, lower: Tensor) -> Tensor:
+    """Half of one tensor and half of another, copied into new memory."""
+    y = torch.empty(8, 8)
+    y[:4].copy_(upper[:4])
+    y[4:].copy_(lower[4:])
+    return y
+
+
 @pytest.mark.parametrize(
     "function",
     [
+        lambda x: halves(x, x),
         lambda x: x.transpose(0, 1).contiguous(),
         lambda x: x.t().reshape(2, 4, 8).permute(1, 0, 2),
         lambda x: x[1:, None].expand(7, 3, 8).clone(),
@@ -130,6 +139,9 @@ class Between(nn.Module):
         lambda x: x.mul_(2),
         lambda x: torch.empty(8, 8).copy_(x),
         lambda x: x.as_strided((4, 8), (4, 1)),
+        *(lambda x, mode=mode: F.pad(x[None], (2, 2), mode=mode)[0, :, :8] for mode in ("reflect", "circular")),
+        lambda x: F.pad(x[None, None], (2, 2, 1, 1), mode="replicate")[0, 0, :, :8],
+        lambda x: torch.cat([torch.zeros(2, 8), x]),
     ],
 )
 def test_moving_and_scaling_leave_an_operand_quantized(function: Callable[[Tensor], Tensor]) -> None:
@@ -152,6 +164,8 @@ def test_moving_and_scaling_leave_an_operand_quantized(function: Callable[[Tenso
         lambda x: (x[0].add_(0.1), x)[1],
         lambda x: (x.view(-1)[3:5].copy_(torch.rand(2)), x)[1],
         lambda x: torch.rand(8, 8),
+        lambda x: halves(x, torch.rand(8, 8)),
+        lambda x: halves(torch.rand(8, 8), x),
         lambda x: torch.add(x, 1, out=x.view(8, 8)),
     ],
 )

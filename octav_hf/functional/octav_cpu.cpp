@@ -27,8 +27,8 @@ constexpr int64_t kLarge = 1 << 17;    // elements from which a read is dear eno
 constexpr int kReads = 5;
 constexpr int kUpdates = 100;
 constexpr double kTolerance = 1e-6; // 8 float32 ulp
-constexpr double kMargin = 0.9;     // outliers are kept from this share of the guess on; lower where data are few
-constexpr double kRowMargin = 0.75;
+// Outliers are kept from this share of the guess on: of a guess from a sample, from the sums alone, from a read too high.
+constexpr double kSampleMargin = 0.97, kSumsMargin = 0.75, kReadMargin = 0.9;
 
 constexpr float kNotFound = NAN;
 
@@ -323,7 +323,7 @@ public:
   // The clip, given a guess of it or 0. `outliers` is room to work in, which one row leaves to the next.
   float clip(const Grid &grid, float guess, Outliers &outliers) const {
     Sums sums;
-    double threshold = kMargin * guess;
+    double threshold = kSampleMargin * guess;
     bool summed = false;
     if (guess == 0) {
       read(-1, &sums, nullptr);
@@ -333,7 +333,7 @@ public:
       const double gaussian = grid.start * sums.total / sums.nonzero;
       // Below the highest magnitude, which has nothing above it.
       guess = static_cast<float>(std::min(gaussian, 0.999 * from_bits(sums.highest)));
-      threshold = kRowMargin * guess;
+      threshold = kSumsMargin * guess;
     }
     for (int reads = 0; reads < kReads; reads++) {
       const float from = static_cast<float>(threshold);
@@ -349,7 +349,7 @@ public:
         return with_lower_error(outcome, from_bits(sums.highest), grid.num_bits);
       case Outcome::kThresholdTooHigh:
         guess = static_cast<float>(outcome.clip);
-        threshold = kMargin * guess;
+        threshold = kReadMargin * guess;
         break;
       case Outcome::kUnknown:
         return kNotFound;

