@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -418,15 +419,18 @@ private:
 
   float with_lower_error(const Outcome &outcome, float peak, int num_bits) const {
     const float low = static_cast<float>(outcome.clip), high = static_cast<float>(outcome.other);
-    double low_error = 0, high_error = 0;
-#pragma omp parallel for num_threads(threads_) schedule(static) reduction(+ : low_error, high_error) if (threads_ > 1)
+    // Added up in the order of pieces, whichever thread is done first.
+    std::vector<double> low_errors(pieces()), high_errors(pieces());
+#pragma omp parallel for num_threads(threads_) schedule(static) if (threads_ > 1)
     for (int64_t piece = 0; piece < pieces(); piece++) {
       float buffer[kPiece];
       const int64_t size = piece_size(piece);
       const float *values = as_floats(x_ + piece * kPiece, size, buffer);
-      low_error += squared_error<kSigned>(values, size, low, peak, num_bits);
-      high_error += squared_error<kSigned>(values, size, high, peak, num_bits);
+      low_errors[piece] = squared_error<kSigned>(values, size, low, peak, num_bits);
+      high_errors[piece] = squared_error<kSigned>(values, size, high, peak, num_bits);
     }
+    const double low_error = std::accumulate(low_errors.begin(), low_errors.end(), 0.0);
+    const double high_error = std::accumulate(high_errors.begin(), high_errors.end(), 0.0);
     return high_error < low_error ? high : low;
   }
 
