@@ -62,8 +62,9 @@ def check_coverage(model: nn.Module, batch: Mapping[str, Any] | tuple[Any, ...] 
     functions, and an operand counts as quantized if a quantizer made it (views, copies, changes of dtype, concatenation
     and multiplication by one number included) and its values are no more than the levels of the quantizer's grid. All
     operands of a fused kernel, such as torch's own ``scaled_dot_product_attention``, count as floating point, and so
-    do those of any operator from outside PyTorch. A product that adds nothing up (inner dimension 1) is no matmul,
-    unless it is with a parameter. Works for any model, a float one included.
+    do those of any operator from outside PyTorch, and a quantized embedding's table wherever a model uses its
+    ``weight`` without calling it. A product that adds nothing up (inner dimension 1) is no matmul, unless it is with a
+    parameter. Works for any model, a float one included.
 
     Args:
         model: in training or evaluation mode, which is kept. Its buffers and the random state are as before afterwards.

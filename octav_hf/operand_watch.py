@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .nn import FakeQuantize
+from .nn import FakeQuantize, QuantizedEmbedding
 
 PRODUCTS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "linear", "matmul", "_int_mm", "_grouped_mm"), (0, 1)),
@@ -83,6 +83,10 @@ class OperandWatch(TorchDispatchMode):
         self._origins: dict[int, tuple[Origin, Tensor]] = {}
         for parameter in model.parameters():
             self._mark(parameter, "parameter")
+        self._tables: dict[int, list[nn.Module]] = {}  # by storage: several modules may share one table
+        for module in model.modules():
+            if isinstance(module, QuantizedEmbedding):
+                self._tables.setdefault(_key(module.weight), []).append(module)
 
     @contextmanager
     def watching(self) -> Iterator["OperandWatch"]:
@@ -101,7 +105,8 @@ class OperandWatch(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         name, namespace = _name(func)
-        if not any(isinstance(module, FakeQuantize) for module in self._running):
+        is_view = isinstance(func, torch._ops.OpOverload) and func.is_view
+        if not is_view and not any(isinstance(module, FakeQuantize) for module in self._running):
             self._record(name, namespace, args, kwargs)
         origin = self._origin_of_result(name, args)
         result = func(*args, **kwargs)
@@ -125,13 +130,22 @@ class OperandWatch(TorchDispatchMode):
             if not any(_is_float(x) for _, x in unquantized):
                 return
         else:
+            self._add(name, (argument for argument in enumerate(args) if self._is_read_past_its_quantizer(argument[1])))
             return
         self.products += 1
+        self._add(name, unquantized)
+
+    def _add(self, name: str, unquantized: Iterable[tuple[int, Tensor]]) -> None:
         module = next((self._names[module] for module in reversed(self._running) if module in self._names), "")
         for position, x in unquantized:
             if _is_float(x):
                 row = FloatOperand(module, name, position, tuple(x.shape), self.origin(x) == "parameter")
                 self.float_operands[row] = None
+
+    def _is_read_past_its_quantizer(self, x: Any) -> bool:
+        """Whether this is an embedding table that is not looked up in, but whose ``weight`` is used as it is."""
+        sharing = self._tables.get(_key(x), []) if isinstance(x, Tensor) else []
+        return bool(sharing) and not any(module in sharing for module in self._running)
 
     def _is_outer_product(self, name: str, operands: list[Tensor]) -> bool:
         """Whether nothing is added up, so that this is no more a matmul than any elementwise multiplication."""

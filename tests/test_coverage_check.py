@@ -329,3 +329,31 @@ def test_takes_positional_arguments_too(small_bert: MakeBert, padded_batch: dict
 def test_refuses_what_it_cannot_check(model: object, batch: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         check_coverage(model, batch)
+
+
+class Tables(nn.Module):
+    """Two embeddings that share a table, which is looked up in, and perhaps used as it is."""
+
+    def __init__(self, reads_weight: bool):
+        super().__init__()
+        self.first, self.second = nn.Embedding(9, 8), nn.Embedding(9, 8)
+        self.second.weight = self.first.weight
+        self.norm, self.head, self.reads_weight = nn.LayerNorm(8), nn.Linear(8, 2), reads_weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.first(ids) + self.second(ids)
+        return self.head(x + self.norm(self.first.weight)[ids] if self.reads_weight else x)
+
+
+def test_an_embedding_table_that_is_read_past_its_quantizer_is_found() -> None:
+    model = apply_octav(Tables(reads_weight=True), OctavConfig(embedding_bits=4))
+    (found,) = check = check_coverage(model, torch.arange(5))
+    assert found == FloatOperand("norm", "native_layer_norm", 0, (9, 8), parameter=True)
+    assert check.unexplained(coverage_report(model)) == [found]
+    assert check.products == 1
+
+
+@pytest.mark.parametrize(("reads_weight", "bits"), [(False, 4), (True, None)])
+def test_an_embedding_table_that_is_looked_up_in_or_left_in_float_is_not(reads_weight: bool, bits: int | None) -> None:
+    model = apply_octav(Tables(reads_weight), OctavConfig(embedding_bits=bits))
+    assert check_coverage(model, torch.arange(5)) == []
