@@ -9,6 +9,7 @@ from .coverage import CoverageReport, coverage_report
 from .coverage_check import CoverageCheck, check_coverage
 from .integrations import OctavQuantizer
 from .operand_watch import FloatOperand
+from .packing import pack_octav, unpack_octav
 from .patching import apply_octav, remove_octav
 
 __all__ = [
@@ -21,5 +22,7 @@ __all__ = [
     "apply_octav",
     "check_coverage",
     "coverage_report",
+    "pack_octav",
     "remove_octav",
+    "unpack_octav",
 ]

@@ -11,11 +11,15 @@ import torch
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ._version import __version__
 from .functional import CLIP_RULES, GRADIENTS
 from .functional.grid import MAX_BITS, MIN_BITS
 
 QUANT_METHOD = "octav"
 WEIGHT_GRANULARITIES = ("row", "tensor")
+
+FORMAT_VERSION = 1
+"""Of checkpoints: their config, tensor names and layout. A later version reads the earlier ones."""
 
 _SIDES = ("weight", "activation", "embedding")
 
@@ -80,6 +84,7 @@ class OctavConfig(QuantizationConfigMixin):
             that differ for the modules it matches and all that is below them:
             ``{"qa_outputs": {"weight_bits": 8, "activation_bits": 8}}``.
             An exact name wins over a pattern with wildcards; two patterns of one kind must not disagree.
+        packed: whether the weights are stored as integers. Set by ``pack_octav``, and refused elsewhere.
 
     A name pattern is a module's full dotted name, or a shell-style pattern for it
     (``"bert.encoder.layer.0.*"``, ``"*.attention.self"``). One that matches no module is refused by ``apply_octav``.
@@ -105,6 +110,7 @@ class OctavConfig(QuantizationConfigMixin):
         first_last_bits: int | None = None,
         exclude_modules: Iterable[str] = (),
         module_overrides: dict[str, dict[str, Any]] | None = None,
+        packed: bool = False,
         **unknown: Any,
     ):
         if unknown:
@@ -126,12 +132,19 @@ class OctavConfig(QuantizationConfigMixin):
         self.first_last_bits = first_last_bits
         self.exclude_modules = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules)
         self.module_overrides = {} if module_overrides is None else module_overrides
+        self.packed = packed
         self.validate()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The config that ``to_dict`` wrote; keyword arguments named like a field replace its value."""
+        """The config that ``to_dict`` wrote; keyword arguments named like a field replace its value.
+
+        Raises:
+            ValueError: a later version of the format, another quantization method, or a field that ``OctavConfig``
+                refuses.
+        """
         values = dict(config_dict)
+        _check_version(values.pop("format_version", FORMAT_VERSION), values.pop("octav_hf_version", "unknown"))
         method = values.pop("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD:
             raise ValueError(
@@ -140,6 +153,14 @@ class OctavConfig(QuantizationConfigMixin):
         replaced = {name: kwargs.pop(name) for name in list(kwargs) if name in inspect.signature(cls).parameters}
         config = cls(**(values | replaced))
         return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, and by which version of the format and of this package they were written."""
+        return super().to_dict() | {"format_version": FORMAT_VERSION, "octav_hf_version": __version__}
+
+    def with_fields(self, **fields: Any) -> "OctavConfig":
+        """A copy with those fields."""
+        return OctavConfig.from_dict(self.to_dict() | fields)
 
     def validate(self) -> None:
         """Check every field; ``apply_octav`` does so again, since fields can be assigned."""
@@ -150,6 +171,8 @@ class OctavConfig(QuantizationConfigMixin):
             raise ValueError(
                 "weight_bits, activation_bits and embedding_bits are all None, so nothing would be quantized; set one"
             )
+        if not isinstance(self.packed, bool):
+            raise ValueError(f"packed must be True or False, got {self.packed!r}")
         if isinstance(self.exclude_modules, str) or not all(isinstance(name, str) for name in self.exclude_modules):
             raise ValueError(f"exclude_modules must be a list of name patterns, got {self.exclude_modules!r}")
         if not isinstance(self.module_overrides, dict):
@@ -194,6 +217,16 @@ def matches(pattern: str, module_name: str) -> bool:
     """Whether ``pattern`` names the module or one of those that contain it."""
     parts = module_name.split(".")
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
+def _check_version(version: Any, written_by: Any) -> None:
+    if type(version) is not int or version < 1:
+        raise ValueError(f"format_version of a checkpoint's quantization_config must be 1 or more, got {version!r}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"this checkpoint has format version {version}, written by octav_hf {written_by}; octav_hf {__version__} "
+            f"reads versions up to {FORMAT_VERSION}: pip install --upgrade 'octav-hf>={written_by}'"
+        )
 
 
 def _validate_settings(settings: dict[str, Any], where: str) -> None:

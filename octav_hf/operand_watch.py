@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .nn import FakeQuantize, QuantizedEmbedding
+from .nn import FakeQuantize, PackedLayer, QuantizedEmbedding
 
 PRODUCTS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "linear", "matmul", "_int_mm", "_grouped_mm"), (0, 1)),
@@ -85,7 +85,7 @@ class OperandWatch(TorchDispatchMode):
             self._mark(parameter, "parameter")
         self._tables: dict[int, list[nn.Module]] = {}  # by storage: several modules may share one table
         for module in model.modules():
-            if isinstance(module, QuantizedEmbedding):
+            if isinstance(module, QuantizedEmbedding) and not isinstance(module, PackedLayer):
                 self._tables.setdefault(_key(module.weight), []).append(module)
 
     @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -42,6 +43,8 @@ def apply_octav(model: Model, config: OctavConfig) -> Model:
         raise TypeError(
             f"apply_octav takes an OctavConfig, got {type(config).__name__}; write OctavConfig(weight_bits=4)"
         )
+    if config.packed:
+        raise ValueError("packed=True is not for apply_octav; train the model first, then call pack_octav(model)")
     _check_not_quantized(model)
     if not isinstance(model, PreTrainedModel):
         convert_modules(model, config)
@@ -87,14 +90,36 @@ def convert_modules(model: nn.Module, config: OctavConfig) -> None:
 
 
 def restore_modules(model: nn.Module) -> None:
-    """Undo ``convert_modules`` in place."""
+    """Undo ``convert_modules`` in place, packed weights included."""
     for converted in list(quantized_modules(model)):
         converted.restore()
     for module in model.modules():
+        if "octav_packed_hook" in module.__dict__:
+            release_packed(module)
         module.__dict__.pop("octav_config", None)
         hook = module.__dict__.pop("octav_output_embeddings_hook", None)
         if hook is not None:
             hook.remove()
+
+
+def set_config(model: nn.Module, config: OctavConfig) -> None:
+    """Make ``config`` the one that a converted model has, and saves."""
+    model.octav_config = config  # type: ignore[assignment]
+    if isinstance(model, PreTrainedModel):
+        model.config.quantization_config = config
+        model.hf_quantizer.quantization_config = config  # type: ignore[union-attr]
+
+
+def freeze_packed(model: nn.Module) -> None:
+    """Leave nothing to train in a packed model but what is added to it later; without that, training is refused."""
+    model.requires_grad_(False)
+    model.octav_packed_hook = model.register_forward_pre_hook(_refuse_training)  # type: ignore[assignment]
+
+
+def release_packed(model: nn.Module) -> None:
+    """Undo ``freeze_packed``."""
+    model.__dict__.pop("octav_packed_hook").remove()
+    model.requires_grad_(True)
 
 
 def quantized_modules(model: nn.Module) -> Iterator[QuantizedLayer | QuantizedAttention]:
@@ -123,3 +148,12 @@ def _requantize_output_embeddings(model: PreTrainedModel, args: Any) -> None:
         for conversion in plan_layers(model, model.octav_config):  # type: ignore[arg-type]
             if conversion.module is head:
                 conversion.apply()
+
+
+def _refuse_training(model: nn.Module, args: Any) -> None:
+    """Forward pre-hook of a packed model: a step that could change nothing is a mistake."""
+    if model.training and torch.is_grad_enabled() and not any(p.requires_grad for p in model.parameters()):
+        raise RuntimeError(
+            f"{type(model).__name__} is packed, and packed weights cannot be trained; call "
+            "octav_hf.unpack_octav(model) before training, or model.eval() for evaluation"
+        )

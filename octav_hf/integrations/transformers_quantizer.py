@@ -1,41 +1,111 @@
 """The Transformers quantizer: ``from_pretrained`` rebuilds a quantized model, Trainer accepts it, saving keeps it."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..config import QUANT_METHOD, OctavConfig
-from ..patching import convert_modules, restore_modules
+from ..packed_file import check_files, describe_tensors
+from ..packing import packed_layers, prepare_packed, quantized_weights
+from ..patching import convert_modules, freeze_packed, restore_modules
+from .packed_names import PackedNames, packed_in_files
 
 
 @register_quantizer(QUANT_METHOD)
 class OctavQuantizer(HfQuantizer):
     """Converts a model's modules before its weights are loaded.
 
-    Checkpoints hold the full-precision weights under their usual names, and the ``OctavConfig`` in ``config.json``:
-    clips are recomputed from the data, so there is nothing else to store.
+    A checkpoint in training form holds the full-precision weights under their usual names, and the ``OctavConfig`` in
+    ``config.json``: clips are recomputed from the data, so there is nothing else to store. In packed form, after
+    ``pack_octav``, the weights are integers of another shape under the same names, so that Transformers without this
+    package stops at them instead of loading them; see ``packed_names`` and ``packed_file``.
     """
 
     requires_calibration = False
     quantization_config: OctavConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        packed = self.quantization_config.packed
+        if packed and not self.pre_quantized:
+            raise ValueError("packed=True is not for a float model; call pack_octav(model) after training")
+        if packed and not checkpoint_files:
+            raise ValueError("a packed model can only be loaded from its files, not from a state_dict")
+        recorded = check_files(checkpoint_files, self.quantization_config) if packed and checkpoint_files else {}
         convert_modules(model, self.quantization_config)
+        if packed:
+            self._prepare_packed(model, recorded)
         return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.quantization_config.packed:
+            freeze_packed(model)
+        return model
+
+    def _prepare_packed(self, model: PreTrainedModel, names: Iterable[str]) -> None:
+        """Pack the layers that come packed in files with those tensors. Others must be tied: they would be random."""
+        layers = quantized_weights(model)
+        packed = packed_in_files(names, layers, model)
+        tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+        for name, (layer, _) in layers.items():
+            if name not in packed and f"{name}.weight" not in tied:
+                raise ValueError(
+                    f"{name}: this packed checkpoint has no packed weight of shape {tuple(layer.weight.shape)} for "
+                    f"{type(model).__name__}. Load it with the model class that it was saved from (architectures in "
+                    "config.json), and call unpack_octav before giving it another head"
+                )
+        prepare_packed(model, packed)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """How names in files become those in the model: as for the float model, then those of packed tensors."""
+        layers = packed_layers(model)
+        return [*weight_conversions, PackedNames(layers, model.base_model_prefix)] if layers else weight_conversions
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """The state dict of a packed model by the names of its files, and their metadata.
+
+        Raises:
+            NotImplementedError: parameters are sharded, or Transformers stores weights of this architecture merged or
+                split.
+        """
+        if not self.quantization_config.packed or getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        names = PackedNames(packed_layers(model), model.base_model_prefix).reverse_transform()
+        state = {names.rename_source_key(name)[0]: tensor for name, tensor in model.state_dict().items()}
+        for name, tensor in state.items():
+            if isinstance(tensor, DTensor):
+                raise NotImplementedError(f"{name} of shape {tuple(tensor.shape)} is sharded; gather the model first")
+        # Transformers will do this to what is returned; the record is about what then comes to be in the files.
+        stored = revert_weight_conversion(model, remove_tied_weights_from_state_dict(dict(state), model))
+        kept = {id(tensor) for tensor in state.values()}
+        for name, tensor in stored.items():
+            if id(tensor) not in kept:
+                raise NotImplementedError(
+                    f"{name}: Transformers stores this weight of {type(model).__name__} merged with others or split, "
+                    "which packed weights cannot be; leave its layer in float by exclude_modules, or save the training "
+                    "form"
+                )
+        return state, describe_tensors(stored, self.quantization_config)
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         restore_modules(model)
         return model
 
     def is_serializable(self) -> bool:
-        """Always: the state dict is the float model's."""
+        """Always: the state dict is the float model's, or the packed form's."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Always."""
+        """Always: Trainer asks this for evaluation too. Training a packed model is refused at its first step."""
         return True
 
     @property

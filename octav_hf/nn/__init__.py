@@ -6,6 +6,8 @@ from .convolution import QuantizedConv1d, QuantizedConv2d
 from .embedding import QuantizedEmbedding
 from .fake_quantize import FakeQuantize
 from .linear import QuantizedLinear
+from .packed_layer import PackedLayer
+from .packed_weight import PackedWeight
 from .quantized_layer import QUANTIZED_LAYERS, QuantizedLayer, quantized_class_of, register_quantized_layer
 from .scaled_dot_product_attention import quantized_scaled_dot_product_attention
 from .weight_fake_quantize import WeightFakeQuantize
@@ -15,6 +17,8 @@ __all__ = [
     "QUANTIZED_LAYERS",
     "AttentionMatmuls",
     "FakeQuantize",
+    "PackedLayer",
+    "PackedWeight",
     "QuantizedAttention",
     "QuantizedConv1d",
     "QuantizedConv2d",

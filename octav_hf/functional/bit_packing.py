@@ -1,0 +1,82 @@
+"""Integers of 2 to 8 bits in bytes: rows of levels become rows of bytes, each row for itself."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .grid import check_num_bits
+
+# Eight levels fill num_bits bytes. They are moved apart and together in one 64-bit integer, whose lowest byte, on the
+# little-endian machines that PyTorch runs on, is the first.
+_GROUP = 8
+_INTEGERS = {2: torch.int16, 4: torch.int32}  # integers of as many bytes
+
+
+def packed_row_bytes(row_length: int, num_bits: int) -> int:
+    """How many bytes ``pack_bits`` makes of a row of ``row_length`` levels."""
+    check_num_bits(num_bits)
+    return math.ceil(row_length * num_bits / 8)
+
+
+def pack_bits(levels: Tensor, num_bits: int) -> Tensor:
+    """Pack signed integers as densely as bits allow.
+
+    Level ``i`` of a row, in two's complement, is in the bits ``i * num_bits`` to ``(i + 1) * num_bits - 1`` of the
+    row's bytes, the lowest bit of a byte first, so at 4 bits the first level is the low half of the first byte. What is
+    left of the last byte is zero. At 8 bits a byte is a level.
+
+    Args:
+        levels: int8, ``[rows, n]``, within ``integer_range(num_bits, signed=True)``.
+        num_bits: 2 to 8.
+
+    Returns:
+        ``[rows, packed_row_bytes(n, num_bits)]``, uint8, or int8 at 8 bits.
+    """
+    row_bytes = packed_row_bytes(levels.shape[1], num_bits)
+    if num_bits == 8:
+        return levels
+    codes = nn.functional.pad(levels & (2**num_bits - 1), (0, -levels.shape[1] % _GROUP))
+    fields = codes.unflatten(1, (-1, _GROUP)).contiguous().view(torch.int64).squeeze(-1)
+    for width, lane in reversed(_lanes(num_bits)):
+        low = _repeated(2**width - 1, lane)
+        fields = (fields & low) | ((fields >> (lane // 2) & low) << width)
+    packed = fields.unsqueeze(-1).view(torch.uint8)[..., :num_bits]
+    return packed.flatten(1)[:, :row_bytes].contiguous()
+
+
+def unpack_bits(packed: Tensor, num_bits: int, row_length: int) -> Tensor:
+    """The levels that ``pack_bits`` packed.
+
+    Args:
+        packed: ``[..., packed_row_bytes(row_length, num_bits)]``, uint8, or int8 at 8 bits.
+        num_bits: 2 to 8.
+        row_length: levels in a row.
+
+    Returns:
+        int8, ``[..., row_length]``.
+    """
+    if num_bits == 8:
+        return packed
+    missing = -packed.shape[-1] % num_bits
+    packed = (nn.functional.pad(packed, (0, missing)) if missing else packed.contiguous()).unflatten(-1, (-1, num_bits))
+    if num_bits in _INTEGERS:
+        fields = packed.view(_INTEGERS[num_bits]).to(torch.int64)  # bits above the group's may be 1, and are masked
+    else:
+        fields = nn.functional.pad(packed, (0, _GROUP - num_bits)).view(torch.int64)
+    for width, lane in _lanes(num_bits):
+        low = _repeated(2**width - 1, lane)
+        fields = (fields & low) | ((fields >> width & low) << (lane // 2))
+    sign = 2 ** (num_bits - 1)
+    levels = (fields.view(torch.int8) ^ sign).sub_(sign)
+    return levels.flatten(-2)[..., :row_length]
+
+
+def _lanes(num_bits: int) -> list[tuple[int, int]]:
+    """How a group's fields move apart, by halves: bits of half a lane's fields, and bits of the lane."""
+    return [(num_bits * fields // 2, 8 * fields) for fields in (8, 4, 2)]
+
+
+def _repeated(value: int, lane: int) -> int:
+    """``value`` in each lane of 64 bits."""
+    return sum(value << place for place in range(0, 64, lane))

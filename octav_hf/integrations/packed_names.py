@@ -1,0 +1,67 @@
+"""Names of packed tensors in files and in the model.
+
+In a file a packed weight has the float weight's name, ``<layer>.weight``: Transformers without this package finds a
+tensor of another shape there and raises an error. (Under any other name it would fill the weight with random numbers.)
+Its scales are ``<layer>.weight_scale``.
+"""
+
+from collections.abc import Iterable
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+SCALE = "weight_scale"
+
+# Of a layer's tensors, by name in files -> in the model.
+_IN_MODEL = {"weight": "weight_quantizer.levels", SCALE: "weight_quantizer.scale"}
+
+
+class PackedNames(WeightRenaming):
+    """Renames the tensors of packed layers from files to the model, as a step of Transformers' loading.
+
+    Args:
+        layers: names of the packed layers.
+        base_model_prefix: of the model.
+    """
+
+    __slots__ = ("_names",)
+
+    def __init__(self, layers: Iterable[str], base_model_prefix: str):
+        super().__init__("weight", "weight")  # patterns, which are not used
+        self._names = {
+            f"{variant}.{in_file}": f"{variant}.{in_model}"
+            for layer in layers
+            for variant in _variants(layer, base_model_prefix)
+            for in_file, in_model in _IN_MODEL.items()
+        }
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The new name, and the old one if it is another."""
+        renamed = self._names.get(source_key, source_key)
+        if renamed == source_key:
+            return source_key, None
+        self._was_used = True
+        return renamed, source_key
+
+    def reverse_transform(self) -> "PackedNames":
+        """Renames from the model to files."""
+        reverse = PackedNames((), "")
+        reverse._names = {in_model: in_file for in_file, in_model in self._names.items()}
+        return reverse
+
+
+def packed_in_files(names: Iterable[str], layers: Iterable[str], model: PreTrainedModel) -> set[str]:
+    """Those ``layers`` of a model, which is not loaded yet, that come packed in files with tensors of these names."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    scales = {rename_source_key(name, renamings, converters)[0] for name in names if name.endswith(f".{SCALE}")}
+    prefix = model.base_model_prefix
+    return {layer for layer in layers if any(f"{variant}.{SCALE}" in scales for variant in _variants(layer, prefix))}
+
+
+def _variants(layer: str, base_model_prefix: str) -> tuple[str, ...]:
+    """Names that a layer may have in a file: with and without the prefix, such as ``bert``, which loading mends."""
+    prefix = f"{base_model_prefix}."
+    return layer, f"{prefix}{layer}", layer.removeprefix(prefix)

@@ -1,0 +1,69 @@
+"""Layers whose weight is packed: integers and scales instead of a float parameter."""
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+from .embedding import QuantizedEmbedding
+from .packed_weight import PackedWeight
+from .quantized_layer import QuantizedLayer
+
+
+class PackedLayer(QuantizedLayer):
+    """Mixin in front of a quantized layer's class: ``weight`` is made from ``weight_quantizer`` whenever it is read.
+
+    Made from an existing layer by ``pack``, which changes that object's class in place. The packed weight is no
+    parameter and gets no gradient.
+    """
+
+    weight_quantizer: PackedWeight
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight on its grid; shape, dtype and values as the training form multiplies with."""
+        return self.weight_quantizer.dequantize()
+
+    @staticmethod
+    def pack(layer: QuantizedLayer, packed: PackedWeight) -> None:
+        """Replace the parameter ``weight`` of ``layer`` by ``packed``, in place."""
+        layer.register_parameter("weight", None)  # which keeps its place in the order of parameters
+        layer.weight_quantizer = packed
+        base: Any = type(layer)
+        layer.__class__ = _packed_class(base)
+
+    def unpack(self) -> None:
+        """The quantized layer again, in place: the parameter ``weight`` starts from the packed values."""
+        weight, quantizer = self.weight, self.weight_quantizer.unpacked(self.weight_quantizer_class)
+        self.__class__ = type(self).__bases__[1]
+        self.weight_quantizer = quantizer  # type: ignore[assignment]
+        self.weight = nn.Parameter(weight)  # type: ignore[misc]
+
+    def restore(self) -> None:
+        """Turn this layer into a float layer with the packed values, in place."""
+        weight = self.weight
+        super().restore()
+        self.weight = nn.Parameter(weight)  # type: ignore[misc]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class made by _packed_class cannot be imported by name: pickle its base instead.
+        return _rebuild, (type(self).__bases__[1],), self.__dict__
+
+
+class PackedEmbedding(PackedLayer):
+    """A packed embedding table: only the rows that are looked up are made."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``weight[input]``, ``[*, embedding_dim]``."""
+        return self.weight_quantizer(self.weight_quantizer.dequantize_rows(input))
+
+
+@functools.cache
+def _packed_class(base: Any) -> Any:
+    mixin = PackedEmbedding if issubclass(base, QuantizedEmbedding) else PackedLayer
+    return type(base.__name__.replace("Quantized", "Packed"), (mixin, base), {"__module__": base.__module__})
+
+
+def _rebuild(base: Any) -> nn.Module:
+    cls = _packed_class(base)
+    return cls.__new__(cls)

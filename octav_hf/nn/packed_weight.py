@@ -1,0 +1,128 @@
+"""A weight stored as integers and one scale per row, in the place of its quantizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional.bit_packing import pack_bits, packed_row_bytes, unpack_bits
+from ..functional.fake_quantize import fake_quantize
+from ..functional.grid import step_size
+from ..functional.rows import statistics_dtype, to_rows
+from .fake_quantize import FakeQuantize
+
+
+class PackedWeight(FakeQuantize):
+    """What a weight quantizer made of a weight: its integer levels, packed, and the steps of its grid.
+
+    Takes the place of the layer's ``weight_quantizer``, whose settings it keeps.
+
+    Args:
+        quantizer: the weight's quantizer.
+        weight: the weight, for its shape, dtype and device; its values are not read.
+
+    Attributes:
+        levels: buffer, ``[rows * bytes of a row]``, see ``functional.bit_packing``. One-dimensional, so that no float
+            weight, which has two dimensions or more, can be mistaken for it.
+        scale: buffer, ``[rows]``, the step of each row's grid (one row if the clip is for the whole tensor); float32,
+            or float64 for a float64 weight, whatever dtype the model is moved to.
+        shape: of the weight.
+        dtype: of the weight as the layer gets it; follows the model's.
+    """
+
+    levels: Tensor
+    scale: Tensor
+
+    def __init__(self, quantizer: FakeQuantize, weight: Tensor):
+        super().__init__(**_arguments(quantizer))
+        self.shape = weight.shape
+        self.dtype = weight.dtype
+        rows, self._row_length = self._to_rows(weight).shape
+        size = rows * packed_row_bytes(self._row_length, self.num_bits)
+        levels_dtype = torch.int8 if self.num_bits == 8 else torch.uint8
+        self.register_buffer("levels", torch.empty(size, dtype=levels_dtype, device=weight.device))
+        self.register_buffer("scale", torch.empty(rows, dtype=statistics_dtype(weight.dtype), device=weight.device))
+
+    @classmethod
+    @torch.no_grad()
+    def pack(cls, quantizer: FakeQuantize, weight: Tensor) -> "PackedWeight":
+        """The packed form of ``quantizer(weight)``, from which exactly that comes back.
+
+        Raises:
+            ValueError: ``weight`` holds NaN or Inf; the message has the quantizer's name.
+        """
+        weight = weight.detach()
+        packed = cls(quantizer, weight)
+        clip = quantizer.compute_clip(weight)
+        quantized = fake_quantize(weight, clip, quantizer.num_bits, gradient=quantizer.gradient)
+        step = step_size(clip.to(packed.scale.dtype), quantizer.num_bits, signed=True)
+        # Dividing what is on the grid by its step cannot end up at another integer, whatever the rounding did.
+        steps = torch.where(step > 0, step, 1)
+        levels = (quantized.to(step.dtype) / steps).round().to(torch.int8)
+        packed.levels.copy_(pack_bits(packed._to_rows(levels).contiguous(), quantizer.num_bits).flatten())
+        packed.scale.copy_(step.flatten())
+        if not torch.equal(packed.dequantize(), quantized):
+            raise ArithmeticError(f"{quantizer.name}: its integers and scales do not give the quantized weight exactly")
+        return packed
+
+    def unpacked(self, quantizer_class: type[FakeQuantize]) -> FakeQuantize:
+        """A quantizer with the same settings that computes its clips."""
+        return quantizer_class(**_arguments(self))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``, rows of the weight as ``dequantize`` gives them, which are on the grid already."""
+        return x
+
+    def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:
+        """The clips that the weight was packed with, of the shape that the clipping rule gives; ``x`` is not read."""
+        clip = self.scale / step_size(torch.ones_like(self.scale), self.num_bits, signed=True)
+        if self.dim is None:
+            return clip.reshape(())
+        return clip.view([1 if d in self._along_a_row else size for d, size in enumerate(self.shape)])
+
+    def dequantize(self) -> Tensor:
+        """The weight, of ``shape`` and ``dtype``, contiguous."""
+        rows = self._values(self._packed_rows, self.scale)
+        order = [d for d in range(len(self.shape)) if d not in self._along_a_row] + self._along_a_row
+        inverse = sorted(order, key=order.__getitem__)
+        return rows.reshape([self.shape[d] for d in order]).permute(inverse).contiguous()
+
+    def dequantize_rows(self, index: Tensor) -> Tensor:
+        """Rows of a weight with one scale for each index of its first dimension: ``[*index.shape, row]``."""
+        return self._values(self._packed_rows[index], self.scale[index])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, packed {list(self.shape)} {self.dtype}"
+
+    def _values(self, packed: Tensor, scale: Tensor) -> Tensor:
+        levels = unpack_bits(packed, self.num_bits, self._row_length)
+        return (levels.to(scale.dtype) * scale.unsqueeze(-1)).to(self.dtype)
+
+    @property
+    def _packed_rows(self) -> Tensor:
+        return self.levels.view(len(self.scale), packed_row_bytes(self._row_length, self.num_bits))
+
+    @property
+    def _along_a_row(self) -> list[int]:
+        """The weight's dimensions that share a scale."""
+        if self.dim is None:
+            return list(range(len(self.shape)))
+        return sorted(d % len(self.shape) for d in ((self.dim,) if isinstance(self.dim, int) else self.dim))
+
+    def _to_rows(self, weight: Tensor) -> Tensor:
+        return weight.reshape(1, -1) if self.dim is None else to_rows(weight, self.dim)[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves to a device or dtype: the scale keeps its own dtype, and the weight's changes instead."""
+        scale, like = self.scale, fn(torch.empty(0, dtype=self.dtype, device=self.scale.device))
+        super()._apply(fn, recurse)
+        self.dtype = like.dtype
+        if self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
+
+
+def _arguments(quantizer: FakeQuantize) -> dict[str, Any]:
+    names = ("num_bits", "clip", "clip_options", "gradient", "signed", "dim", "name")
+    return {name: getattr(quantizer, name) for name in names}
