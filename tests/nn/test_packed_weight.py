@@ -1,4 +1,4 @@
-"""A packed layer computes what the quantized layer did, from integers and scales that an independent reader can read."""
+"""A packed layer computes what the quantized layer did, from integers and scales that any reader can read."""
 
 import copy
 import pickle
