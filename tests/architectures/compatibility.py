@@ -26,6 +26,7 @@ BEGIN, END = "<!-- compatibility table: begin -->\n", "<!-- compatibility table:
 COLUMNS = {
     "test_trains": "Trainer",
     "test_saved_and_loaded": "reload",
+    "test_packed": "packed",
     "test_removed": "remove",
     "test_eager_and_sdpa_agree": "eager = sdpa",
     "test_generates_with_a_cache": "generate",

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from octav_hf import OctavConfig, apply_octav, check_coverage, coverage_report, remove_octav
+from octav_hf import OctavConfig, apply_octav, check_coverage, coverage_report, pack_octav, remove_octav
 from octav_hf.nn import ATTENTION_OPERANDS, QuantizedAttention, QuantizedLayer
+from octav_hf.packing import packed_layers
 
 from .models import ARCHITECTURES, Architecture, Batch
 
@@ -128,6 +129,23 @@ def test_saved_and_loaded(architecture: Architecture, tmp_path: Path) -> None:
     loaded = architecture.model_class.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded, architecture.batch()), logits(model, architecture.batch()))
     assert str(coverage_report(loaded)) == str(coverage_report(model))
+
+
+@each
+def test_packed(architecture: Architecture, tmp_path: Path) -> None:
+    model, batch = apply_octav(architecture.make(), OctavConfig()), architecture.batch()
+    expected, report = logits(model, batch), str(coverage_report(model))
+    pack_octav(model)
+    assert torch.equal(logits(model, batch), expected)
+    assert str(coverage_report(model)) == report
+    floating = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    model.save_pretrained(tmp_path)
+    loaded = architecture.model_class.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, batch), expected)
+    assert len(packed_layers(loaded)) == len(packed_layers(model)) > 0
+    assert [parameter.shape for parameter in loaded.parameters() if parameter.dim() > 1] == [w.shape for w in floating]
+    check = check_coverage(loaded, batch)
+    assert check == [], str(check)
 
 
 @each_implementation
