@@ -11,6 +11,7 @@ import torch
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .activation_clips import ActivationClips, validate_activation_clips
 from .functional import CLIP_RULES, GRADIENTS
 from .functional.grid import MAX_BITS, MIN_BITS
 
@@ -80,6 +81,9 @@ class OctavConfig(QuantizationConfigMixin):
             that differ for the modules it matches and all that is below them:
             ``{"qa_outputs": {"weight_bits": 8, "activation_bits": 8}}``.
             An exact name wins over a pattern with wildcards; two patterns of one kind must not disagree.
+        activation_clips: frozen clips, module name -> operand -> ``{"signed": bool, "clips": [float, ...]}``, written
+            by ``calibrate_octav``: one for a layer's ``"input"``, and for an operand of an attention module one for
+            each time that its forward multiplies it. Operands that are not in it have dynamic clips.
 
     A name pattern is a module's full dotted name, or a shell-style pattern for it
     (``"bert.encoder.layer.0.*"``, ``"*.attention.self"``). One that matches no module is refused by ``apply_octav``.
@@ -105,6 +109,7 @@ class OctavConfig(QuantizationConfigMixin):
         first_last_bits: int | None = None,
         exclude_modules: Iterable[str] = (),
         module_overrides: dict[str, dict[str, Any]] | None = None,
+        activation_clips: ActivationClips | None = None,
         **unknown: Any,
     ):
         if unknown:
@@ -126,6 +131,7 @@ class OctavConfig(QuantizationConfigMixin):
         self.first_last_bits = first_last_bits
         self.exclude_modules = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules)
         self.module_overrides = {} if module_overrides is None else module_overrides
+        self.activation_clips = {} if activation_clips is None else activation_clips
         self.validate()
 
     @classmethod
@@ -162,6 +168,7 @@ class OctavConfig(QuantizationConfigMixin):
             if unknown:
                 raise ValueError(_unknown(f"{where} cannot set", unknown, _SETTINGS))
             _validate_settings(settings | override, where)
+        validate_activation_clips(self.activation_clips)
 
     def excluded_by(self, module_name: str) -> str | None:
         """The pattern of ``exclude_modules`` that leaves this module in float, if there is one."""

@@ -15,7 +15,7 @@ class OctavQuantizer(HfQuantizer):
     """Converts a model's modules before its weights are loaded.
 
     Checkpoints hold the full-precision weights under their usual names, and the ``OctavConfig`` in ``config.json``:
-    clips are recomputed from the data, so there is nothing else to store.
+    clips are recomputed from the data, or frozen in the config, so there is nothing else to store.
     """
 
     requires_calibration = False

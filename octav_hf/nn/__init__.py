@@ -5,6 +5,7 @@ from .attention_matmuls import ATTENTION_OPERANDS, AttentionMatmuls
 from .convolution import QuantizedConv1d, QuantizedConv2d
 from .embedding import QuantizedEmbedding
 from .fake_quantize import FakeQuantize
+from .frozen_clips import ClipObserver, FrozenClips
 from .linear import QuantizedLinear
 from .quantized_layer import QUANTIZED_LAYERS, QuantizedLayer, quantized_class_of, register_quantized_layer
 from .scaled_dot_product_attention import quantized_scaled_dot_product_attention
@@ -14,7 +15,9 @@ __all__ = [
     "ATTENTION_OPERANDS",
     "QUANTIZED_LAYERS",
     "AttentionMatmuls",
+    "ClipObserver",
     "FakeQuantize",
+    "FrozenClips",
     "QuantizedAttention",
     "QuantizedConv1d",
     "QuantizedConv2d",
