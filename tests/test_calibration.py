@@ -381,7 +381,8 @@ def test_clips_of_generation_with_a_cache(name: str, monkeypatch: pytest.MonkeyP
     assert model.generate(**prompt, **arguments).shape == tokens.shape
 
 
-def test_a_compiled_model(small_bert: MakeBert, padded_batch: dict) -> None:
+@pytest.mark.parametrize("own_loop", [False, True])
+def test_a_compiled_model(small_bert: MakeBert, padded_batch: dict, own_loop: bool) -> None:
     """It is calibrated even where it has been compiled before, and what is compiled then takes the frozen clips."""
     torch.compiler.reset()
     make = {"num_hidden_layers": 1, "attn_implementation": "eager"}
@@ -389,8 +390,14 @@ def test_a_compiled_model(small_bert: MakeBert, padded_batch: dict) -> None:
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
         compiled(**padded_batch)
-    for each in (compiled, plain):
-        calibrate_octav(each, [padded_batch, *token_batches(1)], progress_bar=False)
+    batches = [padded_batch, *token_batches(1)]
+    calibrate_octav(plain, batches, progress_bar=False)
+    if own_loop:
+        with torch.no_grad(), calibrating(compiled):
+            for batch in batches:
+                compiled(**batch)
+    else:
+        calibrate_octav(compiled, batches, progress_bar=False)
     assert model.octav_config.activation_clips == plain.octav_config.activation_clips
     torch.testing.assert_close(logits(compiled, padded_batch), logits(plain, padded_batch), rtol=1e-4, atol=1e-5)
 

@@ -167,3 +167,10 @@ def test_each_use_has_its_own_mean() -> None:
     assert observer.uses == {2}
     observer.record(0, {True: 1.0})
     assert observer.uses == {1, 2}
+
+
+def test_all_uses_have_one_grid() -> None:
+    observer = ClipObserver()
+    observer.record(0, {False: 1.0, True: 2.0})
+    observer.record(1, {True: 3.0})
+    assert observer.mean() == FrozenClips(True, (2.0, 3.0))
