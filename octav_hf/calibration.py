@@ -93,7 +93,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     for operand, observer in zip(operands, observers, strict=True):
         operand.quantizer.observer = observer
     try:
-        with torch.compiler.set_stance("force_eager"):  # what is compiled already would run without an observer
+        with torch.compiler.set_stance("force_eager"):  # observers would have it all compiled anew, for this once
             yield
     finally:
         for operand in operands:

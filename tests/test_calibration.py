@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import (
     AlbertForSequenceClassification,
     BatchEncoding,
@@ -383,14 +384,15 @@ def test_clips_of_generation_with_a_cache(name: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("own_loop", [False, True])
 def test_a_compiled_model(small_bert: MakeBert, padded_batch: dict, own_loop: bool) -> None:
-    """It is calibrated even where it has been compiled before, and what is compiled then takes the frozen clips."""
+    """Nothing is compiled for the calibration of it, and what is compiled afterwards takes the frozen clips."""
     torch.compiler.reset()
     make = {"num_hidden_layers": 1, "attn_implementation": "eager"}
     model, plain = (apply_octav(small_bert(**make), OctavConfig(weight_bits=None)) for _ in range(2))
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
         compiled(**padded_batch)
-    batches = [padded_batch, *token_batches(1)]
+    batches, graphs = [padded_batch, *token_batches(1)], counters["stats"]["unique_graphs"]
+    assert graphs > 0
     calibrate_octav(plain, batches, progress_bar=False)
     if own_loop:
         with torch.no_grad(), calibrating(compiled):
@@ -398,6 +400,7 @@ def test_a_compiled_model(small_bert: MakeBert, padded_batch: dict, own_loop: bo
                 compiled(**batch)
     else:
         calibrate_octav(compiled, batches, progress_bar=False)
+    assert counters["stats"]["unique_graphs"] == graphs
     assert model.octav_config.activation_clips == plain.octav_config.activation_clips
     torch.testing.assert_close(logits(compiled, padded_batch), logits(plain, padded_batch), rtol=1e-4, atol=1e-5)
 
