@@ -25,6 +25,9 @@ class AttentionMatmuls(TorchFunctionMode):
     and the attention implementation stay as they are. Left alone are products that add nothing up, which masks are made
     with, and those with a parameter of a layer inside the attention module: they are the layer's own.
 
+    A quantizer is told which use of its operand each call is, counted from when this mode was made: each use has a
+    frozen clip of its own.
+
     Args:
         quantizers: modules named after ``ATTENTION_OPERANDS``.
         name: the attention module's name, for error messages.
