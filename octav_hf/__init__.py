@@ -4,6 +4,7 @@ Importing the package registers the quantization method ``octav`` with Transform
 """
 
 from ._version import __version__
+from .calibration import calibrate_octav, calibrating, uncalibrate_octav
 from .config import OctavConfig
 from .coverage import CoverageReport, coverage_report
 from .coverage_check import CoverageCheck, check_coverage
@@ -20,9 +21,12 @@ __all__ = [
     "OctavQuantizer",
     "__version__",
     "apply_octav",
+    "calibrate_octav",
+    "calibrating",
     "check_coverage",
     "coverage_report",
     "pack_octav",
     "remove_octav",
+    "uncalibrate_octav",
     "unpack_octav",
 ]

@@ -12,6 +12,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._version import __version__
+from .activation_clips import ActivationClips, validate_activation_clips
 from .functional import CLIP_RULES, GRADIENTS
 from .functional.grid import MAX_BITS, MIN_BITS
 
@@ -85,6 +86,9 @@ class OctavConfig(QuantizationConfigMixin):
             ``{"qa_outputs": {"weight_bits": 8, "activation_bits": 8}}``.
             An exact name wins over a pattern with wildcards; two patterns of one kind must not disagree.
         packed: whether the weights are stored as integers. Set by ``pack_octav``, and refused elsewhere.
+        activation_clips: frozen clips, module name -> operand -> ``{"signed": bool, "clips": [float, ...]}``, written
+            by ``calibrate_octav``: one for a layer's ``"input"``, and for an operand of an attention module one for
+            each time that its forward multiplies it. Operands that are not in it have dynamic clips.
 
     A name pattern is a module's full dotted name, or a shell-style pattern for it
     (``"bert.encoder.layer.0.*"``, ``"*.attention.self"``). One that matches no module is refused by ``apply_octav``.
@@ -111,6 +115,7 @@ class OctavConfig(QuantizationConfigMixin):
         exclude_modules: Iterable[str] = (),
         module_overrides: dict[str, dict[str, Any]] | None = None,
         packed: bool = False,
+        activation_clips: ActivationClips | None = None,
         **unknown: Any,
     ):
         if unknown:
@@ -133,6 +138,7 @@ class OctavConfig(QuantizationConfigMixin):
         self.exclude_modules = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules)
         self.module_overrides = {} if module_overrides is None else module_overrides
         self.packed = packed
+        self.activation_clips = {} if activation_clips is None else activation_clips
         self.validate()
 
     @classmethod
@@ -185,6 +191,7 @@ class OctavConfig(QuantizationConfigMixin):
             if unknown:
                 raise ValueError(_unknown(f"{where} cannot set", unknown, _SETTINGS))
             _validate_settings(settings | override, where)
+        validate_activation_clips(self.activation_clips)
 
     def excluded_by(self, module_name: str) -> str | None:
         """The pattern of ``exclude_modules`` that leaves this module in float, if there is one."""

@@ -30,6 +30,7 @@ class Operand:
     clip: str = ""
     gradient: str = ""
     per_row: bool = False
+    frozen: bool = False  # whether the clip is that of a calibration, whatever the tensor's values are
     reason: str = ""
 
     def cells(self) -> tuple[str, ...]:
@@ -41,7 +42,7 @@ class Operand:
 
     @property
     def clip_cell(self) -> str:
-        return f"{self.clip} per {'row' if self.per_row else 'tensor'}"
+        return f"{self.clip} per {'row' if self.per_row else 'tensor'}{', frozen' if self.frozen else ''}"
 
 
 class CoverageReport(list[Operand]):
@@ -151,8 +152,9 @@ def _row(name: str, kind: str, operand: str, quantizer: nn.Module, reason: str) 
         kind,
         operand,
         bits=quantizer.num_bits,
-        signed=quantizer.signed,
+        signed=quantizer.signed if quantizer.frozen is None else quantizer.frozen.signed,
         clip=quantizer.clip,
         gradient=quantizer.gradient,
         per_row=quantizer.dim is not None,
+        frozen=quantizer.frozen is not None,
     )

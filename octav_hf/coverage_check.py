@@ -1,12 +1,11 @@
 """The coverage check: one forward pass, and every product in it that had an operand in floating point."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .coverage import CoverageReport, Operand
+from .forward_pass import Batch, check_batch, run_batch, without_trace
 from .operand_watch import PRODUCTS, FloatOperand, OperandWatch
 
 
@@ -55,7 +54,7 @@ def _explained(row: FloatOperand, listed: dict[str, list[Operand]]) -> bool:
     return any(operand.bits is None for operand in of_its_kind or operands)
 
 
-def check_coverage(model: nn.Module, batch: Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor) -> CoverageCheck:
+def check_coverage(model: nn.Module, batch: Batch) -> CoverageCheck:
     """Run the model once on ``batch`` and list every operand that was multiplied in floating point.
 
     Independent of how the model was quantized: the operations that PyTorch dispatches are watched, below modules and
@@ -81,31 +80,10 @@ def check_coverage(model: nn.Module, batch: Mapping[str, Any] | tuple[Any, ...] 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"check_coverage takes a model (an nn.Module), got {type(model).__name__}")
-    if not isinstance(batch, Mapping | tuple | list | Tensor):
-        raise TypeError(
-            f"check_coverage takes a batch as a mapping of keyword arguments, such as {{'input_ids': …}}, a tuple of "
-            f"positional ones, or a tensor; got {type(batch).__name__}"
-        )
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    check_batch(batch, "check_coverage takes")
     watch = OperandWatch(model)
-    run = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    try:
-        with (
-            torch.random.fork_rng(devices=list(devices)),
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.compiler.set_stance("force_eager"),
-            watch.watching(),
-        ):
-            if isinstance(batch, Mapping):
-                run(**batch)
-            else:
-                run(*((batch,) if isinstance(batch, Tensor) else batch))
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+    with without_trace(model) as runnable, watch.watching():
+        run_batch(runnable, batch)
     if watch.products == 0:
         raise ValueError(f"{type(model).__name__} ran without any product, so there was nothing to check")
     return CoverageCheck(watch.float_operands, watch.products)

@@ -105,9 +105,10 @@ def restore_modules(model: nn.Module) -> None:
 def set_config(model: nn.Module, config: OctavConfig) -> None:
     """Make ``config`` the one that a converted model has, and saves."""
     model.octav_config = config  # type: ignore[assignment]
-    if isinstance(model, PreTrainedModel):
-        model.config.quantization_config = config
-        model.hf_quantizer.quantization_config = config  # type: ignore[union-attr]
+    quantizer = model.__dict__.get("hf_quantizer")
+    if quantizer is not None:
+        quantizer.quantization_config = config
+        model.config.quantization_config = config  # type: ignore[union-attr]
 
 
 def freeze_packed(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from torch import nn
 
 from .config import OctavConfig, matches
-from .nn import QUANTIZED_LAYERS, quantized_class_of
+from .nn import QUANTIZED_LAYERS, FakeQuantize, quantized_class_of
 from .plan_attention import plan_attention
 from .plan_layers import Conversion, plan_layers
 
@@ -29,6 +29,7 @@ def plan_conversion(model: nn.Module, config: OctavConfig) -> list[Conversion]:
                 "object (by a device_map, or another library), so a quantized one would never run; pass "
                 "quantization_config=OctavConfig(…) to from_pretrained, or call apply_octav first"
             )
+    _check_activation_clips(model, config, plan)
     return plan
 
 
@@ -40,4 +41,15 @@ def _check_patterns(model: nn.Module, config: OctavConfig) -> None:
                 raise ValueError(
                     f"{field}: {pattern!r} matches no module of {type(model).__name__}; write a full dotted name, or a "
                     "pattern for it: print([name for name, _ in model.named_modules()]) lists them"
+                )
+
+
+def _check_activation_clips(model: nn.Module, config: OctavConfig, plan: list[Conversion]) -> None:
+    quantizers = {(conversion.name, operand): q for conversion in plan for operand, q in conversion.quantizers.items()}
+    for name, operands in config.activation_clips.items():
+        for operand in operands:
+            if not isinstance(quantizers.get((name, operand)), FakeQuantize):
+                raise ValueError(
+                    f"activation_clips: {name!r} {operand!r} is no quantized activation of {type(model).__name__}; the "
+                    "clips are of another model or config: set activation_clips={} and call calibrate_octav on this one"
                 )

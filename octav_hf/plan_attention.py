@@ -31,7 +31,7 @@ def plan_attention(model: nn.Module, config: OctavConfig) -> Iterator[Conversion
             module,
             {
                 operand: activation_quantizer(
-                    settings, settings.activation_bits, name, operand, signed=operand != "probabilities"
+                    config, settings.activation_bits, name, operand, signed=operand != "probabilities"
                 )
                 for operand in ATTENTION_OPERANDS
             },

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .activation_clips import frozen_clips
 from .config import ModuleSettings, OctavConfig
 from .first_last import first_and_last
 from .nn import FakeQuantize, QuantizedAttention, QuantizedLayer, quantized_class_of
@@ -59,7 +60,7 @@ def plan_layers(model: nn.Module, config: OctavConfig) -> Iterator[Conversion]:
             )
         signed = None if settings.unsigned_activations else True
         quantizers = {
-            operand: activation_quantizer(settings, bits[operand], name, operand, signed=signed)
+            operand: activation_quantizer(config, bits[operand], name, operand, signed=signed)
             if operand == "input"
             else weight_quantizer(settings, bits[operand], name, quantized_class)
             for operand in quantized_class.operands
@@ -84,11 +85,21 @@ def weight_quantizer(
 
 
 def activation_quantizer(
-    settings: ModuleSettings, bits: int | None, name: str, operand: str, *, signed: bool | None
+    config: OctavConfig, bits: int | None, name: str, operand: str, *, signed: bool | None
 ) -> nn.Module:
-    """The quantizer of the activation ``operand`` of the module ``name``, with one clip per tensor."""
+    """The quantizer of the activation ``operand`` of the module ``name``, with one clip per tensor.
+
+    Raises:
+        ValueError: the operand is always signed, and its frozen clips are not.
+    """
     if bits is None:
         return nn.Identity()
+    settings, frozen = config.settings_for(name), frozen_clips(config.activation_clips, name, operand)
+    if frozen is not None and signed and not frozen.signed:
+        raise ValueError(
+            f"activation_clips[{name!r}][{operand!r}] is of the unsigned grid, but unsigned_activations is False there;"
+            " set it to True, or remove these clips and call calibrate_octav"
+        )
     return FakeQuantize(
         bits,
         clip=settings.activation_clip,
@@ -96,6 +107,7 @@ def activation_quantizer(
         gradient=settings.activation_gradient,
         signed=signed,
         name=f"{name} {operand}",
+        frozen=frozen,
     )
 
 

@@ -8,6 +8,12 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from octav_hf import OctavConfig
 
 
+def clips(operand: str, signed: object = True, clips: object = (1.0,)) -> dict:
+    """A config's fields with frozen clips of one operand."""
+    values = list(clips) if isinstance(clips, tuple) else clips
+    return {"activation_clips": {"head": {operand: {"signed": signed, "clips": values}}}}
+
+
 def test_defaults_are_the_papers_recipe() -> None:
     config = OctavConfig()
     assert (config.weight_bits, config.activation_bits) == (4, 4)
@@ -17,6 +23,7 @@ def test_defaults_are_the_papers_recipe() -> None:
     assert config.unsigned_activations
     assert config.weight_granularity == "row"
     assert config.first_last_bits is None
+    assert config.activation_clips == {}
     assert config.quantize_attention
 
 
@@ -34,6 +41,7 @@ def test_survives_json() -> None:
         quantize_attention=False,
         exclude_modules=["qa_outputs"],
         module_overrides={"encoder.*": {"weight_bits": 3}},
+        activation_clips={"encoder.0": {"query": {"signed": True, "clips": [1 / 3, 5e-324, 0.1 + 0.2]}}},
     )
     loaded = OctavConfig.from_dict(json.loads(config.to_json_string()))
     assert loaded.to_dict() == config.to_dict()
@@ -82,6 +90,22 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
         ({"module_overrides": {"qa_outputs": 8}}, "must map fields to values"),
         ({"module_overrides": {"qa_outputs": {"bits": 8}}}, "cannot set 'bits'"),
         ({"module_overrides": {"qa_outputs": {"weight_bits": 16}}}, r"module_overrides\['qa_outputs'\].*2 to 8"),
+        ({"activation_clips": [1.0]}, r"activation_clips must be of the form \{'MODULE NAME'"),
+        ({"activation_clips": {3: {}}}, r"activation_clips\[3\]: the form is"),
+        ({"activation_clips": {"head": 1.0}}, r"activation_clips\['head'\]: the form is .*got 1.0"),
+        (clips("weight"), "choose from input, query, key, probabilities, value"),
+        ({"activation_clips": {"head": {"input": [1.0]}}}, r"\['head'\]\['input'\] must be \{'signed'"),
+        ({"activation_clips": {"head": {"input": {"signed": True}}}}, r"must be \{'signed': True or False, 'clips'"),
+        (clips("input", signed=None), "signed must be True or False, got None"),
+        (clips("input", clips=1.0), "list of finite numbers >= 0, got 1.0"),
+        (clips("query", clips=[]), r"list of finite numbers >= 0, got \[\]"),
+        (clips("input", clips=[-1.0]), "list of finite numbers >= 0"),
+        (clips("input", clips=[float("inf")]), "list of finite numbers >= 0"),
+        (clips("input", clips=[float("nan")]), "list of finite numbers >= 0"),
+        (clips("input", clips=[True]), "list of finite numbers >= 0"),
+        (clips("input", clips=[1.0, 2.0]), "a layer's input has one clip, got 2"),
+        (clips("probabilities", signed=True), "signed is True, but probabilities are never negative"),
+        (clips("key", signed=False), "signed is False, but .*query, key and value have two signs"),
     ],
     ids=str,
 )

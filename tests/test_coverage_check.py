@@ -67,7 +67,7 @@ def test_a_fused_kernel_counts_as_float(small_bert: MakeBert, padded_batch: dict
 class Broken(FakeQuantize):
     """Says that it quantizes, and does not."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, use: int = 0) -> Tensor:
         return x + 0
 
 

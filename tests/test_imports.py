@@ -10,18 +10,9 @@ PACKAGE = Path(__file__).parent.parent / "octav_hf"
 
 # Lowest first: a module may import from its own layer and from those before it.
 LAYERS = (
-    *(
-        "_version",
-        "functional",
-        "nn",
-        "attention_modules",
-        "config",
-        "first_last",
-        "plan_layers",
-        "plan_attention",
-        "plan",
-    ),
-    *("patching", "packing", "packed_file", "coverage", "operand_watch", "coverage_check", "integrations"),
+    *("_version", "functional", "nn", "attention_modules", "activation_clips", "config", "first_last"),
+    *("plan_layers", "plan_attention", "plan", "patching", "packing", "packed_file", "forward_pass", "calibration"),
+    *("coverage", "operand_watch", "coverage_check", "integrations"),
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

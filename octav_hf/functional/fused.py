@@ -77,6 +77,8 @@ def elementwise(
         parameters: tensors broadcastable against them.
         constants: what else the function takes.
     """
+    if torch.compiler.is_compiling():  # makes one loop of it by itself, and cannot sort strides that it does not know
+        return function.plain(*tensors, *parameters, *constants)
     first = tensors[0]
     order = memory_order(first)
     same_layout = all(tensor.stride() == first.stride() for tensor in tensors)

@@ -23,7 +23,7 @@ class OctavQuantizer(HfQuantizer):
     """Converts a model's modules before its weights are loaded.
 
     A checkpoint in training form holds the full-precision weights under their usual names, and the ``OctavConfig`` in
-    ``config.json``: clips are recomputed from the data, so there is nothing else to store. In packed form, after
+    ``config.json``: clips are recomputed from the data, or frozen in the config. In packed form, after
     ``pack_octav``, the weights are integers of another shape under the same names, so that Transformers without this
     package stops at them instead of loading them; see ``packed_names`` and ``packed_file``.
     """

@@ -5,6 +5,7 @@ from .attention_matmuls import ATTENTION_OPERANDS, AttentionMatmuls
 from .convolution import QuantizedConv1d, QuantizedConv2d
 from .embedding import QuantizedEmbedding
 from .fake_quantize import FakeQuantize
+from .frozen_clips import ClipObserver, FrozenClips
 from .linear import QuantizedLinear
 from .packed_layer import PackedLayer
 from .packed_weight import PackedWeight
@@ -16,7 +17,9 @@ __all__ = [
     "ATTENTION_OPERANDS",
     "QUANTIZED_LAYERS",
     "AttentionMatmuls",
+    "ClipObserver",
     "FakeQuantize",
+    "FrozenClips",
     "PackedLayer",
     "PackedWeight",
     "QuantizedAttention",

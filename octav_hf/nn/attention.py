@@ -49,7 +49,8 @@ class QuantizedAttention(nn.Module):
         """The module's own forward, its attention matmuls on quantized operands.
 
         Raises:
-            RuntimeError: an operand was never met, so it would have stayed in float.
+            RuntimeError: an operand was never met, so it would have stayed in float; or another number of times than it
+                has frozen clips.
         """
         if torch.compiler.is_compiling():  # whose graph cannot be broken inside two contexts
             return self._attend(*args, **kwargs)

@@ -1,12 +1,14 @@
 """Finds the matmuls of an attention module while its forward runs, and quantizes their operands."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .fake_quantize import FakeQuantize
 from .probabilities import SOFTMAX, keeps_probabilities
 from .products import Product, UnknownProduct, find_product
 from .scaled_dot_product_attention import OperandQuantizers, quantized_scaled_dot_product_attention
@@ -23,6 +25,9 @@ class AttentionMatmuls(TorchFunctionMode):
     and the attention implementation stay as they are. Left alone are products that add nothing up, which masks are made
     with, and those with a parameter of a layer inside the attention module: they are the layer's own.
 
+    A quantizer is told which use of its operand each call is, counted from when this mode was made: each use has a
+    frozen clip of its own.
+
     Args:
         quantizers: modules named after ``ATTENTION_OPERANDS``.
         name: the attention module's name, for error messages.
@@ -35,15 +40,15 @@ class AttentionMatmuls(TorchFunctionMode):
         self._name = name
         self._own_parameters = list(own_parameters)
         self._probabilities: list[Tensor] = []
-        self._quantized: set[str] = set()
+        self._uses = dict.fromkeys(ATTENTION_OPERANDS, 0)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self._quantized.update(ATTENTION_OPERANDS)
-            return quantized_scaled_dot_product_attention(self._quantizers, *args, **kwargs)
+            quantizers = {operand: partial(self._quantize, operand) for operand in ATTENTION_OPERANDS}
+            return quantized_scaled_dot_product_attention(quantizers, *args, **kwargs)
         try:
             product = find_product(func, args, kwargs)
         except UnknownProduct as error:
@@ -58,8 +63,11 @@ class AttentionMatmuls(TorchFunctionMode):
         return result
 
     def check_complete(self) -> None:
-        """Raise ``RuntimeError`` unless all four operands have been quantized since this mode was made."""
-        missing = [operand for operand in ATTENTION_OPERANDS if operand not in self._quantized]
+        """Raise ``RuntimeError`` unless all four operands have been quantized since this mode was made.
+
+        Where clips are frozen, as often as there are.
+        """
+        missing = [operand for operand, uses in self._uses.items() if uses == 0]
         if missing:
             raise RuntimeError(
                 f"{self._name}: its forward ran without a matmul on the attention operand(s) {', '.join(missing)}, so "
@@ -67,6 +75,11 @@ class AttentionMatmuls(TorchFunctionMode):
                 "attn_implementation='sdpa' or 'eager'. If its probabilities do not come from a softmax, or are "
                 f"changed before they are multiplied, they are not recognised: {self._remedy}"
             )
+
+        for operand, uses in self._uses.items():
+            expected = self._frozen_uses(operand)
+            if expected is not None and uses < expected:
+                raise self._wrong_uses(operand, f"{uses}", expected)
 
     def _is_attention(self, product: Product) -> bool:
         """Whether this is a matmul of activations, not of a layer's weight or of a mask."""
@@ -92,9 +105,29 @@ class AttentionMatmuls(TorchFunctionMode):
             names = ("probabilities", "value") if attending[0] else ("value", "probabilities")
         else:
             names = ("query", "key")
-        self._quantized.update(names)
-        left, right = (self._quantizers[name](x) for name, x in zip(names, product.operands, strict=True))
+        left, right = (self._quantize(name, x) for name, x in zip(names, product.operands, strict=True))
         return product.call(left, right)
+
+    def _quantize(self, operand: str, x: Tensor) -> Tensor:
+        """The quantized ``x``, which is the next use of ``operand``."""
+        use, expected, quantizer = self._uses[operand], self._frozen_uses(operand), self._quantizers[operand]
+        if expected is not None and use >= expected:
+            raise self._wrong_uses(operand, f"more than {expected}", expected)
+        self._uses[operand] += 1
+        return quantizer(x, use) if isinstance(quantizer, FakeQuantize) else quantizer(x)
+
+    def _frozen_uses(self, operand: str) -> int | None:
+        """How many uses of ``operand`` have a frozen clip; ``None`` where clips are dynamic."""
+        quantizer = self._quantizers[operand]
+        frozen = quantizer.frozen_now if isinstance(quantizer, FakeQuantize) else None
+        return None if frozen is None else len(frozen.clips)
+
+    def _wrong_uses(self, operand: str, uses: str, expected: int) -> RuntimeError:
+        return RuntimeError(
+            f"{self._name}: its forward multiplied the attention operand {operand} {uses} times, but {expected} frozen "
+            "clips were calibrated for it, one for each time; run it on batches of the kind it was calibrated with, "
+            f"calibrate it with batches of this kind, or leave it out: {self._remedy}"
+        )
 
     def _is_probabilities(self, tensor: Any) -> bool:
         return any(tensor is known for known in self._probabilities)

@@ -7,14 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import CLIP_RULES, fake_quantize, integer_range
-from ..functional.rows import Dim
+from ..functional.rows import Dim, statistics_dtype
+from .frozen_clips import ClipObserver, FrozenClips
 from .function_modes import outside_function_modes
 
 
 class FakeQuantize(nn.Module):
-    """Quantizes one operand: computes its clip from the data at every call, then rounds to the grid.
+    """Quantizes one operand: computes its clip from the data at every call, or takes a frozen one, then rounds.
 
-    Has no parameters and no buffers: a dynamic clip is recomputed, never stored.
+    Has no parameters and no buffers: a dynamic clip is recomputed, never stored, and frozen ones are plain numbers,
+    which no change of dtype reaches. With frozen clips nothing is read off the data: NaN stays NaN without an error.
 
     Args:
         num_bits: 2 to 8.
@@ -25,7 +27,13 @@ class FakeQuantize(nn.Module):
             negative value, found out from the tensor at every call.
         dim: the dimension(s) that share one clip; ``None`` for one clip for the whole tensor.
         name: where in the model this quantizer stands, for error messages.
+        frozen: clips that hold whatever the data are, and the grid's sign with them.
+
+    Attributes:
+        observer: is told the dynamic clips of every call, while it is set; frozen ones then do not count.
     """
+
+    observer: ClipObserver | None = None
 
     def __init__(
         self,
@@ -37,6 +45,7 @@ class FakeQuantize(nn.Module):
         signed: bool | None = True,
         dim: Dim = None,
         name: str = "",
+        frozen: FrozenClips | None = None,
     ):
         super().__init__()
         self.num_bits = num_bits
@@ -46,11 +55,19 @@ class FakeQuantize(nn.Module):
         self.signed = signed
         self.dim = dim
         self.name = name
+        self.frozen = frozen
 
     @property
     def settings(self) -> tuple[Any, ...]:
         """What the result depends on besides the input; equal for quantizers that do the same."""
-        return self.num_bits, self.clip, self.clip_options, self.gradient, self.signed, self.dim
+        # Each quantizer that is observed has to be called, so it is like no other.
+        state = self.frozen if self.observer is None else self.observer
+        return self.num_bits, self.clip, self.clip_options, self.gradient, self.signed, self.dim, state
+
+    @property
+    def frozen_now(self) -> FrozenClips | None:
+        """The frozen clips if the next call takes them, ``None`` if it computes its own."""
+        return self.frozen if self.observer is None else None
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -78,13 +95,35 @@ class FakeQuantize(nn.Module):
         except (ValueError, TypeError) as error:
             raise type(error)(f"{self.name or 'FakeQuantize'}: {error}") from error
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` (float, any shape) on the grid; same shape and dtype."""
-        signed = self.is_signed(x)
-        return fake_quantize(x, self.compute_clip(x, signed), self.num_bits, signed=signed, gradient=self.gradient)
+    def forward(self, x: Tensor, use: int = 0) -> Tensor:
+        """``x`` (float, any shape) on the grid; same shape and dtype.
+
+        Args:
+            x: floating point, any shape.
+            use: which of the operand's uses in one forward pass of its module this is, from 0. Each has a frozen clip.
+        """
+        frozen = self.frozen_now
+        if frozen is not None:
+            signed = frozen.signed
+            clip = torch.full((), frozen.clips[use], dtype=statistics_dtype(x.dtype), device=x.device)
+        else:
+            signed = self.is_signed(x)
+            clip = self.compute_clip(x, signed)
+            if self.observer is not None:
+                self._observe(self.observer, x, use, signed, clip)
+        return fake_quantize(x, clip, self.num_bits, signed=signed, gradient=self.gradient)
+
+    @torch.compiler.disable
+    def _observe(self, observer: ClipObserver, x: Tensor, use: int, signed: bool, clip: Tensor) -> None:
+        clips = {signed: float(clip)} if x.numel() else {}
+        if clips and self.signed is None and not signed:  # a later tensor may decide for the signed grid
+            clips[True] = float(self.compute_clip(x, signed=True))
+        observer.record(use, clips)
 
     def extra_repr(self) -> str:
-        signs = (True, False) if self.signed is None else (self.signed,)
+        sign = self.signed if self.frozen is None else self.frozen.signed
+        signs = (True, False) if sign is None else (sign,)
         grid = " or ".join(str(list(integer_range(self.num_bits, signed))) for signed in signs)
         scalars = "per tensor" if self.dim is None else f"over dim {self.dim}"
-        return f"{self.num_bits} bits {grid}, clip={self.clip} {scalars}, gradient={self.gradient}"
+        frozen = "" if self.frozen is None else f" frozen at {', '.join(f'{clip:.4g}' for clip in self.frozen.clips)}"
+        return f"{self.num_bits} bits {grid}, clip={self.clip} {scalars}{frozen}, gradient={self.gradient}"

@@ -70,7 +70,7 @@ class PackedWeight(FakeQuantize):
         """A quantizer with the same settings that computes its clips."""
         return quantizer_class(**_arguments(self))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, use: int = 0) -> Tensor:
         """``x``, rows of the weight as ``dequantize`` gives them, which are on the grid already."""
         return x
 

@@ -1,6 +1,6 @@
 """Scaled dot-product attention written out, so that the operands of both its matmuls can be quantized."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,11 @@ from torch import Tensor, nn
 OperandQuantizers = Mapping[str, nn.Module] | nn.ModuleDict
 """The modules named ``query``, ``key``, ``probabilities`` and ``value``."""
 
+Quantize = Callable[[Tensor], Tensor]
+
 
 def quantized_scaled_dot_product_attention(
-    quantizers: OperandQuantizers,
+    quantizers: Mapping[str, Quantize] | nn.ModuleDict,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -23,8 +25,8 @@ def quantized_scaled_dot_product_attention(
     """``torch.nn.functional.scaled_dot_product_attention`` with quantized query, key, probabilities and value.
 
     Args:
-        quantizers: modules named ``query``, ``key``, ``probabilities`` and ``value``. Probabilities are quantized after
-            dropout: they are then the operand of the second matmul.
+        quantizers: functions or modules named ``query``, ``key``, ``probabilities`` and ``value``. Probabilities are
+            quantized after dropout: they are then the operand of the second matmul.
         query: ``[..., heads, L, E]``.
         key: ``[..., key heads, S, E]``.
         value: ``[..., key heads, S, V]``.

@@ -10,8 +10,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from octav_hf import OctavConfig, apply_octav, check_coverage, coverage_report, pack_octav, remove_octav
-from octav_hf.nn import ATTENTION_OPERANDS, QuantizedAttention, QuantizedLayer
+from octav_hf import (
+    OctavConfig,
+    apply_octav,
+    calibrate_octav,
+    check_coverage,
+    coverage_report,
+    pack_octav,
+    remove_octav,
+)
+from octav_hf.nn import ATTENTION_OPERANDS, FakeQuantize, QuantizedAttention, QuantizedLayer
 from octav_hf.packing import packed_layers
 
 from .models import ARCHITECTURES, Architecture, Batch
@@ -132,8 +140,11 @@ def test_saved_and_loaded(architecture: Architecture, tmp_path: Path) -> None:
 
 
 @each
-def test_packed(architecture: Architecture, tmp_path: Path) -> None:
+@pytest.mark.parametrize("frozen", [False, True], ids=["dynamic", "frozen"])
+def test_packed(architecture: Architecture, tmp_path: Path, frozen: bool) -> None:
     model, batch = apply_octav(architecture.make(), OctavConfig()), architecture.batch()
+    if frozen:
+        calibrate_octav(model, [batch], progress_bar=False)
     expected, report = logits(model, batch), str(coverage_report(model))
     pack_octav(model)
     assert torch.equal(logits(model, batch), expected)
@@ -146,6 +157,43 @@ def test_packed(architecture: Architecture, tmp_path: Path) -> None:
     assert [parameter.shape for parameter in loaded.parameters() if parameter.dim() > 1] == [w.shape for w in floating]
     check = check_coverage(loaded, batch)
     assert check == [], str(check)
+
+
+def quantized_values(model: PreTrainedModel, batch: Batch) -> list[torch.Tensor]:
+    """What each quantizer gives, in the order of the forward pass, and the logits."""
+    values: list[torch.Tensor] = []
+    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
+    handles = [q.register_forward_hook(lambda module, args, output: values.append(output)) for q in quantizers]
+    values.append(logits(model, batch))
+    for handle in handles:
+        handle.remove()
+    return values
+
+
+# Their layers are called on several tensors in one forward pass, whose clips differ, and a layer's input has one.
+CALLED_AGAIN = ("Albert (shared layers)", "DebertaV2")
+
+
+@each
+def test_frozen(architecture: Architecture, tmp_path: Path) -> None:
+    """Clips of one batch are those of the dynamic model on it; they come back from disk, and it generates with them."""
+    model, dynamic = (apply_octav(architecture.make(), OctavConfig()) for _ in range(2))
+    batch = architecture.batch()
+    report = coverage_report(calibrate_octav(model, [batch], progress_bar=False))
+    assert {row.frozen for row in report if row.bits and row.operand != "weight"} == {True}
+    got, expected = quantized_values(model, batch), quantized_values(dynamic, batch)
+    equal = len(got) == len(expected) and all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    assert equal is (architecture not in [ARCHITECTURES[name] for name in CALLED_AGAIN])
+    assert check_coverage(model, batch) == []
+
+    model.save_pretrained(tmp_path)
+    loaded = architecture.model_class.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    assert str(coverage_report(loaded)) == str(report)
+    assert loaded.config.quantization_config.to_dict() == model.octav_config.to_dict()
+    if architecture.generates:
+        prompt = {name: value for name, value in batch.items() if name != "labels"}
+        assert torch.equal(Generation(loaded)(**prompt), Generation(model)(**prompt))
 
 
 @each_implementation

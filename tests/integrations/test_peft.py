@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import BertForQuestionAnswering
 
-from octav_hf import OctavConfig, apply_octav, check_coverage, coverage_report, remove_octav
+from octav_hf import OctavConfig, apply_octav, calibrate_octav, check_coverage, coverage_report, remove_octav
 from octav_hf.nn import QuantizedLinear
 
 peft = pytest.importorskip("peft", reason="pip install --no-deps peft")
@@ -117,3 +117,33 @@ def test_adapters_can_be_excluded(small_bert: MakeBert, padded_batch: dict) -> N
     check = check_coverage(model, padded_batch)
     assert {row.module.split(".")[-2] for row in check} == {"lora_A", "lora_B"}
     assert check.unexplained(coverage_report(model)) == []
+
+
+def test_frozen_clips_of_a_quantized_model_with_adapters_come_back(
+    small_bert: MakeBert, padded_batch: dict, tmp_path: Path
+) -> None:
+    base = apply_octav(small_bert(), OctavConfig())
+    model = peft.get_peft_model(base, lora())
+    calibrate_octav(model, [padded_batch], progress_bar=False)
+    assert base.config.quantization_config.activation_clips
+    assert all(row.frozen for row in coverage_report(model) if row.bits and row.operand != "weight")
+    model.save_pretrained(tmp_path / "adapters")
+    again = apply_octav(small_bert(), base.octav_config)
+    loaded = peft.PeftModel.from_pretrained(again, tmp_path / "adapters")
+    assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
+
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = BertForQuestionAnswering.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(loaded, padded_batch), logits(merged, padded_batch))
+
+
+def test_frozen_clips_of_quantized_adapters_come_back(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
+    model = apply_octav(peft.get_peft_model(small_bert(), lora()), OctavConfig())
+    calibrate_octav(model, [padded_batch], progress_bar=False)
+    clips = model.octav_config.activation_clips
+    assert "base_model.model.qa_outputs.base_layer" in clips
+    assert "base_model.model.qa_outputs.lora_A.default" in clips
+    model.save_pretrained(tmp_path)
+    loaded = apply_octav(peft.PeftModel.from_pretrained(small_bert(), tmp_path), model.octav_config)
+    assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))

@@ -10,9 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    BertForQuestionAnswering,
+    Trainer,
+    TrainingArguments,
+)
 
-from octav_hf import OctavConfig, apply_octav, coverage_report
+from octav_hf import OctavConfig, apply_octav, calibrate_octav, coverage_report
 
 MakeBert = Callable[..., BertForQuestionAnswering]
 
@@ -139,6 +145,43 @@ def test_trainer_trains_saves_and_resumes_exactly(small_bert: MakeBert, padded_b
 
     loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "straight" / "checkpoint-6")
     assert torch.equal(logits(loaded, padded_batch), logits(straight.model.eval(), padded_batch))
+
+
+def test_frozen_clips_are_saved_loaded_and_trained_on(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
+    other = {"input_ids": padded_batch["input_ids"][:, :7]}
+    model = calibrate_octav(apply_octav(small_bert(), OctavConfig(**CONFIG)), [padded_batch, other], progress_bar=False)
+    clips = model.octav_config.activation_clips
+    model.save_pretrained(tmp_path / "first")
+    written = json.loads((tmp_path / "first" / "config.json").read_text())["quantization_config"]
+    assert written["activation_clips"] == clips
+    assert set(load_file(tmp_path / "first" / "model.safetensors")) == set(small_bert().state_dict())
+    loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "first")
+    assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
+
+    training = trainer(loaded, tmp_path / "training")
+    training.train()
+    again = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "training" / "checkpoint-6")
+    assert torch.equal(logits(again, padded_batch), logits(loaded.eval(), padded_batch))
+    assert not torch.equal(logits(again, padded_batch), logits(model, padded_batch))
+    assert again.config.quantization_config.activation_clips == clips
+
+    resumed = trainer(
+        AutoModelForQuestionAnswering.from_pretrained(tmp_path / "first"),
+        tmp_path / "training",
+        gradient_checkpointing=True,
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "training" / "checkpoint-3"))
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_frozen_clips_of_another_model_are_refused(
+    small_bert: MakeBert, padded_batch: dict, float_checkpoint: Path
+) -> None:
+    model = calibrate_octav(apply_octav(small_bert(), OctavConfig()), [padded_batch], progress_bar=False)
+    model.save_pretrained(float_checkpoint)
+    with pytest.raises(ValueError, match=r"'qa_outputs' 'input' is no quantized activation of BertForMaskedLM"):
+        AutoModelForMaskedLM.from_pretrained(float_checkpoint)
 
 
 def test_trainer_puts_biases_and_norms_outside_weight_decay(small_bert: MakeBert, tmp_path: Path) -> None:

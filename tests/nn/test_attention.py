@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from octav_hf.functional import fake_quantize
 from octav_hf.nn import (
     ATTENTION_OPERANDS,
     AttentionMatmuls,
     FakeQuantize,
+    FrozenClips,
     QuantizedAttention,
     QuantizedLinear,
     WeightFakeQuantize,
@@ -186,6 +188,36 @@ def test_what_quantizers_multiply_is_not_taken_for_attention() -> None:
         matmuls.check_complete()
     assert torch.equal(inside, linear(x))
     assert not torch.equal(inside, expected)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_each_use_of_an_operand_is_numbered(spelling) -> None:
+    modules = quantizers()
+    uses: dict[str, list[int]] = {name: [] for name in ATTENTION_OPERANDS}
+    for name, module in modules.items():
+        module.register_forward_pre_hook(lambda _, args, name=name: uses[name].append(args[1]))
+    with AttentionMatmuls(modules, "layer"):
+        spelling(*operands())
+        spelling(*operands(1))
+    assert uses == {name: [0, 1] for name in ATTENTION_OPERANDS}
+
+
+def test_as_many_uses_as_there_are_frozen_clips() -> None:
+    def multiply(times: int) -> torch.Tensor:
+        with AttentionMatmuls(modules, "layer") as matmuls:
+            outputs = [with_sdpa(*operands()) for _ in range(times)]
+        matmuls.check_complete()
+        return outputs[-1]
+
+    modules = quantizers()
+    modules["value"].frozen = FrozenClips(True, (0.5, 2.0))
+    value = fake_quantize(operands()[2], torch.tensor(2.0), 4)
+    identity = dict(quantizers().items()) | {"value": nn.Identity()}
+    assert torch.equal(multiply(2), quantized_scaled_dot_product_attention(identity, *operands()[:2], value))
+    with pytest.raises(RuntimeError, match="layer: .*operand value 1 times, but 2 frozen clips .*module_overrides"):
+        multiply(1)
+    with pytest.raises(RuntimeError, match="layer: .*operand value more than 2 times, but 2 frozen clips"):
+        multiply(3)
 
 
 PARAMETER = nn.Parameter(torch.ones(8, 6))

@@ -1,0 +1,52 @@
+"""``OctavConfig.activation_clips``: frozen clips as a config holds them, module name -> operand -> sign and clips."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .nn import ATTENTION_OPERANDS, FrozenClips
+
+ActivationClips = dict[str, dict[str, dict[str, Any]]]
+
+_FIELD = "activation_clips"
+_OPERANDS = ("input", *ATTENTION_OPERANDS)
+_EXAMPLE = "{'MODULE NAME': {'input': {'signed': True, 'clips': [2.5]}}}"
+
+
+def validate_activation_clips(activation_clips: Any) -> None:
+    """Raise ``ValueError`` unless it has the form that ``calibrate_octav`` writes, and possible values."""
+    if not isinstance(activation_clips, dict):
+        raise ValueError(f"{_FIELD} must be of the form {_EXAMPLE}, got {activation_clips!r}")
+    for module_name, operands in activation_clips.items():
+        if not isinstance(module_name, str) or not isinstance(operands, dict):
+            raise ValueError(f"{_FIELD}[{module_name!r}]: the form is {_EXAMPLE}, got {operands!r}")
+        for operand, frozen in operands.items():
+            where = f"{_FIELD}[{module_name!r}][{operand!r}]"
+            if operand not in _OPERANDS:
+                raise ValueError(f"{where}: no activation has that name; choose from {', '.join(_OPERANDS)}")
+            if not isinstance(frozen, dict) or set(frozen) != {"signed", "clips"}:
+                raise ValueError(f"{where} must be {{'signed': True or False, 'clips': [...]}}, got {frozen!r}")
+            _validate_frozen(where, operand, **frozen)
+
+
+def _validate_frozen(where: str, operand: str, signed: Any, clips: Any) -> None:
+    if not isinstance(signed, bool):
+        raise ValueError(f"{where}: signed must be True or False, got {signed!r}")
+    if operand != "input" and signed is (operand == "probabilities"):
+        raise ValueError(
+            f"{where}: signed is {signed}, but probabilities are never negative and query, key and value have two signs"
+        )
+    if not isinstance(clips, list) or not clips or not all(map(_is_clip, clips)):
+        raise ValueError(f"{where}: clips must be a list of finite numbers >= 0, got {clips!r}")
+    if operand == "input" and len(clips) != 1:
+        raise ValueError(f"{where}: a layer's input has one clip, got {len(clips)}")
+
+
+def _is_clip(clip: Any) -> bool:
+    return isinstance(clip, int | float) and not isinstance(clip, bool) and math.isfinite(clip) and clip >= 0
+
+
+def frozen_clips(activation_clips: Mapping[str, Any], module_name: str, operand: str) -> FrozenClips | None:
+    """The frozen clips of one operand; ``None`` if it has none, so that its clips are dynamic."""
+    frozen = activation_clips.get(module_name, {}).get(operand)
+    return None if frozen is None else FrozenClips(frozen["signed"], tuple(map(float, frozen["clips"])))

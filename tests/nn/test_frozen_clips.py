@@ -1,0 +1,176 @@
+"""What the quantizer does with frozen clips, and how observed clips become frozen ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from octav_hf.functional import CLIP_RULES, fake_quantize, octav_clip
+from octav_hf.functional.grid import round_to_grid
+from octav_hf.nn import ClipObserver, FakeQuantize, FrozenClips
+from octav_hf.nn.shared_inputs import quantize_input, shared_inputs
+
+Tensor = torch.Tensor
+
+ROUNDING = ["div", "round_", "clamp_", "mul_"]
+
+
+class Operations(TorchDispatchMode):
+    """Records the names of the operations that run on more than one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if any(isinstance(arg, Tensor) and arg.numel() > 1 for arg in args):
+            self.names.append(func._schema.name.partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_takes_the_clip_of_its_use_whatever_the_data_are(x: Tensor, signed: bool) -> None:
+    quantizer = FakeQuantize(4, gradient="pwl", signed=None, frozen=FrozenClips(signed, (0.5, 1.7)))
+    for scale in (0.1, 1.0, 30.0):
+        for use, clip in enumerate((0.5, 1.7)):
+            expected = round_to_grid(scale * x, torch.tensor(clip), 4, signed=signed)
+            assert torch.equal(quantizer(scale * x, use), expected)
+    assert torch.equal(quantizer(x), quantizer(x, 0))
+
+
+@pytest.mark.parametrize("signed", [True, False, None])
+def test_reads_no_statistics_off_the_data(x: Tensor, signed: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    dynamic = FakeQuantize(4, gradient="ste", signed=signed)
+    with Operations() as operations:
+        dynamic(x)
+    assert operations.names != ROUNDING
+    assert operations.names[-4:] == ROUNDING
+    frozen = FakeQuantize(4, clip="refused", gradient="ste", signed=signed, frozen=FrozenClips(signed is True, (1.0,)))
+    monkeypatch.setitem(CLIP_RULES, "refused", lambda *args, **kwargs: pytest.fail("the clipping rule was called"))
+    with Operations() as operations:
+        frozen(x)
+    assert operations.names == ROUNDING
+
+
+@pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
+def test_gradients_are_those_of_the_estimator(x: Tensor, gradient: str) -> None:
+    frozen = FakeQuantize(4, gradient=gradient, frozen=FrozenClips(True, (0.8,)))
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    frozen(inputs[0]).square().sum().backward()
+    fake_quantize(inputs[1], torch.tensor(0.8), 4, gradient=gradient).square().sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_clip_is_as_exact_as_the_data_allow(x: Tensor, dtype: torch.dtype) -> None:
+    clip = 1 / 3
+    quantizer = FakeQuantize(3, frozen=FrozenClips(True, (clip,))).to(dtype)
+    precise = torch.tensor(clip, dtype=torch.promote_types(dtype, torch.float32))
+    output = quantizer(x.to(dtype))
+    assert output.dtype == dtype
+    assert torch.equal(output, round_to_grid(x.to(dtype), precise, 3).to(dtype))
+
+
+def test_nan_stays_nan_without_an_error() -> None:
+    quantizer = FakeQuantize(4, frozen=FrozenClips(True, (1.0,)))
+    assert quantizer(torch.tensor([torch.nan, 0.5])).isnan().tolist() == [True, False]
+
+
+def test_says_that_it_is_frozen() -> None:
+    quantizer = FakeQuantize(4, signed=None, frozen=FrozenClips(False, (0.5, 1.25)))
+    assert repr(quantizer) == "FakeQuantize(4 bits [0, 15], clip=octav per tensor frozen at 0.5, 1.25, gradient=mad)"
+
+
+def test_is_compiled_without_a_break(x: Tensor) -> None:
+    torch.compiler.reset()
+    quantizer = FakeQuantize(4, gradient="pwl", frozen=FrozenClips(True, (0.5, 1.7)))
+    compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=True)
+    for values in (x, torch.cat([x, x]), torch.cat([x, x, x], dim=1)):  # the later ones with sizes left open
+        inputs = [values.clone().requires_grad_() for _ in range(2)]
+        outputs = [module(y, 1) for module, y in zip((compiled, quantizer), inputs, strict=True)]
+        assert torch.equal(*outputs)
+        for output in outputs:
+            output.sum().backward()
+        assert torch.equal(*(y.grad for y in inputs))
+
+
+def test_layers_share_an_input_only_where_clips_are_equal(x: Tensor) -> None:
+    first, equal, other, unsigned, dynamic = (
+        FakeQuantize(4, frozen=frozen)
+        for frozen in (*[FrozenClips(True, (1.0,))] * 2, FrozenClips(True, (2.0,)), FrozenClips(False, (1.0,)), None)
+    )
+    with shared_inputs():
+        result = quantize_input(first, x)
+        assert quantize_input(equal, x) is result
+        for quantizer in (other, unsigned, dynamic):
+            assert torch.equal(quantize_input(quantizer, x), quantizer(x))
+            assert not torch.equal(quantize_input(quantizer, x), result)
+
+
+def test_each_that_is_observed_is_called(x: Tensor) -> None:
+    observed = [FakeQuantize(4, name=name) for name in "ab"]
+    for quantizer in observed:
+        quantizer.observer = ClipObserver()
+    with shared_inputs():
+        for quantizer in observed:
+            quantize_input(quantizer, x)
+    assert [quantizer.observer.mean() for quantizer in observed] == [FrozenClips(True, (float(octav_clip(x, 4)),))] * 2
+
+
+def observe(signed: bool | None, *tensors: Tensor) -> FrozenClips | None:
+    """What is frozen after calls on these tensors, each on the grid that it would have without an observer."""
+    quantizer, dynamic = (
+        FakeQuantize(4, signed=signed, frozen=FrozenClips(True, (9.0,))),
+        FakeQuantize(4, signed=signed),
+    )
+    quantizer.observer = ClipObserver()
+    for tensor in tensors:
+        assert torch.equal(quantizer(tensor), dynamic(tensor))
+    return quantizer.observer.mean()
+
+
+def mean_clip(signed: bool, *tensors: Tensor) -> float:
+    return sum(float(octav_clip(tensor, 4, signed=signed)) for tensor in tensors) / len(tensors)
+
+
+def test_one_negative_value_decides_for_the_signed_grid(x: Tensor) -> None:
+    positive, larger = x.abs(), 5 * x[:3].abs()
+    assert observe(None, positive, larger) == FrozenClips(False, (mean_clip(False, positive, larger),))
+    for order in ((positive, larger, x), (x, positive, larger), (positive, x, larger)):
+        assert observe(None, *order) == FrozenClips(True, (pytest.approx(mean_clip(True, *order), rel=1e-15),))
+    assert observe(True, positive) == FrozenClips(True, (mean_clip(True, positive),))
+    assert observe(False, x) == FrozenClips(False, (mean_clip(False, x),))
+
+
+def test_an_empty_tensor_does_not_count(x: Tensor) -> None:
+    empty = torch.empty(0, 3)
+    for signed in (True, None):
+        assert observe(signed, x, empty, 3 * x) == observe(signed, x, 3 * x)
+        assert observe(signed, empty) is None
+        assert observe(signed) is None
+
+
+def test_each_use_has_its_own_mean() -> None:
+    observer = ClipObserver()
+    for clips in ((1.0, 10.0), (2.0, 40.0)):
+        for use, clip in enumerate(clips):
+            observer.record(use, {True: clip})
+    assert observer.mean() == FrozenClips(True, (1.5, 25.0))
+    assert observer.uses == {2}
+    observer.record(0, {True: 1.0})
+    assert observer.uses == {1, 2}
+
+
+def test_all_uses_have_one_grid() -> None:
+    observer = ClipObserver()
+    observer.record(0, {False: 1.0, True: 2.0})
+    observer.record(1, {True: 3.0})
+    assert observer.mean() == FrozenClips(True, (2.0, 3.0))
