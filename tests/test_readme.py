@@ -16,8 +16,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_there_are_three_snippets() -> None:
-    assert len(SNIPPETS) == 3
+def test_there_are_four_snippets() -> None:
+    assert len(SNIPPETS) == 4
 
 
 def test_the_trainer_snippet_runs_and_its_checkpoint_comes_back_quantized(
@@ -38,24 +38,47 @@ def test_the_trainer_snippet_runs_and_its_checkpoint_comes_back_quantized(
     exec(SNIPPETS[0], names)
     assert str(coverage_report(names["model"])) in capsys.readouterr().out
 
-    loaded = AutoModelForQuestionAnswering.from_pretrained("bert-4bit")
-    assert len(coverage_report(loaded).quantized("attention")) == 8
     with torch.no_grad():
-        trained = names["model"].eval()
-        assert torch.equal(loaded(**padded_batch).start_logits, trained(**padded_batch).start_logits)
+        trained = names["model"].eval()(**padded_batch).start_logits
+        for folder in ("bert-4bit", "bert-4bit-packed"):
+            loaded = AutoModelForQuestionAnswering.from_pretrained(folder)
+            assert len(coverage_report(loaded).quantized("attention")) == 8
+            assert torch.equal(loaded(**padded_batch).start_logits, trained)
+
+
+def test_the_checkpoint_snippet_runs(
+    small_bert: Callable[..., BertForQuestionAnswering],
+    padded_batch: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "octav_hf": octav_hf,
+        "AutoModelForQuestionAnswering": AutoModelForQuestionAnswering,
+        "model": octav_hf.apply_octav(small_bert(), octav_hf.OctavConfig()),
+        "batches": [padded_batch],
+    }
+    exec(SNIPPETS[1], names)
+    model, loaded = names["model"], names["loaded"]
+    assert model.config.quantization_config.packed
+    assert not loaded.config.quantization_config.packed
+    clips = loaded.config.quantization_config.activation_clips
+    assert clips == model.config.quantization_config.activation_clips != {}
+    assert torch.equal(loaded.qa_outputs.weight, model.qa_outputs.weight)
 
 
 def test_the_checking_snippet_runs(
     small_bert: Callable[..., BertForQuestionAnswering], padded_batch: dict, capsys: pytest.CaptureFixture
 ) -> None:
     model = octav_hf.apply_octav(small_bert(), octav_hf.OctavConfig())
-    exec(SNIPPETS[1], {"octav_hf": octav_hf, "model": model, "batch": padded_batch})
+    exec(SNIPPETS[2], {"octav_hf": octav_hf, "model": model, "batch": padded_batch})
     assert capsys.readouterr().out == "0 operands in float; 17 products ran\n"
 
 
 def test_the_numerics_snippet_runs() -> None:
     names: dict[str, torch.Tensor] = {}
-    exec(SNIPPETS[2], names)
+    exec(SNIPPETS[3], names)
     assert names["clip"].shape == (1024, 1)
     assert names["y"].shape == names["x"].shape
     assert all(row.unique().numel() <= 16 for row in names["y"])
