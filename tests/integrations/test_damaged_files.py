@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
 
 from octav_hf import OctavConfig, apply_octav, pack_octav
@@ -144,15 +144,29 @@ def added(tensors: dict[str, torch.Tensor], chance: random.Random) -> str:
     return name
 
 
+SAYS = {
+    renamed: "is not in its record",
+    swapped: "are altered",
+    reshaped: "has shape [1, ",
+    shortened: "has shape [",
+    retyped: "has dtype int",
+    removed: "is missing (1 in all)",
+    changed: "are altered",
+    added: "is not in its record",
+}
+
+
 @pytest.mark.parametrize("seed", range(15))
-@pytest.mark.parametrize("damage", [renamed, swapped, reshaped, shortened, retyped, removed, changed, added])
+@pytest.mark.parametrize("damage", SAYS)
 def test_a_tensor_that_is_not_what_was_saved(
     copy: Path, damage: Callable[[dict[str, torch.Tensor], random.Random], str], seed: int
 ) -> None:
     tensors, metadata = read(copy)
     name = damage(tensors, random.Random(seed))
     save_file(tensors, copy / FILE, metadata=metadata)
-    assert re.search(rf"\b{re.escape(name)}", error_of(copy))
+    message = error_of(copy)
+    assert re.search(rf"\b{re.escape(name)}", message)
+    assert SAYS[damage] in message
 
 
 def test_records_that_are_not_what_was_saved(whole: Path, copy: Path) -> None:
@@ -183,6 +197,17 @@ def test_files_of_two_models(whole: Path, tmp_path: Path) -> None:
     shutil.copy(tmp_path / "second" / files[1].name, files[1])
     with pytest.raises(ValueError, match=rf"{re.escape(str(files[1]))}: its record is not that of"):
         AutoModelForQuestionAnswering.from_pretrained(tmp_path / "first")
+
+
+def test_a_tensor_in_two_shards(whole: Path, tmp_path: Path) -> None:
+    AutoModelForQuestionAnswering.from_pretrained(whole).save_pretrained(tmp_path, max_shard_size="2KB")
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    (name, tensor), *_ = load_file(first).items()
+    with safe_open(second, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(second) | {name: tensor}, second, metadata=metadata)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(second))}: {re.escape(name)} is in .*{first.name} too"):
+        AutoModelForQuestionAnswering.from_pretrained(tmp_path)
 
 
 def test_a_missing_shard(whole: Path, tmp_path: Path) -> None:
