@@ -9,9 +9,11 @@ from .config import OctavConfig
 from .coverage import CoverageReport, coverage_report
 from .coverage_check import CoverageCheck, check_coverage
 from .integrations import OctavQuantizer
+from .model_card import model_card
 from .operand_watch import FloatOperand
 from .packing import pack_octav, unpack_octav
 from .patching import apply_octav, remove_octav
+from .training_run import TrainingRun
 
 __all__ = [
     "CoverageCheck",
@@ -19,12 +21,14 @@ __all__ = [
     "FloatOperand",
     "OctavConfig",
     "OctavQuantizer",
+    "TrainingRun",
     "__version__",
     "apply_octav",
     "calibrate_octav",
     "calibrating",
     "check_coverage",
     "coverage_report",
+    "model_card",
     "pack_octav",
     "remove_octav",
     "uncalibrate_octav",

@@ -90,13 +90,14 @@ def convert_modules(model: nn.Module, config: OctavConfig) -> None:
 
 
 def restore_modules(model: nn.Module) -> None:
-    """Undo ``convert_modules`` in place, packed weights included."""
+    """Undo ``convert_modules``, and what else a quantized model was given, in place."""
     for converted in list(quantized_modules(model)):
         converted.restore()
     for module in model.modules():
         if "octav_packed_hook" in module.__dict__:
             release_packed(module)
         module.__dict__.pop("octav_config", None)
+        module.__dict__.pop("push_to_hub", None)
         hook = module.__dict__.pop("octav_output_embeddings_hook", None)
         if hook is not None:
             hook.remove()

@@ -1,0 +1,167 @@
+"""The model card of a quantized model: what it is, how it was made, how good it is, how to load it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+from transformers.modelcard import TASK_MAPPING
+
+from .config import OctavConfig
+from .coverage import coverage_report
+from .training_run import TrainingRun
+
+TAGS = ("octav", "quantization-aware-training", "quantized")
+_METRIC_NAMES = {"f1": "F1", "exact_match": "exact match", "accuracy": "accuracy"}
+
+_CITATION = """\
+@inproceedings{sakr2022octav,
+  title = {Optimal Clipping and Magnitude-aware Differentiation for Improved Quantization-aware Training},
+  author = {Sakr, Charbel and Dai, Steve and Venkatesan, Rangharajan and Zimmer, Brian and Dally, William J. and
+            Khailany, Brucek},
+  booktitle = {International Conference on Machine Learning},
+  year = {2022},
+  note = {arXiv:2206.06501}
+}"""
+
+
+def model_card(
+    model: PreTrainedModel, run: TrainingRun | None = None, *, name: str | None = None, license: str | None = None
+) -> ModelCard:
+    """The card of a model that ``apply_octav`` quantized, in either form; the same model and run give the same text.
+
+    Args:
+        model: quantized; only its config and modules are read, not its weights.
+        run: what is known about training and evaluation. With a dataset, its metrics are in the card's metadata too,
+            as ``model-index``.
+        name: the repository, such as ``me/bert-4bit``, or folder that the card's example loads.
+        license: its identifier.
+
+    Raises:
+        ValueError: ``model`` is not a Transformers model that ``apply_octav`` quantized.
+    """
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if not isinstance(config, OctavConfig):
+        raise ValueError(f"{type(model).__name__} is not a Transformers model that apply_octav quantized")
+    run, name = run or TrainingRun(), name or "PATH_OR_REPOSITORY"
+    metadata = _metadata(model, run, name, license).to_yaml()
+    return ModelCard(f"---\n{metadata}\n---\n\n{_text(model, config, run, name)}\n")
+
+
+def _metadata(model: PreTrainedModel, run: TrainingRun, name: str, license: str | None) -> ModelCardData:
+    task = _task(model)
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=run.dataset,
+            dataset_name=run.dataset,
+            dataset_split=run.dataset_split,
+            metric_type=metric,
+            metric_name=_METRIC_NAMES.get(metric, metric),
+            metric_value=value,
+        )
+        for metric, value in run.metrics.items()
+        if task and run.dataset
+    ]
+    return ModelCardData(
+        base_model=run.base_model,
+        datasets=[run.dataset] if run.dataset else None,
+        eval_results=results or None,
+        library_name="transformers",
+        license=license,
+        metrics=list(run.metrics) or None,
+        model_name=name.rpartition("/")[2],
+        pipeline_tag=task,
+        tags=list(TAGS),
+    )
+
+
+def _task(model: PreTrainedModel) -> str | None:
+    architecture = type(model).__name__
+    tasks: Mapping[str, Any] = TASK_MAPPING
+    return next((task for task, names in tasks.items() if architecture in names.values()), None)
+
+
+def _text(model: PreTrainedModel, config: OctavConfig, run: TrainingRun, name: str) -> str:
+    architecture = type(model).__name__
+    sections = [
+        f"# {name.rpartition('/')[2]}",
+        _introduction(architecture, config, run),
+        f"## Load it\n\n```sh\npip install octav-hf\n```\n\n```python\nimport octav_hf\n"
+        f"from transformers import {architecture}\n"
+        f'model = {architecture}.from_pretrained("{name}")\n```\n\n{_without_the_plugin(config)}',
+        f"## Quantization\n\n{_table(('setting', 'value'), _settings(config))}\n\n{_coverage(model)}",
+    ]
+    if run.metrics:
+        sections.append(f"## Evaluation\n\n{_evaluation(run)}")
+    if run.recipe:
+        sections.append(f"## Training\n\n{_table(('hyperparameter', 'value'), dict(run.recipe))}")
+    sections.append(f"## Citation\n\n```bibtex\n{_CITATION}\n```")
+    return "\n\n".join(sections)
+
+
+def _introduction(architecture: str, config: OctavConfig, run: TrainingRun) -> str:
+    made_from = f", fine-tuned from `{run.base_model}`" if run.base_model else ""
+    data = f" on {run.dataset}" if run.dataset else ""
+    form = (
+        "its weights are stored as integers of their own width with one scale per row"
+        if config.packed
+        else "its weights are stored in full precision, for training on, and quantized when it runs"
+    )
+    return (
+        f"A `{architecture}`{made_from}{data} with quantization-aware training by octav_hf: weights at "
+        f"{_bits(config.weight_bits)}, activations at {_bits(config.activation_bits)}; {form}."
+    )
+
+
+def _without_the_plugin(config: OctavConfig) -> str:
+    if config.packed:
+        return (
+            "Without `import octav_hf` Transformers refuses to load it: the weights have another shape than it expects."
+        )
+    return "Without `import octav_hf` Transformers warns and loads the plain floating-point model."
+
+
+def _settings(config: OctavConfig) -> dict[str, str]:
+    settings = {
+        "weights": f"{_bits(config.weight_bits)}, clip `{config.weight_clip}` per {config.weight_granularity}",
+        "activations": f"{_bits(config.activation_bits)}, clip `{config.activation_clip}` per tensor, "
+        + ("frozen after calibration" if config.activation_clips else "recomputed at every forward pass"),
+        "embeddings": _bits(config.embedding_bits),
+        "attention matmuls": "quantized" if config.quantize_attention and config.activation_bits else "floating point",
+        "gradients": f"`{config.weight_gradient}` for weights, `{config.activation_gradient}` for activations",
+        "form": "packed" if config.packed else "training form",
+    }
+    if config.first_last_bits is not None:
+        settings["first and last layer"] = _bits(config.first_last_bits)
+    if config.exclude_modules:
+        settings["excluded"] = ", ".join(f"`{pattern}`" for pattern in config.exclude_modules)
+    for pattern, override in config.module_overrides.items():
+        settings[f"override for `{pattern}`"] = ", ".join(f"{field}={value}" for field, value in override.items())
+    return settings
+
+
+def _coverage(model: PreTrainedModel) -> str:
+    return "\n".join(f"- {line}" for line in coverage_report(model).summary().splitlines())
+
+
+def _evaluation(run: TrainingRun) -> str:
+    header = ("metric", "this model") + (("FP32",) if run.fp32_metrics else ())
+    lines = [f"| {' | '.join(header)} |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    for metric, value in run.metrics.items():
+        cells = [_METRIC_NAMES.get(metric, metric), f"{value:.2f}"]
+        if run.fp32_metrics:
+            cells.append(f"{run.fp32_metrics[metric]:.2f}" if metric in run.fp32_metrics else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    split = f", {run.dataset_split}" if run.dataset_split else ""
+    where = f"On {run.dataset}{split}, computed with the quantized model:\n\n" if run.dataset else ""
+    return where + "\n".join(lines)
+
+
+def _table(header: tuple[str, str], rows: Mapping[str, object]) -> str:
+    lines = [f"| {' | '.join(header)} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return "\n".join(lines)
+
+
+def _bits(bits: int | None) -> str:
+    return "floating point" if bits is None else f"{bits} bits"

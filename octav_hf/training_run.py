@@ -1,0 +1,66 @@
+"""What a model card says about a training run, kept as a file beside the model."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "octav_run.json"
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Facts of a run, as far as they are known; a card leaves out what is not.
+
+    Args:
+        base_model: repository or name of the model that training started from.
+        dataset: name of the data.
+        dataset_split: name of the part that the metrics are of.
+        recipe: hyperparameter -> value.
+        metrics: metric, by its identifier such as ``f1`` -> value, of the quantized model.
+        fp32_metrics: the same of a model that was trained in floating point with this recipe.
+
+    Raises:
+        ValueError: a metric is no number.
+    """
+
+    base_model: str | None = None
+    dataset: str | None = None
+    dataset_split: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    fp32_metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("metrics", "fp32_metrics"):
+            for metric, value in getattr(self, name).items():
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    raise ValueError(f"TrainingRun: {name}[{metric!r}] must be a number, got {value!r}")
+
+    def save(self, folder: str | Path) -> None:
+        """Write the facts to ``octav_run.json`` in ``folder``, which exists."""
+        text = json.dumps(asdict(self), indent=2, sort_keys=True)
+        (Path(folder) / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "TrainingRun":
+        """The facts that ``save`` wrote in ``folder``; none if there is no such file.
+
+        Raises:
+            ValueError: the file is not of this form.
+        """
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            return cls()
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON file: {error}") from error
+        known = [entry.name for entry in fields(cls)]
+        if not isinstance(values, dict) or not set(values) <= set(known):
+            raise ValueError(f"{path} must be a JSON object with fields of {', '.join(known)}")
+        try:
+            return cls(**values)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: {error}") from error
