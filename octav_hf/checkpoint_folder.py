@@ -1,0 +1,203 @@
+"""Checkpoints as folders: reading what one is without loading its weights, and writing one whole or not at all."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+from .config import OctavConfig
+from .model_card import TAGS, model_card
+from .nn import FakeQuantize, QuantizedLayer
+from .packed_file import check_files
+from .patching import convert_modules
+from .training_run import TrainingRun
+
+CARD = "README.md"
+# Written anew, or of no use to who loads the model; the latter are pickles, which nobody should have to trust.
+_OWN = ("*.safetensors", "*.safetensors.index.json", "config.json", CARD)
+PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl"]
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A layer with a quantized weight, as it is in a checkpoint."""
+
+    name: str
+    bits: int
+    shape: list[int]
+    stored: str  # "packed", or the dtype of the float weight; "shared" if it is stored under another layer's name
+    bytes: int
+    float32_bytes: int
+
+
+class CheckpointFolder:
+    """A checkpoint of a quantized model, in training form or packed.
+
+    Args:
+        source: a folder, or the id of a repository on the Hub, which is downloaded into the client's cache.
+
+    Raises:
+        ValueError: there is no quantized model in it; the message says what there is.
+        OSError: it cannot be found or read.
+    """
+
+    def __init__(self, source: str):
+        is_folder = Path(source).is_dir()
+        self.path = Path(source if is_folder else snapshot_download(source, ignore_patterns=PICKLES))
+        config_file = self.path / "config.json"
+        if not config_file.is_file():
+            raise ValueError(f"{source} has no config.json, so it is no model")
+        stored = json.loads(config_file.read_text(encoding="utf-8"))
+        quantization = stored.get("quantization_config") or {}
+        if quantization.get("quant_method") != "octav":
+            raise ValueError(
+                f"{source} is not quantized with octav (its quant_method is {quantization.get('quant_method')!r}); "
+                "train it after apply_octav, and save it"
+            )
+        self.format_version: int = quantization.get("format_version", 1)
+        self.config: OctavConfig = AutoQuantizationConfig.from_dict(quantization)
+        (architecture, *_) = stored.get("architectures") or [""]
+        self.model_class: type[PreTrainedModel] | None = getattr(transformers, architecture, None)
+        if self.model_class is None:
+            raise ValueError(f"{config_file}: Transformers has no model class {architecture!r} (field architectures)")
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files of the model.
+
+        Raises:
+            ValueError: there are none, or the index names one that is missing.
+        """
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = [self.path / name for name in sorted(set(weight_map.values()))]
+        else:
+            files = [self.path / "model.safetensors"]
+        missing = [str(file) for file in files if not file.is_file()]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing ({len(missing)} in all)")
+        return files
+
+    def check(self) -> None:
+        """Read the weights' files whole and compare a packed one with its record.
+
+        Raises:
+            ValueError: a file is missing, cut off or altered; the message names it, and the tensor.
+        """
+        if self.config.packed:
+            check_files(self.weight_files, self.config)
+            return
+        for file in self.weight_files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118  # not a dictionary
+                        opened.get_tensor(name)
+            except SafetensorError as error:
+                raise ValueError(f"{file}: no safetensors file, or one that is cut off ({error})") from error
+
+    def load(self) -> PreTrainedModel:
+        """The model with its weights."""
+        assert self.model_class is not None
+        return self.model_class.from_pretrained(self.path)
+
+    @cached_property
+    def structure(self) -> PreTrainedModel:
+        """The quantized model without weights, in training form, on the meta device."""
+        assert self.model_class is not None
+        with torch.device("meta"):
+            model = self.model_class(AutoConfig.from_pretrained(self.path))
+        convert_modules(model, self.config)
+        model.config.quantization_config = self.config
+        return model
+
+    def layers(self) -> list[StoredLayer]:
+        """The layers whose weight is quantized, in the model's order."""
+        stored: dict[str, tuple[str, int]] = {}
+        for file in self.weight_files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  # not a dictionary
+                    tensor = opened.get_tensor(name)
+                    stored[name] = str(tensor.dtype).removeprefix("torch."), tensor.nbytes
+        layers = []
+        for name, module in self.structure.named_modules():
+            if isinstance(module, QuantizedLayer) and isinstance(module.weight_quantizer, FakeQuantize):
+                weight = module.get_parameter("weight")
+                dtype, size = stored.get(f"{name}.weight", ("shared", 0))
+                _, scale_size = stored.get(f"{name}.weight_scale", ("", 0))
+                layers.append(
+                    StoredLayer(
+                        name=name,
+                        bits=module.weight_quantizer.num_bits,
+                        shape=list(weight.shape),
+                        stored="packed" if scale_size else dtype,
+                        bytes=size + scale_size,
+                        float32_bytes=4 * weight.numel(),
+                    )
+                )
+        return layers
+
+    def write_card(self, name: str) -> None:
+        """Write the model's card into the folder, unless there is one by somebody else."""
+        path = self.path / CARD
+        if path.is_file() and TAGS[0] not in (ModelCard.load(path).data.tags or []):
+            return
+        model_card(self.structure, TrainingRun.load(self.path), name=name).save(path)
+
+    def copy_companions(self, folder: Path) -> None:
+        """Copy what is beside the weights, such as a tokenizer, into ``folder``; no subfolders, and no pickles."""
+        for path in sorted(self.path.iterdir()):
+            if path.is_file() and not any(path.match(pattern) for pattern in (*_OWN, *PICKLES)):
+                shutil.copy(path, folder / path.name)
+        card = self.path / CARD
+        if card.is_file():
+            shutil.copy(card, folder / CARD)
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A new folder beside ``output``, which takes its place if all goes well, and vanishes otherwise.
+
+    Raises:
+        FileExistsError: ``output`` exists and is not an empty folder.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists already; choose another output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        if output.exists():
+            output.rmdir()
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def summary(folder: CheckpointFolder) -> dict[str, Any]:
+    """What ``octav-hf inspect`` shows, for JSON."""
+    layers = folder.layers()
+    return {
+        "form": "packed" if folder.config.packed else "training",
+        "format_version": folder.format_version,
+        "architecture": type(folder.structure).__name__,
+        "quantization_config": folder.config.to_dict(),
+        "frozen_clips": sum(len(operands) for operands in folder.config.activation_clips.values()),
+        "layers": [vars(layer) for layer in layers],
+        "layer_bytes": sum(layer.bytes for layer in layers),
+        "layer_float32_bytes": sum(layer.float32_bytes for layer in layers),
+        "file_bytes": sum(file.stat().st_size for file in folder.weight_files),
+    }

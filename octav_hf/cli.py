@@ -1,0 +1,180 @@
+"""The console command ``octav-hf``: pack, unpack, inspect and push checkpoints, and write their cards."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from transformers import PreTrainedModel, logging
+
+from .checkpoint_folder import PICKLES, CheckpointFolder, summary, whole_folder
+from .packing import pack_octav, unpack_octav
+
+_FORESEEABLE = (ValueError, OSError, NotImplementedError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments; ``None`` takes the process's own.
+
+    Returns:
+        The exit status: 0, or 1 after an error, of which stderr has one line.
+    """
+    options = _parser().parse_args(argv)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        options.run(options)
+    except _FORESEEABLE as error:
+        print(f"octav-hf: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="octav-hf", description="Checkpoints of models quantized with octav_hf.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    pack = commands.add_parser("pack", help="write the packed form: integer weights at their own width")
+    _add_source_and_output(pack, "checkpoint in training form")
+    pack.add_argument("--embedding-bits", type=int, metavar="BITS", help="also pack float embeddings, at 2 to 8 bits")
+    pack.set_defaults(run=_pack)
+
+    unpack = commands.add_parser("unpack", help="write the training form of a packed checkpoint")
+    _add_source_and_output(unpack, "packed checkpoint")
+    unpack.set_defaults(run=_unpack)
+
+    inspect = commands.add_parser("inspect", help="show what a checkpoint is, and check that it is whole")
+    inspect.add_argument("source", metavar="SOURCE", help="folder, or id of a repository")
+    inspect.add_argument("--json", action="store_true", help="for programs")
+    inspect.set_defaults(run=_inspect)
+
+    card = commands.add_parser("card", help="write README.md from the config and, if there is one, octav_run.json")
+    card.add_argument("folder", metavar="FOLDER")
+    card.set_defaults(run=_card)
+
+    push = commands.add_parser("push", help="upload a checkpoint in the form that it has, with its card")
+    push.add_argument("folder", metavar="FOLDER")
+    push.add_argument("repo_id", metavar="REPO_ID", help="such as me/bert-4bit; it is created if need be")
+    push.add_argument("--private", action="store_true", default=None, help="if the repository is created")
+    push.add_argument("--revision", help="branch to push to; it is created if need be")
+    push.add_argument("--commit-message")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    push.set_defaults(run=_push)
+    return parser
+
+
+def _add_source_and_output(parser: argparse.ArgumentParser, source: str) -> None:
+    parser.add_argument("source", metavar="SOURCE", help=f"{source}: a folder, or the id of a repository")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write, which must not exist or be empty")
+    parser.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="such as 2GB; default %(default)s")
+
+
+def _pack(options: argparse.Namespace) -> None:
+    source = CheckpointFolder(options.source)
+    if source.config.packed:
+        raise ValueError(f"{options.source} is packed already")
+    with whole_folder(options.output) as folder:
+        model = pack_octav(source.load(), embedding_bits=options.embedding_bits)
+        _write(model, source, folder, options)
+    _report(options.output)
+
+
+def _unpack(options: argparse.Namespace) -> None:
+    source = CheckpointFolder(options.source)
+    if not source.config.packed:
+        raise ValueError(f"{options.source} is not packed; train it as it is")
+    with whole_folder(options.output) as folder:
+        _write(unpack_octav(source.load()), source, folder, options)
+    _report(options.output)
+
+
+def _write(model: PreTrainedModel, source: CheckpointFolder, folder: Path, options: argparse.Namespace) -> None:
+    model.save_pretrained(folder, max_shard_size=options.max_shard_size)
+    source.copy_companions(folder)
+    CheckpointFolder(str(folder)).write_card(options.output.name)
+
+
+def _report(output: Path) -> None:
+    facts = summary(CheckpointFolder(str(output)))
+    print(f"wrote {output}: {facts['form']} form, {_sizes(facts)}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    folder = CheckpointFolder(options.source)
+    folder.check()
+    facts = summary(folder)
+    if options.json:
+        print(json.dumps(facts, indent=1))
+        return
+    config = folder.config
+    frozen = f"frozen for {facts['frozen_clips']} activations" if config.activation_clips else "dynamic"
+    print(f"{options.source}: {facts['architecture']}, {facts['form']} form, format version {facts['format_version']}")
+    print(f"weights: {_bits(config.weight_bits)}, clip {config.weight_clip} per {config.weight_granularity}")
+    print(f"activations: {_bits(config.activation_bits)}, clip {config.activation_clip} per tensor, {frozen}")
+    print(f"embeddings: {_bits(config.embedding_bits)}")
+    header = ("layer", "bits", "shape", "stored as", "bytes", "in float32")
+    rows = [
+        (
+            layer["name"],
+            *(str(layer[field]) for field in ("bits", "shape", "stored")),
+            *(f"{layer[field]:,}" for field in ("bytes", "float32_bytes")),
+        )
+        for layer in facts["layers"]
+    ]
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    for row in (header, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(_sizes(facts))
+    print("every tensor is as it was saved" if config.packed else "the files are whole (their values are not recorded)")
+
+
+def _bits(bits: int | None) -> str:
+    return "floating point" if bits is None else f"{bits} bits"
+
+
+def _sizes(facts: dict[str, Any]) -> str:
+    stored, floating = facts["layer_bytes"], facts["layer_float32_bytes"]
+    ratio = f", 1/{floating / stored:.2f} of float32" if stored else ""
+    return f"quantized layers {stored:,} bytes{ratio}; files {facts['file_bytes']:,} bytes"
+
+
+def _card(options: argparse.Namespace) -> None:
+    folder = _local(options.folder)
+    folder.write_card(folder.path.resolve().name)
+    print(f"wrote {folder.path / 'README.md'}")
+
+
+def _push(options: argparse.Namespace) -> None:
+    folder = _local(options.folder)
+    folder.check()
+    folder.write_card(options.repo_id)
+    api = HfApi()
+    repo_id = api.create_repo(options.repo_id, private=options.private, exist_ok=True).repo_id
+    if options.revision is not None:
+        api.create_branch(repo_id, branch=options.revision, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder.path,
+        commit_message=options.commit_message or f"Upload {type(folder.structure).__name__}",
+        revision=options.revision,
+        create_pr=options.create_pr or None,
+        # Of a Trainer's output, neither its checkpoints nor its logs.
+        ignore_patterns=["*/*", *PICKLES],
+    )
+    print(commit.pr_url or commit.commit_url)
+
+
+def _local(folder: str) -> CheckpointFolder:
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    return CheckpointFolder(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
