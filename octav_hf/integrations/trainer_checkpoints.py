@@ -1,9 +1,9 @@
 """Which checkpoint folders of Transformers' Trainer are whole, found without unpickling anything.
 
 Trainer writes ``checkpoint-N`` in place: the model first, then the optimizer, the scheduler and the states of the
-random number generators, and ``trainer_state.json`` last (``Trainer._save_checkpoint`` of Transformers 5.23). A run that is
-killed meanwhile leaves a folder that ``transformers.trainer_utils.get_last_checkpoint`` still returns. Of what is
-missing in it, ``Trainer.train`` skips the optimizer and the generators without a word.
+random number generators, and ``trainer_state.json`` last (``Trainer._save_checkpoint`` of Transformers 5.23). A run
+that is killed meanwhile leaves a folder that ``transformers.trainer_utils.get_last_checkpoint`` still returns. Of what
+is missing in it, ``Trainer.train`` skips the optimizer and the generators without a word.
 """
 
 import json

@@ -1,8 +1,9 @@
 """Trains a small quantized BERT in processes that kill themselves, and resumes: run by ``test_interrupted.py``.
 
-    python -m tests.integrations.interrupted_training FOLDER < jobs.json > outcomes.json
+    python -m tests.integrations.interrupted_training FOLDER
 
-This process imports once and trains nothing itself; each run is a fork of it.
+FOLDER/kills.json says when the runs die, by name; how they went is written to FOLDER/outcomes.json. This process
+imports once and trains nothing itself; each run is a fork of it.
 """
 
 import json
@@ -145,9 +146,10 @@ def run_distributed(output_dir: Path, processes: int) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    outcomes = {name: run(folder / name, kills) for name, kills in json.load(sys.stdin).items()}
+    kills_of = json.loads((folder / "kills.json").read_text())
+    outcomes = {name: run(folder / name, kills) for name, kills in kills_of.items()}
     outcomes["distributed"] = run_distributed(folder / "distributed", 2)
-    json.dump(outcomes, sys.stdout)
+    (folder / "outcomes.json").write_text(json.dumps(outcomes))
 
 
 if __name__ == "__main__":
