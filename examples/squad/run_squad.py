@@ -43,8 +43,8 @@ EVAL_SAMPLE_SEED = 0
 LAST = "last"  # of --resume_from_checkpoint
 RESUME_HELP = (
     f"--resume_from_checkpoint FOLDER continues training from that checkpoint, which has to be whole. "
-    f"--resume_from_checkpoint {LAST} takes the newest whole one in --output_dir and passes over what an interrupted save "
-    f"has left; where there is none yet, training starts from the beginning."
+    f"--resume_from_checkpoint {LAST} takes the newest whole one in --output_dir and passes over what an interrupted "
+    f"save has left; where there is none yet, training starts from the beginning."
 )
 
 

@@ -45,9 +45,10 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     for. Its checkpoints are returned too, with a warning, since training goes on differently from them. That field and
     n are read from ``training_args.bin`` by going through the operations of its pickle, none of which is carried out.
 
-    Two things are not seen: values that were altered in a file of the right length, and files that training does not go
-    on from and that are not there (``config.json``, the tokenizer). Checkpoints by DeepSpeed and by sharded FSDP, which
-    have other files, count as not whole.
+    Not seen are values that were altered in a file of the right length, and the lack of files that training does not go
+    on from (``config.json``, the tokenizer). Nor is it seen that the save of a run with other arguments was interrupted
+    in the folder of an older whole checkpoint, so remove those of later steps before training on from an earlier one.
+    Checkpoints by DeepSpeed and by sharded FSDP, which have other files, count as not whole.
 
     Args:
         output_dir: ``TrainingArguments.output_dir``, the folder of the ``checkpoint-N``; it need not exist.
@@ -68,17 +69,14 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
         except ValueError as error:
             logger.warning(f"Passed over: {error}")
             continue
-        if _argument(path / _ARGUMENTS, "save_only_model"):
-            logger.warning(
-                f"{path} was saved with save_only_model: the optimizer, the learning rate's schedule and the random "
-                f"numbers start anew, so training ends with other weights than without the interruption"
-            )
         return str(path)
     return None
 
 
 def check_checkpoint(checkpoint: str | Path) -> None:
     """Raise an error unless a folder is a whole checkpoint, as `last_whole_checkpoint` defines it.
+
+    A warning is logged if it was saved with ``save_only_model``.
 
     Args:
         checkpoint: the folder. Only if its name is ``checkpoint-N`` has its ``global_step`` to be N.
@@ -95,10 +93,16 @@ def check_checkpoint(checkpoint: str | Path) -> None:
         for path in sorted(folder.glob("*.json")):
             _read_json(path)
         _check_archive(folder / _ARGUMENTS)
-        if not _argument(folder / _ARGUMENTS, "save_only_model"):
+        model_only = _argument(folder / _ARGUMENTS, "save_only_model")
+        if not model_only:
             _check_progress(folder)
     except ValueError as error:
         raise ValueError(f"{folder} is not a whole checkpoint: {error}") from error
+    if model_only:
+        logger.warning(
+            f"{folder} was saved with save_only_model: the optimizer, the learning rate's schedule and the random "
+            f"numbers start anew, so training ends with other weights than without the interruption"
+        )
 
 
 def _check_state(folder: Path) -> None:
