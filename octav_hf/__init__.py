@@ -8,7 +8,7 @@ from .calibration import calibrate_octav, calibrating, uncalibrate_octav
 from .config import OctavConfig
 from .coverage import CoverageReport, coverage_report
 from .coverage_check import CoverageCheck, check_coverage
-from .integrations import OctavQuantizer
+from .integrations import OctavQuantizer, last_whole_checkpoint
 from .model_card import model_card
 from .operand_watch import FloatOperand
 from .packing import pack_octav, unpack_octav
@@ -28,6 +28,7 @@ __all__ = [
     "calibrating",
     "check_coverage",
     "coverage_report",
+    "last_whole_checkpoint",
     "model_card",
     "pack_octav",
     "remove_octav",

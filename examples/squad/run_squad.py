@@ -4,6 +4,9 @@
         --output_dir out --do_train --do_eval [--quantize --weight_bits 4 --activation_bits 4]
 
 All arguments may also stand in one JSON file: `python run_squad.py arguments.json`.
+
+A run that was interrupted goes on, and ends in the weights of an uninterrupted one, with the same arguments and
+`--resume_from_checkpoint last`, or a checkpoint's folder.
 """
 
 from __future__ import annotations
@@ -33,9 +36,16 @@ from transformers import (
 
 # opening a quantized checkpoint needs the plugin to be imported, also when nothing is quantized anew
 import octav_hf
+from octav_hf.integrations.trainer_checkpoints import check_checkpoint
 
 logger = logging.getLogger(__name__)
 EVAL_SAMPLE_SEED = 0
+LAST = "last"  # of --resume_from_checkpoint
+RESUME_HELP = (
+    f"--resume_from_checkpoint FOLDER continues training from that checkpoint, which has to be whole. "
+    f"--resume_from_checkpoint {LAST} takes the newest whole one in --output_dir and passes over what an interrupted "
+    f"save has left; where there is none yet, training starts from the beginning."
+)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -45,12 +55,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         argv: command-line arguments; None takes the process's own.
 
     Raises:
-        ValueError: arguments that contradict each other, or data that cannot be used; raised before any training.
+        ValueError: arguments that contradict each other, data that cannot be used, or a checkpoint that is not whole;
+            raised before any training.
         FileExistsError: `--output_dir` already holds something and training would overwrite it.
     """
     model_args, data_args, octav_args, training_args = parse_arguments(argv)
-    check_output_dir(training_args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    checkpoint = checkpoint_to_resume(training_args)
+    check_output_dir(training_args, checkpoint)
     set_seed(training_args.seed)
 
     config = AutoConfig.from_pretrained(model_args.model_name_or_path)
@@ -107,7 +119,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     results: dict[str, float] = {}
     if training_args.do_train:
-        outcome = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         metrics = {**outcome.metrics, **timer.metrics(), "train_samples": len(examples["train"])}
         report(trainer, "train", metrics)
@@ -134,7 +146,10 @@ def parse_arguments(
 ) -> tuple[ModelArguments, DataArguments, OctavArguments, TrainingArguments]:
     """Parse the command line, or the one JSON file that it names, and refuse what cannot be carried out."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser([ModelArguments, DataArguments, OctavArguments, TrainingArguments])  # type: ignore[list-item]
+    parser = HfArgumentParser(
+        [ModelArguments, DataArguments, OctavArguments, TrainingArguments],  # type: ignore[list-item]
+        description=RESUME_HELP,
+    )
     parsed: tuple[Any, ...]
     if len(argv) == 1 and argv[0].endswith(".json"):
         parsed = parser.parse_json_file(argv[0])
@@ -145,20 +160,51 @@ def parse_arguments(
         raise ValueError("Nothing to do: pass --do_train, --do_eval or both.")
     if octav_args.quantize and not training_args.do_train:
         raise ValueError("--quantize starts quantization-aware training: add --do_train.")
+    if training_args.resume_from_checkpoint and not training_args.do_train:
+        raise ValueError("--resume_from_checkpoint continues training: add --do_train, or leave it out.")
     for wanted, name in ((training_args.do_train, "train_file"), (training_args.do_eval, "validation_file")):
         if wanted and data_args.dataset_name is None and getattr(data_args, name) is None:
             raise ValueError(f"--{name} is missing: give it, or --dataset_name.")
     return parsed  # type: ignore[return-value]
 
 
-def check_output_dir(training_args: TrainingArguments) -> None:
-    """Raise `FileExistsError` when training would write into a folder that is in use."""
+def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
+    """The folder that `--resume_from_checkpoint` means; None to start from the beginning.
+
+    Raises:
+        ValueError: it names a folder that is absent or not a whole checkpoint.
+    """
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint == LAST:
+        checkpoint = octav_hf.last_whole_checkpoint(training_args.output_dir or "")
+        logger.info("Training starts from %s", checkpoint or "the beginning: there is no whole checkpoint yet")
+    elif checkpoint:
+        try:
+            check_checkpoint(checkpoint)
+        except ValueError as error:
+            raise ValueError(f"{error}. Name another one, or pass --resume_from_checkpoint {LAST}.") from error
+    return checkpoint or None
+
+
+def check_output_dir(training_args: TrainingArguments, checkpoint: str | None) -> None:
+    """Raise `FileExistsError` when training from the beginning would write into a folder that is in use.
+
+    With `--resume_from_checkpoint last` the folder may hold what a run leaves that was killed before its first whole
+    checkpoint, but no trained model.
+    """
     folder = Path(training_args.output_dir or "")
-    starts_afresh = training_args.do_train and not training_args.resume_from_checkpoint
-    if starts_afresh and folder.is_dir() and any(folder.iterdir()):
+    if not training_args.do_train or checkpoint is not None or not folder.is_dir():
+        return
+    if training_args.resume_from_checkpoint == LAST:
+        if (folder / "config.json").exists():
+            raise FileExistsError(
+                f"--output_dir {folder} holds a model but no whole checkpoint to continue from. Choose another folder, "
+                f"or empty it to start from the beginning."
+            )
+    elif any(folder.iterdir()):
         raise FileExistsError(
             f"--output_dir {folder} is not empty. Choose another folder, empty it, or continue its run with "
-            f"--resume_from_checkpoint CHECKPOINT."
+            f"--resume_from_checkpoint CHECKPOINT, or with --resume_from_checkpoint {LAST}."
         )
 
 

@@ -60,6 +60,27 @@ def test_resume_gives_the_uninterrupted_weights(tiny_model: str, tmp_path: Path)
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
 
 
+def test_last_goes_on_from_the_newest_whole_checkpoint(
+    tiny_model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same command, launched three times: at first, after a kill in the save of step 4, and when all is done."""
+    folder = tmp_path / "out"
+    words = ["--do_train", "--max_steps", "4", "--save_steps", "1", "--resume_from_checkpoint", "last", "--quantize"]
+    main(arguments(tiny_model, folder, *words))
+    finished = load_file(folder / "model.safetensors")
+    for name in ("model.safetensors", "config.json", "checkpoint-4/trainer_state.json"):
+        (folder / name).unlink()
+    caplog.clear()
+    for start in (3, 4):
+        with caplog.at_level("INFO"):
+            main(arguments(tiny_model, folder, *words))
+        assert f"Training starts from {folder / f'checkpoint-{start}'}" in caplog.text
+        resumed = load_file(folder / "model.safetensors")
+        for name, weight in finished.items():
+            torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
+    assert caplog.text.count("Passed over") == 1
+
+
 def test_v2_questions(tiny_model: str, tmp_path: Path) -> None:
     empty = {"id": "q2", "question": "Who?", "answers": [], "is_impossible": True}
     path = str(write_squad(tmp_path / "v2.json", question(), empty))

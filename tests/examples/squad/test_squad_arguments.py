@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_squad import main, parse_arguments
+from run_squad import check_output_dir, checkpoint_to_resume, main, parse_arguments
 from squad_arguments import DataArguments, OctavArguments
 
 from octav_hf import OctavConfig
@@ -70,6 +70,10 @@ def test_every_registered_clip_is_a_choice(rule: str) -> None:
         (["--do_eval"], "--validation_file is missing"),
         (["--do_train", "false"], "Nothing to do"),
         (["--do_train", "false", "--do_eval", "--validation_file", "d", "--quantize"], "add --do_train"),
+        (
+            ["--do_train", "false", "--do_eval", "--validation_file", "d", "--resume_from_checkpoint", "last"],
+            "--resume_from_checkpoint continues training: add --do_train",
+        ),
     ],
 )
 def test_contradictions(words: list[str], message: str) -> None:
@@ -109,3 +113,36 @@ def test_folder_in_use_is_reported_before_anything_is_loaded(tmp_path: Path) -> 
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(FileExistsError, match="--resume_from_checkpoint"):
         main(["--model_name_or_path", "nowhere", "--train_file", "none", "--output_dir", str(tmp_path), "--do_train"])
+
+
+def test_a_checkpoint_that_is_not_whole_is_reported_before_anything_is_loaded(tmp_path: Path) -> None:
+    words = ["--model_name_or_path", "nowhere", "--train_file", "none", "--output_dir", str(tmp_path), "--do_train"]
+    folder = tmp_path / "checkpoint-2"
+    with pytest.raises(ValueError, match="checkpoint-2 is no checkpoint: there is no such folder.*last"):
+        main([*words, "--resume_from_checkpoint", str(folder)])
+    folder.mkdir()
+    with pytest.raises(ValueError, match="checkpoint-2 is not a whole checkpoint: trainer_state.json is missing.*last"):
+        main([*words, "--resume_from_checkpoint", str(folder)])
+
+
+def test_last_starts_from_the_beginning_unless_a_model_is_there(tmp_path: Path) -> None:
+    def resume(folder: Path) -> None:
+        words = ["--output_dir", str(folder), "--resume_from_checkpoint", "last"]
+        training = parse_arguments([*BASE, *words])[3]
+        assert checkpoint_to_resume(training) is None
+        check_output_dir(training, None)
+
+    resume(tmp_path / "absent")
+    resume(tmp_path)
+    (tmp_path / "checkpoint-2").mkdir()  # of a run that was killed in its first save
+    (tmp_path / "runs").mkdir()
+    resume(tmp_path)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(FileExistsError, match="holds a model but no whole checkpoint"):
+        resume(tmp_path)
+
+
+def test_help_explains_how_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    assert "--resume_from_checkpoint last takes the newest whole one" in " ".join(capsys.readouterr().out.split())
