@@ -11,22 +11,23 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import CommitInfo, HfApi, ModelCard, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from .config import OctavConfig
-from .model_card import TAGS, model_card
+from .model_card import model_card, renewed_card
 from .nn import FakeQuantize, QuantizedLayer
-from .packed_file import check_files
 from .patching import convert_modules
 from .training_run import TrainingRun
 
 CARD = "README.md"
-# Written anew, or of no use to who loads the model; the latter are pickles, which nobody should have to trust.
-_OWN = ("*.safetensors", "*.safetensors.index.json", "config.json", CARD)
+# Which nobody should have to trust.
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl"]
+_WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "config.json"]
+_OF_TRAINER = ["trainer_state.json", "*_results.json", "*_predictions.json", "*_null_odds.json"]
+_NOT_UPLOADED = [*PICKLES, "trainer_state.json", "checkpoint-*/*", "runs/*", "packed/*"]
 
 
 @dataclass(frozen=True)
@@ -91,26 +92,29 @@ class CheckpointFolder:
         return files
 
     def check(self) -> None:
-        """Read the weights' files whole and compare a packed one with its record.
+        """Load the model, whose files are read whole; a packed one is compared with its record.
 
         Raises:
-            ValueError: a file is missing, cut off or altered; the message names it, and the tensor.
+            ValueError: a file or weight is missing, cut off, altered or of another shape; the message names it.
         """
-        if self.config.packed:
-            check_files(self.weight_files, self.config)
-            return
-        for file in self.weight_files:
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118  # not a dictionary
-                        opened.get_tensor(name)
-            except SafetensorError as error:
-                raise ValueError(f"{file}: no safetensors file, or one that is cut off ({error})") from error
+        self.load()
 
     def load(self) -> PreTrainedModel:
-        """The model with its weights."""
+        """The model with its weights.
+
+        Raises:
+            ValueError: as ``check``.
+        """
         assert self.model_class is not None
-        return self.model_class.from_pretrained(self.path)
+        files = ", ".join(map(str, self.weight_files))
+        try:
+            loaded: Any = self.model_class.from_pretrained(self.path, output_loading_info=True)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{files}: cut off, or weights of another shape than the model's ({error})") from error
+        model, info = loaded
+        if info["missing_keys"]:
+            raise ValueError(f"{files}: {', '.join(sorted(info['missing_keys']))} missing, which would be random")
+        return model
 
     @cached_property
     def structure(self) -> PreTrainedModel:
@@ -149,20 +153,53 @@ class CheckpointFolder:
         return layers
 
     def write_card(self, name: str) -> None:
-        """Write the model's card into the folder, unless there is one by somebody else."""
+        """Write the card into the folder, unless somebody has written one; ``name`` is what its example loads."""
         path = self.path / CARD
-        if path.is_file() and TAGS[0] not in (ModelCard.load(path).data.tags or []):
-            return
-        model_card(self.structure, TrainingRun.load(self.path), name=name).save(path)
+        card = ModelCard.load(path) if path.is_file() else None
+        renewed_card(card, model_card(self.structure, TrainingRun.load(self.path), name=name)).save(path)
+
+    def push(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+    ) -> CommitInfo:
+        """Upload the checkpoint in the form that it has, in one commit, with its card; make the repository if need be.
+
+        Pickles stay, and of a Trainer's output its checkpoints, logs and packed form. Arguments as for
+        ``huggingface_hub``.
+
+        Raises:
+            ValueError: the files are damaged; nothing was uploaded.
+            HfHubHTTPError: the Hub refused.
+        """
+        self.check()
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        self.write_card(repo_id)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=self.path,
+            commit_message=commit_message or f"Upload {type(self.structure).__name__}",
+            revision=revision,
+            create_pr=create_pr or None,
+            ignore_patterns=_NOT_UPLOADED,
+        )
 
     def copy_companions(self, folder: Path) -> None:
-        """Copy what is beside the weights, such as a tokenizer, into ``folder``; no subfolders, and no pickles."""
+        """Copy what belongs to the model beside its weights into ``folder``: the tokenizer, the card, facts of the run.
+
+        No subfolders, no pickles, and nothing of Trainer's.
+        """
         for path in sorted(self.path.iterdir()):
-            if path.is_file() and not any(path.match(pattern) for pattern in (*_OWN, *PICKLES)):
+            if path.is_file() and not any(path.match(pattern) for pattern in (*_WEIGHTS, *_OF_TRAINER, *PICKLES)):
                 shutil.copy(path, folder / path.name)
-        card = self.path / CARD
-        if card.is_file():
-            shutil.copy(card, folder / CARD)
 
 
 @contextmanager

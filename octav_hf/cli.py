@@ -3,17 +3,22 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+import httpx2
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from transformers import PreTrainedModel, logging
 
-from .checkpoint_folder import PICKLES, CheckpointFolder, summary, whole_folder
+from .checkpoint_folder import CheckpointFolder, summary, whole_folder
 from .packing import pack_octav, unpack_octav
+from .training_run import TrainingRun
 
-_FORESEEABLE = (ValueError, OSError, NotImplementedError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError)
+_FORESEEABLE = (
+    *(ValueError, OSError, NotImplementedError),
+    *(HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, httpx2.TransportError),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,13 +31,16 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0, or 1 after an error, of which stderr has one line.
     """
     options = _parser().parse_args(argv)
-    logging.set_verbosity_error()
+    had_progress_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         options.run(options)
     except _FORESEEABLE as error:
         print(f"octav-hf: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    finally:
+        if had_progress_bar:
+            logging.enable_progress_bar()
     return 0
 
 
@@ -81,7 +89,7 @@ def _pack(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.source} is packed already")
     with whole_folder(options.output) as folder:
         model = pack_octav(source.load(), embedding_bits=options.embedding_bits)
-        _write(model, source, folder, options)
+        _write(model, source, folder, options, same_outputs=options.embedding_bits is None)
     _report(options.output)
 
 
@@ -90,13 +98,19 @@ def _unpack(options: argparse.Namespace) -> None:
     if not source.config.packed:
         raise ValueError(f"{options.source} is not packed; train it as it is")
     with whole_folder(options.output) as folder:
-        _write(unpack_octav(source.load()), source, folder, options)
+        _write(unpack_octav(source.load()), source, folder, options, same_outputs=False)
     _report(options.output)
 
 
-def _write(model: PreTrainedModel, source: CheckpointFolder, folder: Path, options: argparse.Namespace) -> None:
+def _write(
+    model: PreTrainedModel, source: CheckpointFolder, folder: Path, options: argparse.Namespace, *, same_outputs: bool
+) -> None:
     model.save_pretrained(folder, max_shard_size=options.max_shard_size)
     source.copy_companions(folder)
+    run = TrainingRun.load(folder)
+    if run.metrics and not same_outputs:
+        replace(run, metrics={}, fp32_metrics={}).save(folder)
+        print("the outputs are not quite the same, so the card has no metrics; evaluate anew")
     CheckpointFolder(str(folder)).write_card(options.output.name)
 
 
@@ -131,7 +145,7 @@ def _inspect(options: argparse.Namespace) -> None:
     for row in (header, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(_sizes(facts))
-    print("every tensor is as it was saved" if config.packed else "the files are whole (their values are not recorded)")
+    print("every tensor is as it was saved" if config.packed else "every weight is there (values are not recorded)")
 
 
 def _bits(bits: int | None) -> str:
@@ -152,20 +166,12 @@ def _card(options: argparse.Namespace) -> None:
 
 def _push(options: argparse.Namespace) -> None:
     folder = _local(options.folder)
-    folder.check()
-    folder.write_card(options.repo_id)
-    api = HfApi()
-    repo_id = api.create_repo(options.repo_id, private=options.private, exist_ok=True).repo_id
-    if options.revision is not None:
-        api.create_branch(repo_id, branch=options.revision, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder.path,
-        commit_message=options.commit_message or f"Upload {type(folder.structure).__name__}",
+    commit = folder.push(
+        options.repo_id,
+        private=options.private,
         revision=options.revision,
-        create_pr=options.create_pr or None,
-        # Of a Trainer's output, neither its checkpoints nor its logs.
-        ignore_patterns=["*/*", *PICKLES],
+        commit_message=options.commit_message,
+        create_pr=options.create_pr,
     )
     print(commit.pr_url or commit.commit_url)
 

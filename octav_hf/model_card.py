@@ -1,6 +1,8 @@
 """The model card of a quantized model: what it is, how it was made, how good it is, how to load it."""
 
+import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -12,6 +14,10 @@ from .coverage import coverage_report
 from .training_run import TrainingRun
 
 TAGS = ("octav", "quantization-aware-training", "quantized")
+# In the card of a model that was pushed without one.
+_TRANSFORMERS_TEMPLATE = "This model card has been automatically generated."
+# Of which a new card knows whether they still hold.
+_OWN_METADATA = ("base_model", "datasets", "metrics", "model-index", "model_name", "pipeline_tag")
 _METRIC_NAMES = {"f1": "F1", "exact_match": "exact match", "accuracy": "accuracy"}
 
 _CITATION = """\
@@ -44,11 +50,48 @@ def model_card(
     if not isinstance(config, OctavConfig):
         raise ValueError(f"{type(model).__name__} is not a Transformers model that apply_octav quantized")
     run, name = run or TrainingRun(), name or "PATH_OR_REPOSITORY"
-    metadata = _metadata(model, run, name, license).to_yaml()
-    return ModelCard(f"---\n{metadata}\n---\n\n{_text(model, config, run, name)}\n")
+    base_model = run.base_model or _loaded_from(model)
+    metadata = _metadata(model, run, base_model, name, license).to_yaml()
+    text = _text(model, config, run, base_model, name)
+    return ModelCard(f"---\n{metadata}\n---\n\n{text}\n\n{_mark(text)}\n")
 
 
-def _metadata(model: PreTrainedModel, run: TrainingRun, name: str, license: str | None) -> ModelCardData:
+def renewed_card(card: ModelCard | None, new: ModelCard) -> ModelCard:
+    """``new`` in the place of ``card``, unless somebody has written that.
+
+    A text that ``model_card`` or Transformers generated is replaced, and what the metadata has beyond the new ones
+    stays; any other card is returned as it is.
+    """
+    if card is None:
+        return new
+    text, _, mark = card.text.rstrip().rpartition("\n")
+    if mark != _mark(text.strip()) and _TRANSFORMERS_TEMPLATE not in card.text:
+        return card
+    old_data, new_data = card.data.to_dict(), new.data.to_dict()
+    merged = {name: value for name, value in old_data.items() if name not in _OWN_METADATA} | new_data
+    merged["tags"] = list(dict.fromkeys([*new_data.get("tags", []), *old_data.get("tags", [])]))
+    return ModelCard(f"---\n{ModelCardData(**merged).to_yaml()}\n---\n{new.text}")
+
+
+def _mark(text: str) -> str:
+    """The last line of a card, by which one that was edited can be told."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"<!-- written by octav_hf, which replaces it until the text is edited: {digest} -->"
+
+
+def _loaded_from(model: PreTrainedModel) -> str | None:
+    """What a float model was loaded from before it was quantized; unknown for one that was loaded quantized."""
+    quantizer = model.__dict__.get("hf_quantizer")
+    return None if quantizer is None or quantizer.pre_quantized else model.name_or_path or None
+
+
+def _is_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or Path(name).is_dir()
+
+
+def _metadata(
+    model: PreTrainedModel, run: TrainingRun, base_model: str | None, name: str, license: str | None
+) -> ModelCardData:
     task = _task(model)
     results = [
         EvalResult(
@@ -64,7 +107,7 @@ def _metadata(model: PreTrainedModel, run: TrainingRun, name: str, license: str 
         if task and run.dataset
     ]
     return ModelCardData(
-        base_model=run.base_model,
+        base_model=None if base_model is None or _is_local(base_model) else base_model,
         datasets=[run.dataset] if run.dataset else None,
         eval_results=results or None,
         library_name="transformers",
@@ -79,18 +122,21 @@ def _metadata(model: PreTrainedModel, run: TrainingRun, name: str, license: str 
 def _task(model: PreTrainedModel) -> str | None:
     architecture = type(model).__name__
     tasks: Mapping[str, Any] = TASK_MAPPING
-    return next((task for task, names in tasks.items() if architecture in names.values()), None)
+    for task, names in tasks.items():
+        if any(architecture in ([name] if isinstance(name, str) else name) for name in names.values()):
+            return task
+    return None
 
 
-def _text(model: PreTrainedModel, config: OctavConfig, run: TrainingRun, name: str) -> str:
+def _text(model: PreTrainedModel, config: OctavConfig, run: TrainingRun, base_model: str | None, name: str) -> str:
     architecture = type(model).__name__
     sections = [
         f"# {name.rpartition('/')[2]}",
-        _introduction(architecture, config, run),
+        _introduction(architecture, config, run, base_model),
         f"## Load it\n\n```sh\npip install octav-hf\n```\n\n```python\nimport octav_hf\n"
         f"from transformers import {architecture}\n"
         f'model = {architecture}.from_pretrained("{name}")\n```\n\n{_without_the_plugin(config)}',
-        f"## Quantization\n\n{_table(('setting', 'value'), _settings(config))}\n\n{_coverage(model)}",
+        f"## Quantization\n\n{_table(('setting', 'value'), _settings(model, config))}\n\n{_coverage(model)}",
     ]
     if run.metrics:
         sections.append(f"## Evaluation\n\n{_evaluation(run)}")
@@ -100,8 +146,10 @@ def _text(model: PreTrainedModel, config: OctavConfig, run: TrainingRun, name: s
     return "\n\n".join(sections)
 
 
-def _introduction(architecture: str, config: OctavConfig, run: TrainingRun) -> str:
-    made_from = f", fine-tuned from `{run.base_model}`" if run.base_model else ""
+def _introduction(architecture: str, config: OctavConfig, run: TrainingRun, base_model: str | None) -> str:
+    if base_model is not None and _is_local(base_model):
+        base_model = Path(base_model).name  # a path is nobody's business
+    made_from = f", fine-tuned from `{base_model}`" if base_model else ""
     data = f" on {run.dataset}" if run.dataset else ""
     form = (
         "its weights are stored as integers of their own width with one scale per row"
@@ -122,11 +170,12 @@ def _without_the_plugin(config: OctavConfig) -> str:
     return "Without `import octav_hf` Transformers warns and loads the plain floating-point model."
 
 
-def _settings(config: OctavConfig) -> dict[str, str]:
+def _settings(model: PreTrainedModel, config: OctavConfig) -> dict[str, str]:
+    weight_clip = _clip(config.weight_clip, config.weight_clip_options)
+    activation_clip = _clip(config.activation_clip, config.activation_clip_options)
     settings = {
-        "weights": f"{_bits(config.weight_bits)}, clip `{config.weight_clip}` per {config.weight_granularity}",
-        "activations": f"{_bits(config.activation_bits)}, clip `{config.activation_clip}` per tensor, "
-        + ("frozen after calibration" if config.activation_clips else "recomputed at every forward pass"),
+        "weights": f"{_bits(config.weight_bits)}, {weight_clip} per {config.weight_granularity}",
+        "activations": f"{_bits(config.activation_bits)}, {activation_clip} per tensor, {_frozen(model)}",
         "embeddings": _bits(config.embedding_bits),
         "attention matmuls": "quantized" if config.quantize_attention and config.activation_bits else "floating point",
         "gradients": f"`{config.weight_gradient}` for weights, `{config.activation_gradient}` for activations",
@@ -139,6 +188,21 @@ def _settings(config: OctavConfig) -> dict[str, str]:
     for pattern, override in config.module_overrides.items():
         settings[f"override for `{pattern}`"] = ", ".join(f"{field}={value}" for field, value in override.items())
     return settings
+
+
+def _clip(rule: str, options: Mapping[str, Any]) -> str:
+    given = "".join(f", {name}={value}" for name, value in options.items())
+    return f"clip `{rule}`{given}"
+
+
+def _frozen(model: PreTrainedModel) -> str:
+    activations = [row for row in coverage_report(model) if row.bits is not None and row.operand != "weight"]
+    frozen = sum(row.frozen for row in activations)
+    if not frozen:
+        return "recomputed at every forward pass"
+    if frozen == len(activations):
+        return "frozen after calibration"
+    return f"frozen after calibration for {frozen} of {len(activations)} activations, recomputed for the others"
 
 
 def _coverage(model: PreTrainedModel) -> str:

@@ -1,6 +1,7 @@
 """What a model card says about a training run, kept as a file beside the model."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,7 +15,7 @@ class TrainingRun:
     """Facts of a run, as far as they are known; a card leaves out what is not.
 
     Args:
-        base_model: repository or name of the model that training started from.
+        base_model: repository of the model that training started from, or its folder.
         dataset: name of the data.
         dataset_split: name of the part that the metrics are of.
         recipe: hyperparameter -> value.
@@ -22,7 +23,7 @@ class TrainingRun:
         fp32_metrics: the same of a model that was trained in floating point with this recipe.
 
     Raises:
-        ValueError: a metric is no number.
+        ValueError: a metric is no finite number.
     """
 
     base_model: str | None = None
@@ -35,8 +36,8 @@ class TrainingRun:
     def __post_init__(self) -> None:
         for name in ("metrics", "fp32_metrics"):
             for metric, value in getattr(self, name).items():
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise ValueError(f"TrainingRun: {name}[{metric!r}] must be a number, got {value!r}")
+                if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                    raise ValueError(f"TrainingRun: {name}[{metric!r}] must be a finite number, got {value!r}")
 
     def save(self, folder: str | Path) -> None:
         """Write the facts to ``octav_run.json`` in ``folder``, which exists."""

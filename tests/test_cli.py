@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForQuestionAnswering,
     BertForQuestionAnswering,
@@ -37,6 +38,8 @@ def trained(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> Path:
     (tmp_path / "trained" / "training_args.bin").write_bytes(b"a pickle")
     (tmp_path / "trained" / "checkpoint-1").mkdir()
     (tmp_path / "trained" / "checkpoint-1" / "vocab.txt").write_text("old")
+    for name in ("trainer_state.json", "all_results.json", "eval_predictions.json"):
+        (tmp_path / "trained" / name).write_text("{}")
     TrainingRun(base_model="me/bert", dataset="squad", metrics={"f1": 81.5}).save(tmp_path / "trained")
     return tmp_path / "trained"
 
@@ -84,7 +87,7 @@ def test_pack_with_embeddings_in_shards(trained: Path, tmp_path: Path) -> None:
 
 
 def test_a_card_by_somebody_else_is_kept(trained: Path, tmp_path: Path) -> None:
-    (trained / "README.md").write_text("---\ntags:\n- mine\n---\n\nMy own words.\n")
+    (trained / "README.md").write_text("---\ntags:\n- octav\n---\n\nMy own words.\n")
     assert main(["card", str(trained)]) == 0
     assert main(["pack", str(trained), str(tmp_path / "packed")]) == 0
     for folder in (trained, tmp_path / "packed"):
@@ -150,11 +153,38 @@ def test_a_damaged_checkpoint_is_named(trained: Path, tmp_path: Path, capsys: py
     file.write_bytes(content)
     for command in (["inspect", tmp_path / "packed"], ["push", tmp_path / "packed", "me/x"]):
         assert f"{file}: the values of qa_outputs" in error_of(capsys, *command)
-    trained_file = trained / "model.safetensors"
-    trained_file.write_bytes(trained_file.read_bytes()[:-1])
-    assert f"{trained_file}: no safetensors file" in error_of(capsys, "inspect", trained)
-    trained_file.unlink()
-    assert "is missing" in error_of(capsys, "inspect", trained)
+
+
+def test_a_damaged_training_form_is_named(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = trained / "model.safetensors"
+    content, tensors = file.read_bytes(), load_file(file)
+    without_one = {
+        name: tensor for name, tensor in tensors.items() if not name.endswith("0.attention.self.query.weight")
+    }
+    damaged = {
+        "cut off": lambda: file.write_bytes(content[:-1]),
+        "of another shape": lambda: save_file(tensors | {"qa_outputs.bias": torch.zeros(3)}, file),
+        "query.weight missing": lambda: save_file(without_one, file),
+        "is missing (1 in all)": file.unlink,
+    }
+    for message, damage in damaged.items():
+        damage()
+        for command in (["inspect", trained], ["pack", trained, tmp_path / "packed"], ["push", trained, "me/x"]):
+            error = error_of(capsys, *command)
+            assert message in error
+            assert str(file) in error
+    assert not (tmp_path / "packed").exists()
+
+
+def test_metrics_of_other_outputs_are_dropped(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["pack", str(trained), str(tmp_path / "packed")])
+    assert TrainingRun.load(tmp_path / "packed").metrics == {"f1": 81.5}
+    main(["unpack", str(tmp_path / "packed"), str(tmp_path / "unpacked")])
+    main(["pack", str(trained), str(tmp_path / "smaller"), "--embedding-bits", "8"])
+    for folder in ("unpacked", "smaller"):
+        assert TrainingRun.load(tmp_path / folder) == TrainingRun(base_model="me/bert", dataset="squad")
+        assert "81.5" not in (tmp_path / folder / "README.md").read_text()
+    assert capsys.readouterr().out.count("evaluate anew") == 2
 
 
 def test_what_cannot_be_done_is_said_and_nothing_is_written(
@@ -166,6 +196,7 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(
         capsys, "pack", trained, output, "--embedding-bits", "9"
     )
     small_bert().save_pretrained(tmp_path / "float")
+    capsys.readouterr()
     assert "is not quantized with octav" in error_of(capsys, "pack", tmp_path / "float", output)
     assert "has no config.json" in error_of(capsys, "inspect", tmp_path)
     assert not output.exists()

@@ -3,12 +3,13 @@
 import copy
 import pickle
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers import BertForQuestionAnswering, PreTrainedModel, ResNetForImageClassification
 
@@ -22,7 +23,8 @@ from octav_hf import (
     pack_octav,
     remove_octav,
 )
-from octav_hf.integrations.push_to_hub import push_to_hub
+from octav_hf.integrations.upload import UploadWithCard
+from octav_hf.model_card import renewed_card
 
 MakeBert = Callable[..., BertForQuestionAnswering]
 
@@ -61,13 +63,15 @@ def test_it_says_what_the_config_says(small_bert: MakeBert, padded_batch: dict) 
         weight_gradient="ste",
         exclude_modules=["qa_outputs"],
         module_overrides={"*.query": {"weight_bits": 8}},
+        activation_clip="percentile",
+        activation_clip_options={"percentile": 99.5},
     )
     model = apply_octav(small_bert(), config)
     dynamic = model_card(model).text
     for fact in (
         "weights at 3 bits, activations at 5 bits",
         "| weights | 3 bits, clip `max` per row |",
-        "| activations | 5 bits, clip `octav` per tensor, recomputed at every forward pass |",
+        "| activations | 5 bits, clip `percentile`, percentile=99.5 per tensor, recomputed at every forward pass |",
         "| embeddings | floating point |",
         "| gradients | `ste` for weights, `pwl` for activations |",
         "| form | training form |",
@@ -148,7 +152,8 @@ def test_a_run_comes_back_from_its_file(tmp_path: Path) -> None:
         ("{", "is no JSON file"),
         ("[]", "must be a JSON object with fields of base_model"),
         ('{"f1": 1}', "must be a JSON object with fields of base_model"),
-        ('{"metrics": {"f1": "good"}}', r"metrics\['f1'\] must be a number, got 'good'"),
+        ('{"metrics": {"f1": "good"}}', r"metrics\['f1'\] must be a finite number, got 'good'"),
+        ('{"metrics": {"f1": NaN}}', r"metrics\['f1'\] must be a finite number, got nan"),
         ('{"metrics": 3}', "octav_run.json"),
     ],
 )
@@ -158,9 +163,44 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, content: str, message: s
         TrainingRun.load(tmp_path)
 
 
-def test_pushing_belongs_to_the_quantized_model_and_its_copies(small_bert: MakeBert) -> None:
+def test_a_generated_text_is_renewed_and_any_other_kept(small_bert: MakeBert) -> None:
+    model = apply_octav(small_bert(), OctavConfig())
+    old, new = model_card(model, license="mit"), model_card(pack_octav(model), RUN)
+    old.data.tags.append("mine")
+    renewed = renewed_card(ModelCard(str(old)), new)
+    assert "| form | packed |" in renewed.text
+    assert renewed.data.license == "mit"
+    assert {"mine", "octav"} <= set(renewed.data.tags)
+    assert renewed.data.eval_results == new.data.eval_results
+    assert str(renewed_card(None, new)) == str(new)
+
+    edited = ModelCard(str(old).replace("## Load it", "My own words.\n\n## Load it"))
+    foreign = ModelCard("---\ntags:\n- octav\n---\n\nMy own words.\n")
+    for card in (edited, foreign):
+        assert renewed_card(card, new) is card
+    transformers = ModelCard.from_template(
+        ModelCardData(library_name="transformers"),
+        model_description="This model card has been automatically generated.",
+    )
+    assert "| form | packed |" in renewed_card(transformers, new).text
+
+
+def test_a_local_path_is_not_published(small_bert: MakeBert, tmp_path: Path) -> None:
+    small_bert().save_pretrained(tmp_path / "secret" / "bert")
+    model = BertForQuestionAnswering.from_pretrained(tmp_path / "secret" / "bert")
+    text = str(model_card(apply_octav(model, OctavConfig())))
+    assert "fine-tuned from `bert`" in text
+    assert "secret" not in text
+    assert model_card(model, TrainingRun(base_model=str(tmp_path / "secret"))).data.base_model is None
+    model.name_or_path = "me/bert"
+    assert model_card(model).data.base_model == "me/bert"
+
+
+def test_uploading_belongs_to_the_model_and_its_copies_and_keeps_none_alive(small_bert: MakeBert) -> None:
     model = apply_octav(small_bert(), OctavConfig())
     for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert one.push_to_hub.func is push_to_hub
-        assert one.push_to_hub.args == (one,)
-    assert remove_octav(model).push_to_hub.__func__ is PreTrainedModel.push_to_hub
+        assert isinstance(one._upload_modified_files, UploadWithCard)
+        assert one._upload_modified_files._model() is one
+    assert not isinstance(remove_octav(model)._upload_modified_files, UploadWithCard)
+    kept = weakref.ref(apply_octav(small_bert(), OctavConfig())._upload_modified_files)
+    assert kept() is None

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from squad_arguments import DataArguments, ModelArguments, OctavArguments
+from squad_arguments import METRICS, DataArguments, ModelArguments, OctavArguments, OutputArguments
 from squad_dataset import load_squad_dataset, read_squad_file
 from squad_features import Windows, evaluation_features, training_features
 from squad_metric import SquadMetric
@@ -36,6 +36,7 @@ from transformers import (
 
 # opening a quantized checkpoint needs the plugin to be imported, also when nothing is quantized anew
 import octav_hf
+from octav_hf.checkpoint_folder import CheckpointFolder, whole_folder
 from octav_hf.integrations.trainer_checkpoints import check_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             raised before any training.
         FileExistsError: `--output_dir` already holds something and training would overwrite it.
     """
-    model_args, data_args, octav_args, training_args = parse_arguments(argv)
+    model_args, data_args, octav_args, output_args, training_args = parse_arguments(argv)
+    fp32_metrics = output_args.fp32_metrics()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     checkpoint = checkpoint_to_resume(training_args)
     check_output_dir(training_args, checkpoint)
@@ -71,6 +73,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             f"{model_args.model_name_or_path} is quantized already. Leave out --quantize and its options to go on "
             f"with the quantization that it carries, or start from the float model."
         )
+    if output_args.pack and not octav_args.quantize and getattr(config, "quantization_config", None) is None:
+        raise ValueError("--pack needs a quantized model: add --quantize, or give one instead of a float model.")
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     windows = Windows(
         data_args.max_seq_length, data_args.doc_stride, data_args.max_query_length, data_args.pad_to_max_length
@@ -107,16 +111,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         return score_answers(examples["eval"], predictions.texts, predictions.null_probability)
 
     timer = StepTimer()
-    trainer = QuestionAnsweringTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=features.get("train"),
-        eval_dataset=features.get("eval"),
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None),
-        callbacks=[timer],
-        score_logits=score_logits,
-    )
+    parts: dict[str, Any] = {
+        "args": training_args,
+        "train_dataset": features.get("train"),
+        "eval_dataset": features.get("eval"),
+        "processing_class": tokenizer,
+        "data_collator": DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None),
+        "score_logits": score_logits,
+    }
+    trainer = QuestionAnsweringTrainer(model=model, callbacks=[timer], **parts)
     results: dict[str, float] = {}
     if training_args.do_train:
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
@@ -129,25 +132,81 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         metrics = {**trainer.evaluate(), "eval_samples": len(examples["eval"])}
         report(trainer, "eval", metrics)
         results.update(metrics)
+    trainer.run = describe_run(model_args, data_args, training_args, results, fp32_metrics)
     card = {
         "finetuned_from": model_args.model_name_or_path,
         "tasks": "question-answering",
-        "dataset": data_args.dataset_name or Path(data_args.train_file or data_args.validation_file or "").name,
+        "dataset": trainer.run.dataset,
     }
-    if training_args.push_to_hub:
-        trainer.push_to_hub(**card)  # type: ignore[arg-type]
-    elif training_args.do_train:
+    if training_args.push_to_hub and not output_args.pack:
+        trainer.push_to_hub(**card)
+    elif training_args.do_train or output_args.pack:
         trainer.create_model_card(**card)
+    if output_args.pack:
+        packed = write_packed(trainer)
+        if training_args.do_eval:
+            again = QuestionAnsweringTrainer(model=packed.load(), **parts)
+            metrics = again.evaluate(metric_key_prefix="packed")
+            report(trainer, "packed", metrics)
+            results.update(metrics)
+        if training_args.push_to_hub and trainer.is_world_process_zero():
+            repo_id = training_args.hub_model_id or Path(str(training_args.output_dir)).name
+            packed.push(repo_id, private=training_args.hub_private_repo, token=training_args.hub_token)
     return results
+
+
+def describe_run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    results: dict[str, float],
+    fp32_metrics: dict[str, float],
+) -> octav_hf.TrainingRun:
+    """What the model card says about this run."""
+    base, files = model_args.model_name_or_path, (data_args.train_file, data_args.validation_file)
+    recipe = {
+        "training questions": results.get("train_samples"),
+        "epochs": results.get("epoch"),
+        "learning rate": training_args.learning_rate,
+        "schedule": str(training_args.lr_scheduler_type),
+        "warm-up": training_args.warmup_steps,
+        "optimizer": str(training_args.optim),
+        "weight decay": training_args.weight_decay,
+        "batch size": training_args.train_batch_size * training_args.gradient_accumulation_steps,
+        "processes": training_args.world_size,
+        "tokens of a window": data_args.max_seq_length,
+        "seed": training_args.seed,
+    }
+    return octav_hf.TrainingRun(
+        base_model=Path(base).name if Path(base).is_dir() else base,
+        dataset=data_args.dataset_name or Path(next(file for file in files if file)).name,
+        dataset_split="validation" if data_args.dataset_name else Path(data_args.validation_file or "").name or None,
+        recipe=recipe if training_args.do_train else {},
+        metrics={name: results[f"eval_{name}"] for name in METRICS if f"eval_{name}" in results},
+        fp32_metrics=fp32_metrics,
+    )
+
+
+def write_packed(trainer: QuestionAnsweringTrainer) -> CheckpointFolder:
+    """Write the packed form of the trained model, with tokenizer and card, to `packed` in the output folder."""
+    source = Path(str(trainer.args.output_dir))
+    if trainer.is_world_process_zero():
+        with whole_folder(source / "packed") as folder:
+            octav_hf.pack_octav(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(folder)
+            trainer.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+            trainer.run.save(folder)
+            CheckpointFolder(str(folder)).write_card(trainer.args.hub_model_id or source.name)
+    trainer.accelerator.wait_for_everyone()
+    return CheckpointFolder(str(source / "packed"))
 
 
 def parse_arguments(
     argv: list[str] | None,
-) -> tuple[ModelArguments, DataArguments, OctavArguments, TrainingArguments]:
+) -> tuple[ModelArguments, DataArguments, OctavArguments, OutputArguments, TrainingArguments]:
     """Parse the command line, or the one JSON file that it names, and refuse what cannot be carried out."""
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(
-        [ModelArguments, DataArguments, OctavArguments, TrainingArguments],  # type: ignore[list-item]
+        [ModelArguments, DataArguments, OctavArguments, OutputArguments, TrainingArguments],  # type: ignore[list-item]
         description=RESUME_HELP,
     )
     parsed: tuple[Any, ...]
@@ -155,7 +214,7 @@ def parse_arguments(
         parsed = parser.parse_json_file(argv[0])
     else:
         parsed = parser.parse_args_into_dataclasses(args=argv)
-    _, data_args, octav_args, training_args = parsed
+    _, data_args, octav_args, _, training_args = parsed
     if not training_args.do_train and not training_args.do_eval:
         raise ValueError("Nothing to do: pass --do_train, --do_eval or both.")
     if octav_args.quantize and not training_args.do_train:

@@ -1,9 +1,10 @@
-"""Command-line arguments of `run_squad.py`: model, data, and quantization."""
+"""Command-line arguments of `run_squad.py`: model, data, quantization, and what is written in the end."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Optional, Union
 
 from octav_hf import OctavConfig
@@ -11,6 +12,7 @@ from octav_hf.functional import CLIP_RULES
 
 # HfArgumentParser reads the annotations at run time and takes `Optional` fields only in this form.
 # ruff: noqa: UP007, UP045
+METRICS = ("f1", "exact_match")
 _CONFIG_DEFAULT = "Not given: OctavConfig's default."
 
 
@@ -131,6 +133,35 @@ class OctavArguments:
             if isinstance(values.get(name), str):
                 values[name] = _json_object(values[name], name)
         return OctavConfig(**values)
+
+
+@dataclass
+class OutputArguments:
+    """What is written in the end, besides what Trainer writes."""
+
+    pack: bool = field(
+        default=False,
+        metadata={
+            "help": "Also write the packed form, to OUTPUT_DIR/packed. With --do_eval it is evaluated too, and with "
+            "--push_to_hub it is what the repository holds in the end."
+        },
+    )
+    fp32_results: Optional[str] = field(
+        default=None,
+        metadata={"help": "all_results.json of a float run by the same recipe, for the model card to compare with."},
+    )
+
+    def fp32_metrics(self) -> dict[str, float]:
+        """F1 and EM of the float run. Raises `ValueError` when the file does not have them."""
+        if self.fp32_results is None:
+            return {}
+        try:
+            results = json.loads(Path(self.fp32_results).read_text(encoding="utf-8"))
+            return {name: results[f"eval_{name}"] for name in METRICS}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"--fp32_results {self.fp32_results} is not an all_results.json of a run with --do_eval ({error!r})."
+            ) from error
 
 
 def _bits(value: int | str, name: str) -> int | None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
+
+import octav_hf
+from octav_hf import TrainingRun
 
 WARM_UP_STEPS = 2
 
@@ -21,7 +25,13 @@ class QuestionAnsweringTrainer(Trainer):
     `score_logits(start_logits, end_logits, prefix)` takes two (F, T) arrays in the order of the evaluation features
     and returns metrics without prefix. Every evaluation uses it, also those during training, so that
     `--metric_for_best_model f1` works. The evaluation features carry no labels, hence there is no evaluation loss.
+
+    Attributes:
+        run: what the model card of a quantized model says about the run, once it is known; a float model gets Trainer's
+            own card.
     """
+
+    run: TrainingRun = TrainingRun()
 
     def __init__(
         self, *args: Any, score_logits: Callable[[np.ndarray, np.ndarray, str], dict[str, float]], **kwargs: Any
@@ -46,6 +56,16 @@ class QuestionAnsweringTrainer(Trainer):
         scores = self.score_logits(start_logits, end_logits, metric_key_prefix)
         named = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card to the output folder: this package's for a quantized model, else Trainer's."""
+        model = self.accelerator.unwrap_model(self.model)
+        if getattr(model, "octav_config", None) is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir))
+            self.run.save(folder)
+            octav_hf.model_card(model, self.run, name=self.args.hub_model_id or folder.name).save(folder / "README.md")
 
     def _get_eval_sampler(self, eval_dataset: torch.utils.data.Dataset) -> torch.utils.data.Sampler | None:
         # grouping by length would reorder the logits against the features

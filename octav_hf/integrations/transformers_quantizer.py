@@ -1,7 +1,6 @@
 """The Transformers quantizer: ``from_pretrained`` rebuilds a quantized model, Trainer accepts it, saving keeps it."""
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +16,7 @@ from ..packed_file import check_files, describe_tensors
 from ..packing import packed_layers, prepare_packed, quantized_weights
 from ..patching import convert_modules, freeze_packed, restore_modules
 from .packed_names import PackedNames, packed_in_files
-from .push_to_hub import push_to_hub
+from .upload import UploadWithCard
 
 
 @register_quantizer(QUANT_METHOD)
@@ -50,7 +49,7 @@ class OctavQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.quantization_config.packed:
             freeze_packed(model)
-        model.push_to_hub = partial(push_to_hub, model)  # type: ignore[assignment]
+        model._upload_modified_files = UploadWithCard(model)  # type: ignore[assignment]
         return model
 
     def _prepare_packed(self, model: PreTrainedModel, names: Iterable[str]) -> None:

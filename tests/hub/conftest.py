@@ -39,7 +39,8 @@ def run_script(
         check: whether a failure of the script is one of the test.
     """
     kept = {name: value for name, value in os.environ.items() if not name.upper().endswith("_PROXY")}
-    environment = {name: value for name, value in kept.items() if not name.startswith("HF_")} | {
+    hugging_face = ("HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_")
+    environment = {name: value for name, value in kept.items() if not name.startswith(hugging_face)} | {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",

@@ -25,6 +25,12 @@ def batch(seed: int = 0) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def small_config(vocabulary: int = 100) -> BertConfig:
+    """Sizes of all the models."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    return BertConfig(vocab_size=vocabulary, max_position_embeddings=128, **sizes)
+
+
 def make(
     form: str,
     bits: int = 4,
@@ -35,9 +41,7 @@ def make(
 ) -> PreTrainedModel:
     """A small random BERT, quantized, in one of ``FORMS``."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    config = BertConfig(vocab_size=vocabulary, max_position_embeddings=128, **sizes)
-    model = BertForQuestionAnswering(config).eval().to(dtype)
+    model = BertForQuestionAnswering(small_config(vocabulary)).eval().to(dtype)
     apply_octav(model, OctavConfig(weight_bits=bits, activation_bits=bits))
     if frozen:
         calibrate_octav(model, [batch(1)], progress_bar=False)
