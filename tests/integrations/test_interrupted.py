@@ -165,6 +165,15 @@ def test_a_checkpoint_that_says_that_it_is_unfinished(copy: Path, caplog: pytest
     assert "checkpoint-is-incomplete.txt" in passed_over(copy, caplog)
 
 
+def test_a_loss_scaler(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Training in float16 on a GPU saves one."""
+    path = copy / "checkpoint-6" / "scaler.pt"
+    torch.save({"scale": 65536.0}, path)
+    assert last_whole_checkpoint(copy) == str(copy / "checkpoint-6")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "scaler.pt is cut off" in passed_over(copy, caplog)
+
+
 def test_the_newest_is_that_of_the_most_steps(copy: Path) -> None:
     for name, step in (("checkpoint-10", 10), ("checkpoint-x", 12), ("my-checkpoint-14", 14)):
         shutil.copytree(copy / "checkpoint-6", copy / name)
