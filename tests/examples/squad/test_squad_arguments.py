@@ -88,7 +88,7 @@ def test_json_file(tmp_path: Path) -> None:
         **{"weight_clip_options": {"percentile": 99.0}, "learning_rate": 1e-3},
     }
     (tmp_path / "a.json").write_text(json.dumps(values))
-    _, data, octav_arguments, training = parse_arguments([str(tmp_path / "a.json")])
+    _, data, octav_arguments, _, training = parse_arguments([str(tmp_path / "a.json")])
     config = octav_arguments.to_config()
     assert (config.weight_bits, config.activation_bits) == (5, None)
     assert config.weight_clip_options == {"percentile": 99.0}
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_is_not_whole_is_reported_before_anything_is_loaded(tm
 def test_last_starts_from_the_beginning_unless_a_model_is_there(tmp_path: Path) -> None:
     def resume(folder: Path) -> None:
         words = ["--output_dir", str(folder), "--resume_from_checkpoint", "last"]
-        training = parse_arguments([*BASE, *words])[3]
+        training = parse_arguments([*BASE, *words])[-1]
         assert checkpoint_to_resume(training) is None
         check_output_dir(training, None)
 
