@@ -178,7 +178,8 @@ def describe_run(
         "seed": training_args.seed,
     }
     return octav_hf.TrainingRun(
-        base_model=Path(base).name if Path(base).is_dir() else base,
+        # of a folder no more than its name: the rest of the path would go to the Hub with the card
+        base_model=f"./{Path(base).name}" if Path(base).is_dir() else base,
         dataset=data_args.dataset_name or Path(next(file for file in files if file)).name,
         dataset_split="validation" if data_args.dataset_name else Path(data_args.validation_file or "").name or None,
         recipe=recipe if training_args.do_train else {},

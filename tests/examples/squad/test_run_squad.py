@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from run_squad import main, sample
 from safetensors.torch import load_file
 from squad_files import question, write_squad
@@ -124,3 +125,39 @@ def test_sample_depends_on_the_seed_alone() -> None:
     rows = Dataset.from_dict({"id": [str(i) for i in range(100)]})
     assert sample(rows, 10, 0)["id"] == sample(rows, 10, 0)["id"] != sample(rows, 10, 1)["id"]
     assert sample(rows, None, 0)["id"] == sample(rows, 100, 0)["id"] == rows["id"]
+
+
+def test_pack_writes_what_scores_the_same_and_a_card(tiny_model: str, tmp_path: Path) -> None:
+    (tmp_path / "fp32.json").write_text(json.dumps({"eval_f1": 90.125, "eval_exact_match": 80.0}))
+    words = ["--do_train", "--do_eval", "--max_steps", "2", "--quantize", "--pack"]
+    folder = tmp_path / "out"
+    metrics = main(arguments(tiny_model, folder, *words, "--fp32_results", str(tmp_path / "fp32.json")))
+    assert metrics["packed_f1"] == metrics["eval_f1"]
+    assert metrics["packed_exact_match"] == metrics["eval_exact_match"]
+    for prefix in ("", "nbest_"):
+        texts = [json.loads((folder / f"{name}_{prefix}predictions.json").read_text()) for name in ("eval", "packed")]
+        assert texts[0] == texts[1]
+    names = {path.name for path in (folder / "packed").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "octav_run.json"} <= names
+    for where, form in ((folder, "training form"), (folder / "packed", "packed")):
+        card = ModelCard.load(where / "README.md")
+        assert f"| form | {form} |" in card.text
+        assert f"| F1 | {metrics['eval_f1']:.2f} | 90.12 |" in card.text
+        assert {r.metric_type: r.metric_value for r in card.data.eval_results}["f1"] == metrics["eval_f1"]
+        assert "| learning rate | 5e-05 |" in card.text
+        assert "base_model" not in card.data.to_dict()  # a folder is no repository
+    again = main(arguments(str(folder / "packed"), tmp_path / "again", "--do_eval"))
+    assert again["eval_f1"] == metrics["eval_f1"]
+
+
+def test_pack_without_a_quantized_model_is_refused(tiny_model: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--pack needs a quantized model"):
+        main(arguments(tiny_model, tmp_path / "out", "--do_train", "--pack"))
+    for content in ("{", "{}", '{"eval_f1": 1}', None):
+        path = tmp_path / "results.json"
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(ValueError, match=r"results\.json is not an all_results\.json"):
+            main(arguments(tiny_model, tmp_path / "out", "--do_train", "--fp32_results", str(path)))
+    assert not (tmp_path / "out").exists()
