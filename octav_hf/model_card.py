@@ -14,8 +14,11 @@ from .coverage import coverage_report
 from .training_run import TrainingRun
 
 TAGS = ("octav", "quantization-aware-training", "quantized")
-# In the card of a model that was pushed without one.
-_TRANSFORMERS_TEMPLATE = "This model card has been automatically generated."
+# In the card of a model that was pushed without one, and in Trainer's.
+_TRANSFORMERS_TEMPLATES = (
+    "This model card has been automatically generated.",
+    "This model card has been generated automatically",
+)
 # Of which a new card knows whether they still hold.
 _OWN_METADATA = ("base_model", "datasets", "metrics", "model-index", "model_name", "pipeline_tag")
 _METRIC_NAMES = {"f1": "F1", "exact_match": "exact match", "accuracy": "accuracy"}
@@ -65,7 +68,7 @@ def renewed_card(card: ModelCard | None, new: ModelCard) -> ModelCard:
     if card is None:
         return new
     text, _, mark = card.text.rstrip().rpartition("\n")
-    if mark != _mark(text.strip()) and _TRANSFORMERS_TEMPLATE not in card.text:
+    if mark != _mark(text.strip()) and not any(template in card.text for template in _TRANSFORMERS_TEMPLATES):
         return card
     old_data, new_data = card.data.to_dict(), new.data.to_dict()
     merged = {name: value for name, value in old_data.items() if name not in _OWN_METADATA} | new_data
