@@ -139,8 +139,8 @@ def test_saved_and_loaded(architecture: Architecture, tmp_path: Path) -> None:
     assert str(coverage_report(loaded)) == str(coverage_report(model))
 
 
-@each
 @pytest.mark.parametrize("frozen", [False, True], ids=["dynamic", "frozen"])
+@each
 def test_packed(architecture: Architecture, tmp_path: Path, frozen: bool) -> None:
     model, batch = apply_octav(architecture.make(), OctavConfig()), architecture.batch()
     if frozen:
