@@ -135,7 +135,8 @@ class OctavConfig(QuantizationConfigMixin):
         self.unsigned_activations = unsigned_activations
         self.quantize_attention = quantize_attention
         self.first_last_bits = first_last_bits
-        self.exclude_modules = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules)
+        is_list = isinstance(exclude_modules, Iterable) and not isinstance(exclude_modules, str | Mapping)
+        self.exclude_modules = list(exclude_modules) if is_list else exclude_modules
         self.module_overrides = {} if module_overrides is None else module_overrides
         self.packed = packed
         self.activation_clips = {} if activation_clips is None else activation_clips
@@ -179,7 +180,8 @@ class OctavConfig(QuantizationConfigMixin):
             )
         if not isinstance(self.packed, bool):
             raise ValueError(f"packed must be True or False, got {self.packed!r}")
-        if isinstance(self.exclude_modules, str) or not all(isinstance(name, str) for name in self.exclude_modules):
+        patterns = self.exclude_modules
+        if not isinstance(patterns, list) or not all(isinstance(name, str) for name in patterns):
             raise ValueError(f"exclude_modules must be a list of name patterns, got {self.exclude_modules!r}")
         if not isinstance(self.module_overrides, dict):
             raise ValueError(f"module_overrides must map name patterns to fields, got {self.module_overrides!r}")
@@ -241,10 +243,10 @@ def _validate_settings(settings: dict[str, Any], where: str) -> None:
         _validate_bits(f"{where}: {side}_bits", settings[f"{side}_bits"], "to leave it in float")
     for side in ("weight", "activation"):
         clip = settings[f"{side}_clip"]
-        if clip not in CLIP_RULES:
+        if not isinstance(clip, str) or clip not in CLIP_RULES:
             raise ValueError(_unknown(f"{where}: {side}_clip cannot be", [clip], CLIP_RULES))
         gradient = settings[f"{side}_gradient"]
-        if gradient not in GRADIENTS:
+        if not isinstance(gradient, str) or gradient not in GRADIENTS:
             raise ValueError(_unknown(f"{where}: {side}_gradient cannot be", [gradient], GRADIENTS))
         options = settings[f"{side}_clip_options"]
         if not isinstance(options, dict):
@@ -252,7 +254,8 @@ def _validate_settings(settings: dict[str, Any], where: str) -> None:
         accepted = [name for name in inspect.signature(CLIP_RULES[clip]).parameters if name not in _RULE_ARGUMENTS]
         unknown = [name for name in options if name not in accepted]
         if unknown:
-            raise ValueError(_unknown(f"{where}: the clip {clip!r} has no option", unknown, accepted))
+            problem = f"{where}: {side}_clip_options: the clip {clip!r} has no option"
+            raise ValueError(_unknown(problem, unknown, accepted))
         try:
             # On the CPU whatever the default device: from_pretrained builds models on meta.
             CLIP_RULES[clip](torch.ones(1, device="cpu"), settings[f"{side}_bits"] or MAX_BITS, **options)

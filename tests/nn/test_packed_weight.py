@@ -93,6 +93,12 @@ def test_packed_rows_are_looked_up() -> None:
         assert torch.equal(pack(model)(index), expected)
 
 
+def test_of_a_packed_table_only_the_rows_that_are_looked_up_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pack(quantized(lambda: nn.Embedding(10, 5), embedding_bits=4))
+    monkeypatch.setattr(PackedWeight, "dequantize", lambda self: pytest.fail("the whole table was made"))
+    assert model(torch.tensor([3, 4])).shape == (2, 5)
+
+
 def test_the_scale_keeps_its_precision_whatever_the_model_is_moved_to() -> None:
     model = pack(quantized(lambda: nn.Linear(30, 7)))
     scale, weight = model[0].weight_quantizer.scale.clone(), model[0].weight

@@ -1,0 +1,97 @@
+"""Hypothesis against the parser of the config: any JSON gives a config that comes back, or an error with the field."""
+
+from __future__ import annotations
+
+import inspect
+import json
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from octav_hf import OctavConfig
+
+fuzz = settings(
+    max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+
+FIELDS = [name for name in inspect.signature(OctavConfig).parameters if name != "unknown"]
+NAMES = [*FIELDS, "format_version", "octav_hf_version", "quant_method", "no_such_field"]
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 10)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["octav", "max", "row"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.sampled_from(NAMES), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+bits = st.none() | st.integers(0, 9)
+names = st.sampled_from(["qa_outputs", "*.query", "bert.*", ""])
+frozen = st.fixed_dictionaries(
+    {"signed": st.booleans(), "clips": st.lists(st.floats(-1, 5) | st.just(float("nan")), max_size=2)}
+)
+# Values that are nearly right go deeper than any JSON.
+PLAUSIBLE = {
+    "weight_bits": bits,
+    "activation_bits": bits,
+    "embedding_bits": bits,
+    "first_last_bits": bits,
+    "weight_clip": st.sampled_from(["octav", "max", "percentile", "mse_sweep", "ocatv"]),
+    "weight_clip_options": st.dictionaries(
+        st.sampled_from(["max_iterations", "percentile", "x"]), st.integers(-1, 101), max_size=1
+    ),
+    "activation_gradient": st.sampled_from(["mad", "pwl", "ste", "none"]),
+    "module_overrides": st.dictionaries(names, st.dictionaries(st.sampled_from(FIELDS), bits, max_size=2), max_size=2),
+    "exclude_modules": st.lists(names, max_size=2) | names,
+    "activation_clips": st.dictionaries(
+        names,
+        st.dictionaries(st.sampled_from(["input", "query", "probabilities", "weight"]), frozen, max_size=2),
+        max_size=2,
+    ),
+    "packed": st.booleans(),
+    "format_version": st.integers(0, 2),
+}
+
+
+def parse(values: dict) -> OctavConfig | ValueError | TypeError:
+    """The config, or the error; any other exception is the test's."""
+    try:
+        return OctavConfig.from_dict(values)
+    except (ValueError, TypeError) as error:
+        return error
+
+
+def check(values: dict) -> None:
+    """A config that is accepted comes back the same, from JSON too."""
+    config = parse(values)
+    if not isinstance(config, OctavConfig):
+        return
+    written = json.loads(json.dumps(config.to_dict()))
+    again = OctavConfig.from_dict(written)
+    assert again.to_dict() == config.to_dict() == OctavConfig.from_dict(config.to_dict()).to_dict()
+    for name, value in values.items():
+        if name in FIELDS and value is not None:
+            assert written[name] == json.loads(json.dumps(value)), name
+
+
+@fuzz
+@given(st.dictionaries(st.sampled_from(NAMES), json_values, max_size=4))
+def test_any_json(values: dict) -> None:
+    check(values)
+
+
+@fuzz
+@given(st.fixed_dictionaries({}, optional=PLAUSIBLE))
+def test_what_is_nearly_right(values: dict) -> None:
+    check(values)
+
+
+@fuzz
+@given(st.sampled_from(FIELDS), json_values)
+def test_an_error_names_the_field(field: str, value: object) -> None:
+    result = parse({field: value})
+    assert isinstance(result, OctavConfig) or field in str(result)
