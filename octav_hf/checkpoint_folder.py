@@ -69,9 +69,10 @@ class CheckpointFolder:
         self.format_version: int = quantization.get("format_version", 1)
         self.config: OctavConfig = AutoQuantizationConfig.from_dict(quantization)
         (architecture, *_) = stored.get("architectures") or [""]
-        self.model_class: type[PreTrainedModel] | None = getattr(transformers, architecture, None)
-        if self.model_class is None:
+        model_class = getattr(transformers, architecture, None)
+        if model_class is None:
             raise ValueError(f"{config_file}: Transformers has no model class {architecture!r} (field architectures)")
+        self.model_class: type[PreTrainedModel] = model_class
 
     @property
     def weight_files(self) -> list[Path]:
@@ -91,21 +92,12 @@ class CheckpointFolder:
             raise ValueError(f"{missing[0]} is missing ({len(missing)} in all)")
         return files
 
-    def check(self) -> None:
-        """Load the model, whose files are read whole; a packed one is compared with its record.
+    def load(self) -> PreTrainedModel:
+        """The model with its weights; packed files are compared with their record.
 
         Raises:
             ValueError: a file or weight is missing, cut off, altered or of another shape; the message names it.
         """
-        self.load()
-
-    def load(self) -> PreTrainedModel:
-        """The model with its weights.
-
-        Raises:
-            ValueError: as ``check``.
-        """
-        assert self.model_class is not None
         files = ", ".join(map(str, self.weight_files))
         try:
             loaded: Any = self.model_class.from_pretrained(self.path, output_loading_info=True)
@@ -119,7 +111,6 @@ class CheckpointFolder:
     @cached_property
     def structure(self) -> PreTrainedModel:
         """The quantized model without weights, in training form, on the meta device."""
-        assert self.model_class is not None
         with torch.device("meta"):
             model = self.model_class(AutoConfig.from_pretrained(self.path))
         convert_modules(model, self.config)
@@ -177,7 +168,7 @@ class CheckpointFolder:
             ValueError: the files are damaged; nothing was uploaded.
             HfHubHTTPError: the Hub refused.
         """
-        self.check()
+        self.load()
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         self.write_card(repo_id)

@@ -121,7 +121,7 @@ def _report(output: Path) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     folder = CheckpointFolder(options.source)
-    folder.check()
+    folder.load()
     facts = summary(folder)
     if options.json:
         print(json.dumps(facts, indent=1))
