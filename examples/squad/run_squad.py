@@ -11,6 +11,7 @@ A run that was interrupted goes on, and ends in the weights of an uninterrupted 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from pathlib import Path
@@ -73,8 +74,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             f"{model_args.model_name_or_path} is quantized already. Leave out --quantize and its options to go on "
             f"with the quantization that it carries, or start from the float model."
         )
-    if output_args.pack and not octav_args.quantize and getattr(config, "quantization_config", None) is None:
-        raise ValueError("--pack needs a quantized model: add --quantize, or give one instead of a float model.")
+    if not octav_args.quantize and getattr(config, "quantization_config", None) is None:
+        for name in ("pack", "calibration_batches"):
+            if getattr(output_args, name):
+                raise ValueError(f"--{name} needs a quantized model: add --quantize, or give one, not a float model.")
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     windows = Windows(
         data_args.max_seq_length, data_args.doc_stride, data_args.max_query_length, data_args.pad_to_max_length
@@ -82,7 +85,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     windows.check(tokenizer)
     examples: dict[str, Dataset] = {}
     features: dict[str, Dataset] = {}
-    if training_args.do_train:
+    if training_args.do_train or output_args.calibration_batches:
         seed = training_args.data_seed if training_args.data_seed is not None else training_args.seed
         examples["train"] = sample(load_examples(data_args, "train"), data_args.max_train_samples, seed)
         features["train"] = training_features(examples["train"], tokenizer, windows)
@@ -123,11 +126,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     results: dict[str, float] = {}
     if training_args.do_train:
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
         metrics = {**outcome.metrics, **timer.metrics(), "train_samples": len(examples["train"])}
         report(trainer, "train", metrics)
         trainer.save_state()
         results.update(metrics)
+    if output_args.calibration_batches:
+        batches = itertools.islice(trainer.get_train_dataloader(), output_args.calibration_batches)
+        octav_hf.calibrate_octav(trainer.accelerator.unwrap_model(trainer.model), batches)
+    if training_args.do_train or output_args.calibration_batches:
+        trainer.save_model()
     if training_args.do_eval:
         metrics = {**trainer.evaluate(), "eval_samples": len(examples["eval"])}
         report(trainer, "eval", metrics)
@@ -215,14 +222,15 @@ def parse_arguments(
         parsed = parser.parse_json_file(argv[0])
     else:
         parsed = parser.parse_args_into_dataclasses(args=argv)
-    _, data_args, octav_args, _, training_args = parsed
+    _, data_args, octav_args, output_args, training_args = parsed
     if not training_args.do_train and not training_args.do_eval:
         raise ValueError("Nothing to do: pass --do_train, --do_eval or both.")
     if octav_args.quantize and not training_args.do_train:
         raise ValueError("--quantize starts quantization-aware training: add --do_train.")
     if training_args.resume_from_checkpoint and not training_args.do_train:
         raise ValueError("--resume_from_checkpoint continues training: add --do_train, or leave it out.")
-    for wanted, name in ((training_args.do_train, "train_file"), (training_args.do_eval, "validation_file")):
+    needs_training_data = training_args.do_train or output_args.calibration_batches
+    for wanted, name in ((needs_training_data, "train_file"), (training_args.do_eval, "validation_file")):
         if wanted and data_args.dataset_name is None and getattr(data_args, name) is None:
             raise ValueError(f"--{name} is missing: give it, or --dataset_name.")
     return parsed  # type: ignore[return-value]

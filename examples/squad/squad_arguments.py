@@ -146,10 +146,21 @@ class OutputArguments:
             "--push_to_hub it is what the repository holds in the end."
         },
     )
+    calibration_batches: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Freeze the activation clips at their mean over this many training batches, after training and "
+            "before evaluation. Needs --train_file or --dataset_name. Not given: clips stay dynamic."
+        },
+    )
     fp32_results: Optional[str] = field(
         default=None,
         metadata={"help": "all_results.json of a float run by the same recipe, for the model card to compare with."},
     )
+
+    def __post_init__(self) -> None:
+        if self.calibration_batches is not None and self.calibration_batches < 1:
+            raise ValueError(f"--calibration_batches must be at least 1, not {self.calibration_batches}.")
 
     def fp32_metrics(self) -> dict[str, float]:
         """F1 and EM of the float run. Raises `ValueError` when the file does not have them."""

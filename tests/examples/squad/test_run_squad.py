@@ -150,9 +150,28 @@ def test_pack_writes_what_scores_the_same_and_a_card(tiny_model: str, tmp_path: 
     assert again["eval_f1"] == metrics["eval_f1"]
 
 
-def test_pack_without_a_quantized_model_is_refused(tiny_model: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--pack needs a quantized model"):
-        main(arguments(tiny_model, tmp_path / "out", "--do_train", "--pack"))
+def test_calibration_freezes_clips_before_evaluation(tiny_model: str, tmp_path: Path) -> None:
+    words = ["--do_train", "--do_eval", "--max_steps", "2", "--quantize"]
+    dynamic = main(arguments(tiny_model, tmp_path / "dynamic", *words))
+    frozen = main(arguments(str(tmp_path / "dynamic"), tmp_path / "a", "--do_eval", "--calibration_batches", "3"))
+    at_once = main(arguments(tiny_model, tmp_path / "b", *words, "--calibration_batches", "3", "--pack"))
+    configs = [
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["activation_clips"]
+        for name in ("dynamic", "a", "b", "b/packed")
+    ]
+    assert configs[0] == {}
+    assert len(configs[1]) == 13 + 2
+    assert configs[2] == configs[3] != {}
+    assert {"eval_f1", "eval_exact_match"} <= set(frozen) & set(dynamic)
+    assert at_once["packed_f1"] == at_once["eval_f1"]
+
+
+def test_output_without_a_quantized_model_is_refused(tiny_model: str, tmp_path: Path) -> None:
+    for words in (["--pack"], ["--calibration_batches", "2"]):
+        with pytest.raises(ValueError, match=f"{words[0]} needs a quantized model"):
+            main(arguments(tiny_model, tmp_path / "out", "--do_train", *words))
+    with pytest.raises(ValueError, match="must be at least 1"):
+        main(arguments(tiny_model, tmp_path / "out", "--do_train", "--calibration_batches", "0"))
     for content in ("{", "{}", '{"eval_f1": 1}', None):
         path = tmp_path / "results.json"
         path.unlink(missing_ok=True)
