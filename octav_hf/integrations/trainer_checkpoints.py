@@ -23,6 +23,8 @@ _STATE, _ARGUMENTS = "trainer_state.json", "training_args.bin"
 _WEIGHTS, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 _OPTIMIZER, _SCHEDULER, _SCALER, _RNG = "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth"
 _UNFINISHED = "checkpoint-is-incomplete.txt"  # of TrainingArguments.enable_jit_checkpoint, removed at the end
+# RuntimeError, and NotImplementedError with it: to zipfile it is an archive that is encrypted or of a later version.
+_DAMAGED_ARCHIVE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile)
 _NUMBERING = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")  # operations of a pickle
 
 
@@ -180,10 +182,12 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"{entry.filename} is compressed, which torch.save never does")
                 archive.open(entry).close()  # compares the entry's own header with the directory
     except FileNotFoundError as error:
         raise ValueError(f"{path.name} is missing") from error
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except _DAMAGED_ARCHIVE as error:
         raise ValueError(f"{path.name} is cut off or no file by torch.save ({error})") from error
 
 
@@ -197,7 +201,7 @@ def _argument(path: Path, name: str) -> bool | int | None:
         with zipfile.ZipFile(path) as archive:
             (pickled,) = [entry for entry in archive.namelist() if entry.endswith("/data.pkl")]
             operations = [(operation.name, value) for operation, value, _ in pickletools.genops(archive.read(pickled))]
-    except (ValueError, zipfile.BadZipFile) as error:
+    except _DAMAGED_ARCHIVE as error:
         raise ValueError(f"{path.name} is cut off or no file by torch.save ({error})") from error
     # An attribute is its name and its value; operations between only number the name for later use.
     following = iter(operations)

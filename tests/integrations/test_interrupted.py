@@ -147,6 +147,22 @@ def test_a_file_of_zeros_and_one_of_another_kind(copy: Path, caplog: pytest.LogC
         assert "optimizer.pt is cut off or no file by torch.save" in passed_over(copy, caplog)
 
 
+@pytest.mark.parametrize(("field", "value"), [("compression method", 99), ("version", 99), ("encrypted", 1)])
+def test_an_archive_whose_directory_is_damaged(
+    copy: Path, field: str, value: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """zipfile has an error of another kind for what it takes for an archive that it cannot read."""
+    offset = {"version": 6, "encrypted": 8, "compression method": 10}[field]  # in an entry of the zip directory
+    for name in ("training_args.bin", "optimizer.pt"):
+        caplog.clear()
+        path = copy / "checkpoint-6" / name
+        content = bytearray(path.read_bytes())
+        content[content.rindex(b"PK\x01\x02") + offset] = value
+        path.write_bytes(content)
+        assert f"{name} is cut off or no file by torch.save" in passed_over(copy, caplog)
+        shutil.copy(copy / "checkpoint-4" / name, path)
+
+
 def test_states_that_are_of_another_step(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = copy / "checkpoint-6" / "trainer_state.json"
     for content, step in (
