@@ -46,7 +46,7 @@ def octav_clip(
     Returns:
         The clip s >= 0 in the units of ``x``, float32 (float64 for float64 input), no gradient; 0-dim for
         ``dim=None``, otherwise the shape of ``x`` with the reduced dimensions of size 1. A row of zeros and an empty
-        row give 0; a row whose nonzero values share one magnitude gives that magnitude; so does a single element.
+        row give 0; a row whose nonzero values share one magnitude gives that magnitude to rounding.
 
     Raises:
         TypeError: ``x`` is not floating point.
