@@ -6,12 +6,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForQuestionAnswering
 
 import octav_hf
 from octav_hf import OctavConfig, apply_octav
-from octav_hf.nn import SynchronizedFakeQuantize
+from octav_hf.nn import FakeQuantize, SynchronizedFakeQuantize, WeightFakeQuantize
 
 
 def rank_and_ranks() -> tuple[int, int]:
@@ -154,3 +158,37 @@ def calibrate(folder: Path, batches: int, **config: Any) -> dict[str, Any]:
         with torch.no_grad():
             alone = model(**batch()).start_logits
     return {"clips": model.octav_config.activation_clips, "alone": alone}
+
+
+def shard(model: torch.nn.Module) -> None:
+    """FSDP2: each encoder layer, and the rest."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def train_sharded(folder: Path, config: dict[str, Any], sharded: bool = True, steps: int = 2) -> dict[str, Any]:
+    """Losses on the global batch, clips of the weights and the weights after a few steps of SGD."""
+    model = apply_octav(bert(), OctavConfig(**config)).train()
+    if sharded and dist.is_initialized():
+        shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    clips: dict[str, Tensor] = {}
+
+    def note_clip(quantizer: FakeQuantize, args: tuple[Tensor], output: Tensor) -> None:
+        assert not isinstance(args[0], DTensor)
+        clips[quantizer.name] = quantizer.compute_clip(args[0]).clone()
+
+    for module in model.modules():
+        if isinstance(module, WeightFakeQuantize):
+            module.register_forward_hook(note_clip)
+    losses = []
+    for _ in range(steps):
+        loss = model(**part_of(batch())).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {"losses": torch.stack(losses), "clips": clips, "weights": full}
