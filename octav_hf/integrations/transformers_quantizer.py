@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -15,6 +14,7 @@ from ..config import QUANT_METHOD, OctavConfig
 from ..packed_file import check_files, describe_tensors
 from ..packing import packed_layers, prepare_packed, quantized_weights
 from ..patching import convert_modules, freeze_packed, restore_modules
+from .gathered_weights import SaveGathered, given_or_own_weights
 from .packed_names import PackedNames, packed_in_files
 from .upload import UploadWithCard
 
@@ -50,6 +50,7 @@ class OctavQuantizer(HfQuantizer):
         if self.quantization_config.packed:
             freeze_packed(model)
         model._upload_modified_files = UploadWithCard(model)  # type: ignore[assignment]
+        model.save_pretrained = SaveGathered(model)  # type: ignore[method-assign]
         return model
 
     def _prepare_packed(self, model: PreTrainedModel, names: Iterable[str]) -> None:
@@ -72,19 +73,17 @@ class OctavQuantizer(HfQuantizer):
         return [*weight_conversions, PackedNames(layers, model.base_model_prefix)] if layers else weight_conversions
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """The state dict of a packed model by the names of its files, and their metadata.
+        """The state dict to save, of a packed model by the names of its files, and their metadata.
 
         Raises:
             NotImplementedError: parameters are sharded, or Transformers stores weights of this architecture merged or
                 split.
         """
+        state = given_or_own_weights(model)
         if not self.quantization_config.packed or getattr(model, "_hf_peft_config_loaded", False):
-            return None, {}
+            return state, {}
         names = PackedNames(packed_layers(model), model.base_model_prefix).reverse_transform()
-        state = {names.rename_source_key(name)[0]: tensor for name, tensor in model.state_dict().items()}
-        for name, tensor in state.items():
-            if isinstance(tensor, DTensor):
-                raise NotImplementedError(f"{name} of shape {tuple(tensor.shape)} is sharded; gather the model first")
+        state = {names.rename_source_key(name)[0]: tensor for name, tensor in state.items()}
         # Transformers will do this to what is returned; the record is about what then comes to be in the files.
         stored = revert_weight_conversion(model, remove_tied_weights_from_state_dict(dict(state), model))
         kept = {id(tensor) for tensor in state.values()}

@@ -29,9 +29,9 @@ def run_rank(rank: int, ranks: int, scenario: str, folder: Path, options: dict[s
     """One scenario on one rank."""
     signal.alarm(LIMIT)
     torch.manual_seed(0)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     try:
         if ranks > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             store = dist.FileStore(str(folder / "store"), ranks)
             dist.init_process_group(
                 "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT)

@@ -1,21 +1,25 @@
 """What ranks do: each function runs on every rank of a process group, or alone in one without; see ``host.py``."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import BertConfig, BertForQuestionAnswering
+from transformers import BertConfig, BertForQuestionAnswering, Trainer, TrainingArguments
 
 import octav_hf
 from octav_hf import OctavConfig, apply_octav
 from octav_hf.nn import FakeQuantize, SynchronizedFakeQuantize, WeightFakeQuantize
+
+GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def rank_and_ranks() -> tuple[int, int]:
@@ -190,5 +194,53 @@ def train_sharded(folder: Path, config: dict[str, Any], sharded: bool = True, st
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
-    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    full = get_model_state_dict(model, options=GATHERED)
     return {"losses": torch.stack(losses), "clips": clips, "weights": full}
+
+
+def save_sharded(folder: Path) -> dict[str, Any]:
+    """What saving and packing without gathering say, and the folder of a checkpoint saved after it."""
+    model = apply_octav(bert("float32"), OctavConfig())
+    shard(model)
+    refusals = []
+    for action in (lambda: octav_hf.pack_octav(model), lambda: model.save_pretrained(folder / "sharded")):
+        try:
+            action()
+        except (ValueError, NotImplementedError) as error:
+            refusals.append(f"{type(error).__name__}: {error}")
+    state = get_model_state_dict(model, options=GATHERED)
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder / "whole", state_dict=state)
+    return {"refusals": refusals, "weights": state, "files": sorted(os.listdir(folder / "sharded"))}
+
+
+def train_with_trainer(folder: Path, config: dict[str, Any], per_device: int, **arguments: Any) -> dict[str, Any]:
+    """Three steps by Trainer, then both forms of checkpoints in ``folder``; the weight files that this rank wrote."""
+    written = []
+    save = transformers.modeling_utils.safe_save_file
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        written.append(args[1])
+        save(*args, **kwargs)
+
+    transformers.modeling_utils.safe_save_file = counted
+    settings = {"max_steps": 3, "save_steps": 3, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
+    quiet: dict[str, Any] = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
+    distributed = {"ddp_backend": "gloo"} if dist.is_initialized() else {}
+    examples = batch(16)
+    trainer = Trainer(
+        model=apply_octav(bert(), OctavConfig(**config)),
+        args=TrainingArguments(
+            output_dir=str(folder / "run"),
+            per_device_train_batch_size=per_device,
+            **(settings | quiet | distributed | arguments),
+        ),
+        train_dataset=[{name: tensor[row] for name, tensor in examples.items()} for row in range(16)],
+    )
+    trainer.train()
+    trainer.save_model(str(folder / "trained"))
+    octav_hf.pack_octav(trainer.model)
+    trainer.save_model(str(folder / "packed"))
+    with torch.no_grad():
+        logits = trainer.model.eval()(**batch()).start_logits
+    return {"logits": logits, "written": [str(Path(path).relative_to(folder)) for path in written]}

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
+from transformers import BertForQuestionAnswering
+
+from octav_hf import OctavConfig, apply_octav, pack_octav
 
 from .conftest import Run
+from .scenarios import batch, bert
 
 
-def test_it_trains_as_a_whole_model(succeed: Run) -> None:
-    config = {"activation_bits": 8, "sync_activation_clips": True}
+@pytest.mark.parametrize("embedding_bits", [None, 8])
+def test_it_trains_as_a_whole_model(succeed: Run, embedding_bits: int | None) -> None:
+    config = {"activation_bits": 8, "embedding_bits": embedding_bits, "sync_activation_clips": True}
     (alone,) = succeed("train_sharded", 1, config=config)
     ranks = succeed("train_sharded", 2, config=config)
     losses = torch.stack([rank["losses"] for rank in ranks]).mean(dim=0)
     torch.testing.assert_close(losses, alone["losses"])
-    print(losses, alone["losses"])
     for rank in ranks:
-        assert rank["clips"].keys() == alone["clips"].keys()
-        for name in alone["clips"]:
-            torch.testing.assert_close(rank["clips"][name], alone["clips"][name])
-    full, empty = (rank["weights"] for rank in ranks)
-    assert empty == {}
-    assert full.keys() == alone["weights"].keys()
-    for name, weight in alone["weights"].items():
-        torch.testing.assert_close(full[name], weight)
+        torch.testing.assert_close(rank["clips"], alone["clips"])
+    full, nothing = (rank["weights"] for rank in ranks)
+    assert nothing == {}
+    torch.testing.assert_close(dict(full), dict(alone["weights"]))
+
+
+def test_it_is_gathered_saved_reloaded_and_packed(succeed: Run, tmp_path: Path) -> None:
+    first, second = succeed("save_sharded", 2, tmp_path / "sharded")
+    for rank in (first, second):
+        pack, save = rank["refusals"]
+        assert "encoder.layer.0.attention.self.query: its weight of shape (16, 16) is sharded; gather the model" in pack
+        assert "bert.embeddings.word_embeddings.weight of shape (100, 16) is sharded. Gather the weights on" in save
+        assert "model.save_pretrained(folder, state_dict=state_dict)" in save
+    assert "model.safetensors" not in first["files"] + second["files"]
+    whole = apply_octav(bert("float32"), OctavConfig()).eval()
+    loaded = BertForQuestionAnswering.from_pretrained(tmp_path / "sharded" / "whole")
+    torch.testing.assert_close(loaded.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    pack_octav(loaded).save_pretrained(tmp_path / "packed")
+    packed = BertForQuestionAnswering.from_pretrained(tmp_path / "packed")
+    with torch.no_grad():
+        expected = whole(**batch()).start_logits
+        assert torch.equal(loaded(**batch()).start_logits, expected)
+        assert torch.equal(packed(**batch()).start_logits, expected)
