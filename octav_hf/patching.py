@@ -98,7 +98,6 @@ def restore_modules(model: nn.Module) -> None:
             release_packed(module)
         module.__dict__.pop("octav_config", None)
         module.__dict__.pop("_upload_modified_files", None)
-        module.__dict__.pop("save_pretrained", None)
         hook = module.__dict__.pop("octav_output_embeddings_hook", None)
         if hook is not None:
             hook.remove()

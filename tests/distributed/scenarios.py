@@ -26,13 +26,13 @@ def rank_and_ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def bert(dtype: str = "float64", **changes: Any) -> BertForQuestionAnswering:
-    """A small random BERT without dropout, always the same.
+def bert(dtype: str = "float64", seed: int = 0, **changes: Any) -> BertForQuestionAnswering:
+    """A small random BERT without dropout, always the same for a seed.
 
     Results that depend on the order of sums are rare: in float64 hardly a value falls to the other side of a rounding,
     and with random biases, and 8 bits in attention, hardly a sum cancels to an exact zero, which a clip leaves out.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = BertConfig(vocab_size=100, max_position_embeddings=32, **(sizes | no_dropout | changes))
@@ -199,7 +199,7 @@ def train_sharded(folder: Path, config: dict[str, Any], sharded: bool = True, st
 
 
 def save_sharded(folder: Path) -> dict[str, Any]:
-    """What saving and packing without gathering say, and the folder of a checkpoint saved after it."""
+    """What packing and saving without gathering say; a whole model with the gathered weights is saved in both forms."""
     model = apply_octav(bert("float32"), OctavConfig())
     shard(model)
     refusals = []
@@ -210,8 +210,11 @@ def save_sharded(folder: Path) -> dict[str, Any]:
             refusals.append(f"{type(error).__name__}: {error}")
     state = get_model_state_dict(model, options=GATHERED)
     if dist.get_rank() == 0:
-        model.save_pretrained(folder / "whole", state_dict=state)
-    return {"refusals": refusals, "weights": state, "files": sorted(os.listdir(folder / "sharded"))}
+        whole = apply_octav(bert("float32", seed=1), OctavConfig())
+        whole.load_state_dict(state)
+        whole.save_pretrained(folder / "training")
+        octav_hf.pack_octav(whole).save_pretrained(folder / "packed")
+    return {"refusals": refusals, "files": sorted(os.listdir(folder / "sharded"))}
 
 
 def train_with_trainer(folder: Path, config: dict[str, Any], per_device: int, **arguments: Any) -> dict[str, Any]:
