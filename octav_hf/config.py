@@ -15,6 +15,7 @@ from ._version import __version__
 from .activation_clips import ActivationClips, validate_activation_clips
 from .functional import CLIP_RULES, GRADIENTS
 from .functional.grid import MAX_BITS, MIN_BITS
+from .functional.registry import RULE_ARGUMENTS, rules_for_all_ranks
 
 QUANT_METHOD = "octav"
 WEIGHT_GRANULARITIES = ("row", "tensor")
@@ -23,9 +24,6 @@ FORMAT_VERSION = 1
 """Of checkpoints: their config, tensor names and layout. A later version reads the earlier ones."""
 
 _SIDES = ("weight", "activation", "embedding")
-
-# What every clipping rule takes, so that it cannot be given as an option.
-_RULE_ARGUMENTS = {"x", "num_bits", "signed", "dim"}
 
 
 @dataclass(frozen=True)
@@ -76,13 +74,19 @@ class OctavConfig(QuantizationConfigMixin):
             one negative value makes it signed. False keeps every layer input signed.
         quantize_attention: whether the attention matmuls are quantized. A model whose attention matmuls cannot be
             reached is refused unless this is False.
+        sync_activation_clips: whether activation clips are computed from the batches of all processes, instead of from
+            each process's own: then one step of N data-parallel processes is that of one process on the whole batch.
+            The sums behind each clip (and for ``unsigned_activations`` the sign) go around all ranks of the default
+            process group, about five small messages for an octav clip and one for a max clip, so all ranks have to run
+            the same forward passes, in evaluation too. Only for the clips octav and max. Without a process group, and
+            for frozen clips, it changes nothing.
         first_last_bits: 2 to 8 bits for weight and input of the first and the last layer, whatever the other layers
             have (a side that is ``None`` stays in float); the paper uses 8 for ResNets and MobileNets. The layers are
             found by the order in which modules are defined, and a model that is not clearly an image classifier, from
             a convolution to a linear head, is refused. ``None``: they are as the others.
         exclude_modules: name patterns of modules left in float, with all that is below them.
-        module_overrides: name pattern -> fields (of those above, except ``first_last_bits`` and ``exclude_modules``)
-            that differ for the modules it matches and all that is below them:
+        module_overrides: name pattern -> fields (of those above, except ``sync_activation_clips``, ``first_last_bits``
+            and ``exclude_modules``) that differ for the modules it matches and all that is below them:
             ``{"qa_outputs": {"weight_bits": 8, "activation_bits": 8}}``.
             An exact name wins over a pattern with wildcards; two patterns of one kind must not disagree.
         packed: whether the weights are stored as integers. Set by ``pack_octav``, and refused elsewhere.
@@ -111,6 +115,7 @@ class OctavConfig(QuantizationConfigMixin):
         activation_gradient: str = "pwl",
         unsigned_activations: bool = True,
         quantize_attention: bool = True,
+        sync_activation_clips: bool = False,
         first_last_bits: int | None = None,
         exclude_modules: Iterable[str] = (),
         module_overrides: dict[str, dict[str, Any]] | None = None,
@@ -134,6 +139,7 @@ class OctavConfig(QuantizationConfigMixin):
         self.activation_gradient = activation_gradient
         self.unsigned_activations = unsigned_activations
         self.quantize_attention = quantize_attention
+        self.sync_activation_clips = sync_activation_clips
         self.first_last_bits = first_last_bits
         is_list = isinstance(exclude_modules, Iterable) and not isinstance(exclude_modules, str | Mapping)
         self.exclude_modules = list(exclude_modules) if is_list else exclude_modules
@@ -178,8 +184,10 @@ class OctavConfig(QuantizationConfigMixin):
             raise ValueError(
                 "weight_bits, activation_bits and embedding_bits are all None, so nothing would be quantized; set one"
             )
-        if not isinstance(self.packed, bool):
-            raise ValueError(f"packed must be True or False, got {self.packed!r}")
+        for name in ("packed", "sync_activation_clips"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        self._check_rule_for_all_ranks(settings, "OctavConfig")
         patterns = self.exclude_modules
         if not isinstance(patterns, list) or not all(isinstance(name, str) for name in patterns):
             raise ValueError(f"exclude_modules must be a list of name patterns, got {self.exclude_modules!r}")
@@ -193,7 +201,16 @@ class OctavConfig(QuantizationConfigMixin):
             if unknown:
                 raise ValueError(_unknown(f"{where} cannot set", unknown, _SETTINGS))
             _validate_settings(settings | override, where)
+            self._check_rule_for_all_ranks(settings | override, where)
         validate_activation_clips(self.activation_clips)
+
+    def _check_rule_for_all_ranks(self, settings: dict[str, Any], where: str) -> None:
+        supported, clip = rules_for_all_ranks(), settings["activation_clip"]
+        if self.sync_activation_clips and settings["activation_bits"] is not None and clip not in supported:
+            raise ValueError(
+                f"{where}: sync_activation_clips is for the activation clips {', '.join(map(repr, supported))}, not "
+                f"for {clip!r}, which each process can only compute from its own batch; change one of the two"
+            )
 
     def excluded_by(self, module_name: str) -> str | None:
         """The pattern of ``exclude_modules`` that leaves this module in float, if there is one."""
@@ -251,7 +268,7 @@ def _validate_settings(settings: dict[str, Any], where: str) -> None:
         options = settings[f"{side}_clip_options"]
         if not isinstance(options, dict):
             raise ValueError(f"{where}: {side}_clip_options must be a dict of keyword arguments, got {options!r}")
-        accepted = [name for name in inspect.signature(CLIP_RULES[clip]).parameters if name not in _RULE_ARGUMENTS]
+        accepted = [name for name in inspect.signature(CLIP_RULES[clip]).parameters if name not in RULE_ARGUMENTS]
         unknown = [name for name in options if name not in accepted]
         if unknown:
             problem = f"{where}: {side}_clip_options: the clip {clip!r} has no option"

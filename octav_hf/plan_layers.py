@@ -8,7 +8,7 @@ from torch import nn
 from .activation_clips import frozen_clips
 from .config import ModuleSettings, OctavConfig
 from .first_last import first_and_last
-from .nn import FakeQuantize, QuantizedAttention, QuantizedLayer, quantized_class_of
+from .nn import FakeQuantize, QuantizedAttention, QuantizedLayer, SynchronizedFakeQuantize, quantized_class_of
 
 # A norm multiplies element by element, whatever the shape of its weight.
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -100,7 +100,8 @@ def activation_quantizer(
             f"activation_clips[{name!r}][{operand!r}] is of the unsigned grid, but unsigned_activations is False there;"
             " set it to True, or remove these clips and call calibrate_octav"
         )
-    return FakeQuantize(
+    quantizer_class = SynchronizedFakeQuantize if config.sync_activation_clips else FakeQuantize
+    return quantizer_class(
         bits,
         clip=settings.activation_clip,
         clip_options=settings.activation_clip_options,

@@ -21,6 +21,7 @@ def test_defaults_are_the_papers_recipe() -> None:
     assert (config.weight_gradient, config.activation_gradient) == ("mad", "pwl")
     assert config.embedding_bits is None
     assert config.unsigned_activations
+    assert not config.sync_activation_clips
     assert config.weight_granularity == "row"
     assert config.first_last_bits is None
     assert config.activation_clips == {}
@@ -37,6 +38,7 @@ def test_survives_json() -> None:
         embedding_bits=6,
         weight_granularity="tensor",
         unsigned_activations=False,
+        sync_activation_clips=True,
         first_last_bits=8,
         quantize_attention=False,
         exclude_modules=["qa_outputs"],
@@ -63,6 +65,17 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
     ("fields", "message"),
     [
         ({"unsigned_activations": "auto"}, "unsigned_activations must be True or False, got 'auto'"),
+        ({"sync_activation_clips": 1}, "sync_activation_clips must be True or False, got 1"),
+        (
+            {"sync_activation_clips": True, "activation_clip": "percentile"},
+            "sync_activation_clips is for the activation clips 'max', 'octav', not for 'percentile'",
+        ),
+        (
+            {"sync_activation_clips": True, "module_overrides": {"head": {"activation_clip": "mse_sweep"}}},
+            r"module_overrides\['head'\]: sync_activation_clips is .* not for 'mse_sweep'",
+        ),
+        ({"module_overrides": {"a": {"sync_activation_clips": True}}}, "cannot set 'sync_activation_clips'"),
+        ({"activation_clip_options": {"ranks": None}}, "'octav' has no option 'ranks'"),
         ({"first_last_bits": 9}, "first_last_bits must be an integer from 2 to 8, or None"),
         ({"weight_granularity": "channel"}, "weight_granularity cannot be 'channel'; choose from 'row', 'tensor'"),
         ({"module_overrides": {"a": {"first_last_bits": 8}}}, "cannot set 'first_last_bits'"),

@@ -111,6 +111,10 @@ class OctavArguments:
     quantize_attention: Optional[bool] = field(
         default=None, metadata={"help": f"Quantize the attention's matrix products too. {_CONFIG_DEFAULT}"}
     )
+    sync_activation_clips: Optional[bool] = field(
+        default=None,
+        metadata={"help": f"Compute activation clips from the batches of all processes. {_CONFIG_DEFAULT}"},
+    )
 
     def __post_init__(self) -> None:
         given = [f"--{f.name}" for f in fields(self) if f.name != "quantize" and getattr(self, f.name) is not None]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .all_ranks import AllRanks
 from .grid import round_to_grid
 from .rows import Dim, check_floating, magnitude, to_rows
 
@@ -28,18 +29,29 @@ def quantization_error(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool =
     return rows_error(rows, clip.reshape(-1), num_bits, signed).reshape(shape)
 
 
-def rows_error(rows: Tensor, clip: Tensor, num_bits: int, signed: bool) -> Tensor:
-    """``quantization_error`` of ``[rows, n]`` for one clip a row, ``[rows]``."""
-    if rows.numel() == 0:
+def rows_error(rows: Tensor, clip: Tensor, num_bits: int, signed: bool, ranks: AllRanks | None = None) -> Tensor:
+    """``quantization_error`` of ``[rows, n]`` for one clip a row, ``[rows]``.
+
+    With ``ranks`` that of one row, ``[1, n]``, of which each rank has a part; a collective.
+    """
+    if ranks is not None:
+        peak = torch.full_like(clip, max(-ranks.low, ranks.high))[:, None]
+    elif rows.numel() > 0:
+        peak = magnitude(rows, signed=True).amax(dim=1, keepdim=True)
+    else:
         return torch.zeros_like(clip)
-    peak = magnitude(rows, signed=True).amax(dim=1, keepdim=True)
     peak = torch.where(peak > 0, peak, 1)
-    difference = (rows - round_to_grid(rows, clip[:, None], num_bits, signed=signed)) / peak
-    return difference.square_().mean(dim=1)
+    squares = ((rows - round_to_grid(rows, clip[:, None], num_bits, signed=signed)) / peak).square_()
+    return squares.mean(dim=1) if ranks is None else ranks.sum(squares.sum(dim=1)) / ranks.numel
 
 
-def lower_error(rows: Tensor, first: Tensor, second: Tensor, num_bits: int, signed: bool) -> Tensor:
-    """For each of ``[rows, n]`` that of the two clips with the lower measured error; of equal ones the smaller."""
+def lower_error(
+    rows: Tensor, first: Tensor, second: Tensor, num_bits: int, signed: bool, ranks: AllRanks | None = None
+) -> Tensor:
+    """For each of ``[rows, n]`` that of the two clips with the lower measured error; of equal ones the smaller.
+
+    With ``ranks`` for one row, ``[1, n]``, of which each rank has a part; a collective.
+    """
     low, high = torch.minimum(first, second), torch.maximum(first, second)
-    high_error, low_error = (rows_error(rows, clip, num_bits, signed) for clip in (high, low))
+    high_error, low_error = (rows_error(rows, clip, num_bits, signed, ranks) for clip in (high, low))
     return torch.where(high_error < low_error, high, low)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .all_ranks import AllRanks, check_whole
 from .grid import check_num_bits
 from .registry import register_clip_rule
 from .rows import Dim, check_floating, finite_range, magnitude, statistics_dtype, to_rows
@@ -10,15 +11,19 @@ from .rows import Dim, check_floating, finite_range, magnitude, statistics_dtype
 
 @register_clip_rule("max")
 @torch.no_grad()
-def max_clip(x: Tensor, num_bits: int, *, signed: bool = True, dim: Dim = None) -> Tensor:
+def max_clip(
+    x: Tensor, num_bits: int, *, signed: bool = True, dim: Dim = None, ranks: AllRanks | None = None
+) -> Tensor:
     """``s = max|x|`` (section 2), or ``max(x, 0)`` unsigned. Arguments, result and errors as ``octav_clip``.
 
     The result does not depend on ``num_bits``, which is checked all the same.
     """
     check_floating(x, "max_clip")
     check_num_bits(num_bits)
-    if x.numel() > 0 and dim is None:
-        low, high = finite_range(x, "max_clip")
+    if ranks is not None:
+        check_whole(dim, "max_clip")
+    if dim is None and (x.numel() > 0 or ranks is not None):
+        low, high = finite_range(x, "max_clip") if ranks is None else (ranks.low, ranks.high)
         peak = max(-low, high) if signed else max(high, 0.0)
         return torch.tensor(peak, dtype=statistics_dtype(x.dtype), device=x.device)
     rows, shape = to_rows(x, dim)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .all_ranks import AllRanks
 from .rows import magnitude, statistics_dtype
 
 # Elements a piece: small enough that a CPU keeps its temporaries in cache and in memory it has used before, which makes
@@ -13,7 +14,10 @@ _CPU_PIECE = 1 << 18
 
 
 class TailSums:
-    """Statistics of ``rows``, ``[rows, n]`` with ``n > 0``, whose values are finite and lie from ``low`` to ``high``.
+    """Statistics of ``rows``, ``[rows, n]``, whose values are finite and lie from ``low`` to ``high``.
+
+    ``longest`` is the number of elements that a sum will have in the end, where that is more than n; n must not be 0
+    without it.
 
     Attributes:
         total: sum of the magnitudes in ``unit``, ``[rows]``, float32 or better.
@@ -22,10 +26,11 @@ class TailSums:
             a sum finite where n of the largest values would overflow.
     """
 
-    def __init__(self, rows: Tensor, signed: bool, low: float, high: float):
+    def __init__(self, rows: Tensor, signed: bool, low: float, high: float, longest: int = 0):
         count, length = rows.shape
+        longest = max(length, longest)
         dtype = statistics_dtype(rows.dtype)
-        self.unit = 1.0 if max(-low, high) <= torch.finfo(dtype).max / length else 2.0 ** -length.bit_length()
+        self.unit = 1.0 if max(-low, high) <= torch.finfo(dtype).max / longest else 2.0 ** -longest.bit_length()
         # The pieces of a single row add up; those of many rows are rows of their own.
         self._of_one_row = count == 1
         if rows.device.type != "cpu":
@@ -55,3 +60,28 @@ class TailSums:
 
     def _join(self, parts: Iterable[Tensor]) -> Tensor:
         return torch.stack(list(parts)).sum(dim=0) if self._of_one_row else torch.cat(list(parts))
+
+
+class TailSumsOfAllRanks(TailSums):
+    """``TailSums`` of one row, ``[1, n]``, of which each rank has the part ``rows``, perhaps an empty one.
+
+    To make one and to call ``above`` are collectives.
+
+    Args:
+        guess: a number of this rank's, ``[]``.
+
+    Attributes:
+        guess: its mean over all ranks, weighted by their numbers of elements, ``[1]``.
+    """
+
+    def __init__(self, rows: Tensor, signed: bool, ranks: AllRanks, guess: Tensor | None = None):
+        super().__init__(rows, signed, ranks.low, ranks.high, longest=ranks.numel)
+        self._ranks = ranks
+        share = rows.numel() / max(ranks.numel, 1)
+        weighted = torch.zeros_like(self.total) if guess is None else guess.reshape(1) * share
+        self.total, self.nonzero, self.guess = ranks.sum(torch.stack([self.total, self.nonzero, weighted]))
+
+    def above(self, threshold: Tensor) -> tuple[Tensor, Tensor]:
+        """As in ``TailSums``, of all ranks."""
+        total, count = self._ranks.sum(torch.stack(super().above(threshold)))
+        return total, count

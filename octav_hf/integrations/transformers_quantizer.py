@@ -78,13 +78,11 @@ class OctavQuantizer(HfQuantizer):
             NotImplementedError: parameters are sharded, or Transformers stores weights of this architecture merged or
                 split.
         """
+        _check_whole(model)
         if not self.quantization_config.packed or getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
         names = PackedNames(packed_layers(model), model.base_model_prefix).reverse_transform()
         state = {names.rename_source_key(name)[0]: tensor for name, tensor in model.state_dict().items()}
-        for name, tensor in state.items():
-            if isinstance(tensor, DTensor):
-                raise NotImplementedError(f"{name} of shape {tuple(tensor.shape)} is sharded; gather the model first")
         # Transformers will do this to what is returned; the record is about what then comes to be in the files.
         stored = revert_weight_conversion(model, remove_tied_weights_from_state_dict(dict(state), model))
         kept = {id(tensor) for tensor in state.values()}
@@ -114,3 +112,21 @@ class OctavQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Always: all weights are trained, in full precision."""
         return True
+
+
+def _check_whole(model: PreTrainedModel) -> None:
+    """Refuse sharded weights, which would be written as they are; those that Transformers sharded it gathers itself.
+
+    A ``state_dict`` that was gathered and given to ``save_pretrained`` does not come this far: Transformers drops it.
+    """
+    if getattr(model.config, "distributed_config", None) is not None:
+        return
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise NotImplementedError(
+                f"{name} of shape {tuple(parameter.shape)} is sharded, and save_pretrained of a quantized model takes "
+                "no state_dict. Gather the weights on every rank, state_dict = torch.distributed.checkpoint.state_dict."
+                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)); then "
+                "on rank 0 load_state_dict(state_dict) of a whole model that was quantized in the same way, and save "
+                "or pack that one"
+            )

@@ -11,6 +11,7 @@ from .packed_layer import PackedLayer
 from .packed_weight import PackedWeight
 from .quantized_layer import QUANTIZED_LAYERS, QuantizedLayer, quantized_class_of, register_quantized_layer
 from .scaled_dot_product_attention import quantized_scaled_dot_product_attention
+from .synchronized_fake_quantize import SynchronizedFakeQuantize
 from .weight_fake_quantize import WeightFakeQuantize
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "QuantizedEmbedding",
     "QuantizedLayer",
     "QuantizedLinear",
+    "SynchronizedFakeQuantize",
     "WeightFakeQuantize",
     "quantized_class_of",
     "quantized_scaled_dot_product_attention",

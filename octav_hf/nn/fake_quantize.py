@@ -95,6 +95,11 @@ class FakeQuantize(nn.Module):
         except (ValueError, TypeError) as error:
             raise type(error)(f"{self.name or 'FakeQuantize'}: {error}") from error
 
+    def dynamic_grid(self, x: Tensor) -> tuple[bool, Tensor]:
+        """What ``is_signed`` and ``compute_clip`` say of ``x``."""
+        signed = self.is_signed(x)
+        return signed, self.compute_clip(x, signed)
+
     def forward(self, x: Tensor, use: int = 0) -> Tensor:
         """``x`` (float, any shape) on the grid; same shape and dtype.
 
@@ -107,18 +112,20 @@ class FakeQuantize(nn.Module):
             signed = frozen.signed
             clip = torch.full((), frozen.clips[use], dtype=statistics_dtype(x.dtype), device=x.device)
         else:
-            signed = self.is_signed(x)
-            clip = self.compute_clip(x, signed)
+            signed, clip = self.dynamic_grid(x)
             if self.observer is not None:
                 self._observe(self.observer, x, use, signed, clip)
         return fake_quantize(x, clip, self.num_bits, signed=signed, gradient=self.gradient)
 
     @torch.compiler.disable
     def _observe(self, observer: ClipObserver, x: Tensor, use: int, signed: bool, clip: Tensor) -> None:
-        clips = {signed: float(clip)} if x.numel() else {}
+        clips = {signed: float(clip)} if self._has_values(x) else {}
         if clips and self.signed is None and not signed:  # a later tensor may decide for the signed grid
             clips[True] = float(self.compute_clip(x, signed=True))
         observer.record(use, clips)
+
+    def _has_values(self, x: Tensor) -> bool:
+        return x.numel() > 0
 
     def extra_repr(self) -> str:
         sign = self.signed if self.frozen is None else self.frozen.signed

@@ -101,8 +101,9 @@ def test_every_field_of_the_config_is_an_argument() -> None:
     known = set(inspect.signature(OctavConfig).parameters) - not_asked_for
     assert {field.name for field in dataclasses.fields(OctavArguments)} - {"quantize"} == known
     words = ["--embedding_bits", "6", "--weight_granularity", "tensor", "--unsigned_activations", "false"]
-    config = octav("--quantize", *words).to_config()
+    config = octav("--quantize", *words, "--sync_activation_clips", "true").to_config()
     assert (config.embedding_bits, config.weight_granularity, config.unsigned_activations) == (6, "tensor", False)
+    assert config.sync_activation_clips
 
 
 def test_data_is_required() -> None:

@@ -1,0 +1,73 @@
+"""The quantizer of an activation whose clip is that of the global batch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional import CLIP_RULES
+from ..functional.all_ranks import AllRanks, several_ranks
+from .fake_quantize import FakeQuantize
+from .function_modes import outside_function_modes
+
+
+class SynchronizedFakeQuantize(FakeQuantize):
+    """``FakeQuantize`` whose clip and sign are those of the tensors of all ranks of the default process group together.
+
+    Each call with dynamic clips is then a collective: every rank has to make it, in the same order, on a tensor that
+    may be empty. NaN or Inf on one rank is an error on all. Without a process group, in a group of one rank and with
+    frozen clips it is ``FakeQuantize``. The clipping rule has to take ``ranks``, and ``dim`` is ``None``.
+    """
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """As in ``FakeQuantize``; unequal to those of one that is not synchronized."""
+        return (*super().settings, "all ranks")
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    @outside_function_modes
+    def is_signed(self, x: Tensor) -> bool:
+        """Whether ``x`` is quantized on the signed grid: if a value of any rank is negative."""
+        if self.signed is not None or not several_ranks():
+            return super().is_signed(x)
+        return self._is_signed(self._all_ranks(x))
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    @outside_function_modes
+    def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:
+        """The clipping scalar of all ranks' ``x``, ``[]``; see ``FakeQuantize``."""
+        if not several_ranks():
+            return super().compute_clip(x, signed)
+        ranks = self._all_ranks(x)
+        return self._clip(x, self._is_signed(ranks) if signed is None else signed, ranks)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    @outside_function_modes
+    def dynamic_grid(self, x: Tensor) -> tuple[bool, Tensor]:
+        """Sign and clip, with the range of the values, which both need, asked for once."""
+        if not several_ranks():
+            return super().dynamic_grid(x)
+        ranks = self._all_ranks(x)
+        signed = self._is_signed(ranks)
+        return signed, self._clip(x, signed, ranks)
+
+    def _is_signed(self, ranks: AllRanks) -> bool:
+        return ranks.low < 0 if self.signed is None else self.signed
+
+    def _all_ranks(self, x: Tensor) -> AllRanks:
+        try:
+            return AllRanks(x, f"{self.clip}_clip")
+        except ValueError as error:
+            raise ValueError(f"{self.name or type(self).__name__}: {error}") from error
+
+    def _clip(self, x: Tensor, signed: bool, ranks: AllRanks) -> Tensor:
+        return CLIP_RULES[self.clip](x, self.num_bits, signed=signed, ranks=ranks, **self.clip_options)
+
+    def _has_values(self, x: Tensor) -> bool:
+        return self._all_ranks(x).numel > 0 if several_ranks() else super()._has_values(x)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, synchronized"

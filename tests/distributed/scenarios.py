@@ -1,0 +1,249 @@
+"""What ranks do: each function runs on every rank of a process group, or alone in one without; see ``host.py``."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import BertConfig, BertForQuestionAnswering, Trainer, TrainingArguments
+
+import octav_hf
+from octav_hf import OctavConfig, apply_octav
+from octav_hf.nn import FakeQuantize, SynchronizedFakeQuantize, WeightFakeQuantize
+
+GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def bert(dtype: str = "float64", seed: int = 0, **changes: Any) -> BertForQuestionAnswering:
+    """A small random BERT without dropout, always the same for a seed.
+
+    Results that depend on the order of sums are rare: in float64 hardly a value falls to the other side of a rounding,
+    and with random biases, and 8 bits in attention, hardly a sum cancels to an exact zero, which a clip leaves out.
+    """
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(vocab_size=100, max_position_embeddings=32, **(sizes | no_dropout | changes))
+    model = BertForQuestionAnswering(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.to(getattr(torch, dtype))
+
+
+def batch(size: int = 8, seed: int = 0) -> dict[str, Tensor]:
+    """Sequences padded to 12 tokens, shorter ones in front, and spans to be found in them."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.linspace(3, 12, size).long()[:, None]
+    mask = (torch.arange(12) < lengths).long()
+    ids = torch.randint(1, 100, (size, 12), generator=generator) * mask
+    spans = torch.randint(0, 3, (2, size), generator=generator).sort(dim=0).values
+    return {"input_ids": ids, "attention_mask": mask, "start_positions": spans[0], "end_positions": spans[1]}
+
+
+def part_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's share of a batch, cut in equal parts."""
+    rank, ranks = rank_and_ranks()
+    return {name: tensor.chunk(ranks)[rank] for name, tensor in tensors.items()}
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def train_step(folder: Path, config: dict[str, Any], checkpointing: bool = False, **model: Any) -> dict[str, Any]:
+    """Gradients of one step on the global batch, and the loss on this rank's part of it."""
+    octav = apply_octav(bert(**model), OctavConfig(**config)).train()
+    if checkpointing:
+        octav.activation_checkpointing_enable()
+    wrapped = DistributedDataParallel(octav) if dist.is_initialized() else octav
+    loss = wrapped(**part_of(batch())).loss
+    loss.backward()
+    return {"loss": loss.detach(), "gradients": gradients(octav)}
+
+
+def tensors() -> dict[str, Tensor]:
+    """Of many kinds, to be cut in unequal parts."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(3000, generator=generator)
+    return {
+        "normal": normal,
+        "outliers": normal**5,
+        "sorted": normal.sort().values,  # so that the ranks' own clips are far from each other
+        "one sign here, two there": torch.cat([normal.abs(), normal[:10]]),
+        "one sign": normal.relu(),
+        "one magnitude": torch.full((50,), 3.0),
+        "the recursion alternates": torch.tensor([1.0] * 9 + [8.0] * 2),
+        "one element": torch.tensor([-0.7]),
+        "zeros": torch.zeros(20),
+        "nothing": torch.zeros(0),
+        "huge": normal[:100] * 3e37,
+        "tiny": normal[:100] * 1e-42,
+        "float64": normal.double() * 1e300,
+        "bfloat16": normal.bfloat16(),
+        "matrix": normal.view(50, 60).t(),
+    }
+
+
+def cut(x: Tensor, nothing_on: int) -> Tensor:
+    """This rank's part of a tensor: each rank has more than the one before it, and one has nothing."""
+    rank, ranks = rank_and_ranks()
+    having = [other for other in range(ranks) if other != nothing_on]
+    if rank not in having:
+        return x[:0]
+    weights = torch.arange(1, len(having) + 1).cumsum(0) * len(x) // sum(range(1, len(having) + 1))
+    return x.tensor_split(weights[:-1].tolist())[having.index(rank)]
+
+
+def quantize(folder: Path, nothing_on: int, grad_mode: str, **settings: Any) -> dict[str, dict[str, Any]]:
+    """Sign, clip and quantized part of each of ``tensors``, and how many messages they took."""
+    quantizer = SynchronizedFakeQuantize(4, name="layer input", **settings)
+    outcomes, messages, gather = {}, [], dist.all_gather
+
+    def counted(*arguments: Any) -> None:
+        messages.append(arguments)
+        gather(*arguments)
+
+    dist.all_gather = counted
+    with getattr(torch, grad_mode)():
+        for name, whole in tensors().items():
+            part = cut(whole, nothing_on)
+            messages.clear()
+            signed, clip = quantizer.dynamic_grid(part)
+            outcome = {"signed": signed, "clip": clip.clone(), "messages": len(messages)}
+            outcomes[name] = outcome | {"output": quantizer(part).clone()}
+            # Asked for one by one, sign and clip are the same.
+            assert quantizer.is_signed(part) == signed
+            assert torch.equal(quantizer.compute_clip(part), clip)
+    return outcomes
+
+
+def quantize_what_is_not_finite(folder: Path, value: float, clip: str) -> list[str]:
+    """What each rank says if one rank has such a value, and afterwards the clip of ones."""
+    x = torch.ones(4)
+    if rank_and_ranks()[0] == 1:
+        x[2] = value
+    quantizer = SynchronizedFakeQuantize(4, clip=clip, name="layer input")
+    try:
+        quantizer(x)
+    except ValueError as error:
+        return [str(error), str(float(quantizer.compute_clip(torch.ones(4))))]
+    return ["no error"]
+
+
+def forward(folder: Path, sizes: list[int], **config: Any) -> Tensor:
+    """What a network, in evaluation, makes of this rank's part of a batch; ``sizes`` says how large each part is."""
+    torch.manual_seed(0)
+    # Not a BERT, which cannot run on nothing.
+    layers = torch.nn.Linear(6, 20), torch.nn.ReLU(), torch.nn.Linear(20, 20), torch.nn.GELU(), torch.nn.Linear(20, 3)
+    model = apply_octav(torch.nn.Sequential(*layers).double(), OctavConfig(**config)).eval()
+    with torch.inference_mode():
+        return model(torch.randn(sum(sizes), 6).double().split(sizes)[rank_and_ranks()[0]]).clone()
+
+
+def calibrate(folder: Path, batches: int, **config: Any) -> dict[str, Any]:
+    """Frozen clips by calibration on this rank's parts, and logits of a pass that rank 0 runs alone afterwards."""
+    model = apply_octav(bert(hidden_act="relu"), OctavConfig(**config)).eval()
+    octav_hf.calibrate_octav(model, [part_of(batch(seed=seed)) for seed in range(batches)], progress_bar=False)
+    alone = None
+    if rank_and_ranks()[0] == 0:
+        with torch.no_grad():
+            alone = model(**batch()).start_logits
+    return {"clips": model.octav_config.activation_clips, "alone": alone}
+
+
+def shard(model: torch.nn.Module) -> None:
+    """FSDP2: each encoder layer, and the rest."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def train_sharded(folder: Path, config: dict[str, Any], sharded: bool = True, steps: int = 2) -> dict[str, Any]:
+    """Losses on the global batch, clips of the weights and the weights after a few steps of SGD."""
+    model = apply_octav(bert(), OctavConfig(**config)).train()
+    if sharded and dist.is_initialized():
+        shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    clips: dict[str, Tensor] = {}
+
+    def note_clip(quantizer: FakeQuantize, args: tuple[Tensor], output: Tensor) -> None:
+        assert not isinstance(args[0], DTensor)
+        clips[quantizer.name] = quantizer.compute_clip(args[0]).clone()
+
+    for module in model.modules():
+        if isinstance(module, WeightFakeQuantize):
+            module.register_forward_hook(note_clip)
+    losses = []
+    for _ in range(steps):
+        loss = model(**part_of(batch())).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    full = get_model_state_dict(model, options=GATHERED)
+    return {"losses": torch.stack(losses), "clips": clips, "weights": full}
+
+
+def save_sharded(folder: Path) -> dict[str, Any]:
+    """What packing and saving without gathering say; a whole model with the gathered weights is saved in both forms."""
+    model = apply_octav(bert("float32"), OctavConfig())
+    shard(model)
+    refusals = []
+    for action in (lambda: octav_hf.pack_octav(model), lambda: model.save_pretrained(folder / "sharded")):
+        try:
+            action()
+        except (ValueError, NotImplementedError) as error:
+            refusals.append(f"{type(error).__name__}: {error}")
+    state = get_model_state_dict(model, options=GATHERED)
+    if dist.get_rank() == 0:
+        whole = apply_octav(bert("float32", seed=1), OctavConfig())
+        whole.load_state_dict(state)
+        whole.save_pretrained(folder / "training")
+        octav_hf.pack_octav(whole).save_pretrained(folder / "packed")
+    return {"refusals": refusals, "files": sorted(os.listdir(folder / "sharded"))}
+
+
+def train_with_trainer(folder: Path, config: dict[str, Any], per_device: int, **arguments: Any) -> dict[str, Any]:
+    """Three steps by Trainer, then both forms of checkpoints in ``folder``; the weight files that this rank wrote."""
+    written = []
+    save = transformers.modeling_utils.safe_save_file
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        written.append(args[1])
+        save(*args, **kwargs)
+
+    transformers.modeling_utils.safe_save_file = counted
+    settings = {"max_steps": 3, "save_steps": 3, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
+    quiet: dict[str, Any] = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
+    distributed = {"ddp_backend": "gloo"} if dist.is_initialized() else {}
+    examples = batch(16)
+    trainer = Trainer(
+        model=apply_octav(bert(), OctavConfig(**config)),
+        args=TrainingArguments(
+            output_dir=str(folder / "run"),
+            per_device_train_batch_size=per_device,
+            **(settings | quiet | distributed | arguments),
+        ),
+        train_dataset=[{name: tensor[row] for name, tensor in examples.items()} for row in range(16)],
+    )
+    trainer.train()
+    trainer.save_model(str(folder / "trained"))
+    octav_hf.pack_octav(trainer.model)
+    trainer.save_model(str(folder / "packed"))
+    with torch.no_grad():
+        logits = trainer.model.eval()(**batch()).start_logits
+    return {"logits": logits, "written": [str(Path(path).relative_to(folder)) for path in written]}

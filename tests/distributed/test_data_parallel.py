@@ -1,0 +1,94 @@
+"""Data parallel training with ``sync_activation_clips`` is that of one process on the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from octav_hf import OctavConfig, apply_octav
+
+from .conftest import Run
+from .scenarios import batch, bert
+
+Tensors = dict[str, torch.Tensor]
+
+SYNCHRONIZED = {"sync_activation_clips": True}
+
+
+def largest_error(gradients: Tensors, expected: Tensors) -> float:
+    """Over the largest gradient of each parameter, or a hundredth of the model's where that is nearly zero."""
+    assert gradients.keys() == expected.keys()
+    smallest = max(float(gradient.abs().max()) for gradient in expected.values()) / 100
+    errors = ((name, (gradients[name] - expected[name]).abs().max()) for name in expected)
+    return max(float(error) / max(float(expected[name].abs().max()), smallest) for name, error in errors)
+
+
+def error_of_all(gradients: Tensors, expected: Tensors) -> float:
+    """Length of the difference of all gradients over theirs."""
+    wanted = torch.cat([gradient.flatten() for gradient in expected.values()])
+    return float((torch.cat([gradients[name].flatten() for name in expected]) - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"config": {"activation_bits": 8}},
+        {"config": {"activation_bits": 8}, "attn_implementation": "eager"},
+        {"config": {"activation_clip": "max"}},
+        {"config": {"weight_bits": 8, "activation_bits": 8, "embedding_bits": 8}, "hidden_act": "relu"},
+        {"config": {"activation_bits": 8, "activation_clip_options": {"max_iterations": 3}}, "checkpointing": True},
+    ],
+    ids=["octav", "eager", "max", "unsigned", "checkpointing"],
+)
+def test_gradients_are_those_of_the_whole_batch(succeed: Run, ranks: int, options: dict[str, Any]) -> None:
+    (alone,) = succeed("train_step", 1, **options)
+    together = succeed("train_step", ranks, **(options | {"config": options["config"] | SYNCHRONIZED}))
+    for rank in together:
+        assert largest_error(rank["gradients"], alone["gradients"]) < 1e-10
+    losses = torch.stack([rank["loss"] for rank in together])
+    torch.testing.assert_close(losses.mean(), alone["loss"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("clip", ["octav", "max"])
+def test_gradients_in_float32(succeed: Run, clip: str) -> None:
+    options = {"dtype": "float32", "config": {"activation_clip": clip}}
+    (alone,) = succeed("train_step", 1, **options)
+    first, _ = succeed("train_step", 2, **(options | {"config": options["config"] | SYNCHRONIZED}))
+    # 1.3e-7; where a sum in another order falls to the other side of a rounding, it may be this.
+    assert error_of_all(first["gradients"], alone["gradients"]) < 2e-3
+    apart, _ = succeed("train_step", 2, **options)
+    assert error_of_all(apart["gradients"], alone["gradients"]) > 2e-2
+
+
+def test_in_one_process_it_changes_nothing() -> None:
+    plain, synchronized = (apply_octav(bert(), OctavConfig(**config)).train() for config in ({}, SYNCHRONIZED))
+    for model in (plain, synchronized):
+        model(**batch()).loss.backward()
+    for expected, got in zip(plain.parameters(), synchronized.parameters(), strict=True):
+        assert torch.equal(got.grad, expected.grad) if expected.grad is not None else got.grad is None
+
+
+@pytest.mark.parametrize("sizes", [[5, 3], [0, 8], [4, 0, 4, 0]], ids=str)
+def test_evaluation_on_unequal_batches(succeed: Run, sizes: list[int]) -> None:
+    (alone,) = succeed("forward", 1, sizes=[8])
+    parts = succeed("forward", len(sizes), sizes=sizes, **SYNCHRONIZED)
+    assert [len(part) for part in parts] == sizes
+    torch.testing.assert_close(torch.cat(parts), alone)
+
+
+@pytest.mark.parametrize("clip", ["octav", "max"])
+def test_calibration_freezes_the_clips_of_all_ranks(succeed: Run, clip: str) -> None:
+    (alone,) = succeed("calibrate", 1, batches=2, activation_bits=8, activation_clip=clip)
+    first, second = succeed("calibrate", 2, batches=2, activation_bits=8, activation_clip=clip, **SYNCHRONIZED)
+    assert first["clips"] == second["clips"]
+    assert first["clips"].keys() == alone["clips"].keys()
+    for module, operands in alone["clips"].items():
+        assert first["clips"][module].keys() == operands.keys()
+        for operand, frozen in operands.items():
+            got = first["clips"][module][operand]
+            assert got["signed"] == frozen["signed"]
+            assert got["clips"] == pytest.approx(frozen["clips"], rel=1e-12)
+    torch.testing.assert_close(first["alone"], alone["alone"])

@@ -1,0 +1,44 @@
+"""A model sharded by FSDP2 trains as one that is whole, and its gathered weights give both forms of checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertForQuestionAnswering
+
+from octav_hf import OctavConfig, apply_octav
+
+from .conftest import Run
+from .scenarios import batch, bert
+
+
+@pytest.mark.parametrize("embedding_bits", [None, 8])
+def test_it_trains_as_a_whole_model(succeed: Run, embedding_bits: int | None) -> None:
+    config = {"activation_bits": 8, "embedding_bits": embedding_bits, "sync_activation_clips": True}
+    (alone,) = succeed("train_sharded", 1, config=config)
+    ranks = succeed("train_sharded", 2, config=config)
+    losses = torch.stack([rank["losses"] for rank in ranks]).mean(dim=0)
+    torch.testing.assert_close(losses, alone["losses"])
+    for rank in ranks:
+        torch.testing.assert_close(rank["clips"], alone["clips"])
+    full, nothing = (rank["weights"] for rank in ranks)
+    assert nothing == {}
+    torch.testing.assert_close(dict(full), dict(alone["weights"]))
+
+
+def test_it_is_gathered_saved_reloaded_and_packed(succeed: Run, tmp_path: Path) -> None:
+    first, second = succeed("save_sharded", 2, tmp_path / "sharded")
+    for rank in (first, second):
+        pack, save = rank["refusals"]
+        assert "encoder.layer.0.attention.self.query: its weight of shape (16, 16) is sharded; gather the model" in pack
+        assert "bert.embeddings.word_embeddings.weight of shape (100, 16) is sharded" in save
+    assert "model.safetensors" not in first["files"] + second["files"]
+    whole = apply_octav(bert("float32"), OctavConfig()).eval()
+    with torch.no_grad():
+        expected = whole(**batch()).start_logits
+        for form in ("training", "packed"):
+            loaded = BertForQuestionAnswering.from_pretrained(tmp_path / "sharded" / form)
+            assert loaded.octav_config.packed is (form == "packed")
+            assert torch.equal(loaded(**batch()).start_logits, expected)

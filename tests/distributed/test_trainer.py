@@ -1,0 +1,34 @@
+"""Trainer in two processes ends in the weights of one process, and writes both forms of checkpoints, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import BertForQuestionAnswering
+
+from octav_hf import last_whole_checkpoint
+
+from .conftest import Run
+from .scenarios import batch
+
+
+def test_two_processes_end_as_one(succeed: Run, tmp_path: Path) -> None:
+    config = {"activation_bits": 8, "sync_activation_clips": True}
+    (alone,) = succeed("train_with_trainer", 1, tmp_path / "one", config=config, per_device=8)
+    first, second = succeed("train_with_trainer", 2, tmp_path / "two", config=config, per_device=4)
+    forms = ["trained", "packed"]
+    assert first["written"] == [f"{folder}/model.safetensors" for folder in ("run/checkpoint-3", *forms)]
+    assert second["written"] == []
+    assert torch.equal(second["logits"], first["logits"])
+    torch.testing.assert_close(first["logits"], alone["logits"])
+    for form in forms:
+        loaded = BertForQuestionAnswering.from_pretrained(tmp_path / "two" / form, dtype="auto")
+        assert loaded.octav_config.sync_activation_clips
+        assert loaded.octav_config.packed is (form == "packed")
+        with torch.no_grad():  # not bit by bit, since the ranks' clips are of the batch of each
+            torch.testing.assert_close(loaded(**batch()).start_logits, first["logits"])
+    checkpoint = last_whole_checkpoint(tmp_path / "two" / "run")
+    weights = BertForQuestionAnswering.from_pretrained(checkpoint, dtype="auto").state_dict()
+    expected = BertForQuestionAnswering.from_pretrained(tmp_path / "two" / "trained", dtype="auto").state_dict()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
