@@ -50,8 +50,11 @@ class QuantizedAttention(nn.Module):
 
         Raises:
             RuntimeError: an operand was never met, so it would have stayed in float; or another number of times than it
-                has frozen clips.
+                has frozen clips; or ``torch.export`` is asked for its strict mode.
         """
+        if torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
+            # Its tracer knows a function mode only as a context, and not as an object with methods.
+            raise RuntimeError(f"{self.attention_name}: torch.export follows its matmuls only with strict=False")
         if torch.compiler.is_compiling():  # whose graph cannot be broken inside two contexts
             return self._attend(*args, **kwargs)
         with shared_inputs():

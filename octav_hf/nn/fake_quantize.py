@@ -10,6 +10,7 @@ from ..functional import CLIP_RULES, fake_quantize, integer_range
 from ..functional.rows import Dim, statistics_dtype
 from .frozen_clips import ClipObserver, FrozenClips
 from .function_modes import outside_function_modes
+from .recording import refuse_recording
 
 
 class FakeQuantize(nn.Module):
@@ -101,8 +102,13 @@ class FakeQuantize(nn.Module):
         Args:
             x: floating point, any shape.
             use: which of the operand's uses in one forward pass of its module this is, from 0. Each has a frozen clip.
+
+        Raises:
+            RuntimeError: the call is being recorded by ``torch.jit.trace``, ``torch.fx`` or, unless the clip is frozen,
+                ``torch.export``.
         """
         frozen = self.frozen_now
+        refuse_recording(self.name or "FakeQuantize", x, dynamic=frozen is None)
         if frozen is not None:
             signed = frozen.signed
             clip = torch.full((), frozen.clips[use], dtype=statistics_dtype(x.dtype), device=x.device)
