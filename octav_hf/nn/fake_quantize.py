@@ -108,7 +108,7 @@ class FakeQuantize(nn.Module):
                 ``torch.export``.
         """
         frozen = self.frozen_now
-        refuse_recording(self.name or "FakeQuantize", x, dynamic=frozen is None)
+        refuse_recording(self, x, dynamic=frozen is None)
         if frozen is not None:
             signed = frozen.signed
             clip = torch.full((), frozen.clips[use], dtype=statistics_dtype(x.dtype), device=x.device)

@@ -77,7 +77,7 @@ class PackedWeight(FakeQuantize):
         Raises:
             RuntimeError: the call is being recorded by ``torch.jit.trace`` or ``torch.fx``.
         """
-        refuse_recording(self.name or "PackedWeight", x, dynamic=False)
+        refuse_recording(self, x, dynamic=False)
         return x
 
     def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:

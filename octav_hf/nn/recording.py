@@ -1,17 +1,17 @@
 """Refusing what records a model's operations where a quantizer cannot be recorded."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def refuse_recording(name: str, x: Tensor, dynamic: bool) -> None:
+def refuse_recording(quantizer: nn.Module, x: Tensor, dynamic: bool) -> None:
     """Raise unless a quantizer's call on ``x`` is run, compiled, or exported with clips that do not follow the data.
 
     ``torch.jit.trace`` would record the clip's recursion as it went for this one tensor, and ``torch.fx`` and
     ``torch.export`` stop at it with errors of their own, which do not say what to do.
 
     Args:
-        name: where in the model the quantizer stands, for the message.
+        quantizer: for its ``name`` in the message. Read only there: a compiler would compile once for each name.
         x: what it is called on.
         dynamic: whether its clip is computed from ``x``.
 
@@ -27,6 +27,6 @@ def refuse_recording(name: str, x: Tensor, dynamic: bool) -> None:
     else:
         return
     raise RuntimeError(
-        f"{name}: {recorder} cannot record a quantizer that computes its clip from the data; call "
+        f"{quantizer.name or 'FakeQuantize'}: {recorder} cannot record a quantizer that computes its clip from the data; call "
         "octav_hf.calibrate_octav(model, batches) and octav_hf.pack_octav(model), then torch.export.export(model, …)"
     )
