@@ -26,7 +26,8 @@ def refuse_recording(quantizer: nn.Module, x: Tensor, dynamic: bool) -> None:
         recorder = "torch.export"
     else:
         return
+    name = quantizer.name or "FakeQuantize"
     raise RuntimeError(
-        f"{quantizer.name or 'FakeQuantize'}: {recorder} cannot record a quantizer that computes its clip from the data; call "
+        f"{name}: {recorder} cannot record a quantizer that computes its clip from the data; call "
         "octav_hf.calibrate_octav(model, batches) and octav_hf.pack_octav(model), then torch.export.export(model, …)"
     )
