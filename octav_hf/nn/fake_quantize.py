@@ -74,8 +74,8 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def is_signed(self, x: Tensor) -> bool:
         """Whether ``x`` is quantized on the signed grid."""
-        if self.signed is not None:
-            return self.signed
+        if self.signed is not None or x.is_complex():  # complex numbers have no order; the clipping rule refuses them
+            return self.signed is not False
         # Most tensors with negative values have one in their first sample, which saves reading the rest. NaN is not
         # >= 0, and the clipping rule refuses it.
         first = x[:1] if x.dim() else x
