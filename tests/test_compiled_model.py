@@ -1,4 +1,4 @@
-"""torch.compile of a quantized model: the graph breaks at every clip, the result is that of the model as it is."""
+"""torch.compile of a quantized model: attention and clips stay outside, the result is that of the model as it is."""
 
 from __future__ import annotations
 
@@ -53,6 +53,20 @@ def test_quantized_embeddings(small_bert: Callable[..., BertForQuestionAnswering
     with torch.no_grad():
         got = torch.compile(other, backend="aot_eager")(**padded_batch).start_logits
         torch.testing.assert_close(got, model(**padded_batch).start_logits)
+
+
+@pytest.mark.parametrize(("implementation", "masked"), [("eager", True), ("sdpa", False)])
+def test_frozen_clips(
+    small_bert: Callable[..., BertForQuestionAnswering], padded_batch: dict, implementation: str, masked: bool
+) -> None:
+    """Each operand of attention is counted once, for it has as many clips as uses."""
+    torch.compiler.reset()
+    batch = padded_batch if masked else {"input_ids": padded_batch["input_ids"]}
+    model = apply_octav(small_bert(attn_implementation=implementation), OctavConfig())
+    calibrate_octav(model, [batch], progress_bar=False)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**batch).start_logits, model(**batch).start_logits)
 
 
 @pytest.mark.parametrize(("mode", "frozen"), [("train", False), ("eval", True)], ids=["train", "eval_frozen"])

@@ -53,16 +53,15 @@ class QuantizedAttention(nn.Module):
                 has frozen clips; or ``torch.export`` is asked for its strict mode.
         """
         if torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
-            # Its tracer knows a function mode only as a context, and not as an object with methods.
             raise RuntimeError(f"{self.attention_name}: torch.export follows its matmuls only with strict=False")
-        if torch.compiler.is_compiling():  # whose graph cannot be broken inside two contexts
-            return self._attend(*args, **kwargs)
-        with shared_inputs():
-            return self._attend(*args, **kwargs)
+        return self._attend(*args, **kwargs)
 
+    # Compiled, the function mode counts operands more than once, so that frozen clips run out.
+    @torch.compiler.disable
     def _attend(self, *args: Any, **kwargs: Any) -> Any:
         own_parameters = self.parameters(recurse=False)
-        with AttentionMatmuls(self.operand_quantizers, self.attention_name, own_parameters) as matmuls:
+        matmuls = AttentionMatmuls(self.operand_quantizers, self.attention_name, own_parameters)
+        with shared_inputs(), matmuls:
             output = super().forward(*args, **kwargs)
         matmuls.check_complete()
         return output
