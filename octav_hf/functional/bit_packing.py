@@ -59,8 +59,7 @@ def unpack_bits(packed: Tensor, num_bits: int, row_length: int) -> Tensor:
     if num_bits == 8:
         return packed
     missing = -packed.shape[-1] % num_bits
-    packed = nn.functional.pad(packed, (0, missing)) if missing else packed.contiguous()
-    packed = packed.view(*packed.shape[:-1], packed.shape[-1] // num_bits, num_bits)
+    packed = (nn.functional.pad(packed, (0, missing)) if missing else packed.contiguous()).unflatten(-1, (-1, num_bits))
     if num_bits in _INTEGERS:
         fields = packed.view(_INTEGERS[num_bits]).to(torch.int64)  # bits above the group's may be 1, and are masked
     else:
