@@ -81,6 +81,8 @@ def elementwise(
         return function.plain(*tensors, *parameters, *constants)
     first = tensors[0]
     order = memory_order(first)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return function.plain(*tensors, *parameters, *constants)  # a backward pass that is differentiated itself
     same_layout = all(tensor.stride() == first.stride() for tensor in tensors)
     if fuses(first) and same_layout and first.permute(order).is_contiguous():
         if all(parameter.numel() == 1 for parameter in parameters):

@@ -50,16 +50,18 @@ class QuantizedAttention(nn.Module):
 
         Raises:
             RuntimeError: an operand was never met, so it would have stayed in float; or another number of times than it
-                has frozen clips.
+                has frozen clips; or ``torch.export`` is asked for its strict mode.
         """
-        if torch.compiler.is_compiling():  # whose graph cannot be broken inside two contexts
-            return self._attend(*args, **kwargs)
-        with shared_inputs():
-            return self._attend(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
+            raise RuntimeError(f"{self.attention_name}: torch.export follows its matmuls only with strict=False")
+        return self._attend(*args, **kwargs)
 
+    # Compiled, the function mode counts operands more than once, so that frozen clips run out.
+    @torch.compiler.disable
     def _attend(self, *args: Any, **kwargs: Any) -> Any:
         own_parameters = self.parameters(recurse=False)
-        with AttentionMatmuls(self.operand_quantizers, self.attention_name, own_parameters) as matmuls:
+        matmuls = AttentionMatmuls(self.operand_quantizers, self.attention_name, own_parameters)
+        with shared_inputs(), matmuls:
             output = super().forward(*args, **kwargs)
         matmuls.check_complete()
         return output

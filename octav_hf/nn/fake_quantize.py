@@ -10,6 +10,7 @@ from ..functional import CLIP_RULES, fake_quantize, integer_range
 from ..functional.rows import Dim, statistics_dtype
 from .frozen_clips import ClipObserver, FrozenClips
 from .function_modes import outside_function_modes
+from .recording import refuse_recording
 
 
 class FakeQuantize(nn.Module):
@@ -73,8 +74,8 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def is_signed(self, x: Tensor) -> bool:
         """Whether ``x`` is quantized on the signed grid."""
-        if self.signed is not None:
-            return self.signed
+        if self.signed is not None or x.is_complex():  # complex numbers have no order; the clipping rule refuses them
+            return self.signed is not False
         # Most tensors with negative values have one in their first sample, which saves reading the rest. NaN is not
         # >= 0, and the clipping rule refuses it.
         first = x[:1] if x.dim() else x
@@ -106,8 +107,13 @@ class FakeQuantize(nn.Module):
         Args:
             x: floating point, any shape.
             use: which of the operand's uses in one forward pass of its module this is, from 0. Each has a frozen clip.
+
+        Raises:
+            RuntimeError: the call is being recorded by ``torch.jit.trace``, ``torch.fx`` or, unless the clip is frozen,
+                ``torch.export``.
         """
         frozen = self.frozen_now
+        refuse_recording(self, x, dynamic=frozen is None)
         if frozen is not None:
             signed = frozen.signed
             clip = torch.full((), frozen.clips[use], dtype=statistics_dtype(x.dtype), device=x.device)

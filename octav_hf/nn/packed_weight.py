@@ -11,6 +11,7 @@ from ..functional.fake_quantize import fake_quantize
 from ..functional.grid import step_size
 from ..functional.rows import statistics_dtype, to_rows
 from .fake_quantize import FakeQuantize
+from .recording import refuse_recording
 
 
 class PackedWeight(FakeQuantize):
@@ -71,7 +72,12 @@ class PackedWeight(FakeQuantize):
         return quantizer_class(**_arguments(self))
 
     def forward(self, x: Tensor, use: int = 0) -> Tensor:
-        """``x``, rows of the weight as ``dequantize`` gives them, which are on the grid already."""
+        """``x``, rows of the weight as ``dequantize`` gives them, which are on the grid already.
+
+        Raises:
+            RuntimeError: the call is being recorded by ``torch.jit.trace`` or ``torch.fx``.
+        """
+        refuse_recording(self, x, dynamic=False)
         return x
 
     def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:

@@ -47,7 +47,7 @@ def quantized_scaled_dot_product_attention(
     blind = None
     if mask is not None:
         blind = (mask == -torch.inf).all(dim=-1, keepdim=True)
-        if blind.any():
+        if torch.compiler.is_exporting() or blind.any():  # what is exported does not branch on data
             mask = mask.masked_fill(blind, 0)  # the softmax of nothing would be NaN, and so would its gradient be
         else:
             blind = None

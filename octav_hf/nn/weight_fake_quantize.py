@@ -31,7 +31,8 @@ class WeightFakeQuantize(FakeQuantize):
     def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:
         """Clips of ``x``, of the shape that the clipping rule gives for ``dim``: ``[rows, 1, ...]``, or 0-dim."""
         values = x.detach().to(statistics_dtype(x.dtype)).flatten(1)
-        product = values @ self._random_vector(values)
+        with torch.autocast(values.device.type, enabled=False):  # in whose precision small changes would not show
+            product = values @ self._random_vector(values)
         if self._known is None or self._known[0] != self.settings or not torch.equal(self._known[1], product):
             self._known = self.settings, product, super().compute_clip(x, signed)
         return self._known[2]

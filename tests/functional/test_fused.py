@@ -61,6 +61,22 @@ def test_compiled_equals_plain_bit_for_bit(
     assert compiled[0].shape == x.shape
 
 
+@pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
+@pytest.mark.parametrize("size", [100, LARGE], ids=["plain", "large"])
+def test_a_gradient_can_be_differentiated(size: int, gradient: str) -> None:
+    """As a penalty on gradients does: that of ``a * Q(x)`` into ``x`` is ``a`` times the factor, whatever the size."""
+    x = gaussian(size)
+    clip = torch.tensor(1.3)
+    outside = {"ste": torch.ones_like(x), "pwl": torch.zeros_like(x), "mad": 1.3 / x.abs()}[gradient]
+    factor = torch.where(x.abs() <= 1.3, torch.ones_like(x), outside)
+    a = torch.full_like(x, 0.5).requires_grad_()
+    y = a * fake_quantize(x.requires_grad_(), clip, 4, gradient=gradient)
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    torch.testing.assert_close(first, 0.5 * factor)
+    (second,) = torch.autograd.grad(first.sum(), a)
+    torch.testing.assert_close(second, factor)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
 def test_compiled_rows_equal_plain_rows(gradient: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

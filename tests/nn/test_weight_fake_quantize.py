@@ -76,6 +76,21 @@ def test_a_changed_weight_is_computed_again(
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_autocast_hides_no_change(weight: Tensor, calls: list[Tensor], change: str) -> None:
+    """In its precision the product with the random vector would often stay the same."""
+    weight = weight.detach()
+    quantizer = WeightFakeQuantize(4, dim=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        quantizer(weight)
+        CHANGES[change](weight)
+        quantizer(weight)
+        weight.data[2] *= 1.0001
+        assert torch.equal(quantizer.compute_clip(weight), octav_clip(weight, 4, dim=1))
+    assert torch.equal(quantizer.compute_clip(weight), octav_clip(weight, 4, dim=1))
+    assert len(calls) == 3, "once for each value of the weight, within autocast or not"
+
+
 @pytest.mark.parametrize("dim", [(1, 2, 3), None], ids=["per row", "per tensor"])
 @pytest.mark.parametrize("place", [(0, 0, 0, 0), (2, 1, 0, 1), (5, 4, 3, 1)], ids=str)
 def test_a_changed_kernel_is_computed_again(
