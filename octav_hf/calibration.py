@@ -33,7 +33,8 @@ def calibrate_octav(model: Model, batches: Iterable[Batch], *, progress_bar: boo
 
     The clips are in the config that the model now has, as ``activation_clips``, so that ``save_pretrained`` writes them
     and ``from_pretrained`` brings them back; the config object that was passed to ``apply_octav`` is left as it is.
-    Where several processes train one model, give each the same batches.
+    Where several processes train one model, give each the same batches; or, with ``sync_activation_clips``, each its
+    own, as many as the others: the clips are then those of the batches of all, and equal in all.
 
     Args:
         model: one that ``apply_octav`` quantized, or that contains such a model. Its mode, its buffers and the random

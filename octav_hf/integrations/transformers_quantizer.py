@@ -115,9 +115,9 @@ class OctavQuantizer(HfQuantizer):
 
 
 def _check_whole(model: PreTrainedModel) -> None:
-    """Refuse sharded weights, which would be written as they are; those that Transformers sharded it gathers itself.
+    """Refuse sharded weights, except where Transformers has sharded them and so gathers them itself.
 
-    A ``state_dict`` that was gathered and given to ``save_pretrained`` does not come this far: Transformers drops it.
+    A gathered ``state_dict`` that was given to ``save_pretrained`` is of no use: Transformers drops it.
     """
     if getattr(model.config, "distributed_config", None) is not None:
         return

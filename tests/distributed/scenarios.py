@@ -143,14 +143,20 @@ def quantize_what_is_not_finite(folder: Path, value: float, clip: str) -> list[s
     return ["no error"]
 
 
-def forward(folder: Path, sizes: list[int], **config: Any) -> Tensor:
-    """What a network, in evaluation, makes of this rank's part of a batch; ``sizes`` says how large each part is."""
+def forward(folder: Path, sizes: list[int], frozen: bool, **config: Any) -> dict[str, Any]:
+    """What a network, in evaluation, makes of this rank's part of a batch; ``sizes`` says how large each part is.
+
+    With ``frozen`` clips are those of a calibration on that same batch.
+    """
     torch.manual_seed(0)
     # Not a BERT, which cannot run on nothing.
     layers = torch.nn.Linear(6, 20), torch.nn.ReLU(), torch.nn.Linear(20, 20), torch.nn.GELU(), torch.nn.Linear(20, 3)
     model = apply_octav(torch.nn.Sequential(*layers).double(), OctavConfig(**config)).eval()
+    part = torch.randn(sum(sizes), 6).double().split(sizes)[rank_and_ranks()[0]]
+    if frozen:
+        octav_hf.calibrate_octav(model, [part], progress_bar=False)
     with torch.inference_mode():
-        return model(torch.randn(sum(sizes), 6).double().split(sizes)[rank_and_ranks()[0]]).clone()
+        return {"output": model(part).clone(), "clips": model.octav_config.activation_clips}
 
 
 def calibrate(folder: Path, batches: int, **config: Any) -> dict[str, Any]:

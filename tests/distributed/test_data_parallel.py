@@ -71,12 +71,21 @@ def test_in_one_process_it_changes_nothing() -> None:
         assert torch.equal(got.grad, expected.grad) if expected.grad is not None else got.grad is None
 
 
+def test_threads_of_data_parallel_without_a_gpu() -> None:
+    model = apply_octav(bert(), OctavConfig()).eval()
+    with torch.no_grad():
+        assert torch.equal(torch.nn.DataParallel(model)(**batch()).start_logits, model(**batch()).start_logits)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("sizes", [[5, 3], [0, 8], [4, 0, 4, 0]], ids=str)
-def test_evaluation_on_unequal_batches(succeed: Run, sizes: list[int]) -> None:
-    (alone,) = succeed("forward", 1, sizes=[8])
-    parts = succeed("forward", len(sizes), sizes=sizes, **SYNCHRONIZED)
-    assert [len(part) for part in parts] == sizes
-    torch.testing.assert_close(torch.cat(parts), alone)
+def test_evaluation_on_unequal_batches(succeed: Run, sizes: list[int], frozen: bool) -> None:
+    (alone,) = succeed("forward", 1, sizes=[8], frozen=frozen)
+    ranks = succeed("forward", len(sizes), sizes=sizes, frozen=frozen, **SYNCHRONIZED)
+    assert [len(rank["output"]) for rank in ranks] == sizes
+    torch.testing.assert_close(torch.cat([rank["output"] for rank in ranks]), alone["output"])
+    assert all(rank["clips"] == ranks[0]["clips"] for rank in ranks)
+    assert set(ranks[0]["clips"]) == ({"0", "2", "4"} if frozen else set())
 
 
 @pytest.mark.parametrize("clip", ["octav", "max"])

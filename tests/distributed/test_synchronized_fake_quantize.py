@@ -9,6 +9,7 @@ import torch
 
 from octav_hf.functional import max_clip, octav_clip, round_to_grid
 from octav_hf.functional.registry import rules_for_all_ranks
+from octav_hf.nn import FakeQuantize, SynchronizedFakeQuantize
 
 from ..twins import max_clip_twin, octav_clip_twin
 from .conftest import Run
@@ -64,6 +65,11 @@ def test_what_is_not_finite_on_one_rank_is_an_error_on_all(succeed: Run, ranks: 
         wanted = r"x of shape (4,)" if rank == 1 else "the part of x on rank 1 holds NaN or Inf"
         assert wanted in message
         assert later == "1.0"
+
+
+def test_it_shares_no_result_with_one_that_is_not_synchronized() -> None:
+    assert SynchronizedFakeQuantize(4).settings == SynchronizedFakeQuantize(4).settings
+    assert SynchronizedFakeQuantize(4).settings != FakeQuantize(4).settings
 
 
 def test_rules_for_all_ranks() -> None:
