@@ -70,7 +70,7 @@ def test_frozen_clips(
 
 
 @pytest.mark.parametrize(("mode", "frozen"), [("train", False), ("eval", True)], ids=["train", "eval_frozen"])
-def test_new_batch_sizes_and_lengths_are_hardly_compiled_anew(
+def test_new_batch_sizes_and_lengths_are_not_compiled_anew(
     small_bert: Callable[..., BertForQuestionAnswering], padded_batch: dict, mode: str, frozen: bool
 ) -> None:
     """Torch compiles a size of 1 apart, and gives a size up as a constant when it changes for the first time."""
@@ -100,9 +100,8 @@ def test_new_batch_sizes_and_lengths_are_hardly_compiled_anew(
         return counters["stats"]["unique_graphs"]
 
     counters.clear()
-    first = graphs_after((2, 16), (3, 24), (1, 7))
-    later = graphs_after((4, 33), (2, 60), (7, 11), (5, 40), (1, 20))
-    again = graphs_after((4, 33), (2, 60), (7, 11), (5, 40), (1, 20))
-    assert 0 < first < 100
-    assert later - first <= 5, "five new sizes"
-    assert again == later
+    with torch._dynamo.config.patch(recompile_limit=64):  # at which torch would stop compiling, and hide what it counts
+        first = graphs_after((2, 16), (3, 24), (1, 7))
+        later = graphs_after((4, 33), (2, 60), (7, 11), (5, 40), (1, 20))
+    assert 0 < first < 60
+    assert later == first
