@@ -78,6 +78,9 @@ def tensors() -> dict[str, Tensor]:
     """Of many kinds, to be cut in unequal parts."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(3000, generator=generator)
+    # Of two ranks the last would choose the other one of the clips that the recursion alternates between.
+    alternating = torch.cat([normal[:51], torch.full((16,), 1.26), torch.full((2,), 2.02)])
+    other = torch.cat([normal[:50], torch.full((17,), 1.22), torch.full((2,), 1.95)])
     return {
         "normal": normal,
         "outliers": normal**5,
@@ -85,7 +88,8 @@ def tensors() -> dict[str, Tensor]:
         "one sign here, two there": torch.cat([normal.abs(), normal[:10]]),
         "one sign": normal.relu(),
         "one magnitude": torch.full((50,), 3.0),
-        "the recursion alternates": torch.tensor([1.0] * 9 + [8.0] * 2),
+        "the recursion alternates": alternating,
+        "the recursion alternates otherwise": other,
         "one element": torch.tensor([-0.7]),
         "zeros": torch.zeros(20),
         "nothing": torch.zeros(0),
