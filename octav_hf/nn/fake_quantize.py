@@ -32,9 +32,12 @@ class FakeQuantize(nn.Module):
 
     Attributes:
         observer: is told the dynamic clips of every call, while it is set; frozen ones then do not count.
+        clips_computed: how many clips it has computed, one for each forward pass, or of a weight for each change of it:
+            an error says when it came up.
     """
 
     observer: ClipObserver | None = None
+    clips_computed: int = 0
 
     def __init__(
         self,
@@ -84,17 +87,21 @@ class FakeQuantize(nn.Module):
     @torch.compiler.disable
     @outside_function_modes
     def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:
-        """Clipping scalar(s) of ``x``, broadcastable against it. An error of the rule is raised with ``name`` added.
+        """Clipping scalar(s) of ``x``, broadcastable against it. An error of the rule says ``name`` and when it came.
 
         Args:
             x: floating point, any shape.
             signed: what ``is_signed`` says of ``x``, where that is known already.
         """
         signed = self.is_signed(x) if signed is None else signed
+        self.clips_computed += 1
         try:
             return CLIP_RULES[self.clip](x, self.num_bits, signed=signed, dim=self.dim, **self.clip_options)
         except (ValueError, TypeError) as error:
-            raise type(error)(f"{self.name or 'FakeQuantize'}: {error}") from error
+            where = self.name or "FakeQuantize"
+            raise type(error)(
+                f"{where}: {error} (at the clip number {self.clips_computed} of this quantizer)"
+            ) from error
 
     def dynamic_grid(self, x: Tensor) -> tuple[bool, Tensor]:
         """What ``is_signed`` and ``compute_clip`` say of ``x``."""
