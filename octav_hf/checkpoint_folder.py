@@ -11,18 +11,17 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import CommitInfo, HfApi, ModelCard, snapshot_download
+from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from .config import OctavConfig
-from .model_card import model_card, renewed_card
+from .model_card import model_card, write_card
 from .nn import FakeQuantize, QuantizedLayer
 from .patching import convert_modules
 from .training_run import TrainingRun
 
-CARD = "README.md"
 # Which nobody should have to trust.
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl"]
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "config.json"]
@@ -145,9 +144,7 @@ class CheckpointFolder:
 
     def write_card(self, name: str) -> None:
         """Write the card into the folder, unless somebody has written one; ``name`` is what its example loads."""
-        path = self.path / CARD
-        card = ModelCard.load(path) if path.is_file() else None
-        renewed_card(card, model_card(self.structure, TrainingRun.load(self.path), name=name)).save(path)
+        write_card(self.path, model_card(self.structure, TrainingRun.load(self.path), name=name))
 
     def push(
         self,

@@ -12,7 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from transformers import PreTrainedModel, logging
 
 from .checkpoint_folder import CheckpointFolder, summary, whole_folder
+from .model_card import bits_in_words
 from .packing import pack_octav, unpack_octav
+from .text_table import aligned
 from .training_run import TrainingRun
 
 _FORESEEABLE = (
@@ -129,9 +131,9 @@ def _inspect(options: argparse.Namespace) -> None:
     config = folder.config
     frozen = f"frozen for {facts['frozen_clips']} activations" if config.activation_clips else "dynamic"
     print(f"{options.source}: {facts['architecture']}, {facts['form']} form, format version {facts['format_version']}")
-    print(f"weights: {_bits(config.weight_bits)}, clip {config.weight_clip} per {config.weight_granularity}")
-    print(f"activations: {_bits(config.activation_bits)}, clip {config.activation_clip} per tensor, {frozen}")
-    print(f"embeddings: {_bits(config.embedding_bits)}")
+    print(f"weights: {bits_in_words(config.weight_bits)}, clip {config.weight_clip} per {config.weight_granularity}")
+    print(f"activations: {bits_in_words(config.activation_bits)}, clip {config.activation_clip} per tensor, {frozen}")
+    print(f"embeddings: {bits_in_words(config.embedding_bits)}")
     header = ("layer", "bits", "shape", "stored as", "bytes", "in float32")
     rows = [
         (
@@ -141,15 +143,9 @@ def _inspect(options: argparse.Namespace) -> None:
         )
         for layer in facts["layers"]
     ]
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    for row in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(aligned([header, *rows])))
     print(_sizes(facts))
     print("every tensor is as it was saved" if config.packed else "every weight is there (values are not recorded)")
-
-
-def _bits(bits: int | None) -> str:
-    return "floating point" if bits is None else f"{bits} bits"
 
 
 def _sizes(facts: dict[str, Any]) -> str:

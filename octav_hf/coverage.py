@@ -16,6 +16,7 @@ from .nn import (
     quantized_class_of,
 )
 from .plan_layers import unknown_weights
+from .text_table import aligned
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,7 @@ class CoverageReport(list[Operand]):
 
     def __str__(self) -> str:
         header = ("module", "operand", "bits", "grid", "clip", "gradient", "left in float because")
-        table = [header, *(row.cells() for row in self)]
-        widths = [max(len(cells[column]) for cells in table) for column in range(len(header))]
-        rows = ("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table)
-        return "\n".join([*(row.rstrip() for row in rows), "", self.summary()])
+        return "\n".join([*aligned([header, *(row.cells() for row in self)]), "", self.summary()])
 
 
 def coverage_report(model: nn.Module) -> CoverageReport:

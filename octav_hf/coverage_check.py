@@ -7,6 +7,7 @@ from torch import nn
 from .coverage import CoverageReport, Operand
 from .forward_pass import Batch, check_batch, run_batch, without_trace
 from .operand_watch import PRODUCTS, FloatOperand, OperandWatch
+from .text_table import aligned
 
 
 class CoverageCheck(list[FloatOperand]):
@@ -38,10 +39,8 @@ class CoverageCheck(list[FloatOperand]):
         summary = f"{len(self)} operands {self.description}; {self.products} products ran"
         if not self:
             return summary
-        table = [("module", "operation", "operand", "", "shape"), *(row.cells() for row in self)]
-        widths = [max(len(cells[column]) for cells in table) for column in range(5)]
-        rows = ("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table)
-        return "\n".join([*(row.rstrip() for row in rows), "", summary])
+        header = ("module", "operation", "operand", "", "shape")
+        return "\n".join([*aligned([header, *(row.cells() for row in self)]), "", summary])
 
 
 def _explained(row: FloatOperand, listed: dict[str, list[Operand]]) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
-from transformers.modelcard import TASK_MAPPING
 
 from .config import OctavConfig
 from .coverage import coverage_report
@@ -76,6 +75,12 @@ def renewed_card(card: ModelCard | None, new: ModelCard) -> ModelCard:
     return ModelCard(f"---\n{ModelCardData(**merged).to_yaml()}\n---\n{new.text}")
 
 
+def write_card(folder: Path, new: ModelCard) -> None:
+    """Write ``new`` as ``README.md`` into ``folder``, unless somebody has written that."""
+    path = folder / "README.md"
+    renewed_card(ModelCard.load(path) if path.is_file() else None, new).save(path)
+
+
 def _mark(text: str) -> str:
     """The last line of a card, by which one that was edited can be told."""
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -123,6 +128,9 @@ def _metadata(
 
 
 def _task(model: PreTrainedModel) -> str | None:
+    # Not at the top: it costs every import of the package a seventh of a second.
+    from transformers.modelcard import TASK_MAPPING
+
     architecture = type(model).__name__
     tasks: Mapping[str, Any] = TASK_MAPPING
     for task, names in tasks.items():
@@ -161,7 +169,7 @@ def _introduction(architecture: str, config: OctavConfig, run: TrainingRun, base
     )
     return (
         f"A `{architecture}`{made_from}{data} with quantization-aware training by octav_hf: weights at "
-        f"{_bits(config.weight_bits)}, activations at {_bits(config.activation_bits)}; {form}."
+        f"{bits_in_words(config.weight_bits)}, activations at {bits_in_words(config.activation_bits)}; {form}."
     )
 
 
@@ -177,15 +185,15 @@ def _settings(model: PreTrainedModel, config: OctavConfig) -> dict[str, str]:
     weight_clip = _clip(config.weight_clip, config.weight_clip_options)
     activation_clip = _clip(config.activation_clip, config.activation_clip_options)
     settings = {
-        "weights": f"{_bits(config.weight_bits)}, {weight_clip} per {config.weight_granularity}",
-        "activations": f"{_bits(config.activation_bits)}, {activation_clip} per tensor, {_frozen(model)}",
-        "embeddings": _bits(config.embedding_bits),
+        "weights": f"{bits_in_words(config.weight_bits)}, {weight_clip} per {config.weight_granularity}",
+        "activations": f"{bits_in_words(config.activation_bits)}, {activation_clip} per tensor, {_frozen(model)}",
+        "embeddings": bits_in_words(config.embedding_bits),
         "attention matmuls": "quantized" if config.quantize_attention and config.activation_bits else "floating point",
         "gradients": f"`{config.weight_gradient}` for weights, `{config.activation_gradient}` for activations",
         "form": "packed" if config.packed else "training form",
     }
     if config.first_last_bits is not None:
-        settings["first and last layer"] = _bits(config.first_last_bits)
+        settings["first and last layer"] = bits_in_words(config.first_last_bits)
     if config.exclude_modules:
         settings["excluded"] = ", ".join(f"`{pattern}`" for pattern in config.exclude_modules)
     for pattern, override in config.module_overrides.items():
@@ -230,5 +238,6 @@ def _table(header: tuple[str, str], rows: Mapping[str, object]) -> str:
     return "\n".join(lines)
 
 
-def _bits(bits: int | None) -> str:
+def bits_in_words(bits: int | None) -> str:
+    """Such as ``4 bits``; ``None`` is floating point."""
     return "floating point" if bits is None else f"{bits} bits"

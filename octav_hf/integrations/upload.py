@@ -4,10 +4,9 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
-from ..model_card import model_card, renewed_card
+from ..model_card import model_card, write_card
 
 
 class UploadWithCard:
@@ -24,9 +23,7 @@ class UploadWithCard:
         """Write the card among the files of ``working_dir``, unless somebody has written another, and upload them."""
         model = self._model()
         assert model is not None  # of which this is an attribute
-        path = Path(working_dir) / "README.md"
-        card = ModelCard.load(path) if path.is_file() else None
-        renewed_card(card, model_card(model, name=repo_id)).save(path)
+        write_card(Path(working_dir), model_card(model, name=repo_id))
         return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
