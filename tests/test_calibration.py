@@ -34,16 +34,11 @@ from octav_hf.functional import CLIP_RULES, max_clip
 from octav_hf.nn import FakeQuantize, QuantizedAttention, QuantizedLayer
 from tests import twins
 from tests.architectures.models import ARCHITECTURES
+from tests.question_answering import logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
 Tensor = torch.Tensor
 Inputs = dict[tuple[str, str], list[Tensor]]
-
-
-def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        output = model(**batch)
-    return torch.cat([output.start_logits, output.end_logits])
 
 
 def token_batches(count: int = 3) -> list[dict[str, Tensor]]:

@@ -13,20 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForQuestionAnswering,
     BertForQuestionAnswering,
-    PreTrainedModel,
     ResNetForImageClassification,
 )
 
 from octav_hf import OctavConfig, TrainingRun, apply_octav, calibrate_octav, pack_octav
 from octav_hf.cli import main
+from tests.question_answering import logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
-
-
-def logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        output = model(**batch)
-    return torch.cat([output.start_logits, output.end_logits])
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from transformers import BertForQuestionAnswering, Trainer, TrainingArguments
 
 from octav_hf import OctavConfig, apply_octav
 from octav_hf.functional import compilation, fused, octav_cpu
+from tests.question_answering import Spans
 from tests.seeded_training import train
 
 ROOT = Path(__file__).parent.parent
@@ -44,27 +45,13 @@ def test_the_same_weights_twice_without_them(monkeypatch: pytest.MonkeyPatch) ->
     assert train(0) == train(0) != train(1)
 
 
-class Spans(torch.utils.data.Dataset):
-    """Random token sequences of different lengths with random answer spans."""
-
-    def __len__(self) -> int:
-        return 24
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(index)
-        ids = torch.randint(0, 100, (48,), generator=generator)
-        mask = (torch.arange(48) < 30 + index % 18).long()
-        start, end = torch.randint(0, 30, (2,), generator=generator).sort().values
-        return {"input_ids": ids, "attention_mask": mask, "start_positions": start, "end_positions": end}
-
-
 def trainer_weights(model: nn.Module, folder: Path, **arguments: object) -> dict[str, torch.Tensor]:
     settings = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "save_strategy": "no"}
     settings |= {"report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 3, "logging_strategy": "no"}
     Trainer(
         model=model,
         args=TrainingArguments(output_dir=str(folder), **(settings | arguments)),
-        train_dataset=Spans(),
+        train_dataset=Spans(count=24, length=48, shortest=30),
     ).train()
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 

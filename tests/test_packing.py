@@ -20,14 +20,9 @@ from octav_hf import (
 )
 from octav_hf.nn import PackedLayer, QuantizedLayer
 from octav_hf.packing import packed_layers
+from tests.question_answering import logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
-
-
-def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        output = model(**batch)
-    return torch.cat([output.start_logits, output.end_logits])
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -11,14 +11,9 @@ from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering
 
 from octav_hf import OctavConfig, apply_octav, coverage_report, remove_octav
 from octav_hf.nn import FakeQuantize, QuantizedAttention, QuantizedLinear
+from tests.question_answering import logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
-
-
-def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        output = model(**batch)
-    return torch.cat([output.start_logits, output.end_logits])
 
 
 def test_bert_base_has_48_attention_operands_and_73_linear_layers() -> None:

@@ -14,6 +14,7 @@ from transformers import BertForQuestionAnswering, Trainer, TrainingArguments
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav
 from octav_hf.nn import FakeQuantize
+from tests.question_answering import Spans
 from tests.twins import octav_clip_twin, quantize_twin
 
 MakeBert = Callable[..., BertForQuestionAnswering]
@@ -82,19 +83,6 @@ def test_an_attention_operand_that_is_not_finite_is_named(
     getattr(model.bert.encoder.layer[1].attention.self, operand).bias.data[5] = math.nan
     with pytest.raises(ValueError, match=rf"^bert\.encoder\.layer\.1\.attention\.self {operand}: .* 32 NaN"):
         model(**padded_batch)
-
-
-class Spans(torch.utils.data.Dataset):
-    """Random token sequences with random answer spans."""
-
-    def __len__(self) -> int:
-        return 12
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(index)
-        ids = torch.randint(0, 100, (16,), generator=generator)
-        span = torch.randint(0, 8, (2,), generator=generator).sort().values
-        return {"input_ids": ids, "start_positions": span[0], "end_positions": span[1]}
 
 
 def trainer(model: nn.Module, folder: Path, **arguments: object) -> Trainer:

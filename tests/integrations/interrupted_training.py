@@ -22,21 +22,9 @@ from transformers import BertConfig, BertForQuestionAnswering, PreTrainedConfig,
 from transformers.trainer_callback import TrainerState
 
 from octav_hf import OctavConfig, apply_octav, last_whole_checkpoint
+from tests.question_answering import Spans
 
 STEPS, SAVE_STEPS = 6, 2
-
-
-class Spans(torch.utils.data.Dataset):
-    """Random token sequences with random answer spans: 12, or 3 batches."""
-
-    def __len__(self) -> int:
-        return 12
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(index)
-        ids = torch.randint(0, 100, (16,), generator=generator)
-        span = torch.randint(0, 16, (2,), generator=generator).sort().values
-        return {"input_ids": ids, "start_positions": span[0], "end_positions": span[1]}
 
 
 def make_trainer(output_dir: Path, **arguments: Any) -> Trainer:

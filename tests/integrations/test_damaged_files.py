@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
 
 from octav_hf import OctavConfig, apply_octav, pack_octav
+from tests.bomb import Bomb
 
 MakeBert = Callable[..., BertForQuestionAnswering]
 
@@ -216,16 +217,6 @@ def test_a_missing_shard(whole: Path, tmp_path: Path) -> None:
     first.unlink()
     with pytest.raises(OSError, match=re.escape(first.name)):
         AutoModelForQuestionAnswering.from_pretrained(tmp_path)
-
-
-class Bomb:
-    """Unpickling it leaves a trace."""
-
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.trace,)
 
 
 def test_nothing_is_unpickled(copy: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from octav_hf import last_whole_checkpoint
 from octav_hf.integrations.trainer_checkpoints import check_checkpoint
+from tests.bomb import Bomb
 
 from .interrupted_training import SAVE_STEPS, STEPS, make_trainer
 
@@ -297,16 +298,6 @@ def test_adapters(tmp_path: Path) -> None:
     (folder / "adapter_config.json").unlink()
     with pytest.raises(ValueError, match="adapter_config.json is missing"):
         check_checkpoint(folder)
-
-
-class Bomb:
-    """Unpickling it leaves a trace."""
-
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.trace,)
 
 
 def test_nothing_is_unpickled(copy: Path, tmp_path: Path) -> None:

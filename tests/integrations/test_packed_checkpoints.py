@@ -22,14 +22,9 @@ from transformers import (
 
 from octav_hf import OctavConfig, apply_octav, coverage_report, pack_octav, unpack_octav
 from octav_hf.packing import packed_layers
+from tests.question_answering import logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
-
-
-def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        output = model(**batch)
-    return torch.cat([output.start_logits, output.end_logits])
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:

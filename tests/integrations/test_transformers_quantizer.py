@@ -19,16 +19,11 @@ from transformers import (
 )
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav, coverage_report
+from tests.question_answering import Spans, logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
 
 CONFIG = {"weight_bits": 3, "exclude_modules": ["qa_outputs"], "module_overrides": {"*.query": {"weight_bits": 8}}}
-
-
-def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        output = model(**batch)
-    return torch.cat([output.start_logits, output.end_logits])
 
 
 @pytest.fixture
@@ -95,20 +90,6 @@ def test_loads_in_a_new_process_with_one_import(small_bert: MakeBert, padded_bat
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model, padded_batch))
-
-
-class Spans(torch.utils.data.Dataset):
-    """Random token sequences with random answer spans."""
-
-    def __len__(self) -> int:
-        return 12
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(index)
-        ids = torch.randint(0, 100, (16,), generator=generator)
-        mask = (torch.arange(16) < 8 + index % 8).long()
-        span = torch.randint(0, 8, (2,), generator=generator).sort().values
-        return {"input_ids": ids, "attention_mask": mask, "start_positions": span[0], "end_positions": span[1]}
 
 
 def trainer(model: nn.Module, output_dir: Path, **arguments: object) -> Trainer:

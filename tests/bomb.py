@@ -1,0 +1,16 @@
+"""A pickle that shows whether somebody has unpickled it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+class Bomb:
+    """Unpickling it leaves a trace."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
