@@ -1,0 +1,263 @@
+"""Measure the clips of a fine-tuned model's tensors as the paper does: error, time, convergence, second minima.
+
+    python measure_clips.py --model_name_or_path MODEL --train_file train.json --bits 4 6 8 --output_dir runs/clips
+    python measure_clips.py --render runs/clips/clips.json
+
+One training batch goes through the model, and every tensor that a quantizer sees is measured at each number of bits. A
+float model is quantized for it, at each number of bits anew; a quantized one is taken as it is, its own numbers of bits
+included. Everything runs on the CPU. The first command writes `clips.json`, and both write from it alone `clips.md` and
+the plots, each as PNG and SVG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from clip_measurements import SeenTensor, measure, sequences
+from clip_plots import write_plots
+from clip_report import clip_ratio, markdown_report
+from run_squad import sample
+from squad_dataset import read_squad_file
+from squad_features import Windows, training_features
+from torch import Tensor, nn
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding, set_seed
+
+import octav_hf
+from octav_hf import OctavConfig, apply_octav, remove_octav
+from octav_hf.functional.grid import MAX_BITS, MIN_BITS
+from octav_hf.nn import FakeQuantize, PackedLayer, QuantizedEmbedding
+
+PACKAGES = ("torch", "transformers", "datasets", "numpy", "matplotlib")
+DETAILED = (("weight",), ("input",), ("query", "key", "probabilities", "value"))
+_DIGITS = 7
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measure, or read what was measured, write tables and plots, and return what `clips.json` holds.
+
+    Raises:
+        FileExistsError: `--output_dir` has a `clips.json` already.
+        ValueError: the model is packed or has no quantized tensor, or the data cannot be used.
+    """
+    options = parse_arguments(argv)
+    if options.render is None:
+        path = options.output_dir / "clips.json"
+        if path.exists():
+            raise FileExistsError(f"{path} exists. Choose another --output_dir, or remove the file.")
+        record = run(options, sys.argv[1:] if argv is None else argv)
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_rounded(record), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    else:
+        path = options.render
+    return render(path, options.output_dir or path.parent)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The options; refuses combinations in which one would be ignored."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--render", type=Path, help="clips.json to write tables and plots from; measures nothing")
+    parser.add_argument("--output_dir", type=Path, help="where to write; with --render by default next to the file")
+    measuring = parser.add_argument_group("measuring")
+    measuring.add_argument("--model_name_or_path", help="folder or name of a float or a quantized model")
+    measuring.add_argument("--train_file", help="SQuAD JSON file that the batch is drawn from")
+    measuring.add_argument(
+        "--bits", nargs="+", type=int, choices=range(MIN_BITS, MAX_BITS + 1), help="default: 4", metavar="BITS"
+    )
+    measuring.add_argument("--max_samples", type=int, help="windows in the batch; default: 8")
+    measuring.add_argument("--max_seq_length", type=int, help="tokens of a window; default: 384")
+    measuring.add_argument("--doc_stride", type=int, help="tokens that neighbouring windows share; default: 128")
+    measuring.add_argument("--max_query_length", type=int, help="a longer question loses its end; default: 64")
+    measuring.add_argument("--repetitions", type=int, help="times are medians of so many rounds; default: 3")
+    measuring.add_argument("--seed", type=int, help="of the batch, of dropout and of a new head; default: 0")
+    options = parser.parse_args(argv)
+    defaults = {
+        "bits": [4],
+        "max_samples": 8,
+        "max_seq_length": 384,
+        "doc_stride": 128,
+        "max_query_length": 64,
+        "repetitions": 3,
+        "seed": 0,
+    }
+    if options.render is not None:
+        given = [f"--{n}" for n in ("model_name_or_path", "train_file", *defaults) if getattr(options, n) is not None]
+        if given:
+            parser.error(f"{', '.join(given)} would be ignored: --render measures nothing")
+        if not options.render.is_file():
+            parser.error(f"there is no file {options.render} to render")
+        return options
+    missing = [f"--{n}" for n in ("model_name_or_path", "train_file", "output_dir") if getattr(options, n) is None]
+    if missing:
+        parser.error(f"{', '.join(missing)} missing (or --render CLIPS_JSON)")
+    for name, default in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    for name in ("max_samples", "repetitions"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")
+    options.bits = sorted(set(options.bits))
+    return options
+
+
+def run(options: argparse.Namespace, command: list[str]) -> dict[str, Any]:
+    """Everything that `clips.json` holds."""
+    set_seed(options.seed)
+    tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
+    windows = Windows(options.max_seq_length, options.doc_stride, options.max_query_length, pad_to_max_length=False)
+    windows.check(tokenizer)
+    batch = training_batch(options.train_file, tokenizer, windows, options.max_samples, options.seed)
+    model = AutoModelForQuestionAnswering.from_pretrained(options.model_name_or_path, dtype=torch.float32).train()
+    is_float = getattr(model.config, "quantization_config", None) is None
+    measured = []
+    tensors: list[SeenTensor] = []
+    for bits in options.bits:
+        if is_float:
+            apply_octav(model, OctavConfig(weight_bits=bits, activation_bits=bits))
+        if is_float or not tensors:
+            set_seed(options.seed)
+            tensors = seen_tensors(model, batch)
+        print(f"{bits} bits: {len(tensors)} tensors", flush=True)
+        measured.append({"bits": bits, **measure_all(tensors, bits, options.repetitions)})
+        if is_float:
+            remove_octav(model)
+    return {
+        "model": Path(options.model_name_or_path).name,
+        "quantized": "as it was" if not is_float else "by this script, a clip for each row of a weight",
+        "train_file": Path(options.train_file).name,
+        "batch": list(batch["input_ids"].shape),
+        "windows": {n: getattr(options, n) for n in ("max_seq_length", "doc_stride", "max_query_length")},
+        "repetitions": options.repetitions,
+        "seed": options.seed,
+        "command": command,
+        "measured": measured,
+        "versions": {
+            "python": platform.python_version(),
+            "octav-hf": octav_hf.__version__,
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
+        },
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+        "commit": _commit(),
+    }
+
+
+def training_batch(path: str, tokenizer: Any, windows: Windows, size: int, seed: int) -> dict[str, Tensor]:
+    """So many windows of questions drawn with `seed`, padded to the longest; answers are not needed."""
+    examples = sample(read_squad_file(path, allow_no_answer=True), size, seed)
+    features = sample(training_features(examples, tokenizer, windows), size, seed)
+    return dict(DataCollatorWithPadding(tokenizer)([features[i] for i in range(len(features))]))
+
+
+def seen_tensors(model: nn.Module, batch: Mapping[str, Tensor]) -> list[SeenTensor]:
+    """What the model's quantizers see in one forward pass in its present mode, in the order of the calls.
+
+    Layers that read the same tensor, as query, key and value projections do, quantize it once: it stands in the list
+    under the name of the first of them.
+
+    Raises:
+        ValueError: no tensor of the model is quantized, or its weights are packed.
+    """
+    parents = dict(model.named_modules())
+    packed = [name for name, module in parents.items() if isinstance(module, PackedLayer)]
+    if packed:
+        raise ValueError(
+            f"{packed[0]} is packed: its weight lies on the grid already, and the one that its clips were computed "
+            "from is gone. Measure the training form, which save_pretrained wrote before pack_octav."
+        )
+    quantizers = {name: module for name, module in parents.items() if isinstance(module, FakeQuantize)}
+    if not quantizers:
+        raise ValueError(
+            f"{type(model).__name__} has no quantized tensor, so there are no clips to measure: call apply_octav, or "
+            "quantize weights or activations (weight_bits, activation_bits) in its quantization_config."
+        )
+    seen: list[SeenTensor] = []
+    counts: Counter[str] = Counter()
+
+    def note(name: str, quantizer: FakeQuantize, x: Tensor) -> None:
+        owner, _, attribute = name.rpartition(".")
+        operand = attribute.removesuffix("_quantizer")
+        kind = "embedding" if isinstance(parents[owner], QuantizedEmbedding) else operand
+        counts[name] += 1
+        label = f"{owner} {operand}" if counts[name] == 1 else f"{owner} {operand}, use {counts[name]}"
+        frozen = quantizer.frozen_now
+        signed = quantizer.is_signed(x) if frozen is None else frozen.signed
+        seen.append(SeenTensor(label, kind, x.detach(), signed, quantizer.dim))
+
+    handles = [
+        quantizer.register_forward_pre_hook(lambda module, args, name=name: note(name, module, args[0]))
+        for name, quantizer in quantizers.items()
+    ]
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def measure_all(tensors: Sequence[SeenTensor], bits: int, repetitions: int) -> dict[str, Any]:
+    """`tensors`, a measurement each, and what is kept in full of one tensor of each of `DETAILED`.
+
+    These are `sequences` of the recursion, of that with the largest outlier, and `curves` of the error, of that whose
+    sweep's clip exceeds OCTAV's most.
+    """
+    records, curves = zip(*(measure(seen, bits, repetitions) for seen in tensors), strict=True)
+    chosen: dict[str, list[dict[str, Any]]] = {"sequences": [], "curves": []}
+    for kinds in DETAILED:
+        group = [i for i, seen in enumerate(tensors) if seen.kind in kinds]
+        if group:
+            chosen["sequences"].append(sequences(tensors[max(group, key=lambda i: records[i]["outlier"])], bits))
+            chosen["curves"].append(max((curves[i] for i in group), key=clip_ratio))
+    return {"tensors": list(records), **chosen}
+
+
+def render(path: Path, output_dir: Path) -> dict[str, Any]:
+    """Write tables and plots from the file alone; returns what it holds.
+
+    Raises:
+        ValueError: the file is not one that this script wrote.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        report = markdown_report(record)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a clips.json of this script ({error!r}).") from error
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "clips.md").write_text(report, encoding="utf-8")
+    write_plots(record, output_dir)
+    print(report)
+    return record
+
+
+def _rounded(node: Any) -> Any:
+    """The same with numbers of `_DIGITS` digits, and None for what is not finite, which JSON does not know."""
+    if isinstance(node, float):
+        return float(f"{node:.{_DIGITS}g}") if math.isfinite(node) else None
+    if isinstance(node, dict):
+        return {key: _rounded(value) for key, value in node.items()}
+    return [_rounded(value) for value in node] if isinstance(node, list) else node
+
+
+def _commit() -> str | None:
+    """The commit that this script is of, with `-dirty` where files differ from it; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+if __name__ == "__main__":
+    main()
