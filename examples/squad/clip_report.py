@@ -74,9 +74,10 @@ _CONVERGENCE = (
 _CONVERGENCE_HEADER = ("bits", "clips", "start", "number", "median", "95 %", "most", "not in 100")
 _MINIMA = (
     f"Second minimum: a local minimum of the measured MSE over {REFERENCE_POINTS} clips up to max|x|, apart from the "
-    f"lowest point by a ridge more than {DEPTH:.0%} above it. Where there are few values, as in a row, or many near one "
-    "magnitude, as at the lowest value of GELU, the curve has ripples that count as such. Far: one clip more than "
-    f"{FAR:g} times the other, here that of the second minimum and that of the lowest point, or OCTAV's and the sweep's. "
+    f"lowest point by a ridge more than {DEPTH:.0%} above it. Where there are few values, as in a row, or many near "
+    "one magnitude, as at the lowest value of GELU, the curve has ripples that count as such. Far: one clip more than "
+    f"{FAR:g} times the other, here that of the second minimum and that of the lowest point, or OCTAV's and the "
+    "sweep's. "
     "Counted are clips: one for each row of a weight."
 )
 _MINIMA_HEADER = (
