@@ -14,6 +14,7 @@ from .operand_watch import FloatOperand
 from .packing import pack_octav, unpack_octav
 from .patching import apply_octav, remove_octav
 from .training_run import TrainingRun
+from .weight_clips import freeze_weight_clips, unfreeze_weight_clips
 
 __all__ = [
     "CoverageCheck",
@@ -28,10 +29,12 @@ __all__ = [
     "calibrating",
     "check_coverage",
     "coverage_report",
+    "freeze_weight_clips",
     "last_whole_checkpoint",
     "model_card",
     "pack_octav",
     "remove_octav",
     "uncalibrate_octav",
+    "unfreeze_weight_clips",
     "unpack_octav",
 ]

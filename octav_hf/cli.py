@@ -131,7 +131,9 @@ def _inspect(options: argparse.Namespace) -> None:
     config = folder.config
     frozen = f"frozen for {facts['frozen_clips']} activations" if config.activation_clips else "dynamic"
     print(f"{options.source}: {facts['architecture']}, {facts['form']} form, format version {facts['format_version']}")
-    print(f"weights: {bits_in_words(config.weight_bits)}, clip {config.weight_clip} per {config.weight_granularity}")
+    weights = f"clip {config.weight_clip} per {config.weight_granularity}"
+    weights += ", frozen" if config.frozen_weight_clips else ""
+    print(f"weights: {bits_in_words(config.weight_bits)}, {weights}")
     print(f"activations: {bits_in_words(config.activation_bits)}, clip {config.activation_clip} per tensor, {frozen}")
     print(f"embeddings: {bits_in_words(config.embedding_bits)}")
     header = ("layer", "bits", "shape", "stored as", "bytes", "in float32")

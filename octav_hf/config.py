@@ -90,6 +90,8 @@ class OctavConfig(QuantizationConfigMixin):
             ``{"qa_outputs": {"weight_bits": 8, "activation_bits": 8}}``.
             An exact name wins over a pattern with wildcards; two patterns of one kind must not disagree.
         packed: whether the weights are stored as integers. Set by ``pack_octav``, and refused elsewhere.
+        frozen_weight_clips: whether the clips of weights are stored with the weights, instead of following them. Set by
+            ``freeze_weight_clips``, and refused elsewhere.
         activation_clips: frozen clips, module name -> operand -> ``{"signed": bool, "clips": [float, ...]}``, written
             by ``calibrate_octav``: one for a layer's ``"input"``, and for an operand of an attention module one for
             each time that its forward multiplies it. Operands that are not in it have dynamic clips.
@@ -120,6 +122,7 @@ class OctavConfig(QuantizationConfigMixin):
         exclude_modules: Iterable[str] = (),
         module_overrides: dict[str, dict[str, Any]] | None = None,
         packed: bool = False,
+        frozen_weight_clips: bool = False,
         activation_clips: ActivationClips | None = None,
         **unknown: Any,
     ):
@@ -145,6 +148,7 @@ class OctavConfig(QuantizationConfigMixin):
         self.exclude_modules = list(exclude_modules) if is_list else exclude_modules
         self.module_overrides = {} if module_overrides is None else module_overrides
         self.packed = packed
+        self.frozen_weight_clips = frozen_weight_clips
         self.activation_clips = {} if activation_clips is None else activation_clips
         self.validate()
 
@@ -184,7 +188,7 @@ class OctavConfig(QuantizationConfigMixin):
             raise ValueError(
                 "weight_bits, activation_bits and embedding_bits are all None, so nothing would be quantized; set one"
             )
-        for name in ("packed", "sync_activation_clips"):
+        for name in ("packed", "frozen_weight_clips", "sync_activation_clips"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_rule_for_all_ranks(settings, "OctavConfig")

@@ -154,5 +154,5 @@ def _row(name: str, kind: str, operand: str, quantizer: nn.Module, reason: str) 
         clip=quantizer.clip,
         gradient=quantizer.gradient,
         per_row=quantizer.dim is not None,
-        frozen=quantizer.frozen is not None,
+        frozen=quantizer.is_frozen,
     )

@@ -185,7 +185,8 @@ def _settings(model: PreTrainedModel, config: OctavConfig) -> dict[str, str]:
     weight_clip = _clip(config.weight_clip, config.weight_clip_options)
     activation_clip = _clip(config.activation_clip, config.activation_clip_options)
     settings = {
-        "weights": f"{bits_in_words(config.weight_bits)}, {weight_clip} per {config.weight_granularity}",
+        "weights": f"{bits_in_words(config.weight_bits)}, {weight_clip} per {config.weight_granularity}"
+        + (", frozen" if config.frozen_weight_clips else ""),
         "activations": f"{bits_in_words(config.activation_bits)}, {activation_clip} per tensor, {_frozen(model)}",
         "embeddings": bits_in_words(config.embedding_bits),
         "attention matmuls": "quantized" if config.quantize_attention and config.activation_bits else "floating point",

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from .config import OctavConfig
 from .nn import FakeQuantize, PackedLayer, PackedWeight, QuantizedLayer
-from .patching import freeze_packed, release_packed, set_config
+from .patching import config_of, freeze_packed, release_packed, set_config, shared_weights
 from .plan_layers import plan_layers
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
         ValueError: the model is not quantized by ``apply_octav``, or packed already; a weight holds NaN or Inf, or is
             sharded; ``embedding_bits`` contradicts the config, or a table is shared. The model is then unchanged.
     """
-    config = _config_of(model, "pack_octav")
+    config = config_of(model, "pack_octav")
     if config.packed:
         raise ValueError(f"{type(model).__name__} is packed already; save it as it is")
     tables: list[Any] = []  # conversions of embeddings
@@ -50,7 +50,7 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
         tables = [table for table in plan_layers(model, config) if isinstance(table.module, nn.Embedding)]
     quantized = quantized_weights(model)
     quantized |= {table.name: (table.module, table.quantizers["weight"]) for table in tables}
-    shared = _shared_weights(model)
+    shared = shared_weights(model)
     for name, (layer, _) in quantized.items():
         _check_packable(name, layer)
     for table in tables:
@@ -84,8 +84,9 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
 def unpack_octav(model: Model) -> Model:
     """Undo ``pack_octav`` in place, for training: parameters again, whose values are the packed weights'.
 
-    Clips are computed from the weights again. Those of values that are on a grid already are not exactly the grid's
-    own, so the outputs differ a little from the packed model's. All parameters get ``requires_grad`` True.
+    Clips are computed from the weights again, unless ``freeze_weight_clips`` had frozen them. Those of values that are
+    on a grid already are not exactly the grid's own, so the outputs then differ a little from the packed model's. All
+    parameters get ``requires_grad`` True.
 
     Returns:
         ``model``.
@@ -94,11 +95,11 @@ def unpack_octav(model: Model) -> Model:
         TypeError: ``model`` is not an ``nn.Module``.
         ValueError: the model is not packed.
     """
-    config = _config_of(model, "unpack_octav")
+    config = config_of(model, "unpack_octav")
     if not config.packed:
         raise ValueError(f"{type(model).__name__} is not packed; train it as it is")
     for layer in packed_layers(model).values():
-        layer.unpack()
+        layer.unpack(keep_clips=config.frozen_weight_clips)
     release_packed(model)
     set_config(model, config.with_fields(packed=False))
     return model
@@ -128,18 +129,6 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
 
 
-def _config_of(model: nn.Module, function: str) -> OctavConfig:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function} takes a model (an nn.Module), got {type(model).__name__}")
-    config = model.__dict__.get("octav_config")
-    if config is None:
-        raise ValueError(
-            f"{function}: {type(model).__name__} is not a model that apply_octav was called on; pass that model, not "
-            "one around it or inside it, or call apply_octav and train first"
-        )
-    return config
-
-
 def _with_embedding_bits(config: OctavConfig, embedding_bits: int) -> OctavConfig:
     if config.embedding_bits not in (None, embedding_bits):
         raise ValueError(
@@ -147,16 +136,6 @@ def _with_embedding_bits(config: OctavConfig, embedding_bits: int) -> OctavConfi
             "leave it out"
         )
     return config.with_fields(embedding_bits=embedding_bits)
-
-
-def _shared_weights(model: nn.Module) -> set[nn.Module]:
-    """The modules whose weight is another module's too."""
-    owners: dict[int, set[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), set()).add(module)
-    return {module for modules in owners.values() if len(modules) > 1 for module in modules}
 
 
 def _check_packable(name: str, layer: nn.Module) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from .config import OctavConfig
-from .nn import QuantizedAttention, QuantizedLayer
+from .nn import FrozenWeightFakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
 from .plan import plan_conversion
 from .plan_layers import plan_layers
 
@@ -45,6 +45,10 @@ def apply_octav(model: Model, config: OctavConfig) -> Model:
         )
     if config.packed:
         raise ValueError("packed=True is not for apply_octav; train the model first, then call pack_octav(model)")
+    if config.frozen_weight_clips:
+        raise ValueError(
+            "frozen_weight_clips=True is not for apply_octav; leave it out, then call freeze_weight_clips(model)"
+        )
     _check_not_quantized(model)
     if not isinstance(model, PreTrainedModel):
         convert_modules(model, config)
@@ -103,6 +107,24 @@ def restore_modules(model: nn.Module) -> None:
             hook.remove()
 
 
+def config_of(model: nn.Module, function: str) -> OctavConfig:
+    """The config of a converted model, for a public ``function`` whose name errors begin with.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: it is not the model that was converted.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function} takes a model (an nn.Module), got {type(model).__name__}")
+    config = model.__dict__.get("octav_config")
+    if config is None:
+        raise ValueError(
+            f"{function}: {type(model).__name__} is not a model that apply_octav was called on; pass that model, not "
+            "one around it or inside it, or call apply_octav and train first"
+        )
+    return config
+
+
 def set_config(model: nn.Module, config: OctavConfig) -> None:
     """Make ``config`` the one that a converted model has, and saves."""
     model.octav_config = config  # type: ignore[assignment]
@@ -129,6 +151,25 @@ def quantized_modules(model: nn.Module) -> Iterator[QuantizedLayer | QuantizedAt
     return (module for module in model.modules() if isinstance(module, QuantizedLayer | QuantizedAttention))
 
 
+def layers_to_freeze(model: nn.Module) -> dict[str, Any]:
+    """Name -> layer whose weight has clips that follow it: not packed or frozen, and no embedding."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLayer) and isinstance(module.weight_quantizer, WeightFakeQuantize)
+    }
+
+
+def shared_weights(model: nn.Module) -> set[nn.Module]:
+    """The modules whose ``weight`` is another module's parameter too."""
+    owners: dict[int, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(module)
+    return {module for module in model.modules() if len(owners.get(id(module._parameters.get("weight")), ())) > 1}
+
+
 def _check_not_quantized(model: nn.Module) -> None:
     if any(True for _ in quantized_modules(model)):
         raise ValueError(
@@ -150,6 +191,9 @@ def _requantize_output_embeddings(model: PreTrainedModel, args: Any) -> None:
         for conversion in plan_layers(model, model.octav_config):  # type: ignore[arg-type]
             if conversion.module is head:
                 conversion.apply()
+                if model.octav_config.frozen_weight_clips and head not in shared_weights(model):  # type: ignore[union-attr]
+                    for layer in layers_to_freeze(head).values():
+                        layer.weight_quantizer = FrozenWeightFakeQuantize.of(layer.weight_quantizer, layer.weight)
 
 
 def _refuse_training(model: nn.Module, args: Any) -> None:

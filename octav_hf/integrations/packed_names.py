@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 SCALE = "weight_scale"
+FROZEN_CLIPS = "weight_quantizer.clips"
 
 # Of a layer's tensors, by name in files -> in the model.
 _IN_MODEL = {"weight": "weight_quantizer.levels", SCALE: "weight_quantizer.scale"}
@@ -51,14 +52,19 @@ class PackedNames(WeightRenaming):
         return reverse
 
 
-def packed_in_files(names: Iterable[str], layers: Iterable[str], model: PreTrainedModel) -> set[str]:
-    """Those ``layers`` of a model, which is not loaded yet, that come packed in files with tensors of these names."""
+def layers_in_files(
+    names: Iterable[str], layers: Iterable[str], model: PreTrainedModel, tensor: str = SCALE
+) -> set[str]:
+    """Those ``layers`` of a model, which is not loaded yet, that have ``tensor`` among the ``names`` in files.
+
+    A layer that comes packed has scales.
+    """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    scales = {rename_source_key(name, renamings, converters)[0] for name in names if name.endswith(f".{SCALE}")}
+    found = {rename_source_key(name, renamings, converters)[0] for name in names if name.endswith(f".{tensor}")}
     prefix = model.base_model_prefix
-    return {layer for layer in layers if any(f"{variant}.{SCALE}" in scales for variant in _variants(layer, prefix))}
+    return {layer for layer in layers if any(f"{variant}.{tensor}" in found for variant in _variants(layer, prefix))}
 
 
 def _variants(layer: str, base_model_prefix: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -14,8 +15,9 @@ from transformers.quantizers.base import HfQuantizer
 from ..config import QUANT_METHOD, OctavConfig
 from ..packed_file import check_files, describe_tensors
 from ..packing import packed_layers, prepare_packed, quantized_weights
-from ..patching import convert_modules, freeze_packed, restore_modules
-from .packed_names import PackedNames, packed_in_files
+from ..patching import convert_modules, freeze_packed, layers_to_freeze, restore_modules
+from ..weight_clips import prepare_frozen
+from .packed_names import FROZEN_CLIPS, PackedNames, layers_in_files
 from .upload import UploadWithCard
 
 
@@ -24,7 +26,8 @@ class OctavQuantizer(HfQuantizer):
     """Converts a model's modules before its weights are loaded.
 
     A checkpoint in training form holds the full-precision weights under their usual names, and the ``OctavConfig`` in
-    ``config.json``: clips are recomputed from the data, or frozen in the config. In packed form, after
+    ``config.json``: clips are recomputed from the data, or frozen, those of activations in the config and those of
+    weights as tensors. In packed form, after
     ``pack_octav``, the weights are integers of another shape under the same names, so that Transformers without this
     package stops at them instead of loading them; see ``packed_names`` and ``packed_file``.
     """
@@ -35,15 +38,28 @@ class OctavQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        packed = self.quantization_config.packed
-        if packed and not self.pre_quantized:
-            raise ValueError("packed=True is not for a float model; call pack_octav(model) after training")
-        if packed and not checkpoint_files:
-            raise ValueError("a packed model can only be loaded from its files, not from a state_dict")
-        recorded = check_files(checkpoint_files, self.quantization_config) if packed and checkpoint_files else {}
+        packed, frozen = self.quantization_config.packed, self.quantization_config.frozen_weight_clips
+        if not self.pre_quantized:
+            if packed:
+                raise ValueError("packed=True is not for a float model; call pack_octav(model) after training")
+            if frozen:
+                raise ValueError(
+                    "frozen_weight_clips=True is not for a float model; leave it out, then call "
+                    "freeze_weight_clips(model)"
+                )
+        if (packed or frozen) and not checkpoint_files:
+            what = "packed" if packed else "with frozen clips of weights"
+            raise ValueError(f"a model that is {what} can only be loaded from its files, not from a state_dict")
+        names: Iterable[str] = ()
+        if packed:
+            names = check_files(checkpoint_files or (), self.quantization_config)
+        elif frozen:
+            names = _tensor_names(checkpoint_files or ())
         convert_modules(model, self.quantization_config)
         if packed:
-            self._prepare_packed(model, recorded)
+            self._prepare_packed(model, names)
+        if frozen:
+            self._prepare_frozen(model, names)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -55,16 +71,28 @@ class OctavQuantizer(HfQuantizer):
     def _prepare_packed(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         """Pack the layers that come packed in files with those tensors. Others must be tied: they would be random."""
         layers = quantized_weights(model)
-        packed = packed_in_files(names, layers, model)
-        tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+        packed = layers_in_files(names, layers, model)
         for name, (layer, _) in layers.items():
-            if name not in packed and f"{name}.weight" not in tied:
+            if name not in packed and not _is_tied(model, name):
                 raise ValueError(
                     f"{name}: this packed checkpoint has no packed weight of shape {tuple(layer.weight.shape)} for "
                     f"{type(model).__name__}. Load it with the model class that it was saved from (architectures in "
                     "config.json), and call unpack_octav before giving it another head"
                 )
         prepare_packed(model, packed)
+
+    def _prepare_frozen(self, model: PreTrainedModel, names: Iterable[str]) -> None:
+        """Give clips to load to the layers that have some in the files. Others must be tied: theirs would be random."""
+        layers = layers_to_freeze(model)
+        frozen = layers_in_files(names, layers, model, FROZEN_CLIPS)
+        for name, layer in layers.items():
+            if name not in frozen and not _is_tied(model, name):
+                raise ValueError(
+                    f"{name}: this checkpoint has no clips for its weight of shape {tuple(layer.weight.shape)}, which "
+                    "should be frozen. Load it with the model class that it was saved from (architectures in "
+                    "config.json), and call unfreeze_weight_clips before giving it another head"
+                )
+        prepare_frozen(model, frozen)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """How names in files become those in the model: as for the float model, then those of packed tensors."""
@@ -112,6 +140,19 @@ class OctavQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Always: all weights are trained, in full precision."""
         return True
+
+
+def _tensor_names(files: Iterable[str]) -> set[str]:
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names.update(opened.keys())
+    return names
+
+
+def _is_tied(model: PreTrainedModel, layer: str) -> bool:
+    """Whether Transformers gives the layer another one's weight, or its own to another one."""
+    return f"{layer}.weight" in {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
 
 
 def _check_whole(model: PreTrainedModel) -> None:

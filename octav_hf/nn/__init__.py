@@ -6,6 +6,7 @@ from .convolution import QuantizedConv1d, QuantizedConv2d
 from .embedding import QuantizedEmbedding
 from .fake_quantize import FakeQuantize
 from .frozen_clips import ClipObserver, FrozenClips
+from .frozen_weight_fake_quantize import FrozenWeightFakeQuantize
 from .linear import QuantizedLinear
 from .packed_layer import PackedLayer
 from .packed_weight import PackedWeight
@@ -21,6 +22,7 @@ __all__ = [
     "ClipObserver",
     "FakeQuantize",
     "FrozenClips",
+    "FrozenWeightFakeQuantize",
     "PackedLayer",
     "PackedWeight",
     "QuantizedAttention",

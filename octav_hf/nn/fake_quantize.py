@@ -62,6 +62,17 @@ class FakeQuantize(nn.Module):
         self.frozen = frozen
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """What it was made from, but for frozen clips: for another quantizer to take its place."""
+        names = ("num_bits", "clip", "clip_options", "gradient", "signed", "dim", "name")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it has clips that hold whatever the data are."""
+        return self.frozen is not None
+
+    @property
     def settings(self) -> tuple[Any, ...]:
         """What the result depends on besides the input; equal for quantizers that do the same."""
         # Each quantizer that is observed has to be called, so it is like no other.

@@ -11,10 +11,11 @@ from ..functional.fake_quantize import fake_quantize
 from ..functional.grid import step_size
 from ..functional.rows import statistics_dtype, to_rows
 from .fake_quantize import FakeQuantize
+from .full_precision_buffers import FullPrecisionBuffers
 from .recording import refuse_recording
 
 
-class PackedWeight(FakeQuantize):
+class PackedWeight(FullPrecisionBuffers, FakeQuantize):
     """What a weight quantizer made of a weight: its integer levels, packed, and the steps of its grid.
 
     Takes the place of the layer's ``weight_quantizer``, whose settings it keeps.
@@ -36,7 +37,7 @@ class PackedWeight(FakeQuantize):
     scale: Tensor
 
     def __init__(self, quantizer: FakeQuantize, weight: Tensor):
-        super().__init__(**_arguments(quantizer))
+        super().__init__(**quantizer.arguments)
         self.shape = weight.shape
         self.dtype = weight.dtype
         rows, self._row_length = self._to_rows(weight).shape
@@ -69,7 +70,7 @@ class PackedWeight(FakeQuantize):
 
     def unpacked(self, quantizer_class: type[FakeQuantize]) -> FakeQuantize:
         """A quantizer with the same settings that computes its clips."""
-        return quantizer_class(**_arguments(self))
+        return quantizer_class(**self.arguments)
 
     def forward(self, x: Tensor, use: int = 0) -> Tensor:
         """``x``, rows of the weight as ``dequantize`` gives them, which are on the grid already.
@@ -121,14 +122,5 @@ class PackedWeight(FakeQuantize):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves to a device or dtype: the scale keeps its own dtype, and the weight's changes instead."""
-        scale, like = self.scale, fn(torch.empty(0, dtype=self.dtype, device=self.scale.device))
-        super()._apply(fn, recurse)
-        self.dtype = like.dtype
-        if self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
-        return self
-
-
-def _arguments(quantizer: FakeQuantize) -> dict[str, Any]:
-    names = ("num_bits", "clip", "clip_options", "gradient", "signed", "dim", "name")
-    return {name: getattr(quantizer, name) for name in names}
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
+        return super()._apply(fn, recurse)
