@@ -16,7 +16,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 # Fine-tune MiniLM on the embedded data in FP32, with OCTAV at 4 bits and with max-scaling at 4 bits, and compare.
 demo: setup
-	$(BIN)/python examples/squad/compare.py --output_dir runs/demo
+	$(BIN)/python examples/squad/study.py --cells fp32 dynamic-octav:4 dynamic-max:4 --output_dir runs/demo
 
 # Lint, format, types, tests.
 test: setup

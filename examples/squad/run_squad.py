@@ -14,17 +14,20 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from squad_arguments import METRICS, DataArguments, ModelArguments, OctavArguments, OutputArguments
 from squad_dataset import load_squad_dataset, read_squad_file
 from squad_features import Windows, evaluation_features, training_features
 from squad_metric import SquadMetric
 from squad_predictions import predict_answers
-from squad_trainer import QuestionAnsweringTrainer, StepTimer
+from squad_trainer import QuestionAnsweringTrainer, StepTimer, peak_memory_bytes
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
@@ -123,16 +126,27 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "score_logits": score_logits,
     }
     trainer = QuestionAnsweringTrainer(model=model, callbacks=[timer], **parts)
+
+    def calibrate(batches: int) -> None:
+        octav_hf.calibrate_octav(trainer.accelerator.unwrap_model(trainer.model), random_batches(parts, batches))
+
     results: dict[str, float] = {}
+    if octav_args.static_clip_batches:
+        octav_hf.freeze_weight_clips(model)
+        calibrate(octav_args.static_clip_batches)
     if training_args.do_train:
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
-        metrics = {**outcome.metrics, **timer.metrics(), "train_samples": len(examples["train"])}
+        metrics = {
+            **outcome.metrics,
+            **timer.metrics(),
+            "train_peak_memory_bytes": peak_memory_bytes(),
+            "train_samples": len(examples["train"]),
+        }
         report(trainer, "train", metrics)
         trainer.save_state()
         results.update(metrics)
     if output_args.calibration_batches:
-        batches = itertools.islice(trainer.get_train_dataloader(), output_args.calibration_batches)
-        octav_hf.calibrate_octav(trainer.accelerator.unwrap_model(trainer.model), batches)
+        calibrate(output_args.calibration_batches)
     if training_args.do_train or output_args.calibration_batches:
         trainer.save_model()
     if training_args.do_eval:
@@ -160,6 +174,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             repo_id = training_args.hub_model_id or Path(str(training_args.output_dir)).name
             packed.push(repo_id, private=training_args.hub_private_repo, token=training_args.hub_token)
     return results
+
+
+def random_batches(parts: dict[str, Any], count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Up to `count` training batches, the same in every process, drawn without touching the global random state."""
+    args: TrainingArguments = parts["args"]
+    loader = DataLoader(
+        parts["train_dataset"],
+        batch_size=args.train_batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(args.seed),
+        collate_fn=parts["data_collator"],
+    )
+    return itertools.islice(iter(loader), count)
 
 
 def describe_run(

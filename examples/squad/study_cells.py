@@ -1,0 +1,163 @@
+"""The cells of a study: what is trained, how it is written on the command line, and as arguments of `run_squad.py`."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from octav_hf.functional import CLIP_RULES
+
+FP32 = "fp32"
+MODES = ("dynamic", "static")
+# weight and activation estimator (section 4 of the paper)
+GRADIENTS = {"ste": ("ste", "ste"), "pwl": ("pwl", "pwl"), "mad": ("mad", "mad"), "mph": ("mad", "pwl")}
+DEFAULT_GRADIENT = "mph"
+PERCENTILE = "percentile"
+SYNTAX = (
+    f"{FP32}, or MODE-CLIP:BITS or MODE-CLIP-GRADIENT:BITS with MODE {' or '.join(MODES)}; CLIP one of "
+    f"{', '.join(sorted(CLIP_RULES))}, percentile with its number, as in percentile99.99; GRADIENT one of "
+    f"{', '.join(GRADIENTS)} ({DEFAULT_GRADIENT} where it is left out); BITS such as 4 or 4-8 or 4,6,8"
+)
+_METHOD = re.compile(
+    rf"({'|'.join(MODES)})-({'|'.join(map(re.escape, CLIP_RULES))})(\d+(?:\.\d+)?)?(?:-({'|'.join(GRADIENTS)}))?"
+)
+_BITS = re.compile(r"\d(-\d)?(,\d(-\d)?)*")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a study.
+
+    Args:
+        mode: "dynamic": clips follow the data; "static": they are calibrated before training and fixed (Appendix E.3);
+            None for the float model, as the next three.
+        clip: clipping rule of weights and activations.
+        percentile: of the rule "percentile"; None for the others.
+        gradient: key of `GRADIENTS`.
+        bits: of weights and activations; None for the float model.
+        seed: of the training questions, their order, the new head and dropout.
+    """
+
+    mode: str | None
+    clip: str | None
+    percentile: float | None
+    gradient: str | None
+    bits: int | None
+    seed: int
+
+    @property
+    def method(self) -> str:
+        """What the cell is, without bits and seed, as it is written on the command line."""
+        if self.mode is None:
+            return FP32
+        percentile = "" if self.percentile is None else f"{self.percentile:g}"
+        gradient = "" if self.gradient == DEFAULT_GRADIENT else f"-{self.gradient}"
+        return f"{self.mode}-{self.clip}{percentile}{gradient}"
+
+    @property
+    def name(self) -> str:
+        """Unique in a study; a file name."""
+        bits = "" if self.bits is None else f"-{self.bits}bit"
+        return f"{self.method}{bits}-seed{self.seed}"
+
+    @property
+    def label(self) -> str:
+        """The method in words."""
+        if self.mode is None:
+            return "FP32"
+        clip = {"octav": "OCTAV", "max": "max-scaling", "mse_sweep": "MSE sweep"}.get(str(self.clip), str(self.clip))
+        if self.percentile is not None:
+            clip = f"{self.percentile:g} %"
+        gradient = "" if self.gradient == DEFAULT_GRADIENT else f", {str(self.gradient).upper()}"
+        return f"{self.mode} {clip}{gradient}"
+
+    @property
+    def place(self) -> tuple[float, ...]:
+        """Sorts cells as the paper's tables do."""
+        clips = ["octav", "max", "mse_sweep", PERCENTILE, *CLIP_RULES]
+        if self.mode is None:
+            return (0, 0, 0, 0, 0, self.seed)
+        method = (1 + MODES.index(self.mode), list(GRADIENTS)[::-1].index(str(self.gradient)))
+        return (*method, clips.index(str(self.clip)), self.percentile or 0, self.bits or 0, self.seed)
+
+    def arguments(self, static_batches: int) -> list[str]:
+        """The arguments of `run_squad.py` in which this cell differs from others of its study.
+
+        Args:
+            static_batches: training batches whose mean gives a static activation clip.
+        """
+        arguments = ["--seed", str(self.seed)]
+        if self.mode is None:
+            return arguments
+        weight_gradient, activation_gradient = GRADIENTS[str(self.gradient)]
+        values = {
+            "quantize": "true",
+            "weight_bits": str(self.bits),
+            "activation_bits": str(self.bits),
+            "weight_clip": str(self.clip),
+            "activation_clip": str(self.clip),
+            "weight_gradient": weight_gradient,
+            "activation_gradient": activation_gradient,
+        }
+        if self.percentile is not None:
+            options = json.dumps({"percentile": self.percentile})
+            values |= {"weight_clip_options": options, "activation_clip_options": options}
+        if self.mode == "static":
+            values["static_clip_batches"] = str(static_batches)
+        return [*arguments, *(word for name, value in values.items() for word in (f"--{name}", value))]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields."""
+        return asdict(self)
+
+
+CELL_ARGUMENTS = {
+    "--seed",
+    "--quantize",
+    "--weight_bits",
+    "--activation_bits",
+    "--weight_clip",
+    "--activation_clip",
+    "--weight_gradient",
+    "--activation_gradient",
+    "--weight_clip_options",
+    "--activation_clip_options",
+    "--static_clip_batches",
+}
+"""What `Cell.arguments` may set."""
+
+
+def parse_cells(texts: list[str], seeds: list[int]) -> list[Cell]:
+    """The cells that `texts` (see `SYNTAX`) ask for, seed by seed, each once.
+
+    Raises:
+        ValueError: a text that is not of that form.
+    """
+    cells = [cell for seed in seeds for text in texts for cell in _parse(text, seed)]
+    return list(dict.fromkeys(cells))
+
+
+def _parse(text: str, seed: int) -> list[Cell]:
+    if text == FP32:
+        return [Cell(None, None, None, None, None, seed)]
+    method, _, bits = text.partition(":")
+    match = _METHOD.fullmatch(method)
+    if match is None or _BITS.fullmatch(bits) is None:
+        raise ValueError(f"{text!r} is not a cell. Write {SYNTAX}.")
+    mode, clip, percentile, gradient = match.groups()
+    if (clip == PERCENTILE) != (percentile is not None):
+        raise ValueError(f"{text!r}: {PERCENTILE} has a number, as in {PERCENTILE}99.9, and no other clip has one.")
+    number = None if percentile is None else float(percentile)
+    return [Cell(mode, clip, number, gradient or DEFAULT_GRADIENT, width, seed) for width in _widths(text, bits)]
+
+
+def _widths(text: str, bits: str) -> list[int]:
+    widths: list[int] = []
+    for part in bits.split(","):
+        first, _, last = part.partition("-")
+        widths += range(int(first), int(last or first) + 1)
+    if not widths or not all(2 <= width <= 8 for width in widths):
+        raise ValueError(f"{text!r}: bits are 2 to 8, as in 4 or 4-8 or 4,6,8.")
+    return widths

@@ -1,0 +1,131 @@
+"""The plots of a study, as PNG and SVG: F1 against bits, and the loss of training (figure 4 of the paper)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from study_cells import Cell
+from study_record import Line
+from study_tables import cell_of
+
+STYLE = {"font.size": 9, "svg.hashsalt": "octav_hf", "axes.spines.top": False, "axes.spines.right": False}
+COLOURS = {"octav": "#c1440e", "max": "#7a7a7a", "mse_sweep": "#37618e", "percentile": "#3c8d5a"}
+OTHER_COLOURS = ("#8f5aa8", "#b08a2e", "#4aa5a5")  # of rules of the user's own
+MARKERS = {99.9: "v", 99.99: "s", 99.999: "^"}
+GRADIENT_COLOURS = {"ste": "#7a7a7a", "pwl": "#37618e", "mad": "#3c8d5a", "mph": "#c1440e"}
+FP32_COLOUR = "#1a1a1a"
+
+
+def write_plots(lines: Sequence[Line], folder: Path) -> None:
+    """Write `f1.png`, `f1.svg`, `convergence.png` and `convergence.svg`.
+
+    The same lines give the same bytes.
+    """
+    with plt.rc_context(STYLE):
+        save(plot_f1(lines), folder / "f1")
+        save(plot_convergence(lines), folder / "convergence")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure beside `path` as `.png` and `.svg`, and close it."""
+    figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    plt.close(figure)
+
+
+def plot_f1(lines: Sequence[Line]) -> Figure:
+    """F1 against bits, mean over seeds, error bars of one sample standard deviation; FP32 as a line across."""
+    curves: dict[str, dict[int, list[float]]] = {}
+    cells: dict[str, Cell] = {}
+    fp32 = []
+    for line in lines:
+        cell, f1 = cell_of(line), line["metrics"]["eval_f1"]
+        if cell.bits is None:
+            fp32.append(f1)
+            continue
+        curves.setdefault(cell.label, {}).setdefault(cell.bits, []).append(f1)
+        cells.setdefault(cell.label, cell)
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    if fp32:
+        axes.axhline(statistics.fmean(fp32), color=FP32_COLOUR, linewidth=1, label="FP32")
+        spread = statistics.stdev(fp32) if len(fp32) > 1 else 0
+        axes.axhspan(statistics.fmean(fp32) - spread, statistics.fmean(fp32) + spread, color=FP32_COLOUR, alpha=0.12)
+    # side by side, so that neither marks nor error bars hide each other
+    offsets = {label: 0.02 * (place - (len(curves) - 1) / 2) for place, label in enumerate(curves)}
+    for label, curve in curves.items():
+        widths = sorted(curve)
+        axes.errorbar(
+            [bits + offsets[label] for bits in widths],
+            [statistics.fmean(curve[bits]) for bits in widths],
+            [statistics.stdev(curve[bits]) if len(curve[bits]) > 1 else 0 for bits in widths],
+            capsize=2,
+            markersize=5,
+            linewidth=1.4,
+            label=label,
+            **look(cells[label]),
+        )
+    widths = sorted({bits for curve in curves.values() for bits in curve})
+    axes.set(xlabel="bits of weights and activations", ylabel="F1 (%)", xticks=widths or [])
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def look(cell: Cell) -> dict[str, str]:
+    """Colour by clip, or by estimator if it is not MPH; line by dynamic or static; mark by percentile."""
+    clip = str(cell.clip)
+    colour = COLOURS.get(clip) or OTHER_COLOURS[sum(map(ord, clip)) % len(OTHER_COLOURS)]
+    marker = MARKERS.get(cell.percentile or 0, "o")
+    if cell.gradient != "mph":
+        colour, marker = GRADIENT_COLOURS[str(cell.gradient)], "D"
+    return {"color": colour, "linestyle": "-" if cell.mode == "dynamic" else "--", "marker": marker}
+
+
+def plot_convergence(lines: Sequence[Line]) -> Figure:
+    """Training loss against optimizer steps, mean over seeds, at the fewest bits of the study.
+
+    Left the clipping rules, right the gradient estimators of dynamic OCTAV; FP32 in both.
+    """
+    bits = min((line["bits"] for line in lines if line["bits"] is not None), default=None)
+    cells = [(cell_of(line), line["loss_curve"]) for line in lines if line["bits"] in (None, bits)]
+    estimators = [(c, curve) for c, curve in cells if c.bits is None or (c.mode, c.clip) == ("dynamic", "octav")]
+    rules = [(c, curve) for c, curve in cells if c.bits is None or c.gradient == "mph"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    title = "" if bits is None else f", {bits} bits"
+    _draw_losses(left, rules, f"clips{title}", by_gradient=False)
+    _draw_losses(right, estimators, f"gradients of dynamic OCTAV{title}", by_gradient=True)
+    left.set(ylabel="training loss")
+    return figure
+
+
+def _draw_losses(axes: Axes, cells: Sequence[tuple[Cell, list[list[float]]]], title: str, by_gradient: bool) -> None:
+    losses: dict[str, dict[float, list[float]]] = {}
+    looks: dict[str, dict[str, str]] = {}
+    for cell, curve in cells:
+        label = cell.label if cell.bits is None or not by_gradient else str(cell.gradient).upper()
+        for step, loss in curve:
+            losses.setdefault(label, {}).setdefault(step, []).append(loss)
+        if cell.bits is None:
+            looks[label] = {"color": FP32_COLOUR, "linestyle": "-"}
+        elif by_gradient:
+            looks[label] = {"color": GRADIENT_COLOURS[str(cell.gradient)], "linestyle": "-"}
+        else:
+            looks[label] = look(cell)
+    for label, curve in losses.items():
+        steps = sorted(curve)
+        means = [statistics.fmean(curve[step]) for step in steps]
+        every = max(1, len(steps) // 4)
+        axes.plot(steps, means, linewidth=1.3, markersize=4, markevery=every, label=label, **looks[label])
+    axes.set(xlabel="optimizer steps", title=title)
+    axes.grid(alpha=0.3)
+    if losses:
+        axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,96 @@
+"""The tables of a study, in Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from study_cells import Cell
+from study_record import Line
+
+_CELL_FIELDS = ("mode", "clip", "percentile", "gradient", "bits", "seed")
+_CELL_HEADER = (
+    "method",
+    "bits",
+    "seed",
+    "F1",
+    "EM",
+    "train loss",
+    "median step (s)",
+    "step / FP32",
+    "peak memory (GB)",
+)
+
+
+def cell_of(line: Line) -> Cell:
+    """The cell of a line."""
+    return Cell(**{name: line[name] for name in _CELL_FIELDS})
+
+
+def markdown_tables(lines: Sequence[Line]) -> str:
+    """All tables: F1 and EM in the layout of the paper's Table 5, and one line for each cell."""
+    parts = [
+        f"## F1\n\n{scores_table(lines, 'eval_f1')}",
+        f"## Exact match\n\n{scores_table(lines, exact_match(lines))}",
+        f"## Cells\n\n{cells_table(lines)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def exact_match(lines: Sequence[Line]) -> str:
+    """The metric's name: SQuAD v1.1 and v2.0 have different ones."""
+    return "eval_exact_match" if "eval_exact_match" in lines[0]["metrics"] else "eval_exact"
+
+
+def scores_table(lines: Iterable[Line], metric: str) -> str:
+    """Methods down, bits across; percent, with the sample standard deviation over seeds where there are several."""
+    scores: dict[str, dict[int | None, list[float]]] = {}
+    for line in lines:
+        cell = cell_of(line)
+        scores.setdefault(cell.label, {}).setdefault(cell.bits, []).append(line["metrics"][metric])
+    widths = sorted({bits for row in scores.values() for bits in row if bits is not None})
+    header = ("method", *map(str, widths))
+    rows = []
+    for label, row in scores.items():
+        if None in row:  # the float model has one result, whatever the width
+            rows.append((label, *([mean_and_spread(row[None])] * max(1, len(widths)))))
+        else:
+            rows.append((label, *(mean_and_spread(row.get(bits, [])) for bits in widths)))
+    return _table(header if widths else (*header, "32"), rows, left=1)
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """The mean, and the sample standard deviation of several values; empty for none."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
+
+
+def cells_table(lines: Sequence[Line]) -> str:
+    """One row per cell. Steps are compared with the float model's of the same seed."""
+    exact = exact_match(lines)
+    fp32 = {line["seed"]: line["metrics"].get("train_step_seconds_median") for line in lines if line["bits"] is None}
+    rows = []
+    for line in lines:
+        metrics, seconds = line["metrics"], line["metrics"].get("train_step_seconds_median")
+        reference = fp32.get(line["seed"])
+        rows.append(
+            (
+                cell_of(line).label,
+                "32" if line["bits"] is None else str(line["bits"]),
+                str(line["seed"]),
+                f"{metrics['eval_f1']:.2f}",
+                f"{metrics[exact]:.2f}",
+                f"{metrics['train_loss']:.3f}",
+                "" if seconds is None else f"{seconds:.3f}",
+                "" if seconds is None or reference is None else f"{seconds / reference:.2f}",
+                f"{metrics['train_peak_memory_bytes'] / 1e9:.2f}",
+            )
+        )
+    return _table(_CELL_HEADER, rows, left=1)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * left + "---:|" * (len(header) - left)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
