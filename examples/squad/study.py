@@ -14,15 +14,14 @@ with the cells that are missing; with more cells it adds those.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import timedelta
 from pathlib import Path
@@ -66,8 +65,8 @@ def main(argv: list[str] | None = None) -> list[Line]:
     Raises:
         ValueError: the folder holds cells of other arguments, or an argument is not for the user to set. Nothing has
             run then.
-        RuntimeError: a cell failed; the message has its exit status and the end of its log. Cells that were finished
-            are kept.
+        RuntimeError: a cell failed; the message has its exit status and the end of its log. Cells that are finished, or
+            were running beside it, are kept.
     """
     options, passed_on = parse_arguments(argv)
     if options.render is not None:
@@ -78,16 +77,27 @@ def main(argv: list[str] | None = None) -> list[Line]:
     missing = missing_cells(results, arguments)
     print(f"{len(arguments)} cells, of which {len(arguments) - len(missing)} are finished", flush=True)
     progress = Progress(len(missing), options.jobs)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        running = [pool.submit(run_cell, options, cell, arguments[cell]) for cell in missing]
+    failed = threading.Event()
+
+    def run_unless_failed(cell: Cell) -> Line | None:
         try:
-            for finished in as_completed(running):
-                line = finished.result()
+            return None if failed.is_set() else run_cell(options, cell, arguments[cell])
+        except BaseException:
+            failed.set()  # no further cell starts; those that run go on, so that their time is not lost
+            raise
+
+    errors = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for finished in as_completed([pool.submit(run_unless_failed, cell) for cell in missing]):
+            error = finished.exception()
+            line = None if error is not None else finished.result()
+            if error is not None:
+                errors.append(error)
+            if line is not None:
                 append_line(results, line)
                 progress.report(line)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    if errors:
+        raise errors[0]
     return render(results)
 
 
@@ -190,7 +200,10 @@ def stream(command: list[str], log: Path, threads: str, echo: bool) -> tuple[int
     path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads}
     tail: deque[bytes] = deque(maxlen=LOG_TAIL_LINES)
-    with log.open("wb") as file, running(command, environment) as process:
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
         assert process.stdout is not None
         rest = b""
         # not by lines: a progress bar is one long line of carriage returns
@@ -203,17 +216,6 @@ def stream(command: list[str], log: Path, threads: str, echo: bool) -> tuple[int
             tail.extend(line.rsplit(b"\r", 1)[-1] for line in lines)
         tail.append(rest)
     return process.returncode, b"\n".join(tail).decode(errors="replace")
-
-
-@contextlib.contextmanager
-def running(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """The process of `command`, which does not outlive the block if that is left by an error."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process:
-        try:
-            yield process
-        except BaseException:
-            process.kill()
-            raise
 
 
 class Progress:
