@@ -40,7 +40,7 @@ from octav_hf.functional.grid import MAX_BITS, MIN_BITS
 from octav_hf.nn import FakeQuantize, PackedLayer, QuantizedEmbedding
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy", "matplotlib")
-DETAILED = (("weight",), ("input",), ("query", "key", "probabilities", "value"))
+DETAILED = ("weight", "input", "probabilities")
 _DIGITS = 7
 
 
@@ -113,6 +113,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     """Everything that `clips.json` holds."""
+    commit = _commit()  # now, as files may be edited while it runs
     set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
     windows = Windows(options.max_seq_length, options.doc_stride, options.max_query_length, pad_to_max_length=False)
@@ -148,7 +149,7 @@ def run(options: argparse.Namespace, command: list[str]) -> dict[str, Any]:
             **{package: importlib.metadata.version(package) for package in PACKAGES},
         },
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
-        "commit": _commit(),
+        "commit": commit,
     }
 
 
@@ -208,15 +209,15 @@ def seen_tensors(model: nn.Module, batch: Mapping[str, Tensor]) -> list[SeenTens
 
 
 def measure_all(tensors: Sequence[SeenTensor], bits: int, repetitions: int) -> dict[str, Any]:
-    """`tensors`, a measurement each, and what is kept in full of one tensor of each of `DETAILED`.
+    """`tensors`, a measurement each, and what is kept in full of one tensor of each kind in `DETAILED`.
 
     These are `sequences` of the recursion, of that with the largest outlier, and `curves` of the error, of that whose
     sweep's clip exceeds OCTAV's most.
     """
     records, curves = zip(*(measure(seen, bits, repetitions) for seen in tensors), strict=True)
     chosen: dict[str, list[dict[str, Any]]] = {"sequences": [], "curves": []}
-    for kinds in DETAILED:
-        group = [i for i, seen in enumerate(tensors) if seen.kind in kinds]
+    for kind in DETAILED:
+        group = [i for i, seen in enumerate(tensors) if seen.kind == kind]
         if group:
             chosen["sequences"].append(sequences(tensors[max(group, key=lambda i: records[i]["outlier"])], bits))
             chosen["curves"].append(max((curves[i] for i in group), key=clip_ratio))
