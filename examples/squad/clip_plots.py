@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from clip_measurements import REFERENCE_POINTS
 from clip_report import KINDS, Record, error_ratio
 from matplotlib import ticker
 from matplotlib.axes import Axes
@@ -94,7 +95,7 @@ def plot_errors(record: Record) -> Figure:
     figure, grid = _per_layer(record, draw, "MSE / lowest MSE", ("octav", "sweep", "max"))
     for axes in grid:
         axes.axhline(1, color="black", linewidth=0.6, zorder=0)
-    figure.suptitle("Measured error per tensor, over that of the best of 1000 clips", fontsize=10)
+    figure.suptitle(f"Measured error per tensor, over that of the best of {REFERENCE_POINTS} clips", fontsize=10)
     return figure
 
 

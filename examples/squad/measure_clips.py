@@ -19,7 +19,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,7 +163,7 @@ def seen_tensors(model: nn.Module, batch: Mapping[str, Tensor]) -> list[SeenTens
     """What the model's quantizers see in one forward pass in its present mode, in the order of the calls.
 
     Layers that read the same tensor, as query, key and value projections do, quantize it once: it stands in the list
-    under the name of the first of them.
+    under the name of the first of them. Of a layer that runs several times, each input is in the list, the weight once.
 
     Raises:
         ValueError: no tensor of the model is quantized, or its weights are packed.
@@ -183,14 +182,16 @@ def seen_tensors(model: nn.Module, batch: Mapping[str, Tensor]) -> list[SeenTens
             "quantize weights or activations (weight_bits, activation_bits) in its quantization_config."
         )
     seen: list[SeenTensor] = []
-    counts: Counter[str] = Counter()
+    calls: dict[str, list[Tensor]] = {name: [] for name in quantizers}
 
     def note(name: str, quantizer: FakeQuantize, x: Tensor) -> None:
         owner, _, attribute = name.rpartition(".")
         operand = attribute.removesuffix("_quantizer")
         kind = "embedding" if isinstance(parents[owner], QuantizedEmbedding) else operand
-        counts[name] += 1
-        label = f"{owner} {operand}" if counts[name] == 1 else f"{owner} {operand}, use {counts[name]}"
+        if any(x is known for known in calls[name]):
+            return
+        calls[name].append(x)
+        label = f"{owner} {operand}" if len(calls[name]) == 1 else f"{owner} {operand}, use {len(calls[name])}"
         frozen = quantizer.frozen_now
         signed = quantizer.is_signed(x) if frozen is None else frozen.signed
         seen.append(SeenTensor(label, kind, x.detach(), signed, quantizer.dim))

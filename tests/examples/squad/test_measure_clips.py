@@ -285,13 +285,14 @@ def test_a_row_without_error_has_an_empty_ratio(measured: tuple[Path, dict[str, 
 
 def test_a_quantized_model_is_taken_as_it_is(tiny_model: str, tmp_path: Path) -> None:
     model = AutoModelForQuestionAnswering.from_pretrained(tiny_model)
-    octav_hf.apply_octav(model, octav_hf.OctavConfig(weight_bits=None, activation_bits=3)).save_pretrained(tmp_path)
+    octav_hf.apply_octav(model, octav_hf.OctavConfig(None, 3, embedding_bits=4)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
     record = main(words(str(tmp_path), tmp_path / "clips", "--bits", "4", "8", "--repetitions", "1"))
     assert record["quantized"] == "as it was"
     four, eight = (entry["tensors"] for entry in record["measured"])
-    assert len(four) == 17
-    assert "weight" not in {row["kind"] for row in four}
+    kinds = Counter(row["kind"] for row in four)
+    assert kinds == {"embedding": 3, "input": 9, "query": 2, "key": 2, "probabilities": 2, "value": 2}
+    assert all(row["rows"] == math.prod(row["shape"][:-1]) for row in four if row["kind"] == "embedding")
     # the same tensors, whatever the number of bits they are measured at
     assert [row["clips"]["max"] for row in four] == [row["clips"]["max"] for row in eight]
     assert all(b["mse"]["best"] < a["mse"]["best"] for a, b in zip(four, eight, strict=True))
@@ -315,6 +316,26 @@ def test_what_the_quantizers_see(tiny_model: str) -> None:
     probabilities = seen["bert.encoder.layer.0.attention.self probabilities"]
     torch.testing.assert_close(probabilities.values.sum(dim=-1), torch.ones(3, 2, batch["input_ids"].shape[1]))
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_layer_that_runs_twice_and_clips_that_are_frozen(tiny_model: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    batch = training_batch(str(DATA / "train.json"), tokenizer, Windows(64, 16, 32, False), 2, seed=0)
+    model = BertForQuestionAnswering.from_pretrained(tiny_model).eval()
+    model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
+    octav_hf.apply_octav(model, octav_hf.OctavConfig())
+    dynamic = seen_tensors(model, batch)
+    names = [entry.name for entry in dynamic]
+    layer = "bert.encoder.layer.0.output.dense"
+    assert [name for name in names if name.startswith(layer)] == [
+        f"{layer} input",
+        f"{layer} weight",
+        f"{layer} input, use 2",
+    ]
+    # six weights, and twice four inputs and four operands; the head
+    assert len(names) == len(set(names)) == 6 + 2 * 8 + 2
+    octav_hf.calibrate_octav(model, [batch])
+    assert [entry.signed for entry in seen_tensors(model, batch)] == [entry.signed for entry in dynamic]
 
 
 def test_a_model_without_quantized_tensors(tiny_model: str) -> None:
