@@ -168,17 +168,15 @@ def second_minima(errors: Tensor) -> Tensor:
     """For each row of `errors`, `[rows, points]`, the index of the second minimum of that curve, or -1.
 
     That is the lowest local minimum, other than the lowest point of all, from which the way to the lowest point leads
-    over a ridge that is higher by more than `DEPTH` of the local minimum's own value. A local minimum is a point that
-    is not above its neighbours; an end of the curve has one neighbour.
+    over a ridge that is higher by more than `DEPTH` of the local minimum's own value. An end of the curve can be one.
     """
-    padded = torch.nn.functional.pad(errors, (1, 1), value=torch.inf)
-    is_minimum = (errors <= padded[:, :-2]) & (errors <= padded[:, 2:])
     lowest = errors.argmin(dim=1, keepdim=True)
     index = torch.arange(errors.shape[1])
     right = errors.masked_fill(index < lowest, -torch.inf).cummax(dim=1).values
     left = errors.masked_fill(index > lowest, -torch.inf).flip(1).cummax(dim=1).values.flip(1)
     ridge = torch.where(index > lowest, right, left)
-    qualifies = is_minimum & (ridge - errors > DEPTH * errors) & (index != lowest)
+    # the lowest such point is a local minimum: a lower neighbour would be behind the same ridge
+    qualifies = ridge - errors > DEPTH * errors
     found = torch.where(qualifies, errors, torch.inf).argmin(dim=1)
     return torch.where(qualifies.any(dim=1), found, -1)
 

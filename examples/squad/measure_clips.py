@@ -121,13 +121,11 @@ def run(options: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     model = AutoModelForQuestionAnswering.from_pretrained(options.model_name_or_path, dtype=torch.float32).train()
     is_float = getattr(model.config, "quantization_config", None) is None
     measured = []
-    tensors: list[SeenTensor] = []
     for bits in options.bits:
         if is_float:
             apply_octav(model, OctavConfig(weight_bits=bits, activation_bits=bits))
-        if is_float or not tensors:
-            set_seed(options.seed)
-            tensors = seen_tensors(model, batch)
+        set_seed(options.seed)
+        tensors = seen_tensors(model, batch)
         print(f"{bits} bits: {len(tensors)} tensors", flush=True)
         measured.append({"bits": bits, **measure_all(tensors, bits, options.repetitions)})
         if is_float:
