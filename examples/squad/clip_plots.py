@@ -172,7 +172,7 @@ def _per_layer(
     ]
     rows = len(record["measured"])
     figure, grid = plt.subplots(
-        rows, len(groups), figsize=(5 * len(groups), 2.3 * rows + 1), sharey="row", squeeze=False, layout="constrained"
+        rows, len(groups), figsize=(10, 2.3 * rows + 1), sharey="row", squeeze=False, layout="constrained"
     )
     present = set()
     for entry, line in zip(record["measured"], grid, strict=True):
@@ -192,11 +192,11 @@ def _per_layer(
     for axes in grid[-1]:
         axes.set_xlabel("layer")
     handles = [_handle("o", COLOURS[rule], LABELS[rule], filled=rule == "octav") for rule in rules]
-    kinds = [kind for kind in KINDS if kind in present and kind not in ("weight", "input")]
-    if kinds:
-        handles.append(_handle("o", "black", "weights, layer inputs"))
-        handles += [_handle(KIND_MARKERS[kind], "black", KINDS[kind]) for kind in kinds]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    names: dict[str, list[str]] = {}  # marker -> what has it
+    for kind in (kind for kind in KINDS if kind in present):
+        names.setdefault(KIND_MARKERS[kind], []).append(KINDS[kind])
+    handles += [_handle(marker, "black", ", ".join(of_marker)) for marker, of_marker in names.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False)
     return figure, list(grid.flat)
 
 
@@ -246,7 +246,7 @@ def _scientific(value: float) -> str:
 def _grid(rows: Sequence[Sequence[Any]]) -> tuple[Figure, Any]:
     columns = max(len(row) for row in rows)
     return plt.subplots(
-        len(rows), columns, figsize=(3.4 * columns, 2.4 * len(rows) + 0.8), squeeze=False, layout="constrained"
+        len(rows), columns, figsize=(3.4 * max(columns, 2), 2.4 * len(rows) + 0.8), squeeze=False, layout="constrained"
     )
 
 
