@@ -17,7 +17,7 @@ from clip_measurements import Eq6, ErrorsOfClips, SeenTensor, convergence, measu
 from clip_report import markdown_report
 from measure_clips import _rounded, main, seen_tensors, training_batch
 from squad_features import Windows
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertForQuestionAnswering
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertForQuestionAnswering, PreTrainedTokenizerBase
 
 import octav_hf
 from octav_hf.functional import octav_clip
@@ -316,6 +316,16 @@ def test_what_the_quantizers_see(tiny_model: str) -> None:
     probabilities = seen["bert.encoder.layer.0.attention.self probabilities"]
     torch.testing.assert_close(probabilities.values.sum(dim=-1), torch.ones(3, 2, batch["input_ids"].shape[1]))
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_batch_is_drawn_with_the_seed(tokenizer: PreTrainedTokenizerBase) -> None:
+    batches = [
+        training_batch(str(DATA / "train.json"), tokenizer, Windows(64, 16, 32, False), 4, seed)["input_ids"]
+        for seed in (0, 0, 1)
+    ]
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    assert torch.equal(batches[0], batches[1])
+    assert not torch.equal(batches[0], batches[2])
 
 
 def test_a_layer_that_runs_twice_and_clips_that_are_frozen(tiny_model: str) -> None:
