@@ -110,7 +110,7 @@ class Eq6:
         below = torch.searchsorted(self._sorted, clips[:, None], right=True)
         above = self._sorted.shape[1] - below
         total = self._sums[:, -1:] - self._sums.gather(1, below)
-        denominator = self._noise * (below - self._zeros).clamp(min=0) + above
+        denominator = self._noise * (below - self._zeros).clamp(min=0).double() + above
         return (total / denominator.clamp(min=self._noise))[:, 0]  # a row of zeros: 0 / 0
 
     def sequence(self, start: Tensor, updates: int) -> Tensor:
@@ -168,17 +168,15 @@ def second_minima(errors: Tensor) -> Tensor:
     """For each row of `errors`, `[rows, points]`, the index of the second minimum of that curve, or -1.
 
     That is the lowest local minimum, other than the lowest point of all, from which the way to the lowest point leads
-    over a ridge that is higher by more than `DEPTH` of the local minimum's own value. A local minimum is a point that
-    is not above its neighbours; an end of the curve has one neighbour.
+    over a ridge that is higher by more than `DEPTH` of the local minimum's own value. An end of the curve can be one.
     """
-    padded = torch.nn.functional.pad(errors, (1, 1), value=torch.inf)
-    is_minimum = (errors <= padded[:, :-2]) & (errors <= padded[:, 2:])
     lowest = errors.argmin(dim=1, keepdim=True)
     index = torch.arange(errors.shape[1])
     right = errors.masked_fill(index < lowest, -torch.inf).cummax(dim=1).values
     left = errors.masked_fill(index > lowest, -torch.inf).flip(1).cummax(dim=1).values.flip(1)
     ridge = torch.where(index > lowest, right, left)
-    qualifies = is_minimum & (ridge - errors > DEPTH * errors) & (index != lowest)
+    # the lowest such point is a local minimum: a lower neighbour would be behind the same ridge
+    qualifies = ridge - errors > DEPTH * errors
     found = torch.where(qualifies, errors, torch.inf).argmin(dim=1)
     return torch.where(qualifies.any(dim=1), found, -1)
 
@@ -195,13 +193,13 @@ def measure(seen: SeenTensor, num_bits: int, repetitions: int) -> tuple[dict[str
     rows, _ = to_rows(x, seen.dim)
     clips, seconds = _timed(seen, num_bits, repetitions)
     clips["max"] = peak = max_clip(x, num_bits, signed=signed, dim=seen.dim).reshape(-1)
-    fractions = torch.arange(1, REFERENCE_POINTS + 1) / REFERENCE_POINTS
+    fractions = torch.arange(1, REFERENCE_POINTS + 1, dtype=torch.float64) / REFERENCE_POINTS
     if seen.dim is None:
         errors_of = ErrorsOfClips(x, num_bits, signed)
-        curves = errors_of(fractions.double() * peak)[None]
+        curves = errors_of(fractions * peak)[None]
         errors = {rule: errors_of(clip) for rule, clip in clips.items()}
     else:
-        curves = _row_curves(rows, fractions, num_bits, signed)
+        curves = _row_curves(rows, fractions.tolist(), num_bits, signed)
         errors = {rule: _row_errors(rows, clip, num_bits, signed) for rule, clip in clips.items()}
     errors["best"], best = curves.min(dim=1)
     clips["best"] = fractions[best] * peak
@@ -282,7 +280,7 @@ def _timed(seen: SeenTensor, num_bits: int, repetitions: int) -> tuple[dict[str,
     )
 
 
-def _row_curves(rows: Tensor, fractions: Tensor, num_bits: int, signed: bool) -> Tensor:
+def _row_curves(rows: Tensor, fractions: list[float], num_bits: int, signed: bool) -> Tensor:
     """Errors of each of `fractions` of a row's largest magnitude, `[rows, fractions]`."""
     curves = []
     for piece in rows.split(max(1, _PIECE // rows.shape[1])):

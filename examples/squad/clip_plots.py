@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from clip_measurements import REFERENCE_POINTS
 from clip_report import KINDS, Record, error_ratio
 from matplotlib import ticker
 from matplotlib.axes import Axes
@@ -94,7 +95,7 @@ def plot_errors(record: Record) -> Figure:
     figure, grid = _per_layer(record, draw, "MSE / lowest MSE", ("octav", "sweep", "max"))
     for axes in grid:
         axes.axhline(1, color="black", linewidth=0.6, zorder=0)
-    figure.suptitle("Measured error per tensor, over that of the best of 1000 clips", fontsize=10)
+    figure.suptitle(f"Measured error per tensor, over that of the best of {REFERENCE_POINTS} clips", fontsize=10)
     return figure
 
 
@@ -171,7 +172,7 @@ def _per_layer(
     ]
     rows = len(record["measured"])
     figure, grid = plt.subplots(
-        rows, len(groups), figsize=(5 * len(groups), 2.3 * rows + 1), sharey="row", squeeze=False, layout="constrained"
+        rows, len(groups), figsize=(10, 2.3 * rows + 1), sharey="row", squeeze=False, layout="constrained"
     )
     present = set()
     for entry, line in zip(record["measured"], grid, strict=True):
@@ -191,11 +192,11 @@ def _per_layer(
     for axes in grid[-1]:
         axes.set_xlabel("layer")
     handles = [_handle("o", COLOURS[rule], LABELS[rule], filled=rule == "octav") for rule in rules]
-    kinds = [kind for kind in KINDS if kind in present and kind not in ("weight", "input")]
-    if kinds:
-        handles.append(_handle("o", "black", "weights, layer inputs"))
-        handles += [_handle(KIND_MARKERS[kind], "black", KINDS[kind]) for kind in kinds]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    names: dict[str, list[str]] = {}  # marker -> what has it
+    for kind in (kind for kind in KINDS if kind in present):
+        names.setdefault(KIND_MARKERS[kind], []).append(KINDS[kind])
+    handles += [_handle(marker, "black", ", ".join(of_marker)) for marker, of_marker in names.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False)
     return figure, list(grid.flat)
 
 
@@ -245,7 +246,7 @@ def _scientific(value: float) -> str:
 def _grid(rows: Sequence[Sequence[Any]]) -> tuple[Figure, Any]:
     columns = max(len(row) for row in rows)
     return plt.subplots(
-        len(rows), columns, figsize=(3.4 * columns, 2.4 * len(rows) + 0.8), squeeze=False, layout="constrained"
+        len(rows), columns, figsize=(3.4 * max(columns, 2), 2.4 * len(rows) + 0.8), squeeze=False, layout="constrained"
     )
 
 

@@ -19,7 +19,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from octav_hf.functional.grid import MAX_BITS, MIN_BITS
 from octav_hf.nn import FakeQuantize, PackedLayer, QuantizedEmbedding
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy", "matplotlib")
-DETAILED = (("weight",), ("input",), ("query", "key", "probabilities", "value"))
+DETAILED = ("weight", "input", "probabilities")
 _DIGITS = 7
 
 
@@ -113,6 +112,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     """Everything that `clips.json` holds."""
+    commit = _commit()  # now, as files may be edited while it runs
     set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
     windows = Windows(options.max_seq_length, options.doc_stride, options.max_query_length, pad_to_max_length=False)
@@ -121,13 +121,11 @@ def run(options: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     model = AutoModelForQuestionAnswering.from_pretrained(options.model_name_or_path, dtype=torch.float32).train()
     is_float = getattr(model.config, "quantization_config", None) is None
     measured = []
-    tensors: list[SeenTensor] = []
     for bits in options.bits:
         if is_float:
             apply_octav(model, OctavConfig(weight_bits=bits, activation_bits=bits))
-        if is_float or not tensors:
-            set_seed(options.seed)
-            tensors = seen_tensors(model, batch)
+        set_seed(options.seed)
+        tensors = seen_tensors(model, batch)
         print(f"{bits} bits: {len(tensors)} tensors", flush=True)
         measured.append({"bits": bits, **measure_all(tensors, bits, options.repetitions)})
         if is_float:
@@ -148,7 +146,7 @@ def run(options: argparse.Namespace, command: list[str]) -> dict[str, Any]:
             **{package: importlib.metadata.version(package) for package in PACKAGES},
         },
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
-        "commit": _commit(),
+        "commit": commit,
     }
 
 
@@ -163,7 +161,7 @@ def seen_tensors(model: nn.Module, batch: Mapping[str, Tensor]) -> list[SeenTens
     """What the model's quantizers see in one forward pass in its present mode, in the order of the calls.
 
     Layers that read the same tensor, as query, key and value projections do, quantize it once: it stands in the list
-    under the name of the first of them.
+    under the name of the first of them. Of a layer that runs several times, each input is in the list, the weight once.
 
     Raises:
         ValueError: no tensor of the model is quantized, or its weights are packed.
@@ -182,14 +180,16 @@ def seen_tensors(model: nn.Module, batch: Mapping[str, Tensor]) -> list[SeenTens
             "quantize weights or activations (weight_bits, activation_bits) in its quantization_config."
         )
     seen: list[SeenTensor] = []
-    counts: Counter[str] = Counter()
+    calls: dict[str, list[Tensor]] = {name: [] for name in quantizers}
 
     def note(name: str, quantizer: FakeQuantize, x: Tensor) -> None:
         owner, _, attribute = name.rpartition(".")
         operand = attribute.removesuffix("_quantizer")
         kind = "embedding" if isinstance(parents[owner], QuantizedEmbedding) else operand
-        counts[name] += 1
-        label = f"{owner} {operand}" if counts[name] == 1 else f"{owner} {operand}, use {counts[name]}"
+        if any(x is known for known in calls[name]):
+            return
+        calls[name].append(x)
+        label = f"{owner} {operand}" if len(calls[name]) == 1 else f"{owner} {operand}, use {len(calls[name])}"
         frozen = quantizer.frozen_now
         signed = quantizer.is_signed(x) if frozen is None else frozen.signed
         seen.append(SeenTensor(label, kind, x.detach(), signed, quantizer.dim))
@@ -208,15 +208,15 @@ def seen_tensors(model: nn.Module, batch: Mapping[str, Tensor]) -> list[SeenTens
 
 
 def measure_all(tensors: Sequence[SeenTensor], bits: int, repetitions: int) -> dict[str, Any]:
-    """`tensors`, a measurement each, and what is kept in full of one tensor of each of `DETAILED`.
+    """`tensors`, a measurement each, and what is kept in full of one tensor of each kind in `DETAILED`.
 
     These are `sequences` of the recursion, of that with the largest outlier, and `curves` of the error, of that whose
     sweep's clip exceeds OCTAV's most.
     """
     records, curves = zip(*(measure(seen, bits, repetitions) for seen in tensors), strict=True)
     chosen: dict[str, list[dict[str, Any]]] = {"sequences": [], "curves": []}
-    for kinds in DETAILED:
-        group = [i for i, seen in enumerate(tensors) if seen.kind in kinds]
+    for kind in DETAILED:
+        group = [i for i, seen in enumerate(tensors) if seen.kind == kind]
         if group:
             chosen["sequences"].append(sequences(tensors[max(group, key=lambda i: records[i]["outlier"])], bits))
             chosen["curves"].append(max((curves[i] for i in group), key=clip_ratio))
