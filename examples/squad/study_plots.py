@@ -73,7 +73,9 @@ def plot_f1(lines: Sequence[Line]) -> Figure:
             **look(cells[label]),
         )
     widths = sorted({bits for curve in curves.values() for bits in curve})
-    axes.set(xlabel="bits of weights and activations", ylabel="F1 (%)", xticks=widths or [])
+    axes.set(xlabel="bits of weights and activations", ylabel="F1 (%)")
+    if widths:
+        axes.set(xticks=widths, xlim=(widths[0] - 0.4, widths[-1] + 0.4))
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)

@@ -19,6 +19,8 @@ from study_tables import cells_table, scores_table
 
 MODEL = ["--model_name_or_path", "m"]
 ARTEFACTS = {"tables.md", "f1.png", "f1.svg", "convergence.png", "convergence.svg"}
+CLIP_PLOTS = ("clip_per_layer", "mse_per_layer", "convergence", "second_minimum")
+CLIP_ARTEFACTS = {"clips.md"} | {f"{name}.{form}" for name in CLIP_PLOTS for form in ("png", "svg")}
 
 
 @pytest.fixture
@@ -30,6 +32,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         commands.append(command)
         folder = Path(command[command.index("--output_dir") + 1])
         folder.mkdir()
+        if Path(command[1]).name == "measure_clips.py":
+            (folder / "clips.json").write_text('{"measured": []}')
+            return 0, ""
         values = {
             "eval_f1": 90.0,
             "eval_exact_match": 80.0,
@@ -104,6 +109,36 @@ def test_a_line_has_all_that_makes_a_result(runs: list[list[str]], tmp_path: Pat
     assert found["hardware"]["cpus"] == os.cpu_count()
     assert found["commit"] is None or len(found["commit"].rstrip("+")) == 40
     assert "--learning_rate" in found["arguments"]
+
+
+def test_clips_are_measured_on_the_float_model_of_the_first_seed(
+    runs: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[Any, Path]] = []
+    monkeypatch.setattr(study, "write_artefacts", lambda *arguments: drawn.append(arguments))
+    words = [*MODEL, "--cells", "fp32", "--seeds", "2", "5", "--clip_bits", "4", "6", "--output_dir", str(tmp_path)]
+    words += ["--train_file", "first.json", "--train_file=t.json", "--max_seq_length", "64"]
+    assert len(study.main(words)) == 2
+    last = options(runs[-1])
+    assert Path(runs[-1][1]).name == "measure_clips.py"
+    assert last["--model_name_or_path"] == str(tmp_path / "fp32-seed2")
+    assert (last["--train_file"], last["--max_seq_length"]) == ("t.json", "64")
+    assert runs[-1][-3:] == ["--bits", "4", "6"]
+    assert drawn == [({"measured": []}, tmp_path / "clip_measurements")]
+    study.main(words)
+    assert len(runs) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cells", "dynamic-octav:4"], "add fp32 to --cells"),
+        (["--cells", "fp32", "--dataset_name", "squad"], "give that, or leave --clip_bits out"),
+    ],
+)
+def test_clips_that_cannot_be_measured(tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        study.main([*MODEL, *words, "--clip_bits", "4", "--output_dir", str(tmp_path)])
 
 
 def test_recipe_and_data_can_be_replaced(runs: list[list[str]], tmp_path: Path) -> None:
@@ -249,7 +284,7 @@ def test_a_killed_study_goes_on_and_ends_in_the_same_results(tiny_model: str, tm
 
     def start(name: str, *more: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(script), "--model_name_or_path", tiny_model, "--cells", *cells, *words, *more]
-        command += ["--output_dir", str(tmp_path / name)]
+        command += ["--output_dir", str(tmp_path / name), "--clip_bits", "4"]
         return subprocess.Popen(
             command,
             env=environment,
@@ -275,8 +310,8 @@ def test_a_killed_study_goes_on_and_ends_in_the_same_results(tiny_model: str, tm
     assert (tmp_path / "killed" / "results.jsonl").read_text().startswith(before)
     results = []
     for name in ("killed", "whole"):
-        lines = read_lines(tmp_path / name / "results.jsonl")
-        assert (tmp_path / name).joinpath("tables.md").is_file()
+        *lines, clips = read_lines(tmp_path / name / "results.jsonl")
+        assert clips["clips"]["model"] == "fp32-seed0"
         assert {file.name for file in (tmp_path / name).iterdir()} > ARTEFACTS
         what = ("eval_f1", "eval_exact_match", "train_loss")
         results.append({each["cell"]: (each["loss_curve"], [each["metrics"][key] for key in what]) for each in lines})
