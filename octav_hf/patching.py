@@ -97,8 +97,7 @@ def restore_modules(model: nn.Module) -> None:
         if "octav_packed_hook" in module.__dict__:
             release_packed(module)
         module.__dict__.pop("octav_config", None)
-        for method in ("save_pretrained", "_upload_modified_files"):
-            module.__dict__.pop(method, None)
+        module.__dict__.pop("_upload_modified_files", None)
         hook = module.__dict__.pop("octav_output_embeddings_hook", None)
         if hook is not None:
             hook.remove()

@@ -1,44 +1,24 @@
 """Saving a model whose weights are sharded: what was gathered of them is what is written."""
 
 import inspect
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..sharded_weights import sharded_shape
-from .model_method import ModelMethod
-
-
-class SaveGathered(ModelMethod):
-    """In the place of ``save_pretrained``, which drops the ``state_dict`` that it is given for a quantized model.
-
-    Trainer and Accelerate pass the gathered weights in that way where FSDP or DeepSpeed's ZeRO-3 have sharded them.
-
-    Attributes:
-        state_dict: what the call that is running was given, for the quantizer to return; ``None`` for the model's own.
-    """
-
-    state_dict: dict[str, Tensor] | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """``PreTrainedModel.save_pretrained``."""
-        save = type(self.model).save_pretrained
-        self.state_dict = inspect.signature(save).bind(self.model, *args, **kwargs).arguments.get("state_dict")
-        try:
-            return save(self.model, *args, **kwargs)
-        finally:
-            self.state_dict = None
 
 
 def given_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """The state dict that ``save_pretrained`` was given; ``None`` if it was given none and the model's own is whole.
+    """The ``state_dict`` that the ``save_pretrained`` which is running was given, ``None`` if it was given none.
+
+    Trainer and Accelerate pass the gathered weights in that way where FSDP or DeepSpeed's ZeRO-3 have sharded them. For
+    a quantized model ``save_pretrained`` asks its quantizer what to write, without telling it, so that is read off the
+    call itself.
 
     Raises:
         NotImplementedError: a weight is sharded, and Transformers, which did not shard it, will not gather it.
     """
-    save = model.save_pretrained
-    given = save.state_dict if isinstance(save, SaveGathered) else None
+    given = _argument_of_save_pretrained("state_dict")
     if getattr(model.config, "distributed_config", None) is None:
         for name, weight in dict(model.named_parameters()).items() if given is None else given.items():
             shape = sharded_shape(weight)
@@ -53,3 +33,11 @@ def given_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
                     "state_dict=state_dict)"
                 )
     return given
+
+
+def _argument_of_save_pretrained(name: str) -> dict[str, Tensor] | None:
+    """What the innermost ``save_pretrained`` on the stack has under that name; ``None`` outside of one."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not inspect.unwrap(PreTrainedModel.save_pretrained).__code__:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get(name)

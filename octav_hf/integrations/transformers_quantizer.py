@@ -14,7 +14,7 @@ from ..config import QUANT_METHOD, OctavConfig
 from ..packed_file import check_files, describe_tensors
 from ..packing import packed_layers, prepare_packed, quantized_weights
 from ..patching import convert_modules, freeze_packed, restore_modules
-from .gathered_weights import SaveGathered, given_weights
+from .gathered_weights import given_weights
 from .packed_names import PackedNames, packed_in_files
 from .upload import UploadWithCard
 
@@ -49,7 +49,6 @@ class OctavQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.quantization_config.packed:
             freeze_packed(model)
-        model.save_pretrained = SaveGathered(model)  # type: ignore[method-assign]
         model._upload_modified_files = UploadWithCard(model)  # type: ignore[assignment]
         return model
 

@@ -5,7 +5,6 @@ import json
 import pickle
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,8 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from octav_hf import OctavConfig, apply_octav, calibrate_octav, coverage_report, pack_octav, remove_octav
-from octav_hf.integrations.gathered_weights import SaveGathered
+from octav_hf import OctavConfig, apply_octav, calibrate_octav, coverage_report, pack_octav
 from tests.question_answering import Spans, logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
@@ -85,16 +83,6 @@ def test_a_state_dict_that_is_given_is_what_is_saved(
         each.save_pretrained(tmp_path)  # the next call was given none
         loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path)
         assert torch.equal(logits(loaded, padded_batch), own)
-
-
-def test_saving_belongs_to_the_model_and_keeps_none_alive(small_bert: MakeBert) -> None:
-    model = apply_octav(small_bert(), OctavConfig())
-    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert isinstance(one.save_pretrained, SaveGathered)
-        assert one.save_pretrained.model is one
-    assert not isinstance(remove_octav(model).save_pretrained, SaveGathered)
-    kept = weakref.ref(apply_octav(small_bert(), OctavConfig()).save_pretrained)
-    assert kept() is None
 
 
 def test_device_map_keeps_it_quantized(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
