@@ -236,20 +236,19 @@ def save_sharded(folder: Path) -> dict[str, Any]:
     return {"refusals": refusals, "files": sorted(os.listdir(folder / "part"))}
 
 
-def make_trainer(folder: Path, model: BertForQuestionAnswering, per_device: int, **arguments: Any) -> Trainer:
+def training_arguments(folder: Path, per_device: int, **arguments: Any) -> TrainingArguments:
     """For three steps of SGD, quietly, and a checkpoint after the last."""
     settings = {"max_steps": 3, "save_steps": 3, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
     quiet: dict[str, Any] = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no"}
-    examples = batch(16)
-    return Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(folder / "run"),
-            per_device_train_batch_size=per_device,
-            **(settings | quiet | arguments),
-        ),
-        train_dataset=[{name: tensor[row] for name, tensor in examples.items()} for row in range(16)],
+    return TrainingArguments(
+        output_dir=str(folder / "run"), per_device_train_batch_size=per_device, **(settings | quiet | arguments)
     )
+
+
+def trainer_of(model: BertForQuestionAnswering, arguments: TrainingArguments) -> Trainer:
+    examples = batch(16)
+    rows = [{name: tensor[row] for name, tensor in examples.items()} for row in range(16)]
+    return Trainer(model=model, args=arguments, train_dataset=rows)
 
 
 def train_with_trainer(folder: Path, config: dict[str, Any], per_device: int, **arguments: Any) -> dict[str, Any]:
@@ -263,8 +262,8 @@ def train_with_trainer(folder: Path, config: dict[str, Any], per_device: int, **
 
     transformers.modeling_utils.safe_save_file = counted
     distributed = {"ddp_backend": "gloo"} if dist.is_initialized() else {}
-    model = apply_octav(bert(), OctavConfig(**config))
-    trainer = make_trainer(folder, model, per_device, use_cpu=True, **(distributed | arguments))
+    training = training_arguments(folder, per_device, use_cpu=True, **(distributed | arguments))
+    trainer = trainer_of(apply_octav(bert(), OctavConfig(**config)), training)
     trainer.train()
     trainer.save_model(str(folder / "trained"))
     octav_hf.pack_octav(trainer.model)
@@ -281,17 +280,19 @@ def take_cpus_for_accelerators() -> None:
 
 
 def train_sharded_with_trainer(
-    folder: Path, model: dict[str, Any], config: dict[str, Any], per_device: int, **arguments: Any
+    folder: Path, checkpoint: str, config: dict[str, Any], per_device: int, **arguments: Any
 ) -> dict[str, Any]:
-    """Three steps by Trainer and its checkpoints; how many values of the weights this rank has, and refusals."""
+    """Three steps by Trainer from a float checkpoint; how many values of the weights this rank has, and refusals."""
     if dist.is_initialized():
         take_cpus_for_accelerators()
     if "deepspeed" in arguments:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which would be compiled here and now
-    quantized = apply_octav(bert(**model), OctavConfig(**config))
-    trainer = make_trainer(folder, quantized, per_device, use_cpu=not dist.is_initialized(), **arguments)
+    # In the order of scripts: with these arguments made, ZeRO-3 shards what is loaded before it is quantized.
+    training = training_arguments(folder, per_device, use_cpu=not dist.is_initialized(), **arguments)
+    quantized = apply_octav(BertForQuestionAnswering.from_pretrained(checkpoint), OctavConfig(**config))
+    trainer = trainer_of(quantized, training)
     trainer.train()
     trainer.save_model(str(folder / "trained"))
     parameters = list(quantized.parameters())
