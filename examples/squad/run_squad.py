@@ -3,7 +3,8 @@
     python run_squad.py --model_name_or_path MODEL --train_file train.json --validation_file dev.json \
         --output_dir out --do_train --do_eval [--quantize --weight_bits 4 --activation_bits 4]
 
-All arguments may also stand in one JSON file: `python run_squad.py arguments.json`.
+All arguments may also stand in one JSON file: `python run_squad.py arguments.json`. In several processes:
+`torchrun --nproc_per_node 4 run_squad.py ...` or `accelerate launch --num_processes 4 run_squad.py ...`.
 
 A run that was interrupted goes on, and ends in the weights of an uninterrupted one, with the same arguments and
 `--resume_from_checkpoint last`, or a checkpoint's folder.
@@ -14,10 +15,12 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from squad_arguments import METRICS, DataArguments, ModelArguments, OctavArguments, OutputArguments
 from squad_dataset import load_squad_dataset, read_squad_file
@@ -63,7 +66,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """
     model_args, data_args, octav_args, output_args, training_args = parse_arguments(argv)
     fp32_metrics = output_args.fp32_metrics()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # of several processes the first alone tells what happens
+    level = logging.INFO if training_args.process_index == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     checkpoint = checkpoint_to_resume(training_args)
     check_output_dir(training_args, checkpoint)
     set_seed(training_args.seed)
@@ -131,7 +136,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         trainer.save_state()
         results.update(metrics)
     if output_args.calibration_batches:
-        batches = itertools.islice(trainer.get_train_dataloader(), output_args.calibration_batches)
+        batches = itertools.islice(global_batches(trainer), output_args.calibration_batches)
         octav_hf.calibrate_octav(trainer.accelerator.unwrap_model(trainer.model), batches)
     if training_args.do_train or output_args.calibration_batches:
         trainer.save_model()
@@ -160,6 +165,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             repo_id = training_args.hub_model_id or Path(str(training_args.output_dir)).name
             packed.push(repo_id, private=training_args.hub_private_repo, token=training_args.hub_token)
     return results
+
+
+def global_batches(trainer: QuestionAnsweringTrainer) -> Iterator[dict[str, torch.Tensor]]:
+    """Training batches of all processes together, the same on each, so that each freezes the same clips."""
+    for batch in trainer.get_train_dataloader():
+        yield trainer.accelerator.gather(trainer.accelerator.pad_across_processes(batch, dim=1))
 
 
 def describe_run(
