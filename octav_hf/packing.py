@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .config import OctavConfig
 from .nn import FakeQuantize, PackedLayer, PackedWeight, QuantizedLayer
 from .patching import config_of, freeze_packed, release_packed, set_config, shared_weights
 from .plan_layers import plan_layers
+from .sharded_weights import sharded_shape
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +142,10 @@ def _check_packable(name: str, layer: nn.Module) -> None:
     weight = layer._parameters.get("weight")
     if weight is None:
         raise ValueError(f"{name}: its weight is not a parameter (it is parametrized?); make it one before packing")
-    shape = tuple(weight.shape)
-    if isinstance(weight, DTensor):
-        raise ValueError(f"{name}: its weight of shape {shape} is sharded; gather the model before packing it")
+    shape = sharded_shape(weight)
+    if shape is not None:
+        raise ValueError(f"{name}: its weight of shape {shape} is sharded; save the model, and pack what is saved")
     if weight.is_meta:
-        raise ValueError(f"{name}: its weight of shape {shape} is offloaded; load the whole model before packing it")
+        raise ValueError(
+            f"{name}: its weight of shape {tuple(weight.shape)} is offloaded; load the whole model before packing it"
+        )

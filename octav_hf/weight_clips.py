@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .nn import FrozenWeightFakeQuantize, QuantizedLayer
 from .patching import config_of, layers_to_freeze, set_config, shared_weights
+from .sharded_weights import sharded_shape
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ def freeze_weight_clips(model: Model) -> Model:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized weight whose clips could be frozen")
     for name, layer in layers.items():
-        if isinstance(layer.weight, DTensor):
-            shape = tuple(layer.weight.shape)
+        shape = sharded_shape(layer.weight)
+        if shape is not None:
             raise ValueError(f"{name}: its weight of shape {shape} is sharded; freeze the clips before you shard it")
     quantizers = [FrozenWeightFakeQuantize.of(layer.weight_quantizer, layer.weight) for layer in layers.values()]
     for layer, quantizer in zip(layers.values(), quantizers, strict=True):

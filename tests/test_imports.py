@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "octav_hf"
 # Lowest first: a module may import from its own layer and from those before it.
 LAYERS = (
     *("_version", "text_table", "functional", "nn", "attention_modules", "activation_clips", "config", "first_last"),
-    *("plan_layers", "plan_attention", "plan", "patching", "packing", "packed_file", "weight_clips"),
-    *("forward_pass", "calibration"),
+    *("plan_layers", "plan_attention", "plan", "patching", "sharded_weights"),
+    *("packing", "packed_file", "weight_clips", "forward_pass", "calibration"),
     *("coverage", "operand_watch", "coverage_check", "training_run", "model_card"),
     *("integrations", "checkpoint_folder", "cli"),
 )

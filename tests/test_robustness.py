@@ -192,11 +192,17 @@ def test_sums_that_overflow_float32() -> None:
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_one_token(small_bert: MakeBert, implementation: str) -> None:
-    model = apply_octav(small_bert(attn_implementation=implementation), OctavConfig()).train()
+    """It attends to itself alone, with probability 1, whose level on the grid is 15/16."""
+    model = apply_octav(small_bert(attn_implementation=implementation), OctavConfig())
+    attention, seen = model.bert.encoder.layer[0].attention.self, {}
+    attention.value.register_forward_hook(lambda *call: seen.update(value=call[2].detach()))
+    attention.register_forward_hook(lambda *call: seen.update(output=call[2][0].detach()))
     logits = model(input_ids=torch.tensor([[7]])).start_logits
     assert logits.shape == (1, 1)
+    value = quantize_twin(seen["value"], octav_clip_twin(seen["value"], 4, True), 4, True)
+    torch.testing.assert_close(seen["output"].double(), torch.as_tensor(value) * 15 / 16, rtol=1e-5, atol=1e-6)
     logits.sum().backward()
-    assert model.bert.encoder.layer[0].attention.self.value.weight.grad.isfinite().all()
+    assert attention.value.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["dynamic", "frozen"])
@@ -220,14 +226,15 @@ def error_of(call: Callable[[], object]) -> tuple[type, str]:
     return caught.type, str(caught.value)
 
 
+@pytest.mark.parametrize("embedding_bits", [None, 8])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("shape", [(1, 80), (0, 16), (2, 0)], ids=["too long", "no sequence", "no token"])
 def test_what_transformers_refuses_it_refuses_in_its_own_words(
-    small_bert: MakeBert, shape: tuple[int, int], implementation: str
+    small_bert: MakeBert, shape: tuple[int, int], implementation: str, embedding_bits: int | None
 ) -> None:
     ids = torch.zeros(shape, dtype=torch.long)
     own = error_of(lambda: small_bert(attn_implementation=implementation)(input_ids=ids))
-    quantized = apply_octav(small_bert(attn_implementation=implementation), OctavConfig())
+    quantized = apply_octav(small_bert(attn_implementation=implementation), OctavConfig(embedding_bits=embedding_bits))
     assert error_of(lambda: quantized(input_ids=ids)) == own
     assert quantized(input_ids=torch.zeros(1, 8, dtype=torch.long)).start_logits.isfinite().all()
 

@@ -3,7 +3,8 @@
     python run_squad.py --model_name_or_path MODEL --train_file train.json --validation_file dev.json \
         --output_dir out --do_train --do_eval [--quantize --weight_bits 4 --activation_bits 4]
 
-All arguments may also stand in one JSON file: `python run_squad.py arguments.json`.
+All arguments may also stand in one JSON file: `python run_squad.py arguments.json`. In several processes:
+`torchrun --nproc_per_node 4 run_squad.py ...` or `accelerate launch --num_processes 4 run_squad.py ...`.
 
 A run that was interrupted goes on, and ends in the weights of an uninterrupted one, with the same arguments and
 `--resume_from_checkpoint last`, or a checkpoint's folder.
@@ -66,7 +67,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """
     model_args, data_args, octav_args, output_args, training_args = parse_arguments(argv)
     fp32_metrics = output_args.fp32_metrics()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # of several processes the first alone tells what happens
+    level = logging.INFO if training_args.process_index == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     checkpoint = checkpoint_to_resume(training_args)
     check_output_dir(training_args, checkpoint)
     set_seed(training_args.seed)

@@ -1,9 +1,10 @@
 """Transformers' ``Conv1D``, the linear layer of GPT-2 and its relatives, which holds its weight transposed."""
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ..nn import QuantizedLayer, register_quantized_layer
+from ..nn.linear import LINEAR
 from ..nn.shared_inputs import quantize_input
 
 
@@ -16,6 +17,4 @@ class QuantizedTransformersConv1D(QuantizedLayer, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """``Q(x) Q(weight) + bias``; ``x`` is ``[..., in]``, the weight ``[in, out]``, the result ``[..., out]``."""
-        return nn.functional.linear(
-            quantize_input(self.input_quantizer, x), self.weight_quantizer(self.weight).t(), self.bias
-        )
+        return LINEAR(quantize_input(self.input_quantizer, x), self.weight_quantizer(self.weight).t(), self.bias)

@@ -5,7 +5,6 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -17,6 +16,7 @@ from ..packed_file import check_files, describe_tensors
 from ..packing import packed_layers, prepare_packed, quantized_weights
 from ..patching import convert_modules, freeze_packed, layers_to_freeze, restore_modules
 from ..weight_clips import prepare_frozen
+from .gathered_weights import given_weights
 from .packed_names import FROZEN_CLIPS, PackedNames, layers_in_files
 from .upload import UploadWithCard
 
@@ -100,17 +100,19 @@ class OctavQuantizer(HfQuantizer):
         return [*weight_conversions, PackedNames(layers, model.base_model_prefix)] if layers else weight_conversions
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """The state dict of a packed model by the names of its files, and their metadata.
+        """The state dict to save, ``None`` for the model's own; of a packed model by the names of its files, with their
+        metadata.
 
         Raises:
-            NotImplementedError: parameters are sharded, or Transformers stores weights of this architecture merged or
+            NotImplementedError: weights are sharded, or Transformers stores weights of this architecture merged or
                 split.
         """
-        _check_whole(model)
+        given = given_weights(model)
         if not self.quantization_config.packed or getattr(model, "_hf_peft_config_loaded", False):
-            return None, {}
+            return given, {}
+        weights = model.state_dict() if given is None else given
         names = PackedNames(packed_layers(model), model.base_model_prefix).reverse_transform()
-        state = {names.rename_source_key(name)[0]: tensor for name, tensor in model.state_dict().items()}
+        state = {names.rename_source_key(name)[0]: tensor for name, tensor in weights.items()}
         # Transformers will do this to what is returned; the record is about what then comes to be in the files.
         stored = revert_weight_conversion(model, remove_tied_weights_from_state_dict(dict(state), model))
         kept = {id(tensor) for tensor in state.values()}
@@ -153,21 +155,3 @@ def _tensor_names(files: Iterable[str]) -> set[str]:
 def _is_tied(model: PreTrainedModel, layer: str) -> bool:
     """Whether Transformers gives the layer another one's weight, or its own to another one."""
     return f"{layer}.weight" in {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-
-
-def _check_whole(model: PreTrainedModel) -> None:
-    """Refuse sharded weights, except where Transformers has sharded them and so gathers them itself.
-
-    A gathered ``state_dict`` that was given to ``save_pretrained`` is of no use: Transformers drops it.
-    """
-    if getattr(model.config, "distributed_config", None) is not None:
-        return
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise NotImplementedError(
-                f"{name} of shape {tuple(parameter.shape)} is sharded, and save_pretrained of a quantized model takes "
-                "no state_dict. Gather the weights on every rank, state_dict = torch.distributed.checkpoint.state_dict."
-                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)); then "
-                "on rank 0 load_state_dict(state_dict) of a whole model that was quantized in the same way, and save "
-                "or pack that one"
-            )

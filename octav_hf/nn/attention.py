@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .attention_matmuls import ATTENTION_OPERANDS, AttentionMatmuls
+from .linear import LINEAR, QuantizedLinear
 from .scaled_dot_product_attention import OperandQuantizers
 from .shared_inputs import shared_inputs
 
@@ -50,7 +51,8 @@ class QuantizedAttention(nn.Module):
 
         Raises:
             RuntimeError: an operand was never met, so it would have stayed in float; or another number of times than it
-                has frozen clips; or ``torch.export`` is asked for its strict mode.
+                has frozen clips; or ``torch.export`` is asked for its strict mode; or ``torch.nn.functional.linear`` is
+                no longer PyTorch's and a linear layer inside the module is in float.
         """
         if torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
             raise RuntimeError(f"{self.attention_name}: torch.export follows its matmuls only with strict=False")
@@ -59,12 +61,27 @@ class QuantizedAttention(nn.Module):
     # Compiled, the function mode counts operands more than once, so that frozen clips run out.
     @torch.compiler.disable
     def _attend(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_float_layers()
         own_parameters = self.parameters(recurse=False)
         matmuls = AttentionMatmuls(self.operand_quantizers, self.attention_name, own_parameters)
         with shared_inputs(), matmuls:
             output = super().forward(*args, **kwargs)
         matmuls.check_complete()
         return output
+
+    def _check_float_layers(self) -> None:
+        """Refuse float layers that would call another function than PyTorch's, with matmuls like attention's own."""
+        replaced = nn.functional.linear
+        if replaced is LINEAR:
+            return
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Linear) and not isinstance(layer, QuantizedLinear):
+                raise RuntimeError(
+                    f"{self.attention_name}.{name}: this layer of shape {tuple(layer.weight.shape)} is in float, and "
+                    f"torch.nn.functional.linear was replaced by {replaced.__module__}.{replaced.__qualname__}, whose "
+                    "matmuls would be taken for attention's. With DeepSpeed's ZeRO-3 set \"memory_efficient_linear\": "
+                    "false in zero_optimization; else restore the function, or quantize the layer"
+                )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class made by _quantized_class cannot be imported by name: pickle its base instead.

@@ -1,9 +1,14 @@
 """A linear layer whose weight and input pass through quantizers."""
 
+import torch
 from torch import Tensor, nn
 
 from .quantized_layer import QuantizedLayer, register_quantized_layer
 from .shared_inputs import quantize_input
+
+# nn.functional.linear as PyTorch has it. DeepSpeed's ZeRO-3 puts a function in its place whose matmuls would be taken
+# for those of the attention module around the layer.
+LINEAR = torch._C._nn.linear
 
 
 @register_quantized_layer(nn.Linear)
@@ -15,6 +20,4 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``Q(input) Q(weight)^T + bias``; shapes as for ``nn.Linear``."""
-        return nn.functional.linear(
-            quantize_input(self.input_quantizer, input), self.weight_quantizer(self.weight), self.bias
-        )
+        return LINEAR(quantize_input(self.input_quantizer, input), self.weight_quantizer(self.weight), self.bias)

@@ -4,9 +4,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.state import DistributedType, PartialState
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -208,23 +210,45 @@ def train_sharded(folder: Path, config: dict[str, Any], sharded: bool = True, st
     return {"losses": torch.stack(losses), "clips": clips, "weights": full}
 
 
+def refusals_of_a_part(model: BertForQuestionAnswering, folder: Path) -> list[str]:
+    """What packing and saving a model without gathering its weights say; those that do not refuse say nothing."""
+    refusals = []
+    for action in (octav_hf.pack_octav, lambda model: model.save_pretrained(folder / "part")):
+        try:
+            action(model)
+        except (ValueError, NotImplementedError) as error:
+            refusals.append(str(error))
+    return refusals
+
+
 def save_sharded(folder: Path) -> dict[str, Any]:
-    """What packing and saving without gathering say; a whole model with the gathered weights is saved in both forms."""
+    """Refusals, and a checkpoint of the gathered weights as Trainer saves it: on the first rank alone."""
     model = apply_octav(bert("float32"), OctavConfig())
     shard(model)
-    refusals = []
-    for action in (lambda: octav_hf.pack_octav(model), lambda: model.save_pretrained(folder / "sharded")):
-        try:
-            action()
-        except (ValueError, NotImplementedError) as error:
-            refusals.append(f"{type(error).__name__}: {error}")
+    refusals = refusals_of_a_part(model, folder)
     state = get_model_state_dict(model, options=GATHERED)
     if dist.get_rank() == 0:
-        whole = apply_octav(bert("float32", seed=1), OctavConfig())
-        whole.load_state_dict(state)
-        whole.save_pretrained(folder / "training")
-        octav_hf.pack_octav(whole).save_pretrained(folder / "packed")
-    return {"refusals": refusals, "files": sorted(os.listdir(folder / "sharded"))}
+        model.save_pretrained(folder / "gathered", state_dict=state)
+        with pytest.raises(NotImplementedError, match=r"word_embeddings\.weight of shape \(100, 16\) is sharded"):
+            model.save_pretrained(folder / "part", state_dict=dict(model.named_parameters()))
+        with pytest.raises(NotImplementedError):  # what an earlier call was given is forgotten
+            model.save_pretrained(folder / "part")
+    return {"refusals": refusals, "files": sorted(os.listdir(folder / "part"))}
+
+
+def training_arguments(folder: Path, per_device: int, **arguments: Any) -> TrainingArguments:
+    """For three steps of SGD, quietly, and a checkpoint after the last."""
+    settings = {"max_steps": 3, "save_steps": 3, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
+    quiet: dict[str, Any] = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no"}
+    return TrainingArguments(
+        output_dir=str(folder / "run"), per_device_train_batch_size=per_device, **(settings | quiet | arguments)
+    )
+
+
+def trainer_of(model: BertForQuestionAnswering, arguments: TrainingArguments) -> Trainer:
+    examples = batch(16)
+    rows = [{name: tensor[row] for name, tensor in examples.items()} for row in range(16)]
+    return Trainer(model=model, args=arguments, train_dataset=rows)
 
 
 def train_with_trainer(folder: Path, config: dict[str, Any], per_device: int, **arguments: Any) -> dict[str, Any]:
@@ -237,19 +261,9 @@ def train_with_trainer(folder: Path, config: dict[str, Any], per_device: int, **
         save(*args, **kwargs)
 
     transformers.modeling_utils.safe_save_file = counted
-    settings = {"max_steps": 3, "save_steps": 3, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
-    quiet: dict[str, Any] = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
     distributed = {"ddp_backend": "gloo"} if dist.is_initialized() else {}
-    examples = batch(16)
-    trainer = Trainer(
-        model=apply_octav(bert(), OctavConfig(**config)),
-        args=TrainingArguments(
-            output_dir=str(folder / "run"),
-            per_device_train_batch_size=per_device,
-            **(settings | quiet | distributed | arguments),
-        ),
-        train_dataset=[{name: tensor[row] for name, tensor in examples.items()} for row in range(16)],
-    )
+    training = training_arguments(folder, per_device, use_cpu=True, **(distributed | arguments))
+    trainer = trainer_of(apply_octav(bert(), OctavConfig(**config)), training)
     trainer.train()
     trainer.save_model(str(folder / "trained"))
     octav_hf.pack_octav(trainer.model)
@@ -257,3 +271,34 @@ def train_with_trainer(folder: Path, config: dict[str, Any], per_device: int, **
     with torch.no_grad():
         logits = trainer.model.eval()(**batch()).start_logits
     return {"logits": logits, "written": [str(Path(path).relative_to(folder)) for path in written]}
+
+
+def take_cpus_for_accelerators() -> None:
+    """Accelerate runs FSDP and DeepSpeed on accelerators alone; from now on this process's CPU is one to it."""
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+
+
+def train_sharded_with_trainer(
+    folder: Path, checkpoint: str, config: dict[str, Any], per_device: int, **arguments: Any
+) -> dict[str, Any]:
+    """Three steps by Trainer from a float checkpoint; how many values of the weights this rank has, and refusals."""
+    if dist.is_initialized():
+        take_cpus_for_accelerators()
+    if "deepspeed" in arguments:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which would be compiled here and now
+    # In the order of scripts: with these arguments made, ZeRO-3 shards what is loaded before it is quantized.
+    training = training_arguments(folder, per_device, use_cpu=not dist.is_initialized(), **arguments)
+    quantized = apply_octav(BertForQuestionAnswering.from_pretrained(checkpoint), OctavConfig(**config))
+    trainer = trainer_of(quantized, training)
+    trainer.train()
+    trainer.save_model(str(folder / "trained"))
+    parameters = list(quantized.parameters())
+    local = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
+    return {
+        "engine": type(trainer.model_wrapped).__name__,
+        "values": sum(part.numel() for part in local),
+        "refusals": refusals_of_a_part(quantized, folder / str(rank_and_ranks()[0])),
+    }

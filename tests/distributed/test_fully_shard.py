@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertForQuestionAnswering
 
-from octav_hf import OctavConfig, apply_octav
+from octav_hf import OctavConfig, apply_octav, pack_octav
 
 from .conftest import Run
 from .scenarios import batch, bert
@@ -32,13 +32,16 @@ def test_it_is_gathered_saved_reloaded_and_packed(succeed: Run, tmp_path: Path) 
     first, second = succeed("save_sharded", 2, tmp_path / "sharded")
     for rank in (first, second):
         pack, save = rank["refusals"]
-        assert "encoder.layer.0.attention.self.query: its weight of shape (16, 16) is sharded; gather the model" in pack
+        assert "encoder.layer.0.attention.self.query: its weight of shape (16, 16) is sharded; save the model" in pack
         assert "bert.embeddings.word_embeddings.weight of shape (100, 16) is sharded" in save
+        assert "model.save_pretrained(folder, state_dict=state_dict)" in save
     assert "model.safetensors" not in first["files"] + second["files"]
     whole = apply_octav(bert("float32"), OctavConfig()).eval()
+    loaded = BertForQuestionAnswering.from_pretrained(tmp_path / "sharded" / "gathered")
+    pack_octav(loaded).save_pretrained(tmp_path / "packed")
+    packed = BertForQuestionAnswering.from_pretrained(tmp_path / "packed")
+    assert packed.octav_config.packed
     with torch.no_grad():
         expected = whole(**batch()).start_logits
-        for form in ("training", "packed"):
-            loaded = BertForQuestionAnswering.from_pretrained(tmp_path / "sharded" / form)
-            assert loaded.octav_config.packed is (form == "packed")
-            assert torch.equal(loaded(**batch()).start_logits, expected)
+        assert torch.equal(loaded(**batch()).start_logits, expected)
+        assert torch.equal(packed(**batch()).start_logits, expected)

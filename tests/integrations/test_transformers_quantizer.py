@@ -1,6 +1,8 @@
 """Transformers' own ways: from_pretrained, save_pretrained, Trainer, with nothing but the one line added."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from octav_hf import OctavConfig, apply_octav, calibrate_octav, coverage_report
+from octav_hf import OctavConfig, apply_octav, calibrate_octav, coverage_report, pack_octav
 from tests.question_answering import Spans, logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
@@ -54,6 +56,33 @@ def test_saved_and_loaded_gives_bit_identical_logits(small_bert: MakeBert, padde
     assert loaded.config.quantization_config.to_dict() == OctavConfig(**CONFIG).to_dict()
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "octav"
     assert set(load_file(tmp_path / "model.safetensors")) == set(small_bert().state_dict())
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_state_dict_that_is_given_is_what_is_saved(
+    small_bert: MakeBert, padded_batch: dict, tmp_path: Path, packed: bool, by_name: bool
+) -> None:
+    """As Trainer gives it of a model that is sharded; Transformers by itself drops it for a quantized model."""
+    model, other = (apply_octav(small_bert(), OctavConfig()) for _ in range(2))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5).add_(0.01)
+    if packed:
+        pack_octav(model)
+        pack_octav(other)
+    own, given = logits(model, padded_batch), logits(other, padded_batch)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        state = other.state_dict()
+        if by_name:
+            each.save_pretrained(tmp_path, state_dict=state)
+        else:
+            each.save_pretrained(tmp_path, True, state)
+        loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path)
+        assert torch.equal(logits(loaded, padded_batch), given)
+        each.save_pretrained(tmp_path)  # the next call was given none
+        loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path)
+        assert torch.equal(logits(loaded, padded_batch), own)
 
 
 def test_device_map_keeps_it_quantized(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:

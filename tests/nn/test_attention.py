@@ -281,6 +281,29 @@ def test_a_converted_module_checks_itself() -> None:
         unseen(*operands())
 
 
+def memory_efficient_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Like the function that DeepSpeed's ZeRO-3 puts in the place of PyTorch's."""
+    return x.matmul(weight.t()) + bias
+
+
+def test_products_of_a_replaced_linear_are_not_taken_for_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = LocalAttention(hidden=False)
+    QuantizedLinear.convert(module.out, FakeQuantize(4, dim=(1,)), FakeQuantize(4))
+    QuantizedAttention.convert(module, quantizers(), "layer.attention")
+    expected = module(*operands())
+    monkeypatch.setattr(nn.functional, "linear", memory_efficient_linear)
+    assert torch.equal(module(*operands()), expected)
+
+
+def test_a_float_layer_that_calls_a_replaced_linear_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = LocalAttention(hidden=False)
+    QuantizedAttention.convert(module, quantizers(), "layer.attention")
+    monkeypatch.setattr(nn.functional, "linear", memory_efficient_linear)
+    message = r"^layer\.attention\.out: .*\(8, 8\) is in float, .* replaced by .*memory_efficient_linear, whose matmuls"
+    with pytest.raises(RuntimeError, match=message):
+        module(*operands())
+
+
 MASKS = {
     "none": None,
     "boolean": torch.arange(6) < torch.tensor([6, 3])[:, None, None, None],

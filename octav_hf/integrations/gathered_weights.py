@@ -1,0 +1,43 @@
+"""Saving a model whose weights are sharded: what was gathered of them is what is written."""
+
+import inspect
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..sharded_weights import sharded_shape
+
+
+def given_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """The ``state_dict`` that the ``save_pretrained`` which is running was given, ``None`` if it was given none.
+
+    Trainer and Accelerate pass the gathered weights in that way where FSDP or DeepSpeed's ZeRO-3 have sharded them. For
+    a quantized model ``save_pretrained`` asks its quantizer what to write, without telling it, so that is read off the
+    call itself.
+
+    Raises:
+        NotImplementedError: a weight is sharded, and Transformers, which did not shard it, will not gather it.
+    """
+    given = _argument_of_save_pretrained("state_dict")
+    if getattr(model.config, "distributed_config", None) is None:
+        for name, weight in dict(model.named_parameters()).items() if given is None else given.items():
+            shape = sharded_shape(weight)
+            if shape is not None:
+                raise NotImplementedError(
+                    f"{name} of shape {shape} is sharded, and this process has only a part of it. Trainer gathers the "
+                    'weights if fsdp_config has "state_dict_type": "FULL_STATE_DICT", or DeepSpeed\'s config '
+                    '"stage3_gather_16bit_weights_on_model_save": true. By hand, on every rank: state_dict = '
+                    "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions("
+                    "full_state_dict=True, cpu_offload=True)), or of a DeepSpeed engine "
+                    "engine._zero3_consolidated_16bit_state_dict(); then on rank 0: model.save_pretrained(folder, "
+                    "state_dict=state_dict)"
+                )
+    return given
+
+
+def _argument_of_save_pretrained(name: str) -> dict[str, Tensor] | None:
+    """What the innermost ``save_pretrained`` on the stack has under that name; ``None`` outside of one."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not inspect.unwrap(PreTrainedModel.save_pretrained).__code__:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get(name)
