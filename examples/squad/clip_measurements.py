@@ -257,7 +257,11 @@ def sequences(seen: SeenTensor, num_bits: int) -> dict[str, Any]:
 
 
 def _timed(seen: SeenTensor, num_bits: int, repetitions: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Clips `[rows]` by rule, and median seconds by function; the functions take turns."""
+    """Clips `[rows]` by rule, and median seconds by function; the functions take turns.
+
+    The seconds are the processor's, of all threads: on the clock, what other programs take would fall on the sweep, as
+    OCTAV is done before the system changes to them.
+    """
     x, options = seen.values, {"signed": seen.signed, "dim": seen.dim}
     functions: dict[str, tuple[int, Callable[[], Tensor]]] = {
         "octav": (_OCTAV_CALLS, lambda: octav_clip(x, num_bits, **options)),
@@ -270,9 +274,9 @@ def _timed(seen: SeenTensor, num_bits: int, repetitions: int) -> tuple[dict[str,
     for _ in range(repetitions):
         for name, (calls, function) in functions.items():
             for _ in range(calls):
-                begin = time.perf_counter()
+                begin = time.process_time()
                 clips[name] = function()
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(time.process_time() - begin)
     del clips["eq6"]
     return (
         {name: clip.reshape(-1) for name, clip in clips.items()},

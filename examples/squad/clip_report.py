@@ -58,8 +58,9 @@ _ERROR_HEADER = (
     "worst for OCTAV",
 )
 _TIME = (
-    "Mean over the tensors, milliseconds. OCTAV is `octav_clip`, which does not run Eq. 6 on the whole tensor; the "
-    f"next column does, with the paper's {PAPER_UPDATES} updates, in PyTorch operations like those of the sweep."
+    "Mean over the tensors, milliseconds of processor time. OCTAV is `octav_clip`, which does not run Eq. 6 on the "
+    f"whole tensor; the next column does, with the paper's {PAPER_UPDATES} updates, in PyTorch operations like those "
+    "of the sweep."
 )
 _TIME_HEADER = (
     *("bits", "tensors", "OCTAV", f"Eq. 6, {PAPER_UPDATES} updates", "100-point sweep"),
@@ -105,8 +106,8 @@ def _setting(record: Record) -> list[str]:
         f"- batch of {sizes[0]} x {sizes[1]} tokens from `{record['train_file']}`, seed {record['seed']} (windows of "
         f"at most {windows['max_seq_length']} tokens, stride {windows['doc_stride']})",
         f"- tensors: {counts}; layers that read the same input count it once",
-        f"- times: medians of {record['repetitions']} interleaved rounds, {hardware['threads']} thread(s) of "
-        f"{hardware['cpus']} {hardware['machine']} CPUs",
+        f"- times: processor time, medians of {record['repetitions']} interleaved rounds, {hardware['threads']} "
+        f"thread(s) of {hardware['cpus']} {hardware['machine']} CPUs",
         f"- {versions}; commit {record['commit'] or 'unknown'}",
     ]
 

@@ -73,7 +73,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     measuring.add_argument("--max_seq_length", type=int, help="tokens of a window; default: 384")
     measuring.add_argument("--doc_stride", type=int, help="tokens that neighbouring windows share; default: 128")
     measuring.add_argument("--max_query_length", type=int, help="a longer question loses its end; default: 64")
-    measuring.add_argument("--repetitions", type=int, help="times are medians of so many rounds; default: 3")
+    measuring.add_argument("--repetitions", type=int, help="processor times are medians of so many rounds; default: 3")
     measuring.add_argument("--seed", type=int, help="of the batch, of dropout and of a new head; default: 0")
     options = parser.parse_args(argv)
     defaults = {
