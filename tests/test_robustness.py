@@ -229,13 +229,21 @@ def error_of(call: Callable[[], object]) -> tuple[type, str]:
 @pytest.mark.parametrize("embedding_bits", [None, 8])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("shape", [(1, 80), (0, 16), (2, 0)], ids=["too long", "no sequence", "no token"])
+@pytest.mark.parametrize("given_positions", [False, True])
 def test_what_transformers_refuses_it_refuses_in_its_own_words(
-    small_bert: MakeBert, shape: tuple[int, int], implementation: str, embedding_bits: int | None
+    small_bert: MakeBert,
+    shape: tuple[int, int],
+    implementation: str,
+    embedding_bits: int | None,
+    given_positions: bool,
 ) -> None:
-    ids = torch.zeros(shape, dtype=torch.long)
-    own = error_of(lambda: small_bert(attn_implementation=implementation)(input_ids=ids))
+    batch = {"input_ids": torch.zeros(shape, dtype=torch.long)}
+    if given_positions:  # then no sooner refused than the table is asked for a row that it does not have
+        positions = torch.arange(shape[1]).expand(shape)
+        batch |= {"position_ids": positions, "token_type_ids": torch.zeros(shape, dtype=torch.long)}
+    own = error_of(lambda: small_bert(attn_implementation=implementation)(**batch))
     quantized = apply_octav(small_bert(attn_implementation=implementation), OctavConfig(embedding_bits=embedding_bits))
-    assert error_of(lambda: quantized(input_ids=ids)) == own
+    assert error_of(lambda: quantized(**batch)) == own
     assert quantized(input_ids=torch.zeros(1, 8, dtype=torch.long)).start_logits.isfinite().all()
 
 
@@ -291,18 +299,21 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("gradient", ["pwl", "mad"])
-def test_tensors_that_are_not_contiguous(strides: str, gradient: str) -> None:
+@pytest.mark.parametrize("dim", [None, -1])
+def test_tensors_that_are_not_contiguous(strides: str, gradient: str, dim: int | None) -> None:
     whole = gaussian(512, 256)
     x = STRIDES[strides](whole)
-    quantizer = FakeQuantize(4, signed=None, gradient=gradient)
-    clip = octav_clip_twin(x, 4, True)
+    quantizer = FakeQuantize(4, signed=None, gradient=gradient, dim=dim)
     leaf = whole.clone().requires_grad_()
     y = quantizer(STRIDES[strides](leaf))
     copy = STRIDES[strides](whole).contiguous().requires_grad_()
     z = quantizer(copy)
     # The order of additions moves the clip by some units in the last place.
     torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-5)
-    assert float(quantizer.compute_clip(x)) == pytest.approx(clip, rel=1e-4)
+    clips = quantizer.compute_clip(x)
+    rows = x.reshape(-1, x.shape[-1])[[0, -1]] if dim is not None else x.reshape(1, -1)
+    for clip, row in zip(clips.flatten()[[0, -1]], rows, strict=False):
+        assert float(clip) == pytest.approx(octav_clip_twin(row, 4, True), rel=1e-4)
     weights = gaussian(z.numel(), seed=1).view(z.shape)
     (y * weights).sum().backward()
     (z * weights).sum().backward()
