@@ -100,6 +100,7 @@ def test_unfrozen_clips_follow_the_weights(frozen: BertForQuestionAnswering, pad
     fresh = apply_octav(BertForQuestionAnswering(frozen.config).eval(), OctavConfig())
     fresh.load_state_dict(frozen.state_dict())
     assert torch.equal(logits(fresh, padded_batch), followed)
+    assert len(frozen_layers(freeze_weight_clips(frozen))) == 13
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
