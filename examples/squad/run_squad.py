@@ -180,11 +180,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def random_batches(parts: dict[str, Any], count: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Up to `count` training batches, the same in every process, drawn without touching the global random state."""
+    """Up to `count` batches of training questions, those of all processes together and the same in each.
+
+    They are drawn without touching the global random state.
+    """
     args: TrainingArguments = parts["args"]
     loader = DataLoader(
         parts["train_dataset"],
-        batch_size=args.train_batch_size,
+        batch_size=args.train_batch_size * args.world_size,
         shuffle=True,
         generator=torch.Generator().manual_seed(args.seed),
         collate_fn=parts["data_collator"],
