@@ -13,6 +13,8 @@ from run_squad import main, sample
 from safetensors.torch import load_file
 from squad_files import question, write_squad
 
+from tests.twins import octav_clip_twin
+
 DATA = Path(__file__).resolve().parents[3] / "examples" / "squad" / "data"
 SIZES = ["--max_seq_length", "128", "--doc_stride", "32", "--use_cpu"]
 
@@ -164,6 +166,50 @@ def test_calibration_freezes_clips_before_evaluation(tiny_model: str, tmp_path: 
     assert configs[2] == configs[3] != {}
     assert {"eval_f1", "eval_exact_match"} <= set(frozen) & set(dynamic)
     assert at_once["packed_f1"] == at_once["eval_f1"]
+
+
+def test_static_clips_come_from_before_training(tiny_model: str, tmp_path: Path) -> None:
+    words = ["--do_train", "--quantize", "--max_steps", "4", "--save_steps", "2", "--learning_rate", "0.01"]
+    static = [*words, "--static_clip_batches", "3"]
+    main(arguments(tiny_model, tmp_path / "out", *static))
+    start, end = (load_file(Path(folder) / "model.safetensors") for folder in (tiny_model, tmp_path / "out"))
+    layer = "bert.encoder.layer.1.output.dense"
+    assert not torch.equal(start[f"{layer}.weight"], end[f"{layer}.weight"])
+    for row, clip in zip(start[f"{layer}.weight"], end[f"{layer}.weight_quantizer.clips"], strict=True):
+        assert clip.item() == pytest.approx(octav_clip_twin(row, 4), rel=1e-5)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["frozen_weight_clips"]
+    assert len(config["activation_clips"]) == 13 + 2
+
+    # resumed, the run calibrates again, from the weights that it began with
+    (tmp_path / "out/model.safetensors").unlink()
+    main(
+        arguments(tiny_model, tmp_path / "out", *static, "--resume_from_checkpoint", str(tmp_path / "out/checkpoint-2"))
+    )
+    resumed = load_file(tmp_path / "out/model.safetensors")
+    assert resumed.keys() == end.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in end.items())
+    assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"] == config
+
+
+def test_static_clips_leave_the_order_of_questions_alone(tiny_model: str, tmp_path: Path) -> None:
+    """At a rate of 0 the losses of the first steps tell which questions were met; 8 bits hardly change them."""
+    words = ["--do_train", "--quantize", "--weight_bits", "8", "--activation_bits", "8", "--learning_rate", "0"]
+    words += ["--max_steps", "4", "--logging_steps", "1"]
+    losses = []
+    for name, more in (("dynamic", []), ("static", ["--static_clip_batches", "2"])):
+        main(arguments(tiny_model, tmp_path / name, *words, *more))
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        losses.append([entry["loss"] for entry in history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], abs=2e-3)
+    assert max(losses[0]) - min(losses[0]) > 2e-2  # the batches differ by far more than that
+
+
+def test_static_clips_that_are_refused(tiny_model: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--static_clip_batches must be at least 1, not 0"):
+        main(arguments(tiny_model, tmp_path / "out", "--do_train", "--quantize", "--static_clip_batches", "0"))
+    with pytest.raises(ValueError, match="--static_clip_batches would be ignored: add --quantize"):
+        main(arguments(tiny_model, tmp_path / "out", "--do_train", "--static_clip_batches", "3"))
 
 
 def test_output_without_a_quantized_model_is_refused(tiny_model: str, tmp_path: Path) -> None:

@@ -96,10 +96,10 @@ def test_json_file(tmp_path: Path) -> None:
 
 
 def test_every_field_of_the_config_is_an_argument() -> None:
-    # The last two are what calibrate_octav and pack_octav write.
+    # The last three are what calibrate_octav, pack_octav and freeze_weight_clips write.
     not_asked_for = {"unknown", "first_last_bits", "activation_clips", "packed", "frozen_weight_clips"}
     known = set(inspect.signature(OctavConfig).parameters) - not_asked_for
-    assert {field.name for field in dataclasses.fields(OctavArguments)} - {"quantize"} == known
+    assert {field.name for field in dataclasses.fields(OctavArguments)} - {"quantize", "static_clip_batches"} == known
     words = ["--embedding_bits", "6", "--weight_granularity", "tensor", "--unsigned_activations", "false"]
     config = octav("--quantize", *words, "--sync_activation_clips", "true").to_config()
     assert (config.embedding_bits, config.weight_granularity, config.unsigned_activations) == (6, "tensor", False)
