@@ -75,11 +75,11 @@ class Cell:
 
     @property
     def place(self) -> tuple[float, ...]:
-        """Sorts cells as the paper's tables do."""
+        """Sorts cells as the paper's Table 5 does; other estimators than its own come last."""
         clips = ["octav", "max", "mse_sweep", PERCENTILE, *CLIP_RULES]
         if self.mode is None:
             return (0, 0, 0, 0, 0, self.seed)
-        method = (1 + MODES.index(self.mode), list(GRADIENTS)[::-1].index(str(self.gradient)))
+        method = (1 + list(GRADIENTS)[::-1].index(str(self.gradient)), MODES.index(self.mode))
         return (*method, clips.index(str(self.clip)), self.percentile or 0, self.bits or 0, self.seed)
 
     def arguments(self, static_batches: int) -> list[str]:

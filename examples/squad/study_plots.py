@@ -18,9 +18,9 @@ from study_tables import cell_of
 
 STYLE = {"font.size": 9, "svg.hashsalt": "octav_hf", "axes.spines.top": False, "axes.spines.right": False}
 COLOURS = {"octav": "#c1440e", "max": "#7a7a7a", "mse_sweep": "#37618e", "percentile": "#3c8d5a"}
-OTHER_COLOURS = ("#8f5aa8", "#b08a2e", "#4aa5a5")  # of rules of the user's own
+OTHER_COLOURS = ("#c06090", "#5b7f1e", "#6f6ad1")  # of rules of the user's own
 MARKERS = {99.9: "v", 99.99: "s", 99.999: "^"}
-GRADIENT_COLOURS = {"ste": "#7a7a7a", "pwl": "#37618e", "mad": "#3c8d5a", "mph": "#c1440e"}
+GRADIENT_COLOURS = {"ste": "#8f5aa8", "pwl": "#b08a2e", "mad": "#4aa5a5", "mph": COLOURS["octav"]}
 FP32_COLOUR = "#1a1a1a"
 
 
@@ -101,7 +101,7 @@ def plot_convergence(lines: Sequence[Line]) -> Figure:
     cells = [(cell_of(line), line["loss_curve"]) for line in lines if line["bits"] in (None, bits)]
     estimators = [(c, curve) for c, curve in cells if c.bits is None or (c.mode, c.clip) == ("dynamic", "octav")]
     rules = [(c, curve) for c, curve in cells if c.bits is None or c.gradient == "mph"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.4), sharey=True, layout="constrained")
     title = "" if bits is None else f", {bits} bits"
     _draw_losses(left, rules, f"clips{title}", by_gradient=False)
     _draw_losses(right, estimators, f"gradients of dynamic OCTAV{title}", by_gradient=True)
@@ -130,4 +130,4 @@ def _draw_losses(axes: Axes, cells: Sequence[tuple[Cell, list[list[float]]]], ti
     axes.set(xlabel="optimizer steps", title=title)
     axes.grid(alpha=0.3)
     if losses:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False, fontsize=8)
