@@ -1,0 +1,83 @@
+"""Every number in the example's README is in a checked-in record, and its tables are what the records give."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from study_record import read_lines
+from study_tables import cell_of, cells_table, scores_table
+
+FOLDER = Path(__file__).resolve().parents[3] / "examples" / "squad"
+RESULTS = FOLDER / "results"
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+# What is no statement: code, file names and links; names of versions and of items of the paper.
+NO_STATEMENT = re.compile(
+    r"```.*?```|`[^`]*`|\]\([^)]*\)|v[12]\.\d|version \d+|(?:Table|Appendix|Eq\.|[Ff]igures?|section) [A-Z]?\.?\d+(?:\.\d+)?"
+    r"|FP32|s_1",
+    re.DOTALL,
+)
+NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|\.\d)")
+
+
+def numbers(node: Any) -> Iterator[float]:
+    """All numbers of a JSON value, those in its strings included."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from numbers(key)
+            yield from numbers(value)
+    elif isinstance(node, list):
+        yield float(len(node))  # how many there are is a fact of the record too
+        for value in node:
+            yield from numbers(value)
+    elif isinstance(node, str):
+        yield from (float(text) for text in re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", node))
+    elif isinstance(node, int | float) and not isinstance(node, bool):
+        yield float(node)
+
+
+def records() -> Iterator[Any]:
+    for path in sorted(RESULTS.rglob("*.json")):
+        yield json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted(RESULTS.rglob("*.jsonl")):
+        yield read_lines(path)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> list[float]:
+    found = [number for record in records() for number in numbers(record)]
+    # the tables that are drawn from the records: means, spreads and ratios
+    for path in sorted(RESULTS.rglob("*.md")):
+        found += [float(text.replace(",", "")) for text in NUMBER.findall(path.read_text(encoding="utf-8"))]
+    return found
+
+
+def test_every_number_is_recorded(recorded: list[float]) -> None:
+    missing = []
+    for text in NUMBER.findall(NO_STATEMENT.sub(" ", README)):
+        decimals = len(text.partition(".")[2])
+        value = float(text.replace(",", ""))
+        if not any(math.isclose(round(number, decimals), value, abs_tol=1e-9) for number in recorded):
+            missing.append(text)
+    assert not missing, f"not in {RESULTS}: {', '.join(missing)}"
+
+
+def test_a_number_that_is_not_recorded_is_found(recorded: list[float]) -> None:
+    """The test above can fail: no record has these."""
+    for number in (61.77, 1345.0, 48.7):
+        assert not any(math.isclose(round(each, 2), number, abs_tol=1e-9) for each in recorded)
+
+
+@pytest.mark.parametrize("name", ["demo", "real_squad"])
+def test_tables_are_those_of_the_records(name: str) -> None:
+    lines = sorted(
+        (line for line in read_lines(RESULTS / name / "results.jsonl") if "clips" not in line),
+        key=lambda line: cell_of(line).place,
+    )
+    table = cells_table(lines) if name == "demo" else scores_table(lines, "eval_f1")
+    assert table in README
