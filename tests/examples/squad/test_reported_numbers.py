@@ -18,8 +18,8 @@ RESULTS = FOLDER / "results"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 # What is no statement: code, file names and links; names of versions and of items of the paper.
 NO_STATEMENT = re.compile(
-    r"```.*?```|`[^`]*`|\]\([^)]*\)|v[12]\.\d|version \d+|(?:Table|Appendix|Eq\.|[Ff]igures?|section) [A-Z]?\.?\d+(?:\.\d+)?"
-    r"|FP32|s_1",
+    r"```.*?```|`[^`]*`|\]\([^)]*\)|v[12]\.\d|version \d+|FP32|s_1"
+    r"|(?:Table|Appendix|Eq\.|[Ff]igures?|section) [A-Z]?\.?\d+(?:\.\d+)?",
     re.DOTALL,
 )
 NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|\.\d)")
