@@ -18,8 +18,8 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from .config import OctavConfig
 from .model_card import model_card, write_card
-from .nn import FakeQuantize, QuantizedLayer
-from .patching import convert_modules
+from .nn import FakeQuantize
+from .patching import convert_modules, layers_by_quantizer
 from .training_run import TrainingRun
 
 # Which nobody should have to trust.
@@ -125,21 +125,20 @@ class CheckpointFolder:
                     tensor = opened.get_tensor(name)
                     stored[name] = str(tensor.dtype).removeprefix("torch."), tensor.nbytes
         layers = []
-        for name, module in self.structure.named_modules():
-            if isinstance(module, QuantizedLayer) and isinstance(module.weight_quantizer, FakeQuantize):
-                weight = module.get_parameter("weight")
-                dtype, size = stored.get(f"{name}.weight", ("shared", 0))
-                _, scale_size = stored.get(f"{name}.weight_scale", ("", 0))
-                layers.append(
-                    StoredLayer(
-                        name=name,
-                        bits=module.weight_quantizer.num_bits,
-                        shape=list(weight.shape),
-                        stored="packed" if scale_size else dtype,
-                        bytes=size + scale_size,
-                        float32_bytes=4 * weight.numel(),
-                    )
+        for name, module in layers_by_quantizer(self.structure, FakeQuantize).items():
+            weight = module.get_parameter("weight")
+            dtype, size = stored.get(f"{name}.weight", ("shared", 0))
+            _, scale_size = stored.get(f"{name}.weight_scale", ("", 0))
+            layers.append(
+                StoredLayer(
+                    name=name,
+                    bits=module.weight_quantizer.num_bits,
+                    shape=list(weight.shape),
+                    stored="packed" if scale_size else dtype,
+                    bytes=size + scale_size,
+                    float32_bytes=4 * weight.numel(),
                 )
+            )
         return layers
 
     def write_card(self, name: str) -> None:

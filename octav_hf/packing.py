@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .config import OctavConfig
-from .nn import FakeQuantize, PackedLayer, PackedWeight, QuantizedLayer
-from .patching import config_of, freeze_packed, release_packed, set_config, shared_weights
+from .nn import FakeQuantize, PackedLayer, PackedWeight
+from .patching import config_of, freeze_packed, layers_by_quantizer, release_packed, set_config, shared_weights
 from .plan_layers import plan_layers
 from .sharded_weights import sharded_shape
 
@@ -116,11 +116,9 @@ def prepare_packed(model: nn.Module, names: Iterable[str]) -> None:
 def quantized_weights(model: nn.Module) -> dict[str, tuple[Any, FakeQuantize]]:
     """Name -> layer with a quantized float weight, and the weight's quantizer."""
     return {
-        name: (module, module.weight_quantizer)
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedLayer)
-        and not isinstance(module, PackedLayer)
-        and isinstance(module.weight_quantizer, FakeQuantize)
+        name: (layer, layer.weight_quantizer)
+        for name, layer in layers_by_quantizer(model, FakeQuantize).items()
+        if not isinstance(layer, PackedLayer)
     }
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from .config import OctavConfig
-from .nn import FrozenWeightFakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
+from .nn import FakeQuantize, FrozenWeightFakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
 from .plan import plan_conversion
 from .plan_layers import plan_layers
 
@@ -151,13 +151,18 @@ def quantized_modules(model: nn.Module) -> Iterator[QuantizedLayer | QuantizedAt
     return (module for module in model.modules() if isinstance(module, QuantizedLayer | QuantizedAttention))
 
 
-def layers_to_freeze(model: nn.Module) -> dict[str, Any]:
-    """Name -> layer whose weight has clips that follow it: not packed or frozen, and no embedding."""
+def layers_by_quantizer(model: nn.Module, quantizer_class: type[FakeQuantize]) -> dict[str, Any]:
+    """Name -> layer whose weight's quantizer is of that class."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedLayer) and isinstance(module.weight_quantizer, WeightFakeQuantize)
+        if isinstance(module, QuantizedLayer) and isinstance(module.weight_quantizer, quantizer_class)
     }
+
+
+def layers_to_freeze(model: nn.Module) -> dict[str, Any]:
+    """Name -> layer whose weight has clips that follow it: not packed or frozen, and no embedding."""
+    return layers_by_quantizer(model, WeightFakeQuantize)
 
 
 def shared_weights(model: nn.Module) -> set[nn.Module]:

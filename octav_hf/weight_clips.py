@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .nn import FrozenWeightFakeQuantize, QuantizedLayer
-from .patching import config_of, layers_to_freeze, set_config, shared_weights
+from .nn import FrozenWeightFakeQuantize
+from .patching import config_of, layers_by_quantizer, layers_to_freeze, set_config, shared_weights
 from .sharded_weights import sharded_shape
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def unfreeze_weight_clips(model: Model) -> Model:
     if not config.frozen_weight_clips:
         raise ValueError(f"unfreeze_weight_clips: no clip of a weight of {type(model).__name__} is frozen")
     for layer in frozen_layers(model).values():
-        layer.weight_quantizer = layer.weight_quantizer.thawed(layer.weight_quantizer_class)
+        layer.weight_quantizer = layer.weight_quantizer_class(**layer.weight_quantizer.arguments)
     set_config(model, config.with_fields(frozen_weight_clips=False))
     return model
 
@@ -94,8 +94,4 @@ def prepare_frozen(model: nn.Module, names: Iterable[str]) -> None:
 
 def frozen_layers(model: nn.Module) -> dict[str, Any]:
     """Name -> layer whose weight has frozen clips."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedLayer) and isinstance(module.weight_quantizer, FrozenWeightFakeQuantize)
-    }
+    return layers_by_quantizer(model, FrozenWeightFakeQuantize)

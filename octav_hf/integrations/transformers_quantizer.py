@@ -27,9 +27,9 @@ class OctavQuantizer(HfQuantizer):
 
     A checkpoint in training form holds the full-precision weights under their usual names, and the ``OctavConfig`` in
     ``config.json``: clips are recomputed from the data, or frozen, those of activations in the config and those of
-    weights as tensors. In packed form, after
-    ``pack_octav``, the weights are integers of another shape under the same names, so that Transformers without this
-    package stops at them instead of loading them; see ``packed_names`` and ``packed_file``.
+    weights as tensors. In packed form, after ``pack_octav``, the weights are integers of another shape under the same
+    names, so that Transformers without this package stops at them instead of loading them; see ``packed_names`` and
+    ``packed_file``.
     """
 
     requires_calibration = False

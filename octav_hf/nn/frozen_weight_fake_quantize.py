@@ -49,10 +49,6 @@ class FrozenWeightFakeQuantize(FullPrecisionBuffers, FakeQuantize):
         """True."""
         return True
 
-    def thawed(self, quantizer_class: type[FakeQuantize]) -> FakeQuantize:
-        """A quantizer with the same settings that computes its clips."""
-        return quantizer_class(**self.arguments)
-
     def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:
         """The stored clips; ``x`` is not read."""
         return self.clips

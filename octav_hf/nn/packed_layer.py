@@ -40,7 +40,7 @@ class PackedLayer(QuantizedLayer):
         Args:
             keep_clips: whether clips stay those that it was packed with, where the layer's class can have frozen ones.
         """
-        weight, quantizer = self.weight, self.weight_quantizer.unpacked(self.weight_quantizer_class)
+        weight, quantizer = self.weight, self.weight_quantizer_class(**self.weight_quantizer.arguments)
         if keep_clips and isinstance(quantizer, WeightFakeQuantize):
             quantizer = FrozenWeightFakeQuantize(quantizer, self.weight_quantizer.compute_clip(weight))
         self.__class__ = type(self).__bases__[1]

@@ -68,10 +68,6 @@ class PackedWeight(FullPrecisionBuffers, FakeQuantize):
             raise ArithmeticError(f"{quantizer.name}: its integers and scales do not give the quantized weight exactly")
         return packed
 
-    def unpacked(self, quantizer_class: type[FakeQuantize]) -> FakeQuantize:
-        """A quantizer with the same settings that computes its clips."""
-        return quantizer_class(**self.arguments)
-
     def forward(self, x: Tensor, use: int = 0) -> Tensor:
         """``x``, rows of the weight as ``dequantize`` gives them, which are on the grid already.
 
