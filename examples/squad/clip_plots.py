@@ -8,9 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from clip_measurements import REFERENCE_POINTS
 from clip_report import KINDS, Record, error_ratio
@@ -18,6 +15,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from plot_files import STYLE, save
 
 COLOURS = {"octav": "#c1440e", "sweep": "#37618e", "max": "#8a8a8a"}
 LABELS = {"octav": "OCTAV", "sweep": "100-point sweep", "max": "max-scaling"}
@@ -32,15 +30,6 @@ KIND_MARKERS = {
     "probabilities": "s",
     "value": "D",
 }
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "legend.fontsize": 8.5,
-    "svg.hashsalt": "octav_hf",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-_DPI = 160
 # Times the largest other clip from which the start max|x| does not fit into a panel with it.
 _CUT_OFF = 1.5
 
@@ -53,14 +42,11 @@ def write_plots(record: Record, output_dir: Path) -> None:
         "convergence": plot_convergence,
         "second_minimum": plot_curves,
     }
-    with plt.rc_context(STYLE):
+    with plt.rc_context(STYLE | {"axes.titlesize": 9, "legend.fontsize": 8.5}):
         for name, plot in plots.items():
             figure = plot(record)
-            if figure is None:  # nothing of the kind was measured
-                continue
-            figure.savefig(output_dir / f"{name}.png", dpi=_DPI)
-            figure.savefig(output_dir / f"{name}.svg", metadata={"Date": None})
-            plt.close(figure)
+            if figure is not None:  # None: nothing of the kind was measured
+                save(figure, output_dir / name)
 
 
 def plot_clips(record: Record) -> Figure:

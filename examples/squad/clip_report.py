@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from clip_measurements import DEPTH, FAR, NEAR, PAPER_UPDATES, REFERENCE_POINTS, STARTS
+from markdown_table import markdown_table
 
 KINDS = {
     "weight": "weights",
@@ -38,12 +39,18 @@ def markdown_report(record: Record) -> str:
     measured = record["measured"]
     sections = [
         ["# Clips of a model's tensors", "", *_setting(record)],
-        ["## Measured error over the best one", "", _ERROR, "", *_table(_ERROR_HEADER, 2, _errors(measured))],
-        ["## Time (the paper's Table 6)", "", _TIME, "", *_table(_TIME_HEADER, 2, _times(measured))],
-        ["## Convergence of Eq. 6", "", _CONVERGENCE, "", *_table(_CONVERGENCE_HEADER, 3, _convergence(measured))],
+        ["## Measured error over the best one", "", _ERROR, "", markdown_table(_ERROR_HEADER, 2, _errors(measured))],
+        ["## Time (the paper's Table 6)", "", _TIME, "", markdown_table(_TIME_HEADER, 2, _times(measured))],
+        [
+            "## Convergence of Eq. 6",
+            "",
+            _CONVERGENCE,
+            "",
+            markdown_table(_CONVERGENCE_HEADER, 3, _convergence(measured)),
+        ],
         _agreement(measured),
-        ["## Second minima (Appendix G)", "", _MINIMA, "", *_table(_MINIMA_HEADER, 2, _minima(measured))],
-        [_FAR_TENSORS, "", *_table(_FAR_HEADER, 2, _far_tensors(measured))],
+        ["## Second minima (Appendix G)", "", _MINIMA, "", markdown_table(_MINIMA_HEADER, 2, _minima(measured))],
+        [_FAR_TENSORS, "", markdown_table(_FAR_HEADER, 2, _far_tensors(measured))],
     ]
     return "\n".join("\n".join(lines) + "\n" for lines in sections).rstrip() + "\n"
 
@@ -209,9 +216,3 @@ def _weights_and_activations(measured: Iterable[Record]) -> Iterable[tuple[int, 
 
 def _clips(tensor: Record) -> int:
     return tensor["rows"] or 1
-
-
-def _table(header: Sequence[str], texts: int, rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table whose first `texts` columns are aligned to the left, the others to the right."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * texts + "---:|" * (len(header) - texts)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clip_artefacts import write_artefacts
 from clip_measurements import SeenTensor, measure, sequences
-from clip_plots import write_plots
-from clip_report import clip_ratio, markdown_report
+from clip_report import clip_ratio
 from run_environment import environment
 from run_squad import sample
 from squad_dataset import read_squad_file
@@ -224,15 +224,6 @@ def render(path: Path, output_dir: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a clips.json of this script ({error!r}).") from error
     return record
-
-
-def write_artefacts(record: dict[str, Any], output_dir: Path) -> str:
-    """Write `clips.md`, whose text is returned, and the plots of a `record` of `run`."""
-    report = markdown_report(record)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "clips.md").write_text(report, encoding="utf-8")
-    write_plots(record, output_dir)
-    return report
 
 
 def _rounded(node: Any) -> Any:

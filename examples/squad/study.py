@@ -29,12 +29,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before an installed octav_hf of another version
 
-from measure_clips import write_artefacts
+from clip_artefacts import write_artefacts
 from run_environment import environment
-from study_cells import CELL_ARGUMENTS, FP32, SYNTAX, Cell, parse_cells
+from study_cells import CELL_ARGUMENTS, FP32, SYNTAX, Cell, cell_of, parse_cells
 from study_plots import write_plots
 from study_record import Line, append_line, read_lines
-from study_tables import cell_of, markdown_tables
+from study_tables import markdown_tables
 
 HERE = Path(__file__).resolve().parent
 CELLS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from octav_hf.functional import CLIP_RULES
@@ -113,20 +113,14 @@ class Cell:
         return asdict(self)
 
 
-CELL_ARGUMENTS = {
-    "--seed",
-    "--quantize",
-    "--weight_bits",
-    "--activation_bits",
-    "--weight_clip",
-    "--activation_clip",
-    "--weight_gradient",
-    "--activation_gradient",
-    "--weight_clip_options",
-    "--activation_clip_options",
-    "--static_clip_batches",
-}
+_EVERY_ARGUMENT = Cell("static", PERCENTILE, 99.9, DEFAULT_GRADIENT, 4, 0).arguments(static_batches=1)
+CELL_ARGUMENTS = {word for word in _EVERY_ARGUMENT if word.startswith("--")}
 """What `Cell.arguments` may set."""
+
+
+def cell_of(line: dict[str, Any]) -> Cell:
+    """The cell of a line of a results file, which has the fields of `Cell` among others."""
+    return Cell(**{field.name: line[field.name] for field in fields(Cell)})
 
 
 def parse_cells(texts: list[str], seeds: list[int]) -> list[Cell]:

@@ -6,17 +6,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from study_cells import Cell
+from plot_files import STYLE, save
+from study_cells import Cell, cell_of
 from study_record import Line
-from study_tables import cell_of
 
-STYLE = {"font.size": 9, "svg.hashsalt": "octav_hf", "axes.spines.top": False, "axes.spines.right": False}
 COLOURS = {"octav": "#c1440e", "max": "#7a7a7a", "mse_sweep": "#37618e", "percentile": "#3c8d5a"}
 OTHER_COLOURS = ("#c06090", "#5b7f1e", "#6f6ad1")  # of rules of the user's own
 MARKERS = {99.9: "v", 99.99: "s", 99.999: "^"}
@@ -32,13 +28,6 @@ def write_plots(lines: Sequence[Line], folder: Path) -> None:
     with plt.rc_context(STYLE):
         save(plot_f1(lines), folder / "f1")
         save(plot_convergence(lines), folder / "convergence")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure beside `path` as `.png` and `.svg`, and close it."""
-    figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(figure)
 
 
 def plot_f1(lines: Sequence[Line]) -> Figure:

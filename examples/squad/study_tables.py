@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from study_cells import Cell
+from markdown_table import markdown_table
+from study_cells import cell_of
 from study_record import Line
 
-_CELL_FIELDS = ("mode", "clip", "percentile", "gradient", "bits", "seed")
 _CELL_HEADER = (
     "method",
     "bits",
@@ -20,11 +20,6 @@ _CELL_HEADER = (
     "step / FP32",
     "peak memory (GB)",
 )
-
-
-def cell_of(line: Line) -> Cell:
-    """The cell of a line."""
-    return Cell(**{name: line[name] for name in _CELL_FIELDS})
 
 
 def markdown_tables(lines: Sequence[Line]) -> str:
@@ -56,7 +51,7 @@ def scores_table(lines: Iterable[Line], metric: str) -> str:
             rows.append((label, *([mean_and_spread(row[None])] * max(1, len(widths)))))
         else:
             rows.append((label, *(mean_and_spread(row.get(bits, [])) for bits in widths)))
-    return _table(header if widths else (*header, "32"), rows, left=1)
+    return markdown_table(header if widths else (*header, "32"), 1, rows)
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -88,9 +83,4 @@ def cells_table(lines: Sequence[Line]) -> str:
                 f"{metrics['train_peak_memory_bytes'] / 1e9:.2f}",
             )
         )
-    return _table(_CELL_HEADER, rows, left=1)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * left + "---:|" * (len(header) - left)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    return markdown_table(_CELL_HEADER, 1, rows)

@@ -1,0 +1,18 @@
+"""Everything that is drawn from the measurements of clips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clip_plots import write_plots
+from clip_report import markdown_report
+
+
+def write_artefacts(record: dict[str, Any], output_dir: Path) -> str:
+    """Write `clips.md`, whose text is returned, and the plots of what `measure_clips.py` measured."""
+    report = markdown_report(record)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "clips.md").write_text(report, encoding="utf-8")
+    write_plots(record, output_dir)
+    return report

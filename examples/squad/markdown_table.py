@@ -1,0 +1,11 @@
+"""Tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def markdown_table(header: Sequence[str], texts: int, rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first `texts` columns are aligned to the left, the others to the right."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * texts + "---:|" * (len(header) - texts)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
