@@ -23,7 +23,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from octav_hf import OctavConfig, apply_octav, calibrate_octav, pack_octav
+from octav_hf import OctavConfig, apply_octav, calibrate_octav, freeze_weight_clips, pack_octav
 from octav_hf.config import FORMAT_VERSION
 from octav_hf.nn import FakeQuantize, QuantizedLayer
 
@@ -58,9 +58,20 @@ def frozen(model: PreTrainedModel) -> PreTrainedModel:
     return calibrate_octav(model, [batch_of(model)], progress_bar=False)
 
 
+def static(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with all clips frozen, and then with other weights, as after training."""
+    freeze_weight_clips(frozen(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.25)
+    return model
+
+
 CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "training_4bit": lambda: apply_octav(bert(), OctavConfig()),
     "training_4bit_frozen": lambda: frozen(apply_octav(bert(), OctavConfig())),
+    "training_4bit_static": lambda: static(apply_octav(bert(), OctavConfig())),
+    "packed_4bit_static": lambda: pack_octav(static(apply_octav(bert(), OctavConfig()))),
     **{
         f"packed_{bits}bit": lambda bits=bits: pack_octav(
             apply_octav(bert(), OctavConfig(weight_bits=bits, activation_bits=bits))
