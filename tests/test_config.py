@@ -68,7 +68,7 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
         ({"sync_activation_clips": 1}, "sync_activation_clips must be True or False, got 1"),
         (
             {"sync_activation_clips": True, "activation_clip": "percentile"},
-            "sync_activation_clips is for the activation clips 'max', 'octav', not for 'percentile'",
+            "sync_activation_clips is for the activation clips 'max', 'mse', 'octav', not for 'percentile'",
         ),
         (
             {"sync_activation_clips": True, "module_overrides": {"head": {"activation_clip": "mse_sweep"}}},
@@ -88,7 +88,7 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
         ({"weight_bits": "4"}, "integer from 2 to 8"),
         ({"weight_bits": None, "activation_bits": None}, "nothing would be quantized"),
         ({"weight_clip": "octave"}, "did you mean 'octav'"),
-        ({"activation_clip": "minmax"}, "choose from 'max', 'mse_sweep', 'octav', 'percentile'"),
+        ({"activation_clip": "minmax"}, "choose from 'max', 'octav', 'mse', 'mse_sweep', 'percentile'"),
         ({"weight_gradient": "lsq"}, "choose from 'ste', 'pwl', 'mad'"),
         ({"weight_clip_options": {"percentile": 99}}, "'octav' has no option 'percentile'"),
         ({"activation_clip": "max", "activation_clip_options": {"x": 1}}, "'max' has no option 'x'"),

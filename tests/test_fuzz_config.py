@@ -40,7 +40,7 @@ PLAUSIBLE = {
     "activation_bits": bits,
     "embedding_bits": bits,
     "first_last_bits": bits,
-    "weight_clip": st.sampled_from(["octav", "max", "percentile", "mse_sweep", "ocatv"]),
+    "weight_clip": st.sampled_from(["octav", "max", "mse", "percentile", "mse_sweep", "ocatv"]),
     "weight_clip_options": st.dictionaries(
         st.sampled_from(["max_iterations", "percentile", "x"]), st.integers(-1, 101), max_size=1
     ),

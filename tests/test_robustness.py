@@ -359,7 +359,7 @@ def test_only_the_input_requires_a_gradient() -> None:
     assert x.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("clip", ["octav", "max", "percentile", "mse_sweep"])
+@pytest.mark.parametrize("clip", ["octav", "max", "mse", "percentile", "mse_sweep"])
 def test_inference_mode_and_then_training(small_bert: MakeBert, padded_batch: dict, clip: str) -> None:
     """Kept clips come from inference mode, and the backward pass saves them."""
     options = {"percentile": 99.9} if clip == "percentile" else {}

@@ -4,6 +4,7 @@ from .error import quantization_error
 from .fake_quantize import GRADIENTS, fake_quantize
 from .grid import integer_range, round_to_grid, step_size
 from .max_scaling import max_clip
+from .mse import mse_clip
 from .mse_sweep import mse_sweep_clip
 from .octav import octav_clip
 from .percentile import percentile_clip
@@ -15,6 +16,7 @@ __all__ = [
     "fake_quantize",
     "integer_range",
     "max_clip",
+    "mse_clip",
     "mse_sweep_clip",
     "octav_clip",
     "percentile_clip",

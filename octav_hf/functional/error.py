@@ -29,20 +29,30 @@ def quantization_error(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool =
     return rows_error(rows, clip.reshape(-1), num_bits, signed).reshape(shape)
 
 
-def rows_error(rows: Tensor, clip: Tensor, num_bits: int, signed: bool, ranks: AllRanks | None = None) -> Tensor:
-    """``quantization_error`` of ``[rows, n]`` for one clip a row, ``[rows]``.
+def rows_error(rows: Tensor, clip: Tensor, num_bits: int, signed: bool) -> Tensor:
+    """``quantization_error`` of ``[rows, n]`` for one clip a row, ``[rows]``."""
+    return rows_errors(rows, clip[None], num_bits, signed)[0]
 
-    With ``ranks`` that of one row, ``[1, n]``, of which each rank has a part; a collective.
+
+def rows_errors(rows: Tensor, clips: Tensor, num_bits: int, signed: bool, ranks: AllRanks | None = None) -> Tensor:
+    """``quantization_error`` of ``[rows, n]`` for k clips a row, ``[k, rows]``.
+
+    With ``ranks`` those of one row, ``[1, n]``, of which each rank has a part; a collective, of one message.
     """
     if ranks is not None:
-        peak = torch.full_like(clip, max(-ranks.low, ranks.high))[:, None]
+        peak = torch.full_like(clips[0], max(-ranks.low, ranks.high))[:, None]
     elif rows.numel() > 0:
         peak = magnitude(rows, signed=True).amax(dim=1, keepdim=True)
     else:
-        return torch.zeros_like(clip)
+        return torch.zeros_like(clips)
     peak = torch.where(peak > 0, peak, 1)
-    squares = ((rows - round_to_grid(rows, clip[:, None], num_bits, signed=signed)) / peak).square_()
-    return squares.mean(dim=1) if ranks is None else ranks.sum(squares.sum(dim=1)) / ranks.numel
+
+    def squares(clip: Tensor) -> Tensor:
+        return ((rows - round_to_grid(rows, clip[:, None], num_bits, signed=signed)) / peak).square_()
+
+    if ranks is None:
+        return torch.stack([squares(clip).mean(dim=1) for clip in clips])
+    return ranks.sum(torch.stack([squares(clip).sum(dim=1) for clip in clips])) / ranks.numel
 
 
 def lower_error(
@@ -53,5 +63,5 @@ def lower_error(
     With ``ranks`` for one row, ``[1, n]``, of which each rank has a part; a collective.
     """
     low, high = torch.minimum(first, second), torch.maximum(first, second)
-    high_error, low_error = (rows_error(rows, clip, num_bits, signed, ranks) for clip in (high, low))
+    low_error, high_error = rows_errors(rows, torch.stack([low, high]), num_bits, signed, ranks)
     return torch.where(high_error < low_error, high, low)

@@ -135,6 +135,7 @@ struct Sums { // of what has been read
 struct Outliers {
   std::vector<float> room;
   int64_t count = 0;
+  float threshold = 0;
   // Where n more can be written, and a vector behind them.
   float *space_for(int64_t n) {
     if (static_cast<int64_t>(room.size()) < count + n + kLanes)
@@ -182,32 +183,33 @@ template <bool kSigned> Sums sums_of_piece(const float *x, int64_t n) {
   return sums;
 }
 
-// Append the values that are above the threshold, which is not negative; return the new end.
-inline float *append_above(Floats values, float threshold, float *end) {
+// Append the values whose magnitude is above the threshold, which is not negative; return the new end.
+template <bool kSigned> float *append_above(Floats values, float threshold, float *end) {
+  const Floats magnitudes = magnitude<kSigned>(values);
 #ifdef __AVX512F__
-  const __m512 vector = reinterpret_cast<__m512>(values);
-  const __mmask16 above = _mm512_cmp_ps_mask(vector, _mm512_set1_ps(threshold), _CMP_GT_OQ);
-  _mm512_storeu_ps(end, _mm512_maskz_compress_ps(above, vector));
+  const __mmask16 above =
+      _mm512_cmp_ps_mask(reinterpret_cast<__m512>(magnitudes), _mm512_set1_ps(threshold), _CMP_GT_OQ);
+  _mm512_storeu_ps(end, _mm512_maskz_compress_ps(above, reinterpret_cast<__m512>(values)));
   return end + __builtin_popcount(above);
 #else
   for (int64_t lane = 0; lane < kLanes; lane++) {
     *end = values[lane];
-    end += values[lane] > threshold;
+    end += magnitudes[lane] > threshold;
   }
   return end;
 #endif
 }
 
-// Append the magnitudes above the threshold to `outliers`, which has room for n and a vector more; return the new end.
+// Append what is above the threshold to `outliers`, which has room for n and a vector more; return the new end.
 template <bool kSigned> float *set_aside(const float *x, int64_t n, float threshold, float *outliers) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    outliers = append_above(magnitude<kSigned>(load(x + i)), threshold, outliers);
-  return i < n ? append_above(magnitude<kSigned>(load_rest(x + i, n - i)), threshold, outliers) : outliers;
+    outliers = append_above<kSigned>(load(x + i), threshold, outliers);
+  return i < n ? append_above<kSigned>(load_rest(x + i, n - i), threshold, outliers) : outliers;
 }
 
-// Of n magnitudes that have a vector of zeros behind them.
-Tail tail_of(const float *magnitudes, int64_t n, float threshold) {
+// Of n values that have a vector of zeros behind them.
+template <bool kSigned> Tail tail_of(const float *values, int64_t n, float threshold) {
   Tail tail;
   for (int64_t begin = 0; begin < n; begin += kPiece) {
     const int64_t end = std::min(n, begin + kPiece);
@@ -221,9 +223,9 @@ Tail tail_of(const float *magnitudes, int64_t n, float threshold) {
     int64_t i = begin;
     for (; i + kUnrolled * kLanes <= end; i += kUnrolled * kLanes)
       for (int64_t k = 0; k < kUnrolled; k++)
-        take(load(magnitudes + i + k * kLanes), k);
+        take(magnitude<kSigned>(load(values + i + k * kLanes)), k);
     for (; i < end; i += kLanes) // past the end only of the last piece
-      take(load(magnitudes + i), 0);
+      take(magnitude<kSigned>(load(values + i)), 0);
     for (int64_t k = 1; k < kUnrolled; k++)
       counts[0] += counts[k];
     tail.total += sum_of_lanes(sum_of_unrolled(totals));
@@ -244,13 +246,14 @@ struct Outcome {
   double other = 0; // alternates: the higher clip
 };
 
-// Eq. 6 from `start` on, given the magnitudes above a threshold, the sums over all, and a start not below the threshold.
+// Eq. 6 from `start` on, given the values above a threshold, the sums over all, and a start not below the threshold.
+template <bool kSigned>
 Outcome recursion(const float *outliers, int64_t n, float threshold, float start, const Sums &sums, double noise) {
   const double nonzero = static_cast<double>(sums.nonzero);
-  Tail tail = tail_of(outliers, n, start);
+  Tail tail = tail_of<kSigned>(outliers, n, start);
   if (tail.count == 0) { // from there Eq. 6 would start over from 0
     start = threshold;
-    tail = tail_of(outliers, n, start);
+    tail = tail_of<kSigned>(outliers, n, start);
     if (tail.count == 0)
       return {Outcome::kThresholdTooHigh, sums.total / nonzero};
   }
@@ -261,7 +264,7 @@ Outcome recursion(const float *outliers, int64_t n, float threshold, float start
   if (!(clip > threshold))
     return {Outcome::kThresholdTooHigh, clip};
   for (int i = 0; i < kUpdates; i++) {
-    tail = tail_of(outliers, n, static_cast<float>(clip));
+    tail = tail_of<kSigned>(outliers, n, static_cast<float>(clip));
     const double after = update(clip);
     if (std::fabs(after - clip) <= kTolerance * clip)
       return {Outcome::kSettled, after};
@@ -273,9 +276,9 @@ Outcome recursion(const float *outliers, int64_t n, float threshold, float start
       const float low = static_cast<float>(std::min(clip, after)), high = static_cast<float>(std::max(clip, after));
       float smallest = INFINITY, largest = 0;
       for (int64_t k = 0; k < n; k++)
-        if (outliers[k] > low && outliers[k] <= high) {
-          smallest = std::min(smallest, outliers[k]);
-          largest = std::max(largest, outliers[k]);
+        if (const float m = std::fabs(outliers[k]); m > low && m <= high) {
+          smallest = std::min(smallest, m);
+          largest = std::max(largest, m);
         }
       if (smallest != largest)
         return {Outcome::kUnknown, 0};
@@ -342,7 +345,7 @@ public:
       summed = true;
       if (float known; known_by_sums(sums, &known))
         return known;
-      const Outcome outcome = recursion(outliers.room.data(), outliers.count, from, std::max(guess, from), sums, grid.noise);
+      const Outcome outcome = recursion<kSigned>(outliers.room.data(), outliers.count, from, std::max(guess, from), sums, grid.noise);
       switch (outcome.kind) {
       case Outcome::kSettled:
         return static_cast<float>(outcome.clip);
@@ -370,9 +373,15 @@ public:
     return clip > 0 ? clip : 0;
   }
 
+  const T *data() const { return x_; }
+  int64_t size() const { return n_; }
+  int threads() const { return threads_; }
+
 private:
   // Sums over all elements and the magnitudes above the threshold, each where it is asked for.
   void read(float threshold, Sums *sums, Outliers *outliers) const {
+    if (outliers)
+      outliers->threshold = threshold;
     if (threads_ == 1) {
       read_pieces(0, pieces(), threshold, sums, outliers);
       return;
@@ -442,14 +451,25 @@ private:
   int threads_;
 };
 
-template <class T, bool kSigned> void clips(const T *x, int64_t rows, int64_t n, const Grid &grid, int threads, float *result) {
+// The fixed point is what is asked for.
+struct FixedPoint {
+  template <class T, bool kSigned>
+  float operator()(const Elements<T, kSigned> &, const Grid &, float clip, const Outliers &) const {
+    return clip;
+  }
+};
+
+// `finish` makes the result of a row from its elements, the grid, the fixed point, and the outliers of the last read.
+template <class T, bool kSigned, class Finish>
+void clips(const T *x, int64_t rows, int64_t n, const Grid &grid, int threads, const Finish &finish, float *result) {
   if (rows * n < kParallel)
     threads = 1;
   if (n >= kParallel && (rows < threads || n >= kLarge)) {
     Outliers outliers;
     for (int64_t row = 0; row < rows; row++) {
       const Elements<T, kSigned> elements(x + row * n, n, threads);
-      result[row] = elements.clip(grid, n >= kLarge ? elements.clip_of_sample(grid, outliers) : 0, outliers);
+      const float clip = elements.clip(grid, n >= kLarge ? elements.clip_of_sample(grid, outliers) : 0, outliers);
+      result[row] = finish(elements, grid, clip, outliers);
     }
     return;
   }
@@ -457,15 +477,33 @@ template <class T, bool kSigned> void clips(const T *x, int64_t rows, int64_t n,
   {
     Outliers outliers;
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; row++)
-      result[row] = Elements<T, kSigned>(x + row * n, n, 1).clip(grid, 0, outliers);
+    for (int64_t row = 0; row < rows; row++) {
+      const Elements<T, kSigned> elements(x + row * n, n, 1);
+      const float clip = elements.clip(grid, 0, outliers);
+      result[row] = finish(elements, grid, clip, outliers);
+    }
   }
 }
 
-template <class T>
-void clips(const void *x, int64_t rows, int64_t n, const Grid &grid, int is_signed, int threads, float *result) {
+template <class T, class Finish>
+void clips(const void *x, int64_t rows, int64_t n, const Grid &grid, int is_signed, int threads, const Finish &finish,
+           float *result) {
   const T *const data = static_cast<const T *>(x);
-  is_signed ? clips<T, true>(data, rows, n, grid, threads, result) : clips<T, false>(data, rows, n, grid, threads, result);
+  is_signed ? clips<T, true>(data, rows, n, grid, threads, finish, result)
+            : clips<T, false>(data, rows, n, grid, threads, finish, result);
+}
+
+template <class Finish>
+void clips(const void *x, int dtype, int64_t rows, int64_t n, const Grid &grid, int is_signed, int threads,
+           const Finish &finish, float *result) {
+  switch (dtype) {
+  case 0:
+    return clips<float>(x, rows, n, grid, is_signed, threads, finish, result);
+  case 1:
+    return clips<Bfloat16>(x, rows, n, grid, is_signed, threads, finish, result);
+  case 2:
+    return clips<_Float16>(x, rows, n, grid, is_signed, threads, finish, result);
+  }
 }
 
 } // namespace
@@ -474,13 +512,5 @@ void clips(const void *x, int64_t rows, int64_t n, const Grid &grid, int is_sign
 // finite, the sum overflows, or Eq. 6 runs in a cycle. dtype: 0 float32, 1 bfloat16, 2 float16.
 extern "C" void octav_clips(const void *x, int dtype, int64_t rows, int64_t n, int num_bits, int is_signed, double noise,
                             double start, int threads, float *result) {
-  const Grid grid{noise, start, num_bits};
-  switch (dtype) {
-  case 0:
-    return clips<float>(x, rows, n, grid, is_signed, threads, result);
-  case 1:
-    return clips<Bfloat16>(x, rows, n, grid, is_signed, threads, result);
-  case 2:
-    return clips<_Float16>(x, rows, n, grid, is_signed, threads, result);
-  }
+  clips(x, dtype, rows, n, {noise, start, num_bits}, is_signed, threads, FixedPoint{}, result);
 }

@@ -52,7 +52,7 @@ def test_gradients_are_those_of_the_whole_batch(succeed: Run, ranks: int, option
     torch.testing.assert_close(losses.mean(), alone["loss"], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("clip", ["octav", "max"])
+@pytest.mark.parametrize("clip", ["octav", "max", "mse"])
 def test_gradients_in_float32(succeed: Run, clip: str) -> None:
     options = {"dtype": "float32", "config": {"activation_clip": clip}}
     (alone,) = succeed("train_step", 1, **options)
@@ -88,7 +88,7 @@ def test_evaluation_on_unequal_batches(succeed: Run, sizes: list[int], frozen: b
     assert set(ranks[0]["clips"]) == ({"0", "2", "4"} if frozen else set())
 
 
-@pytest.mark.parametrize("clip", ["octav", "max"])
+@pytest.mark.parametrize("clip", ["octav", "max", "mse"])
 def test_calibration_freezes_the_clips_of_all_ranks(succeed: Run, clip: str) -> None:
     (alone,) = succeed("calibrate", 1, batches=2, activation_bits=8, activation_clip=clip)
     first, second = succeed("calibrate", 2, batches=2, activation_bits=8, activation_clip=clip, **SYNCHRONIZED)

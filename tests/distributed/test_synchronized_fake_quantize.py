@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from octav_hf.functional import max_clip, octav_clip, round_to_grid
+from octav_hf.functional import max_clip, mse_clip, octav_clip, round_to_grid
 from octav_hf.functional.registry import rules_for_all_ranks
 from octav_hf.nn import FakeQuantize, SynchronizedFakeQuantize
 
@@ -55,7 +55,7 @@ def test_it_is_that_of_the_whole_tensor(
         assert outcomes[0]["normal"]["messages"] <= 7
 
 
-@pytest.mark.parametrize("clip", ["octav", "max"])
+@pytest.mark.parametrize("clip", ["octav", "max", "mse"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_what_is_not_finite_on_one_rank_is_an_error_on_all(succeed: Run, ranks: int, value: float, clip: str) -> None:
@@ -64,7 +64,8 @@ def test_what_is_not_finite_on_one_rank_is_an_error_on_all(succeed: Run, ranks: 
         assert message.startswith(f"layer input: {clip}_clip: ")
         wanted = r"x of shape (4,)" if rank == 1 else "the part of x on rank 1 holds NaN or Inf"
         assert wanted in message
-        assert later == "1.0"
+        # A clip of 1 has no level at 1, one of 2 has.
+        assert later == ("2.0" if clip == "mse" else "1.0")
 
 
 def test_it_shares_no_result_with_one_that_is_not_synchronized() -> None:
@@ -73,10 +74,10 @@ def test_it_shares_no_result_with_one_that_is_not_synchronized() -> None:
 
 
 def test_rules_for_all_ranks() -> None:
-    assert rules_for_all_ranks() == ["max", "octav"]
+    assert rules_for_all_ranks() == ["max", "mse", "octav"]
 
 
-@pytest.mark.parametrize("rule", [octav_clip, max_clip])
+@pytest.mark.parametrize("rule", [octav_clip, max_clip, mse_clip])
 def test_clips_of_rows_are_refused(rule: Any) -> None:
     with pytest.raises(ValueError, match="with ranks there is one clip for the whole tensor; pass dim=None, not 1"):
         rule(torch.ones(2, 3), 4, dim=1, ranks=object())

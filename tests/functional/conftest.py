@@ -6,7 +6,7 @@ import platform
 
 import pytest
 
-from octav_hf.functional import compilation, fixed_point, fused, octav_cpu, octav_triton
+from octav_hf.functional import clips_cpu, compilation, fixed_point, fused, octav_triton
 
 PATHS = {
     "recursion": "Eq. 6 as it is written",
@@ -24,7 +24,7 @@ def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "portable":
         if platform.machine() != "x86_64":
             pytest.skip("on this processor the other path is the portable one")
-        monkeypatch.setattr(octav_cpu, "FLAGS", ("-mno-avx512f",))
+        monkeypatch.setattr(clips_cpu, "FLAGS", ("-mno-avx512f",))
     if path == "triton":
         pytest.importorskip("triton", reason="pip install triton")
         monkeypatch.delenv(compilation.SWITCH)
@@ -32,7 +32,7 @@ def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         # The interpreter's time goes by programs and operations, hardly by elements.
         monkeypatch.setattr(octav_triton, "_PROGRAMS", 3)
         monkeypatch.setattr(octav_triton, "_BLOCK", 1 << 18)
-        monkeypatch.setattr(octav_cpu, "SMALLEST", 1 << 62)
+        monkeypatch.setattr(clips_cpu, "SMALLEST", 1 << 62)
         monkeypatch.setattr(fused, "SMALLEST", 1 << 62)
 
 
@@ -43,7 +43,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setattr(fixed_point, "SMALLEST", 1 << 62 if request.param == "recursion" else 1)
     monkeypatch.setattr(fixed_point, "_LONG_ROW", 64)
     monkeypatch.setattr(fixed_point, "_PIECE", 64)
-    monkeypatch.setattr(octav_cpu, "SMALLEST", 1)
+    monkeypatch.setattr(clips_cpu, "SMALLEST", 1)
     monkeypatch.setattr(fused, "SMALLEST", 500)
     take_path(request.param, monkeypatch)
     return request.param

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from octav_hf.functional import octav_cpu
+from octav_hf.functional import clips_cpu
 from tests import twins
 
 Tensor = torch.Tensor
@@ -31,7 +31,7 @@ def gaussian(*shape: int) -> Tensor:
 
 
 def clips(rows: Tensor, num_bits: int = 4, signed: bool = True) -> Tensor:
-    result = octav_cpu.fixed_points(rows, num_bits, signed)
+    result = clips_cpu.fixed_points(rows, num_bits, signed)
     assert result is not None
     return result
 
