@@ -43,7 +43,7 @@ def gaussian(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def value_and_gradient(x: Tensor, clip: Tensor, signed: bool, gradient: str) -> tuple[Tensor, Tensor]:
     x = x.detach().requires_grad_()
     y = fake_quantize(x, clip, 4, signed=signed, gradient=gradient)
-    incoming = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
+    incoming = torch.empty_like(y).copy_(torch.linspace(-1, 1, y.numel()).view(y.shape))  # in the layout of y
     return y.detach(), torch.autograd.grad(y, x, incoming)[0]
 
 
@@ -118,7 +118,7 @@ def test_clips_of_parts_are_compiled_and_equal_plain_bit_for_bit(
     with monkeypatch.context() as patch:
         for function in functions:  # by now they are compiled, unless none of them was to be
             patch.setattr(function, "plain", lambda *args: pytest.fail("ran as it is written"))
-        again, _ = value_and_gradient(x, clip, True, gradient)
+        again, _ = value_and_gradient(x, clip, True, gradient)  # both ways
     monkeypatch.setenv(compilation.SWITCH, "0")
     plain = value_and_gradient(x, clip, True, gradient)
     assert torch.equal(again, plain[0])
