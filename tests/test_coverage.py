@@ -14,7 +14,13 @@ def test_lists_every_operand_with_its_quantizer(small_bert: MakeBert) -> None:
     report = coverage_report(apply_octav(small_bert(), config))
     rows = {(row.module, row.operand): row for row in report}
     weight = rows["bert.encoder.layer.0.attention.self.query", "weight"]
-    assert (weight.bits, weight.clip, weight.gradient, weight.granularity, weight.signed) == (3, "max", "mad", "row", True)
+    assert (weight.bits, weight.clip, weight.gradient, weight.granularity, weight.signed) == (
+        3,
+        "max",
+        "mad",
+        "row",
+        True,
+    )
     probabilities = rows["bert.encoder.layer.1.attention.self", "probabilities"]
     assert (probabilities.bits, probabilities.clip, probabilities.gradient) == (5, "octav", "ste")
     assert (probabilities.granularity, probabilities.signed) == ("tensor", False)

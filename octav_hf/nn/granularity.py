@@ -31,7 +31,7 @@ _REASONS = {
 
 # Dimensions that share a clip, of an operand in the form [batch, heads, own, summed]: own is its tokens, or the
 # channels of a value, and summed what its product sums over. Of a layer's input it is [..., summed].
-_SHARED: dict[str, Dim] = {"tensor": None, "head": (-2, -1), "token": (-1,), "channel": (-1,)}
+_SHARED: dict[str, tuple[int, ...] | None] = {"tensor": None, "head": (-2, -1), "token": (-1,), "channel": (-1,)}
 
 
 def refusal(operand: str, granularity: str) -> str:
@@ -44,7 +44,7 @@ def shared_dims(granularity: str) -> Dim:
     return _SHARED[granularity]
 
 
-def frozen_dims(granularity: str) -> Dim:
+def frozen_dims(granularity: str) -> tuple[int, ...] | None:
     """The dimensions that share a frozen clip: all, for tokens come and go, so that none has a clip of its own."""
     return None if granularity == "token" else _SHARED[granularity]
 
