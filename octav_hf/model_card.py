@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .config import OctavConfig
 from .coverage import Operand, coverage_report
+from .nn.granularity import GRANULARITIES
 from .training_run import TrainingRun
 
 TAGS = ("octav", "quantization-aware-training", "quantized")
@@ -210,12 +211,12 @@ def _clip(rule: str, options: Mapping[str, Any]) -> str:
 
 def _granularity(model: PreTrainedModel) -> str:
     """What a clip of an activation is for, as it really is."""
-    of_operands: dict[str, dict[str, None]] = {}
+    of_operands: dict[str, dict[str, None]] = {operand: {} for operand in GRANULARITIES}
     for row in _activations(model):
-        of_operands.setdefault(row.operand, {})[row.granularity] = None
-    if all(set(granularities) == {"tensor"} for granularities in of_operands.values()):
+        of_operands[row.operand][row.granularity] = None
+    if all(set(found) <= {"tensor"} for found in of_operands.values()):
         return "per tensor"
-    words = (f"{operand} per {' or '.join(granularities)}" for operand, granularities in of_operands.items())
+    words = (f"{operand} per {' or '.join(found)}" for operand, found in of_operands.items() if found)
     return f"({', '.join(words)})"
 
 
