@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .nn import ATTENTION_OPERANDS, FrozenClips
+from .nn.frozen_clips import Clip, as_clip, clip_shape
 
 ActivationClips = dict[str, dict[str, dict[str, Any]]]
 
@@ -37,16 +38,32 @@ def _validate_frozen(where: str, operand: str, signed: Any, clips: Any) -> None:
             f"{where}: signed is {signed}, but probabilities are never negative and query, key and value have two signs"
         )
     if not isinstance(clips, list) or not clips or not all(map(_is_clip, clips)):
-        raise ValueError(f"{where}: clips must be a list of finite numbers >= 0, got {clips!r}")
-    if operand == "input" and len(clips) != 1:
-        raise ValueError(f"{where}: a layer's input has one clip, got {len(clips)}")
+        raise ValueError(
+            f"{where}: clips must be a list of finite numbers >= 0, got {clips!r}; one that differs among heads or "
+            "channels is a list of numbers, or of lists of them that are all as long as each other"
+        )
+    if operand == "input" and (len(clips) != 1 or isinstance(clips[0], list)):
+        got = f"{len(clips)}" if len(clips) != 1 else f"those of shape {clip_shape(as_clip(clips[0]))}"
+        raise ValueError(f"{where}: a layer's input has one clip, got {got}")
 
 
 def _is_clip(clip: Any) -> bool:
+    """Whether it is a possible number, or nested lists of them that are all of one shape."""
+    if isinstance(clip, list):
+        return bool(clip) and all(map(_is_clip, clip)) and len({clip_shape(as_clip(part)) for part in clip}) == 1
     return isinstance(clip, int | float) and not isinstance(clip, bool) and math.isfinite(clip) and clip >= 0
 
 
 def frozen_clips(activation_clips: Mapping[str, Any], module_name: str, operand: str) -> FrozenClips | None:
     """The frozen clips of one operand; ``None`` if it has none, so that its clips are dynamic."""
     frozen = activation_clips.get(module_name, {}).get(operand)
-    return None if frozen is None else FrozenClips(frozen["signed"], tuple(map(float, frozen["clips"])))
+    return None if frozen is None else FrozenClips(frozen["signed"], tuple(map(as_clip, frozen["clips"])))
+
+
+def frozen_fields(frozen: FrozenClips) -> dict[str, Any]:
+    """Frozen clips as the config holds them."""
+    return {"signed": frozen.signed, "clips": [_as_lists(clip) for clip in frozen.clips]}
+
+
+def _as_lists(clip: Clip) -> Any:
+    return [_as_lists(part) for part in clip] if isinstance(clip, tuple) else clip

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.utils.logging import tqdm
 
-from .activation_clips import ActivationClips
+from .activation_clips import ActivationClips, frozen_fields
 from .forward_pass import Batch, check_batch, run_batch, without_trace
 from .nn import ClipObserver, FakeQuantize, FrozenClips, QuantizedAttention, QuantizedLayer
 from .patching import set_config
@@ -31,6 +31,12 @@ def calibrate_octav(model: Model, batches: Iterable[Batch], *, progress_bar: boo
     grid if no tensor had a negative value. Weights keep their dynamic clips. From then on, in training too, no
     statistics of activations are computed.
 
+    With ``activation_granularity`` clips of heads and channels stay such: each is the mean over all calls and batch
+    elements, so that an operand ``[batch, heads, tokens, channels]`` has one for each head, or for each channel of each
+    head. Where a module has batch and heads in one dimension, as DeBERTa does, the mean is over both. Tokens come and
+    go, so that an operand with a clip per token gets one for all of them: that of the whole tensor, as with
+    ``"tensor"``. ``coverage_report`` says what each has, and ``uncalibrate_octav`` brings back what was asked for.
+
     The clips are in the config that the model now has, as ``activation_clips``, so that ``save_pretrained`` writes them
     and ``from_pretrained`` brings them back; the config object that was passed to ``apply_octav`` is left as it is.
     Where several processes train one model, give each the same batches; or, with ``sync_activation_clips``, each its
@@ -49,7 +55,8 @@ def calibrate_octav(model: Model, batches: Iterable[Batch], *, progress_bar: boo
     Raises:
         TypeError: ``model`` is not an ``nn.Module``, or ``batches`` or one of them is none of those.
         ValueError: there is no batch, the model has no quantized activation, or an attention module used an operand
-            more often in one forward pass than in another. The model is then as it was.
+            more often in one forward pass than in another, or with another number of heads or channels. The model is
+            then as it was.
     """
     if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
         raise TypeError(
@@ -205,7 +212,7 @@ def _freeze(operands: list[_Activation], frozen: list[FrozenClips | None]) -> No
         operand.quantizer.frozen = new
         if new is not None:
             module_clips = clips[operand.root].setdefault(operand.config_name, {})
-            module_clips[operand.name] = {"signed": new.signed, "clips": list(new.clips)}
+            module_clips[operand.name] = frozen_fields(new)
     for root, activation_clips in clips.items():
         # A copy: the old config may be the user's own, or that of other models too.
         set_config(root, root.__dict__["octav_config"].with_fields(activation_clips=activation_clips))

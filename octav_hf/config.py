@@ -16,6 +16,7 @@ from .activation_clips import ActivationClips, validate_activation_clips
 from .functional import CLIP_RULES, GRADIENTS
 from .functional.grid import MAX_BITS, MIN_BITS
 from .functional.registry import RULE_ARGUMENTS, rules_for_all_ranks
+from .nn.granularity import GRANULARITIES, refusal
 
 QUANT_METHOD = "octav"
 WEIGHT_GRANULARITIES = ("row", "tensor")
@@ -38,10 +39,15 @@ class ModuleSettings:
     weight_clip_options: Mapping[str, Any]
     activation_clip_options: Mapping[str, Any]
     weight_granularity: str
+    activation_granularity: Mapping[str, str]
     weight_gradient: str
     activation_gradient: str
     unsigned_activations: bool
     quantize_attention: bool
+
+    def granularity(self, operand: str) -> str:
+        """What a clip of this activation is for."""
+        return self.activation_granularity.get(operand, "tensor")
 
 
 _SETTINGS = tuple(field.name for field in fields(ModuleSettings))
@@ -52,8 +58,9 @@ class OctavConfig(QuantizationConfigMixin):
     """Quantization-aware training with OCTAV clips; the defaults are the paper's recipe "MPH" at 4 bits.
 
     Weights of linear layers and convolutions have one clip per output feature or channel (row), everything else one
-    clip per tensor (Appendix E.2). "Activations" are the inputs of those layers and the four operands of the attention
-    matmuls (query, key, probabilities, value; probabilities on the unsigned grid).
+    clip per tensor (Appendix E.2) unless ``activation_granularity`` says otherwise. "Activations" are the inputs of
+    those layers and the four operands of the attention matmuls (query, key, probabilities, value; probabilities on the
+    unsigned grid).
 
     Args:
         weight_bits: 2 to 8; ``None`` leaves weights in float.
@@ -67,6 +74,22 @@ class OctavConfig(QuantizationConfigMixin):
             ``{"max_iterations": 10}`` for octav or ``{"percentile": 99.99}`` for percentile.
         weight_granularity: ``"row"``, or ``"tensor"`` for one clip for a whole weight, which the paper uses for the
             linear layers of ResNets and MobileNets.
+        activation_granularity: operand -> which of its elements share a clip; an operand that is left out has one clip
+            per tensor, as in the paper. Allowed is that for which the scale factors out of the matmul, so that integers
+            can be multiplied and the result scaled:
+
+            - ``"input"`` of linear layers (``nn.Linear``, Transformers' ``Conv1D``): ``"tensor"``, or ``"token"`` for
+              one per row, that is over the last dimension. A convolution's input always has one per tensor: the scale
+              of a position does not factor out of a sum over positions.
+            - ``"query"``, ``"key"``, ``"probabilities"``: ``"tensor"``; ``"head"``, one per batch element and head; or
+              ``"token"``, one per token and head.
+            - ``"value"``: ``"tensor"``, ``"head"``, or ``"channel"``, one per batch element, head and channel. Tokens
+              are what its product sums over.
+
+            Which dimensions those are follows from the product that an operand is in: batch and heads are those that
+            both operands have and the result keeps, so that a module which merges both has one clip for each pair.
+            For instance ``{"input": "token", "query": "token", "key": "token", "value": "channel"}``. Frozen clips:
+            see ``calibrate_octav``.
         weight_gradient, activation_gradient: ``"mad"``, ``"pwl"`` or ``"ste"`` (section 4). MAD for weights and PWL for
             activations is the paper's MPH.
         unsigned_activations: whether a layer input without a negative value, such as the output of a ReLU, is quantized
@@ -87,14 +110,16 @@ class OctavConfig(QuantizationConfigMixin):
         exclude_modules: name patterns of modules left in float, with all that is below them.
         module_overrides: name pattern -> fields (of those above, except ``sync_activation_clips``, ``first_last_bits``
             and ``exclude_modules``) that differ for the modules it matches and all that is below them:
-            ``{"qa_outputs": {"weight_bits": 8, "activation_bits": 8}}``.
+            ``{"qa_outputs": {"weight_bits": 8, "activation_bits": 8}}``. A field that is a dict is replaced as a whole.
             An exact name wins over a pattern with wildcards; two patterns of one kind must not disagree.
         packed: whether the weights are stored as integers. Set by ``pack_octav``, and refused elsewhere.
         frozen_weight_clips: whether the clips of weights are stored with the weights, instead of following them. Set by
             ``freeze_weight_clips``, and refused elsewhere.
         activation_clips: frozen clips, module name -> operand -> ``{"signed": bool, "clips": [float, ...]}``, written
             by ``calibrate_octav``: one for a layer's ``"input"``, and for an operand of an attention module one for
-            each time that its forward multiplies it. Operands that are not in it have dynamic clips.
+            each time that its forward multiplies it. Each is a number, or with ``activation_granularity`` a list of one
+            for each head, or for each head a list of one for each channel. Operands that are not in it have dynamic
+            clips.
 
     A name pattern is a module's full dotted name, or a shell-style pattern for it
     (``"bert.encoder.layer.0.*"``, ``"*.attention.self"``). One that matches no module is refused by ``apply_octav``.
@@ -113,6 +138,7 @@ class OctavConfig(QuantizationConfigMixin):
         weight_clip_options: dict[str, Any] | None = None,
         activation_clip_options: dict[str, Any] | None = None,
         weight_granularity: str = "row",
+        activation_granularity: dict[str, str] | None = None,
         weight_gradient: str = "mad",
         activation_gradient: str = "pwl",
         unsigned_activations: bool = True,
@@ -138,6 +164,7 @@ class OctavConfig(QuantizationConfigMixin):
         self.weight_clip_options = {} if weight_clip_options is None else weight_clip_options
         self.activation_clip_options = {} if activation_clip_options is None else activation_clip_options
         self.weight_granularity = weight_granularity
+        self.activation_granularity = {} if activation_granularity is None else activation_granularity
         self.weight_gradient = weight_gradient
         self.activation_gradient = activation_gradient
         self.unsigned_activations = unsigned_activations
@@ -286,9 +313,28 @@ def _validate_settings(settings: dict[str, Any], where: str) -> None:
         raise ValueError(
             _unknown(f"{where}: weight_granularity cannot be", [settings["weight_granularity"]], WEIGHT_GRANULARITIES)
         )
+    _validate_activation_granularity(settings["activation_granularity"], f"{where}: activation_granularity")
     for name in ("unsigned_activations", "quantize_attention"):
         if not isinstance(settings[name], bool):
             raise ValueError(f"{where}: {name} must be True or False, got {settings[name]!r}")
+
+
+def _validate_activation_granularity(granularities: Any, where: str) -> None:
+    if not isinstance(granularities, dict):
+        raise ValueError(
+            f"{where} must map operands to granularities, such as {{'input': 'token'}}, got {granularities!r}"
+        )
+    for operand, granularity in granularities.items():
+        if operand not in GRANULARITIES:
+            raise ValueError(_unknown(f"{where} has no operand", [operand], GRANULARITIES))
+        allowed = GRANULARITIES[operand]
+        if granularity in allowed:
+            continue
+        reason = refusal(operand, granularity) if isinstance(granularity, str) else ""
+        if reason:
+            instead = " or ".join(repr(name) for name in allowed[::-1])
+            raise ValueError(f"{where} of {operand!r} cannot be {granularity!r}: {reason}; write {instead}")
+        raise ValueError(_unknown(f"{where} of {operand!r} cannot be", [granularity], allowed))
 
 
 def _validate_bits(field: str, bits: Any, none: str) -> None:

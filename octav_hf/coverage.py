@@ -15,6 +15,7 @@ from .nn import (
     QuantizedLayer,
     quantized_class_of,
 )
+from .nn.granularity import granularity_of
 from .plan_layers import unknown_weights
 from .text_table import aligned
 
@@ -30,7 +31,7 @@ class Operand:
     signed: bool | None = True  # None: as the tensor's values are, at every forward pass
     clip: str = ""
     gradient: str = ""
-    per_row: bool = False
+    granularity: str = "tensor"  # or "row" of a weight, "token", "head", "channel": what has a clip of its own
     frozen: bool = False  # whether the clip is that of a calibration, whatever the tensor's values are
     reason: str = ""
 
@@ -43,7 +44,7 @@ class Operand:
 
     @property
     def clip_cell(self) -> str:
-        return f"{self.clip} per {'row' if self.per_row else 'tensor'}{', frozen' if self.frozen else ''}"
+        return f"{self.clip} per {self.granularity}{', frozen' if self.frozen else ''}"
 
 
 class CoverageReport(list[Operand]):
@@ -153,6 +154,6 @@ def _row(name: str, kind: str, operand: str, quantizer: nn.Module, reason: str) 
         signed=quantizer.signed if quantizer.frozen is None else quantizer.frozen.signed,
         clip=quantizer.clip,
         gradient=quantizer.gradient,
-        per_row=quantizer.dim is not None,
+        granularity=granularity_of(operand, quantizer.dim_now),
         frozen=quantizer.is_frozen,
     )

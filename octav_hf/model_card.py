@@ -9,7 +9,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from .config import OctavConfig
-from .coverage import coverage_report
+from .coverage import Operand, coverage_report
+from .nn.granularity import GRANULARITIES
 from .training_run import TrainingRun
 
 TAGS = ("octav", "quantization-aware-training", "quantized")
@@ -184,10 +185,11 @@ def _without_the_plugin(config: OctavConfig) -> str:
 def _settings(model: PreTrainedModel, config: OctavConfig) -> dict[str, str]:
     weight_clip = _clip(config.weight_clip, config.weight_clip_options)
     activation_clip = _clip(config.activation_clip, config.activation_clip_options)
+    activations = f"{activation_clip} {_granularity(model)}, {_frozen(model)}"
     settings = {
         "weights": f"{bits_in_words(config.weight_bits)}, {weight_clip} per {config.weight_granularity}"
         + (", frozen" if config.frozen_weight_clips else ""),
-        "activations": f"{bits_in_words(config.activation_bits)}, {activation_clip} per tensor, {_frozen(model)}",
+        "activations": f"{bits_in_words(config.activation_bits)}, {activations}",
         "embeddings": bits_in_words(config.embedding_bits),
         "attention matmuls": "quantized" if config.quantize_attention and config.activation_bits else "floating point",
         "gradients": f"`{config.weight_gradient}` for weights, `{config.activation_gradient}` for activations",
@@ -207,8 +209,23 @@ def _clip(rule: str, options: Mapping[str, Any]) -> str:
     return f"clip `{rule}`{given}"
 
 
+def _granularity(model: PreTrainedModel) -> str:
+    """What a clip of an activation is for, as it really is."""
+    of_operands: dict[str, dict[str, None]] = {operand: {} for operand in GRANULARITIES}
+    for row in _activations(model):
+        of_operands[row.operand][row.granularity] = None
+    if all(set(found) <= {"tensor"} for found in of_operands.values()):
+        return "per tensor"
+    words = (f"{operand} per {' or '.join(found)}" for operand, found in of_operands.items() if found)
+    return f"({', '.join(words)})"
+
+
+def _activations(model: PreTrainedModel) -> list[Operand]:
+    return [row for row in coverage_report(model) if row.bits is not None and row.operand != "weight"]
+
+
 def _frozen(model: PreTrainedModel) -> str:
-    activations = [row for row in coverage_report(model) if row.bits is not None and row.operand != "weight"]
+    activations = _activations(model)
     frozen = sum(row.frozen for row in activations)
     if not frozen:
         return "recomputed at every forward pass"

@@ -191,21 +191,15 @@ class OperandWatch(TorchDispatchMode):
 
 def on_grid(x: Tensor, quantizer: FakeQuantize) -> bool:
     """Whether the values of ``x`` that share a clip (some of them are looked at) are no more than the levels."""
-    if quantizer.dim is None:
-        rows = x.reshape(1, -1)
+    dim = quantizer.dim_now
+    if dim is None:
+        rows = x.reshape(-1)
     else:
-        shared = [quantizer.dim] if isinstance(quantizer.dim, int) else list(quantizer.dim)
-        rows = x.movedim(shared, list(range(-len(shared), 0))).flatten(-len(shared)).reshape(-1, _size(x, shared))
-    ordered = rows[:, :_SAMPLE].sort(dim=1).values
-    distinct = (ordered[:, 1:] != ordered[:, :-1]).sum(dim=1) + 1
+        shared = [dim] if isinstance(dim, int) else list(dim)
+        rows = x.movedim(shared, list(range(-len(shared), 0))).flatten(-len(shared))
+    ordered = rows[..., :_SAMPLE].sort(dim=-1).values
+    distinct = (ordered[..., 1:] != ordered[..., :-1]).sum(dim=-1) + 1
     return bool((distinct <= 2**quantizer.num_bits).all())
-
-
-def _size(x: Tensor, dims: Iterable[int]) -> int:
-    size = 1
-    for dim in dims:
-        size *= x.shape[dim]
-    return size
 
 
 def _name(func: Callable[..., Any]) -> tuple[str, str]:

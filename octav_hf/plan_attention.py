@@ -31,7 +31,12 @@ def plan_attention(model: nn.Module, config: OctavConfig) -> Iterator[Conversion
             module,
             {
                 operand: activation_quantizer(
-                    config, settings.activation_bits, name, operand, signed=operand != "probabilities"
+                    config,
+                    settings.activation_bits,
+                    name,
+                    operand,
+                    signed=operand != "probabilities",
+                    granularity=settings.granularity(operand),
                 )
                 for operand in ATTENTION_OPERANDS
             },

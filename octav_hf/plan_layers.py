@@ -9,6 +9,8 @@ from .activation_clips import frozen_clips
 from .config import ModuleSettings, OctavConfig
 from .first_last import first_and_last
 from .nn import FakeQuantize, QuantizedAttention, QuantizedLayer, SynchronizedFakeQuantize, quantized_class_of
+from .nn.frozen_clips import clip_shape
+from .nn.granularity import frozen_dims, shared_dims
 
 # A norm multiplies element by element, whatever the shape of its weight.
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -60,7 +62,14 @@ def plan_layers(model: nn.Module, config: OctavConfig) -> Iterator[Conversion]:
             )
         signed = None if settings.unsigned_activations else True
         quantizers = {
-            operand: activation_quantizer(config, bits[operand], name, operand, signed=signed)
+            operand: activation_quantizer(
+                config,
+                bits[operand],
+                name,
+                operand,
+                signed=signed,
+                granularity=_input_granularity(config, name, module),
+            )
             if operand == "input"
             else weight_quantizer(settings, bits[operand], name, quantized_class)
             for operand in quantized_class.operands
@@ -85,12 +94,13 @@ def weight_quantizer(
 
 
 def activation_quantizer(
-    config: OctavConfig, bits: int | None, name: str, operand: str, *, signed: bool | None
+    config: OctavConfig, bits: int | None, name: str, operand: str, *, signed: bool | None, granularity: str
 ) -> nn.Module:
-    """The quantizer of the activation ``operand`` of the module ``name``, with one clip per tensor.
+    """The quantizer of the activation ``operand`` of the module ``name``.
 
     Raises:
-        ValueError: the operand is always signed, and its frozen clips are not.
+        ValueError: the operand is always signed, and its frozen clips are not; or they are more than its granularity
+            asks for.
     """
     if bits is None:
         return nn.Identity()
@@ -100,6 +110,14 @@ def activation_quantizer(
             f"activation_clips[{name!r}][{operand!r}] is of the unsigned grid, but unsigned_activations is False there;"
             " set it to True, or remove these clips and call calibrate_octav"
         )
+    shared = frozen_dims(granularity)
+    parts = next((clip_shape(clip) for clip in frozen.clips if clip_shape(clip)), ()) if frozen else ()
+    if parts and shared is None:
+        raise ValueError(
+            f"activation_clips[{name!r}][{operand!r}] has clips of shape {parts} for one use, but by "
+            f"activation_granularity, {granularity!r} there, a frozen one is one number; write the granularity that "
+            "they were calibrated with, or remove these clips and call calibrate_octav"
+        )
     quantizer_class = SynchronizedFakeQuantize if config.sync_activation_clips else FakeQuantize
     return quantizer_class(
         bits,
@@ -107,9 +125,30 @@ def activation_quantizer(
         clip_options=settings.activation_clip_options,
         gradient=settings.activation_gradient,
         signed=signed,
+        dim=shared_dims(granularity),
+        frozen_dim=shared,
         name=f"{name} {operand}",
         frozen=frozen,
     )
+
+
+def _input_granularity(config: OctavConfig, name: str, module: nn.Module) -> str:
+    """What a clip of this layer's input is for; that of a convolution has one per tensor, whatever linear layers have.
+
+    Raises:
+        ValueError: the config asks this very layer for another one.
+    """
+    granularity, quantized_class = config.settings_for(name).granularity("input"), quantized_class_of(module)
+    if quantized_class is None or granularity in quantized_class.input_granularities:
+        return granularity
+    asked = config.module_overrides.get(name, {}).get("activation_granularity", {})
+    if asked.get("input") == granularity:
+        raise ValueError(
+            f"{name}: the input of this {type(module).__name__} has one clip per tensor, not per {granularity}: the "
+            "layer sums over positions, so the scale of one does not factor out; write "
+            f"module_overrides={{{name!r}: {{'activation_granularity': {{'input': 'tensor'}}}}}}, or leave it out"
+        )
+    return "tensor"
 
 
 def _first_last_bits(bits: dict[str, int | None], name: str, config: OctavConfig) -> dict[str, int | None]:

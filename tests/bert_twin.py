@@ -3,7 +3,8 @@
 The judge of `apply_octav` on a whole model: no transformers modelling code and no octav_hf, only torch's elementary
 operations and the references of `tests.twins`. What is quantized follows Appendix E.2 of the paper: every linear
 layer's weight (one clip per row) and input (one per tensor), and both operands of both attention matmuls (one per
-tensor; probabilities on the unsigned grid). Embeddings and LayerNorm stay float. Backward: section 4's estimators.
+tensor; probabilities on the unsigned grid); or with a granularity one for each part of an activation. Embeddings and
+LayerNorm stay float. Backward: section 4's estimators.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Quantization:
 
     weight_bits, activation_bits: None leaves that side in float. weight_gradient, activation_gradient: "ste", "pwl" or
     "mad" (the default is the paper's MPH). exclude: names of linear layers, or of an attention module for its matmuls'
-    operands, that stay in float. round_clips: round each clip to float32, as a quantizer that keeps float32 clips does.
+    operands, that stay in float. granularity: operand -> "token", "head" or "channel", for those that have not one clip
+    per tensor. round_clips: round each clip to float32, as a quantizer that keeps float32 clips does.
 
     After a forward pass: `clips` by operand name; `midpoint_margin`, the smallest distance in steps of any activation
     from a rounding midpoint; `clip_margin`, the smallest relative distance of any activation's magnitude from its clip;
@@ -42,6 +44,7 @@ class Quantization:
     weight_gradient: str = "mad"
     activation_gradient: str = "pwl"
     exclude: Collection[str] = ()
+    granularity: Mapping[str, str] = field(default_factory=dict)
     round_clips: bool = True
     clips: dict[str, np.ndarray] = field(default_factory=dict)
     midpoint_margin: float = math.inf
@@ -56,12 +59,14 @@ class Quantization:
         return self._apply(weight, clips, self.weight_bits, True, self.weight_gradient, f"{layer}.weight")
 
     def activation(self, x: Tensor, module: str, operand: str, signed: bool = True) -> Tensor:
-        """An activation through the quantizer with one clip for the whole tensor."""
+        """An activation, [batch, heads, tokens, channels] or [batch, tokens, channels], through the quantizer."""
         if self.activation_bits is None or module in self.exclude:
             return x
-        clip = np.array(octav_clip_twin(x, self.activation_bits, signed))
+        # Which axes share a clip: a token has all its channels for itself, a channel all its tokens, a head both.
+        axes = {"token": (-1,), "channel": (-2,), "head": (-2, -1)}.get(self.granularity.get(operand, "tensor"))
+        clip = clips_of_parts(x, self.activation_bits, signed, axes)
         quantized = self._apply(x, clip, self.activation_bits, signed, self.activation_gradient, f"{module}.{operand}")
-        values, s = as_float64(x), float(self.clips[f"{module}.{operand}"])
+        values, s = as_float64(x), self.clips[f"{module}.{operand}"]
         distances = midpoint_distance_twin(values, s, self.activation_bits, signed)
         self.midpoint_margin = min(self.midpoint_margin, float(distances[values != 0].min()))
         self.clip_margin = min(self.clip_margin, float(np.abs(np.abs(values) / s - 1).min()))
@@ -74,6 +79,19 @@ class Quantization:
         quantized = torch.from_numpy(quantize_twin(x, clip, bits, signed))
         factor = torch.from_numpy(gradient_twin(x, clip, signed, gradient))
         return _Quantized.apply(x, quantized, factor)
+
+
+def clips_of_parts(x: Any, num_bits: int, signed: bool, axes: tuple[int, ...] | None) -> np.ndarray:
+    """OCTAV's clip of each part of `x`, one by one; `axes` share one and have size 1 in the result, 0-dim for None."""
+    values = as_float64(x)
+    if axes is None:
+        return np.array(octav_clip_twin(values, num_bits, signed))
+    shape = [1 if axis - values.ndim in axes else size for axis, size in enumerate(values.shape)]
+    clips = np.empty(shape)
+    for part in np.ndindex(*shape):
+        index = tuple(slice(None) if axis - values.ndim in axes else i for axis, i in enumerate(part))
+        clips[part] = octav_clip_twin(values[index], num_bits, signed)
+    return clips
 
 
 class _Quantized(torch.autograd.Function):

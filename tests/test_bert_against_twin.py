@@ -23,6 +23,18 @@ SETTINGS: dict[str, tuple[int | None, int | None, tuple[str, ...]]] = {
     "w4_only": (4, None, ()),
     "a4_only": (None, 4, ()),
     "w4a4-without_qa_outputs": (4, 4, ("qa_outputs",)),
+    "w4a4-tokens_and_channels": (4, 4, ()),
+    "w4a4-heads": (4, 4, ()),
+    "w8a8-mixed": (8, 8, ()),
+}
+# Of those settings whose activations have not one clip per tensor.
+GRANULARITY: dict[str, dict[str, str]] = {
+    "w4a4-tokens_and_channels": {
+        **dict.fromkeys(("input", "query", "key", "probabilities"), "token"),
+        "value": "channel",
+    },
+    "w4a4-heads": dict.fromkeys(("query", "key", "probabilities", "value"), "head"),
+    "w8a8-mixed": {"input": "token", "key": "head", "probabilities": "token"},
 }
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -92,7 +104,9 @@ def twin(setting: str, seed: int) -> Result:
     weight_bits, activation_bits, exclude = SETTINGS[setting]
     model, inputs = float_model(seed), batch(seed)
     state = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    quantization = Quantization(weight_bits, activation_bits, exclude=exclude, round_clips=False)
+    quantization = Quantization(
+        weight_bits, activation_bits, exclude=exclude, granularity=GRANULARITY.get(setting, {}), round_clips=False
+    )
     ids, mask, types = inputs["input_ids"], inputs["attention_mask"], inputs["token_type_ids"]
     start, end = bert_for_question_answering(state, model.config, ids, mask, types, quantization)
     loss = question_answering_loss(start, end, inputs["start_positions"], inputs["end_positions"])
@@ -106,7 +120,12 @@ def library(setting: str, seed: int, implementation: str, training: bool, dtype:
     """The pass of a Transformers model under apply_octav."""
     weight_bits, activation_bits, exclude = SETTINGS[setting]
     model = float_model(seed, implementation, dtype)
-    config = OctavConfig(weight_bits=weight_bits, activation_bits=activation_bits, exclude_modules=list(exclude))
+    config = OctavConfig(
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        activation_granularity=GRANULARITY.get(setting),
+        exclude_modules=list(exclude),
+    )
     apply_octav(model, config)
     model.train(training)
     output = model(**batch(seed))

@@ -14,10 +14,16 @@ def test_lists_every_operand_with_its_quantizer(small_bert: MakeBert) -> None:
     report = coverage_report(apply_octav(small_bert(), config))
     rows = {(row.module, row.operand): row for row in report}
     weight = rows["bert.encoder.layer.0.attention.self.query", "weight"]
-    assert (weight.bits, weight.clip, weight.gradient, weight.per_row, weight.signed) == (3, "max", "mad", True, True)
+    assert (weight.bits, weight.clip, weight.gradient, weight.granularity, weight.signed) == (
+        3,
+        "max",
+        "mad",
+        "row",
+        True,
+    )
     probabilities = rows["bert.encoder.layer.1.attention.self", "probabilities"]
     assert (probabilities.bits, probabilities.clip, probabilities.gradient) == (5, "octav", "ste")
-    assert (probabilities.per_row, probabilities.signed) == (False, False)
+    assert (probabilities.granularity, probabilities.signed) == ("tensor", False)
     assert len(report.quantized("linear")) == 2 * (2 * 6 + 1)
     assert len(report.quantized("attention")) == 2 * 4
     assert {(row.kind, row.reason) for row in report.left_in_float()} == {("embedding", "embedding_bits is None")}

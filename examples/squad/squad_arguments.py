@@ -93,6 +93,10 @@ class OctavArguments:
     weight_granularity: Optional[str] = field(
         default=None, metadata={"help": f"A clip per row or per tensor. {_CONFIG_DEFAULT}"}
     )
+    activation_granularity: Union[dict, str, None] = field(
+        default=None,
+        metadata={"help": f'JSON object: operand to what a clip is for, {{"input": "token"}}. {_CONFIG_DEFAULT}'},
+    )
     weight_gradient: Optional[str] = field(default=None, metadata={"help": f"ste, pwl or mad. {_CONFIG_DEFAULT}"})
     activation_gradient: Optional[str] = field(default=None, metadata={"help": f"ste, pwl or mad. {_CONFIG_DEFAULT}"})
     weight_clip_options: Union[dict, str, None] = field(
@@ -147,7 +151,7 @@ class OctavArguments:
         for name in ("weight_bits", "activation_bits", "embedding_bits"):
             if name in values:
                 values[name] = _bits(values[name], name)
-        for name in ("weight_clip_options", "activation_clip_options", "module_overrides"):
+        for name in ("weight_clip_options", "activation_clip_options", "activation_granularity", "module_overrides"):
             if isinstance(values.get(name), str):
                 values[name] = _json_object(values[name], name)
         return OctavConfig(**values)

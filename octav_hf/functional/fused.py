@@ -77,21 +77,61 @@ def elementwise(
         parameters: tensors broadcastable against them.
         constants: what else the function takes.
     """
+    plain = function.plain
     if torch.compiler.is_compiling():  # makes one loop of it by itself, and cannot sort strides that it does not know
-        return function.plain(*tensors, *parameters, *constants)
+        return plain(*tensors, *parameters, *constants)
     first = tensors[0]
-    order = memory_order(first)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return function.plain(*tensors, *parameters, *constants)  # a backward pass that is differentiated itself
+        return plain(*tensors, *parameters, *constants)  # a backward pass that is differentiated itself
+    order = memory_order(first)
     same_layout = all(tensor.stride() == first.stride() for tensor in tensors)
-    if fuses(first) and same_layout and first.permute(order).is_contiguous():
-        if all(parameter.numel() == 1 for parameter in parameters):
-            ordered = first.permute(order).shape
-            inverse = sorted(range(first.dim()), key=order.__getitem__)
-            flat = (tensor.permute(order).view(-1) for tensor in tensors)
-            results = function(*flat, *(parameter.reshape(()) for parameter in parameters), *constants)
-            return tuple(result.view(ordered).permute(inverse) for result in results)
-        per_row = ((), (first.shape[0], 1))
-        if first.dim() == 2 and first.is_contiguous() and all(parameter.shape in per_row for parameter in parameters):
-            return function(*tensors, *parameters, *constants)
-    return function.plain(*tensors, *parameters, *constants)
+    if not (fuses(first) and same_layout and first.permute(order).is_contiguous()):
+        return plain(*tensors, *parameters, *constants)
+    ordered = first.permute(order).shape
+    loops = _loops(ordered, [_in_order(parameter, order) for parameter in parameters])
+    if loops is None:
+        return plain(*tensors, *parameters, *constants)
+    sizes, viewed = loops
+    results = function(*(tensor.permute(order).view(sizes) for tensor in tensors), *viewed, *constants)
+    inverse = sorted(range(first.dim()), key=order.__getitem__)
+    return tuple(result.view(ordered).permute(inverse) for result in results)
+
+
+def _in_order(parameter: Tensor, order: list[int]) -> Tensor:
+    """``parameter`` with as many dimensions as there are in ``order``, and in that order; 0-dim if it is one number."""
+    if parameter.numel() == 1:
+        return parameter.reshape(())
+    return parameter[(None,) * (len(order) - parameter.dim())].permute(order)
+
+
+def _loops(shape: torch.Size, parameters: list[Tensor]) -> tuple[list[int], list[Tensor]] | None:
+    """The fewest dimensions in which a contiguous tensor of ``shape`` and the parameters can be seen.
+
+    Neighbouring dimensions become one where the parameters have a value for each element of both, or one for all of
+    both. So what is compiled knows few forms: all with one value, rows with one each, rows with the same ones, and so
+    on.
+
+    Args:
+        shape: of the tensor.
+        parameters: 0-dim, or of as many dimensions, each of that size or of 1.
+
+    Returns:
+        Sizes of the tensor's dimensions, and the parameters with as many of them; ``None`` if one parameter has values
+        along other dimensions than another.
+    """
+    shapes = {parameter.shape for parameter in parameters if parameter.dim()}
+    if len(shapes) > 1:
+        return None
+    sizes: list[int] = []
+    of_parameters: list[int] = []
+    varied = None
+    for size, values in zip(shape, *shapes or [torch.Size([1] * len(shape))], strict=True):
+        if size == 1:
+            continue
+        if (values > 1) is varied:
+            sizes[-1], of_parameters[-1] = sizes[-1] * size, of_parameters[-1] * values
+        else:
+            sizes.append(size)
+            of_parameters.append(values)
+        varied = values > 1
+    return sizes, [parameter.reshape(of_parameters) if parameter.dim() else parameter for parameter in parameters]

@@ -1,12 +1,13 @@
 """Modules: the quantizer, and the layers whose operands pass through it. Needs nothing but torch."""
 
 from .attention import QuantizedAttention
-from .attention_matmuls import ATTENTION_OPERANDS, AttentionMatmuls
+from .attention_matmuls import AttentionMatmuls
 from .convolution import QuantizedConv1d, QuantizedConv2d
 from .embedding import QuantizedEmbedding
 from .fake_quantize import FakeQuantize
 from .frozen_clips import ClipObserver, FrozenClips
 from .frozen_weight_fake_quantize import FrozenWeightFakeQuantize
+from .granularity import ATTENTION_OPERANDS
 from .linear import QuantizedLinear
 from .packed_layer import PackedLayer
 from .packed_weight import PackedWeight

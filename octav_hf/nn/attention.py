@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attention_matmuls import ATTENTION_OPERANDS, AttentionMatmuls
+from .attention_matmuls import AttentionMatmuls
+from .granularity import ATTENTION_OPERANDS
 from .linear import LINEAR, QuantizedLinear
 from .scaled_dot_product_attention import OperandQuantizers
 from .shared_inputs import shared_inputs

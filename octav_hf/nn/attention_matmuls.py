@@ -1,19 +1,19 @@
 """Finds the matmuls of an attention module while its forward runs, and quantizes their operands."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..functional.rows import Dim
 from .fake_quantize import FakeQuantize
+from .granularity import ATTENTION_OPERANDS
+from .operand_form import quantize_operand
 from .probabilities import SOFTMAX, keeps_probabilities
 from .products import Product, UnknownProduct, find_product
 from .scaled_dot_product_attention import OperandQuantizers, quantized_scaled_dot_product_attention
-
-ATTENTION_OPERANDS = ("query", "key", "probabilities", "value")
 
 
 class AttentionMatmuls(TorchFunctionMode):
@@ -29,26 +29,27 @@ class AttentionMatmuls(TorchFunctionMode):
     frozen clip of its own.
 
     Args:
-        quantizers: modules named after ``ATTENTION_OPERANDS``.
+        quantizers: modules named after ``ATTENTION_OPERANDS``. One with a ``dim``, the dimensions that share a clip,
+            gets its operand as ``[batch dimensions, own, summed]``, whatever the product is called through.
         name: the attention module's name, for error messages.
         own_parameters: parameters of the attention module itself, none of which may be in a product.
     """
 
     def __init__(self, quantizers: OperandQuantizers, name: str, own_parameters: Iterable[nn.Parameter] = ()):
         super().__init__()
-        self._quantizers = quantizers
+        self.quantizers = quantizers
         self._name = name
         self._own_parameters = list(own_parameters)
         self._probabilities: list[Tensor] = []
         self._uses = dict.fromkeys(ATTENTION_OPERANDS, 0)
+        self._next_uses = {operand: _NextUse(self, operand) for operand in ATTENTION_OPERANDS}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            quantizers = {operand: partial(self._quantize, operand) for operand in ATTENTION_OPERANDS}
-            return quantized_scaled_dot_product_attention(quantizers, *args, **kwargs)
+            return quantized_scaled_dot_product_attention(self._next_uses, *args, **kwargs)
         try:
             product = find_product(func, args, kwargs)
         except UnknownProduct as error:
@@ -105,12 +106,15 @@ class AttentionMatmuls(TorchFunctionMode):
             names = ("probabilities", "value") if attending[0] else ("value", "probabilities")
         else:
             names = ("query", "key")
-        left, right = (self._quantize(name, x) for name, x in zip(names, product.operands, strict=True))
+        left, right = (
+            quantize_operand(self._next_uses[name], x, dims)
+            for name, x, dims in zip(names, product.operands, product.dims, strict=True)
+        )
         return product.call(left, right)
 
-    def _quantize(self, operand: str, x: Tensor) -> Tensor:
+    def quantize(self, operand: str, x: Tensor) -> Tensor:
         """The quantized ``x``, which is the next use of ``operand``."""
-        use, expected, quantizer = self._uses[operand], self._frozen_uses(operand), self._quantizers[operand]
+        use, expected, quantizer = self._uses[operand], self._frozen_uses(operand), self.quantizers[operand]
         if expected is not None and use >= expected:
             raise self._wrong_uses(operand, f"more than {expected}", expected)
         self._uses[operand] += 1
@@ -118,7 +122,7 @@ class AttentionMatmuls(TorchFunctionMode):
 
     def _frozen_uses(self, operand: str) -> int | None:
         """How many uses of ``operand`` have a frozen clip; ``None`` where clips are dynamic."""
-        quantizer = self._quantizers[operand]
+        quantizer = self.quantizers[operand]
         frozen = quantizer.frozen_now if isinstance(quantizer, FakeQuantize) else None
         return None if frozen is None else len(frozen.clips)
 
@@ -141,3 +145,19 @@ class AttentionMatmuls(TorchFunctionMode):
             f"set module_overrides={{{self._name!r}: {{'quantize_attention': False}}}} to leave its matmuls in float, "
             "or quantize_attention=False for those of all attention modules"
         )
+
+
+class _NextUse:
+    """The quantizer of an operand, of which each call is the next use."""
+
+    def __init__(self, matmuls: AttentionMatmuls, operand: str):
+        self._matmuls = matmuls
+        self._operand = operand
+
+    @property
+    def dim_now(self) -> Dim:
+        """As of the quantizer; ``None`` for an operand left in float."""
+        return getattr(self._matmuls.quantizers[self._operand], "dim_now", None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._matmuls.quantize(self._operand, x)

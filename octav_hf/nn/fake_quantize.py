@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import CLIP_RULES, fake_quantize, integer_range
 from ..functional.rows import Dim, statistics_dtype
-from .frozen_clips import ClipObserver, FrozenClips
+from .frozen_clips import Clip, ClipObserver, FrozenClips, clip_numbers, clip_shape
 from .function_modes import outside_function_modes
 from .recording import refuse_recording
 
@@ -27,6 +27,8 @@ class FakeQuantize(nn.Module):
         signed: the two's-complement grid, or the unsigned one; ``None``: the unsigned one for a tensor that holds no
             negative value, found out from the tensor at every call.
         dim: the dimension(s) that share one clip; ``None`` for one clip for the whole tensor.
+        frozen_dim: the same for a frozen clip, counted from the last dimension; so they are too while it is observed.
+            Frozen clips have none for each batch element: one number for all is of each tensor, whatever this is.
         name: where in the model this quantizer stands, for error messages.
         frozen: clips that hold whatever the data are, and the grid's sign with them.
 
@@ -48,6 +50,7 @@ class FakeQuantize(nn.Module):
         gradient: str = "mad",
         signed: bool | None = True,
         dim: Dim = None,
+        frozen_dim: tuple[int, ...] | None = None,
         name: str = "",
         frozen: FrozenClips | None = None,
     ):
@@ -58,13 +61,14 @@ class FakeQuantize(nn.Module):
         self.gradient = gradient
         self.signed = signed
         self.dim = dim
+        self.frozen_dim = frozen_dim
         self.name = name
         self.frozen = frozen
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What it was made from, but for frozen clips: for another quantizer to take its place."""
-        names = ("num_bits", "clip", "clip_options", "gradient", "signed", "dim", "name")
+        names = ("num_bits", "clip", "clip_options", "gradient", "signed", "dim", "frozen_dim", "name")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -77,12 +81,21 @@ class FakeQuantize(nn.Module):
         """What the result depends on besides the input; equal for quantizers that do the same."""
         # Each quantizer that is observed has to be called, so it is like no other.
         state = self.frozen if self.observer is None else self.observer
-        return self.num_bits, self.clip, self.clip_options, self.gradient, self.signed, self.dim, state
+        return self.num_bits, self.clip, self.clip_options, self.gradient, self.signed, self.dim, self.frozen_dim, state
 
     @property
     def frozen_now(self) -> FrozenClips | None:
         """The frozen clips if the next call takes them, ``None`` if it computes its own."""
         return self.frozen if self.observer is None else None
+
+    @property
+    def dim_now(self) -> Dim:
+        """The dimension(s) that share one clip at the next call."""
+        if self.observer is not None:
+            return self.frozen_dim
+        if self.frozen is not None:
+            return self.frozen_dim if any(clip_shape(clip) for clip in self.frozen.clips) else None
+        return self.dim
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -107,7 +120,7 @@ class FakeQuantize(nn.Module):
         signed = self.is_signed(x) if signed is None else signed
         self.clips_computed += 1
         try:
-            return CLIP_RULES[self.clip](x, self.num_bits, signed=signed, dim=self.dim, **self.clip_options)
+            return CLIP_RULES[self.clip](x, self.num_bits, signed=signed, dim=self.dim_now, **self.clip_options)
         except (ValueError, TypeError) as error:
             where = self.name or "FakeQuantize"
             raise type(error)(
@@ -123,10 +136,11 @@ class FakeQuantize(nn.Module):
         """``x`` (float, any shape) on the grid; same shape and dtype.
 
         Args:
-            x: floating point, any shape.
+            x: floating point, any shape; with clips for parts of it ``[batch, ..., *dim]``.
             use: which of the operand's uses in one forward pass of its module this is, from 0. Each has a frozen clip.
 
         Raises:
+            ValueError: there is no clip for the data, or the frozen ones are for another shape; with ``name``.
             RuntimeError: the call is being recorded by ``torch.jit.trace``, ``torch.fx`` or, unless the clip is frozen,
                 ``torch.export``.
         """
@@ -134,19 +148,58 @@ class FakeQuantize(nn.Module):
         refuse_recording(self, x, dynamic=frozen is None)
         if frozen is not None:
             signed = frozen.signed
-            clip = torch.full((), frozen.clips[use], dtype=statistics_dtype(x.dtype), device=x.device)
+            clip = self._frozen_clip(frozen.clips[use], x)
         else:
             signed, clip = self.dynamic_grid(x)
             if self.observer is not None:
                 self._observe(self.observer, x, use, signed, clip)
         return fake_quantize(x, clip, self.num_bits, signed=signed, gradient=self.gradient)
 
+    def _frozen_clip(self, clip: Clip, x: Tensor) -> Tensor:
+        """Broadcastable against ``x``."""
+        dtype, shape = statistics_dtype(x.dtype), clip_shape(clip)
+        if not shape:
+            return torch.full((), clip, dtype=dtype, device=x.device)  # type: ignore[arg-type]  # a number
+        expected = self._parts(x)
+        if shape != expected:
+            raise ValueError(
+                f"{self.name or 'FakeQuantize'}: its frozen clips are of shape {shape}, and its operand, of shape "
+                f"{tuple(x.shape)} with the batch first and what shares a clip last, needs {expected}; run the model "
+                "as it was calibrated, or call calibrate_octav again"
+            )
+        return torch.tensor(clip, dtype=dtype, device=x.device)[(..., *(None for _ in self._frozen_dims))]
+
+    @property
+    def _frozen_dims(self) -> tuple[int, ...]:
+        return self.frozen_dim or ()
+
+    def _parts(self, x: Tensor) -> tuple[int, ...]:
+        """How many frozen clips ``x`` has along its dimensions: none of its own for a batch element."""
+        kept = tuple(x.shape[: x.dim() - len(self._frozen_dims)])
+        return kept[1:] if x.dim() > 2 else kept
+
     @torch.compiler.disable
     def _observe(self, observer: ClipObserver, x: Tensor, use: int, signed: bool, clip: Tensor) -> None:
-        clips = {signed: float(clip)} if self._has_values(x) else {}
+        clips = {signed: clip} if self._has_values(x) else {}
         if clips and self.signed is None and not signed:  # a later tensor may decide for the signed grid
-            clips[True] = float(self.compute_clip(x, signed=True))
-        observer.record(use, clips)
+            clips[True] = self.compute_clip(x, signed=True)
+        try:
+            if self.frozen_dim is None:
+                observer.record(use, {signed: float(clip) for signed, clip in clips.items()})
+            else:
+                sums = {signed: self._sum_over_batch(x, clip) for signed, clip in clips.items()}
+                count = next((count for _, count in sums.values()), 0)
+                observer.record(use, {signed: total for signed, (total, _) in sums.items()}, count)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.name or 'FakeQuantize'}: {error}, so that they have no mean; calibrate with batches in which "
+                'the operand has one number of heads and channels, or give it activation_granularity "tensor"'
+            ) from error
+
+    def _sum_over_batch(self, x: Tensor, clip: Tensor) -> tuple[Tensor, int]:
+        """The sum of the clips of the batch elements of ``x``, ``_parts(x)`` in float64, and how many they are."""
+        clips = clip.reshape(x.shape[: x.dim() - len(self._frozen_dims)]).cpu().double()
+        return (clips.sum(dim=0), len(clips)) if x.dim() > 2 else (clips, 1)
 
     def _has_values(self, x: Tensor) -> bool:
         return x.numel() > 0
@@ -156,5 +209,10 @@ class FakeQuantize(nn.Module):
         signs = (True, False) if sign is None else (sign,)
         grid = " or ".join(str(list(integer_range(self.num_bits, signed))) for signed in signs)
         scalars = "per tensor" if self.dim is None else f"over dim {self.dim}"
-        frozen = "" if self.frozen is None else f" frozen at {', '.join(f'{clip:.4g}' for clip in self.frozen.clips)}"
+        frozen = "" if self.frozen is None else f" frozen at {', '.join(map(_described, self.frozen.clips))}"
         return f"{self.num_bits} bits {grid}, clip={self.clip} {scalars}{frozen}, gradient={self.gradient}"
+
+
+def _described(clip: Clip) -> str:
+    low, high = min(clip_numbers(clip)), max(clip_numbers(clip))
+    return f"{low:.4g}" if not isinstance(clip, tuple) else f"{low:.4g} to {high:.4g}"

@@ -17,6 +17,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     kind = "linear"
     clip_dim = (1,)
+    input_granularities = ("tensor", "token")
 
     def forward(self, input: Tensor) -> Tensor:
         """``Q(input) Q(weight)^T + bias``; shapes as for ``nn.Linear``."""

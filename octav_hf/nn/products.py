@@ -46,6 +46,28 @@ _UNKNOWN: set[Function] = {
 }
 
 
+# Of them, those that add up over the batch too.
+_SUMMING_BATCHES: set[Function] = {torch.addbmm, Tensor.addbmm, Tensor.addbmm_}
+
+
+class OperandDims(NamedTuple):
+    """Dimensions of an operand by their part in a product; the others, such as batch and heads, go along in both.
+
+    Args:
+        own: those that only this operand brings into the result.
+        summed: those that are added up over, so that they are not in the result.
+    """
+
+    own: tuple[int, ...]
+    summed: tuple[int, ...]
+
+
+ROWS = OperandDims(own=(-2,), summed=(-1,))
+"""Of the left operand of a matmul."""
+COLUMNS = OperandDims(own=(-1,), summed=(-2,))
+"""Of the right operand of a matmul."""
+
+
 class UnknownProduct(ValueError):
     """A call that multiplies and adds up in another way than as a product of two tensors; says which."""
 
@@ -56,11 +78,13 @@ class Product:
 
     Args:
         operands: the left and the right one.
+        dims: of the left and the right one.
         inner_size: how many terms each sum has.
         call: the same call on other operands.
     """
 
     operands: tuple[Tensor, Tensor]
+    dims: tuple[OperandDims, OperandDims]
     inner_size: int
     call: Callable[[Tensor, Tensor], Any]
 
@@ -89,11 +113,18 @@ def find_product(function: Function, args: tuple[Any, ...], kwargs: dict[str, An
                 new_kwargs[place.keyword] = operand
         return function(*new_args, **new_kwargs)
 
-    return Product(operands, operands[0].shape[-1], call)
+    dims = _matmul_dims(operands[0], ROWS, function), _matmul_dims(operands[1], COLUMNS, function)
+    return Product(operands, dims, operands[0].shape[-1], call)
 
 
 def _get(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[place.position] if place.position < len(args) else kwargs[place.keyword]
+
+
+def _matmul_dims(operand: Tensor, dims: OperandDims, function: Function) -> OperandDims:
+    if operand.dim() < 2:
+        return OperandDims(own=(), summed=(-1,))
+    return dims._replace(summed=(-3, *dims.summed)) if function in _SUMMING_BATCHES else dims
 
 
 def _einsum(equation: str, *operands: Any) -> Product | None:
@@ -103,21 +134,37 @@ def _einsum(equation: str, *operands: Any) -> Product | None:
         return None
     if len(operands) > 2:
         raise UnknownProduct(f"einsum {equation!r}, of {len(operands)} operands")
-    inner_size = _summed_size(equation, operands[0])
-    if inner_size is None:
-        return None
-    return Product((operands[0], operands[1]), inner_size, lambda left, right: torch.einsum(equation, left, right))
-
-
-def _summed_size(equation: str, left: Tensor) -> int | None:
-    """How many terms each sum of the two operands' products has; ``None`` where nothing in common is summed over."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
-    first, second = inputs.split(",")
-    both = set(first.replace(".", "")) & set(second.replace(".", ""))
-    summed = both - set(output) if arrow else both
-    if not summed:
+    first, second = (_indices(part, operand.dim()) for part, operand in zip(inputs.split(","), operands, strict=True))
+    letters = inputs.replace(",", "")
+    in_result: set[str | int] = {*output} if arrow else {x for x in letters if letters.count(x) == 1}
+    if not arrow or "..." in output:
+        in_result |= {index for index in (*first, *second) if isinstance(index, int)}
+    common = (set(first) & set(second)) - in_result
+    if not common:
         return None
-    before, _, after = first.partition("...")
-    sizes = dict(zip(before, left.shape, strict=False))
-    sizes |= dict(zip(reversed(after), reversed(left.shape), strict=False))
-    return math.prod(sizes[index] for index in summed)
+    dims = _einsum_dims(first, second, in_result), _einsum_dims(second, first, in_result)
+    inner_size = math.prod(operands[0].shape[first.index(index)] for index in common)
+    call: Function = lambda left, right: torch.einsum(equation, left, right)  # noqa: E731
+    return Product((operands[0], operands[1]), dims, inner_size, call)
+
+
+def _indices(letters: str, dims: int) -> list[str | int]:
+    """What names each dimension of an operand of einsum: a letter, or a number below 0 for one that ``...`` stands for.
+
+    Those of an ellipsis are counted from its end, where the operands' are broadcast against each other.
+    """
+    before, ellipsis, after = letters.partition("...")
+    hidden = dims - len(before) - len(after) if ellipsis else 0
+    return [*before, *range(-hidden, 0), *after]
+
+
+def _einsum_dims(indices: list[str | int], others: list[str | int], in_result: set[str | int]) -> OperandDims:
+    # What an ellipsis stands for are batch dimensions, even if the other operand has fewer.
+    own = (
+        dim
+        for dim, index in enumerate(indices)
+        if isinstance(index, str) and index in in_result and index not in others
+    )
+    summed = (dim for dim, index in enumerate(indices) if index not in in_result)
+    return OperandDims(tuple(own), tuple(summed))

@@ -22,6 +22,8 @@ class QuantizedLayer(nn.Module):
         clip_dim: the dimensions that share a clip in what ``weight_quantizer`` is given, so that each row has its own.
         weight_quantizer_class: the class of ``weight_quantizer``.
         granularities: what a clip of the weight can be for: a ``"row"``, or the whole ``"tensor"``.
+        input_granularities: what a clip of the input can be for: those of ``GRANULARITIES["input"]`` for which the
+            scale factors out of what the layer sums up.
         float_class: the layer's class before conversion, set by ``register_quantized_layer``.
     """
 
@@ -30,6 +32,7 @@ class QuantizedLayer(nn.Module):
     clip_dim: ClassVar[tuple[int, ...]]
     weight_quantizer_class: ClassVar[type[FakeQuantize]] = WeightFakeQuantize
     granularities: ClassVar[tuple[str, ...]] = ("row", "tensor")
+    input_granularities: ClassVar[tuple[str, ...]] = ("tensor",)
     float_class: ClassVar[type[nn.Module]]
 
     weight_quantizer: nn.Module

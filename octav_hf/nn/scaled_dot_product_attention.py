@@ -5,6 +5,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from .operand_form import has_parts, quantize_operand
+from .products import COLUMNS, ROWS, OperandDims
+
 OperandQuantizers = Mapping[str, nn.Module] | nn.ModuleDict
 """The modules named ``query``, ``key``, ``probabilities`` and ``value``."""
 
@@ -26,7 +29,8 @@ def quantized_scaled_dot_product_attention(
 
     Args:
         quantizers: functions or modules named ``query``, ``key``, ``probabilities`` and ``value``. Probabilities are
-            quantized after dropout: they are then the operand of the second matmul.
+            quantized after dropout: they are then the operand of the second matmul. One whose clips are for parts of
+            an operand gets it with the dimension that is summed over last, so the value as ``[..., heads, V, S]``.
         query: ``[..., heads, L, E]``.
         key: ``[..., key heads, S, E]``.
         value: ``[..., key heads, S, V]``.
@@ -37,10 +41,10 @@ def quantized_scaled_dot_product_attention(
         ``[..., heads, L, V]``; zero for a query that no key is visible to, as in torch.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    query, key, value = quantizers["query"](query), quantizers["key"](key), quantizers["value"](value)
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], dim=-3)
+    heads = query.shape[-3] if enable_gqa else None
+    query = quantize_operand(quantizers["query"], query, ROWS)
+    key = _quantized_for_heads(quantizers["key"], key, heads, ROWS)
+    value = _quantized_for_heads(quantizers["value"], value, heads, COLUMNS)
     # The query is smaller than the scores are, so scale that; and no backward pass needs the scores before the mask.
     scores = torch.matmul(query * scale, key.transpose(-2, -1))
     mask = _additive_mask(scores, attn_mask, is_causal)
@@ -56,7 +60,18 @@ def quantized_scaled_dot_product_attention(
     if blind is not None:
         probabilities = probabilities.masked_fill(blind, 0)
     probabilities = nn.functional.dropout(probabilities.to(value.dtype), dropout_p)
-    return torch.matmul(quantizers["probabilities"](probabilities), value)
+    return torch.matmul(quantize_operand(quantizers["probabilities"], probabilities, ROWS), value)
+
+
+def _quantized_for_heads(quantizer: Quantize, x: Tensor, heads: int | None, dims: OperandDims) -> Tensor:
+    """``x`` quantized, and its heads repeated so that there are ``heads``, unless that is ``None``."""
+    if heads is None:
+        return quantize_operand(quantizer, x, dims)
+    # Repeated first where heads have clips of their own: a model that repeats them itself, as Transformers' do where
+    # there is a mask, then has the same frozen ones.
+    if has_parts(quantizer):
+        return quantize_operand(quantizer, x.repeat_interleave(heads // x.shape[-3], dim=-3), dims)
+    return quantizer(x).repeat_interleave(heads // x.shape[-3], dim=-3)
 
 
 def _additive_mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:

@@ -16,7 +16,11 @@ class SynchronizedFakeQuantize(FakeQuantize):
 
     Each call with dynamic clips is then a collective: every rank has to make it, in the same order, on a tensor that
     may be empty. NaN or Inf on one rank is an error on all. Without a process group, in a group of one rank and with
-    frozen clips it is ``FakeQuantize``. The clipping rule has to take ``ranks``, and ``dim`` is ``None``.
+    frozen clips it is ``FakeQuantize``. The clipping rule has to take ``ranks``.
+
+    With ``dim`` each clip is of a part that one rank has, of a token for instance: then only a sign that is found out
+    from the tensor is a collective, and the sum of clips for frozen ones; where there is no collective, NaN or Inf is
+    an error on its own rank only. ``dim`` must leave out the dimension that is spread over the ranks, the batch's.
     """
 
     @property
@@ -37,8 +41,8 @@ class SynchronizedFakeQuantize(FakeQuantize):
     @torch.no_grad()
     @outside_function_modes
     def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:
-        """The clipping scalar of all ranks' ``x``, ``[]``; see ``FakeQuantize``."""
-        if not several_ranks():
+        """The clipping scalar of all ranks' ``x``, ``[]``, or those of the parts of ``x``; see ``FakeQuantize``."""
+        if not several_ranks() or self.dim_now is not None:
             return super().compute_clip(x, signed)
         ranks = self._all_ranks(x)
         return self._clip(x, self._is_signed(ranks) if signed is None else signed, ranks)
@@ -48,7 +52,7 @@ class SynchronizedFakeQuantize(FakeQuantize):
     @outside_function_modes
     def dynamic_grid(self, x: Tensor) -> tuple[bool, Tensor]:
         """Sign and clip, with the range of the values, which both need, asked for once."""
-        if not several_ranks():
+        if not several_ranks() or self.dim_now is not None:
             return super().dynamic_grid(x)
         ranks = self._all_ranks(x)
         signed = self._is_signed(ranks)
@@ -68,6 +72,14 @@ class SynchronizedFakeQuantize(FakeQuantize):
 
     def _has_values(self, x: Tensor) -> bool:
         return self._all_ranks(x).numel > 0 if several_ranks() else super()._has_values(x)
+
+    def _sum_over_batch(self, x: Tensor, clip: Tensor) -> tuple[Tensor, int]:
+        """As in ``FakeQuantize``, of all ranks' batch elements."""
+        total, count = super()._sum_over_batch(x, clip)
+        if not several_ranks():
+            return total, count
+        numbers = self._all_ranks(x).sum(torch.cat([total.flatten(), total.new_tensor([count])]))
+        return numbers[:-1].view_as(total), int(numbers[-1])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, synchronized"

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from octav_hf.functional import compilation, fake_quantize, fused, octav_clip
 
 Tensor = torch.Tensor
+fake_quantize_module = sys.modules[fake_quantize.__module__]
 LARGE = fused.SMALLEST + 12_345
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -42,7 +43,7 @@ def gaussian(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def value_and_gradient(x: Tensor, clip: Tensor, signed: bool, gradient: str) -> tuple[Tensor, Tensor]:
     x = x.detach().requires_grad_()
     y = fake_quantize(x, clip, 4, signed=signed, gradient=gradient)
-    incoming = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
+    incoming = torch.empty_like(y).copy_(torch.linspace(-1, 1, y.numel()).view(y.shape))  # in the layout of y
     return y.detach(), torch.autograd.grad(y, x, incoming)[0]
 
 
@@ -88,6 +89,61 @@ def test_compiled_rows_equal_plain_rows(gradient: str, dtype: torch.dtype, monke
     assert torch.equal(compiled[0], plain[0])
     assert torch.equal(compiled[1], plain[1])
     torch.testing.assert_close(octav_clip(x, 4, dim=1), clip, rtol=1e-6, atol=0)
+
+
+# Sizes in memory, order in which the tensor's dimensions are those, and the dimensions that share a clip.
+PARTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
+    "per_row": ((3, 4, 60, 50), (0, 1, 2, 3), (-1,)),
+    "per_token_of_a_transposed_tensor": ((3, 60, 4, 50), (0, 2, 1, 3), (-1,)),
+    "per_head_of_a_transposed_tensor": ((3, 60, 4, 50), (0, 2, 1, 3), (-2, -1)),
+    "per_channel": ((3, 60, 4, 50), (0, 2, 3, 1), (-1,)),
+    "per_head_for_all_samples": ((3, 60, 4, 50), (0, 2, 1, 3), (0, -2, -1)),
+    "per_channel_for_all_samples": ((3, 60, 4, 50), (0, 2, 3, 1), (0, -1)),
+    "per_sample": ((3, 60, 4, 50), (0, 2, 1, 3), (1, 2, 3)),
+    "one_by_one": ((3, 4, 60, 50), (0, 1, 2, 3), ()),
+    "a_size_of_1": ((1, 4, 180, 50), (0, 2, 1, 3), (-1,)),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("gradient", ["pwl", "mad"])
+def test_clips_of_parts_are_compiled_and_equal_plain_bit_for_bit(
+    gradient: str, parts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, order, shared = PARTS[parts]
+    x = gaussian(36_000).view(sizes).permute(order)
+    clip = x.abs().amax(dim=shared, keepdim=True) * 0.6 if shared else x.abs() * 0.6 + 0.1
+    functions = [value for value in vars(fake_quantize_module).values() if isinstance(value, fused.fused)]
+    compiled = value_and_gradient(x, clip, True, gradient)
+    with monkeypatch.context() as patch:
+        for function in functions:  # by now they are compiled, unless none of them was to be
+            patch.setattr(function, "plain", lambda *args: pytest.fail("ran as it is written"))
+        again, _ = value_and_gradient(x, clip, True, gradient)  # both ways
+    monkeypatch.setenv(compilation.SWITCH, "0")
+    plain = value_and_gradient(x, clip, True, gradient)
+    assert torch.equal(again, plain[0])
+    assert again.stride() == plain[0].stride()
+    assert torch.equal(compiled[0], plain[0])
+    assert torch.equal(compiled[1], plain[1])
+
+
+def test_fewer_dimensions_than_the_tensor_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = gaussian(36_000).view(3, 60, 4, 50).transpose(1, 2)
+    clip = torch.tensor([0.3, 0.6, 0.9, 1.2]).view(4, 1, 1)
+    compiled = value_and_gradient(x, clip, True, "pwl")
+    monkeypatch.setenv(compilation.SWITCH, "0")
+    assert all(map(torch.equal, compiled, value_and_gradient(x, clip, True, "pwl")))
+
+
+def test_tensors_of_one_form_share_a_compilation() -> None:
+    """Rows of activations, of two dimensions or more, are those of weights."""
+    value_and_gradient(gaussian(300 * 200).view(300, 200), torch.ones(300, 1), True, "pwl")
+    before = compilations()
+    assert before > 0
+    for shape in ((6, 50, 200), (2, 3, 60, 170)):
+        clip = torch.ones(*shape[:-1], 1)
+        value_and_gradient(gaussian(torch.Size(shape).numel()).view(shape), clip, True, "pwl")
+    assert compilations() == before
 
 
 def compilations() -> int:

@@ -59,7 +59,7 @@ def test_methods_quantize_everything_as_the_paper_says(name: str, method: str) -
     assert not report.left_in_float()
     first, *between, last = [row for row in report if row.operand == "weight"]
     assert (first.bits, last.bits, {row.bits for row in between}) == (8, 8, {4})
-    assert (first.per_row, last.per_row) == (True, False)
+    assert (first.granularity, last.granularity) == ("row", "tensor")
     assert {row.clip for row in report} == {"max" if method == "max" else "octav"}
     if method != "max":
         gradients = {"mph": ("mad", "pwl")}.get(method, (method, method))
