@@ -14,6 +14,11 @@ def clips(operand: str, signed: object = True, clips: object = (1.0,)) -> dict:
     return {"activation_clips": {"head": {operand: {"signed": signed, "clips": values}}}}
 
 
+def granularity(operand: str, value: object) -> dict:
+    """A config's field with the granularity of one operand."""
+    return {"activation_granularity": {operand: value}}
+
+
 def test_defaults_are_the_papers_recipe() -> None:
     config = OctavConfig()
     assert (config.weight_bits, config.activation_bits) == (4, 4)
@@ -24,6 +29,7 @@ def test_defaults_are_the_papers_recipe() -> None:
     assert not config.sync_activation_clips
     assert config.weight_granularity == "row"
     assert config.first_last_bits is None
+    assert config.activation_granularity == {}
     assert config.activation_clips == {}
     assert config.quantize_attention
 
@@ -37,13 +43,19 @@ def test_survives_json() -> None:
         weight_gradient="ste",
         embedding_bits=6,
         weight_granularity="tensor",
+        activation_granularity={"input": "token", "value": "channel"},
         unsigned_activations=False,
         sync_activation_clips=True,
         first_last_bits=8,
         quantize_attention=False,
         exclude_modules=["qa_outputs"],
-        module_overrides={"encoder.*": {"weight_bits": 3}},
-        activation_clips={"encoder.0": {"query": {"signed": True, "clips": [1 / 3, 5e-324, 0.1 + 0.2]}}},
+        module_overrides={"encoder.*": {"weight_bits": 3}, "encoder.1": {"activation_granularity": {"query": "head"}}},
+        activation_clips={
+            "encoder.0": {
+                "query": {"signed": True, "clips": [1 / 3, 5e-324, 0.1 + 0.2]},
+                "value": {"signed": True, "clips": [[[1 / 3, 5e-324], [0.1 + 0.2, 1e300]], 2.5]},
+            }
+        },
     )
     loaded = OctavConfig.from_dict(json.loads(config.to_json_string()))
     assert loaded.to_dict() == config.to_dict()
@@ -78,6 +90,23 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
         ({"activation_clip_options": {"ranks": None}}, "'octav' has no option 'ranks'"),
         ({"first_last_bits": 9}, "first_last_bits must be an integer from 2 to 8, or None"),
         ({"weight_granularity": "channel"}, "weight_granularity cannot be 'channel'; choose from 'row', 'tensor'"),
+        ({"activation_granularity": "token"}, r"activation_granularity must map operands to granularities, .*'token'"),
+        (granularity("valeu", "head"), "activation_granularity has no operand 'valeu'; did you mean 'value'"),
+        (granularity("weight", "tensor"), "no operand 'weight'; choose from 'input', 'query', 'key'"),
+        (granularity("value", "token"), "tokens are summed over .* the probabilities, .*; write 'channel' or 'head'"),
+        (granularity("input", "channel"), "channels are summed over in .* the weight, .*; write 'token' or 'tensor'"),
+        (granularity("input", "head"), "heads of its channels, .* summed over .* the weight, .*; write 'token'"),
+        (granularity("query", "channel"), "channels are summed over .* the key, .*; write 'token' or 'head'"),
+        (granularity("key", "channel"), "channels are summed over .* the query, .*; write 'token' or 'head'"),
+        (granularity("probabilities", "channel"), "tokens are summed over .* the value, .*; write 'token' or 'head'"),
+        (granularity("query", "tokens"), "of 'query' cannot be 'tokens'; did you mean 'token'"),
+        (granularity("input", "row"), "of 'input' cannot be 'row'.* choose from 'tensor', 'token'"),
+        (granularity("input", None), "of 'input' cannot be None"),
+        (granularity("input", ["token"]), r"of 'input' cannot be \['token'\]"),
+        (
+            {"module_overrides": {"a": granularity("value", "token")}},
+            r"module_overrides\['a'\]: .*of 'value' cannot be",
+        ),
         ({"module_overrides": {"a": {"first_last_bits": 8}}}, "cannot set 'first_last_bits'"),
         ({"embedding_bits": 1}, "embedding_bits must be an integer from 2 to 8"),
         ({"weight_bit": 4}, "did you mean 'weight_bits'"),
@@ -116,6 +145,12 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
         (clips("input", clips=[float("inf")]), "list of finite numbers >= 0"),
         (clips("input", clips=[float("nan")]), "list of finite numbers >= 0"),
         (clips("input", clips=[True]), "list of finite numbers >= 0"),
+        (clips("query", clips=[[]]), "list of finite numbers >= 0"),
+        (clips("query", clips=[[1.0, -1.0]]), "list of finite numbers >= 0"),
+        (clips("query", clips=[[[1.0, 2.0], [3.0]]]), "all as long as each other"),
+        (clips("query", clips=[[[1.0, 2.0], 3.0]]), "all as long as each other"),
+        (clips("query", clips=[("1.0",)]), "list of finite numbers >= 0"),
+        (clips("input", clips=[[1.0, 2.0]]), r"a layer's input has one clip, got those of shape \(2,\)"),
         (clips("input", clips=[1.0, 2.0]), "a layer's input has one clip, got 2"),
         (clips("probabilities", signed=True), "signed is True, but probabilities are never negative"),
         (clips("key", signed=False), "signed is False, but .*query, key and value have two signs"),
@@ -138,6 +173,15 @@ def test_override_reaches_a_module_and_all_below_it() -> None:
     assert config.settings_for("encoder.layer.0").weight_bits == 8
     assert config.settings_for("encoder.layer.01").weight_bits == 4
     assert config.settings_for("encoder.layer.1").weight_bits == 4
+
+
+def test_operands_that_are_left_out_have_one_clip() -> None:
+    config = OctavConfig(activation_granularity={"value": "head"}, module_overrides={"a": granularity("key", "token")})
+    operands = ("input", "query", "key", "probabilities", "value")
+    assert [config.settings_for("b").granularity(operand) for operand in operands] == ["tensor"] * 4 + ["head"]
+    assert [config.settings_for("a").granularity(operand) for operand in operands] == [
+        *("tensor", "tensor", "token", "tensor", "tensor")
+    ]
 
 
 def test_exact_name_wins_over_a_pattern() -> None:

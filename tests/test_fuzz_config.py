@@ -31,8 +31,12 @@ json_values = st.recursive(
 )
 bits = st.none() | st.integers(0, 9)
 names = st.sampled_from(["qa_outputs", "*.query", "bert.*", ""])
+numbers = st.floats(-1, 5) | st.just(float("nan"))
 frozen = st.fixed_dictionaries(
-    {"signed": st.booleans(), "clips": st.lists(st.floats(-1, 5) | st.just(float("nan")), max_size=2)}
+    {
+        "signed": st.booleans(),
+        "clips": st.lists(numbers | st.lists(numbers | st.lists(numbers), max_size=2), max_size=2),
+    }
 )
 # Values that are nearly right go deeper than any JSON.
 PLAUSIBLE = {
@@ -50,6 +54,11 @@ PLAUSIBLE = {
     "activation_clips": st.dictionaries(
         names,
         st.dictionaries(st.sampled_from(["input", "query", "probabilities", "weight"]), frozen, max_size=2),
+        max_size=2,
+    ),
+    "activation_granularity": st.dictionaries(
+        st.sampled_from(["input", "query", "value", "weight"]),
+        st.sampled_from(["tensor", "token", "head", "channel", "row"]) | st.none(),
         max_size=2,
     ),
     "packed": st.booleans(),

@@ -136,6 +136,31 @@ def quantize(folder: Path, nothing_on: int, grad_mode: str, **settings: Any) -> 
     return outcomes
 
 
+def quantize_parts(folder: Path, signed: bool | None) -> list[dict[str, Any]]:
+    """Sign, clips, quantized part and messages of a tensor ``[8, 3, 5]`` whose clips are of its last dimension.
+
+    The first time no value is negative, the second time one on the last rank.
+    """
+    outcomes, messages, gather = [], [], dist.all_gather
+
+    def counted(*arguments: Any) -> None:
+        messages.append(arguments)
+        gather(*arguments)
+
+    dist.all_gather = counted
+    x = torch.rand(8, 3, 5, generator=torch.Generator().manual_seed(0))
+    for lowest in (0.0, -0.5):
+        x[-1, -1, -1] = lowest
+        (part,) = part_of({"x": x}).values()
+        quantizer = SynchronizedFakeQuantize(4, dim=(-1,), signed=signed)
+        output = quantizer(part)
+        count = len(messages)
+        found, clip = quantizer.dynamic_grid(part)
+        outcomes.append({"signed": found, "clip": clip, "output": output, "messages": count})
+        messages.clear()
+    return outcomes
+
+
 def quantize_what_is_not_finite(folder: Path, value: float, clip: str) -> list[str]:
     """What each rank says if one rank has such a value, and afterwards the clip of ones."""
     x = torch.ones(4)

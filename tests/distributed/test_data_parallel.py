@@ -15,6 +15,8 @@ from .scenarios import batch, bert
 Tensors = dict[str, torch.Tensor]
 
 SYNCHRONIZED = {"sync_activation_clips": True}
+TOKENS = {**dict.fromkeys(("input", "query", "key", "probabilities"), "token"), "value": "channel"}
+HEADS = {**dict.fromkeys(("query", "probabilities"), "head"), "key": "token", "value": "channel"}
 
 
 def largest_error(gradients: Tensors, expected: Tensors) -> float:
@@ -40,8 +42,10 @@ def error_of_all(gradients: Tensors, expected: Tensors) -> float:
         {"config": {"activation_clip": "max"}},
         {"config": {"weight_bits": 8, "activation_bits": 8, "embedding_bits": 8}, "hidden_act": "relu"},
         {"config": {"activation_bits": 8, "activation_clip_options": {"max_iterations": 3}}, "checkpointing": True},
+        {"config": {"activation_bits": 8, "activation_granularity": TOKENS}, "hidden_act": "relu"},
+        {"config": {"activation_bits": 8, "activation_granularity": HEADS}},
     ],
-    ids=["octav", "eager", "max", "unsigned", "checkpointing"],
+    ids=["octav", "eager", "max", "unsigned", "checkpointing", "tokens", "heads"],
 )
 def test_gradients_are_those_of_the_whole_batch(succeed: Run, ranks: int, options: dict[str, Any]) -> None:
     (alone,) = succeed("train_step", 1, **options)
@@ -88,10 +92,22 @@ def test_evaluation_on_unequal_batches(succeed: Run, sizes: list[int], frozen: b
     assert set(ranks[0]["clips"]) == ({"0", "2", "4"} if frozen else set())
 
 
-@pytest.mark.parametrize("clip", ["octav", "max", "mse"])
-def test_calibration_freezes_the_clips_of_all_ranks(succeed: Run, clip: str) -> None:
-    (alone,) = succeed("calibrate", 1, batches=2, activation_bits=8, activation_clip=clip)
-    first, second = succeed("calibrate", 2, batches=2, activation_bits=8, activation_clip=clip, **SYNCHRONIZED)
+def test_a_clip_per_token_of_unequal_batches(succeed: Run) -> None:
+    """A rank without a token takes part in finding the sign, and in nothing else."""
+    config = {"activation_granularity": {"input": "token"}}
+    (alone,) = succeed("forward", 1, sizes=[8], frozen=False, **config)
+    ranks = succeed("forward", 2, sizes=[0, 8], frozen=False, **config, **SYNCHRONIZED)
+    torch.testing.assert_close(torch.cat([rank["output"] for rank in ranks]), alone["output"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [*({"activation_clip": clip} for clip in ("octav", "max", "mse")), {"activation_granularity": HEADS}],
+    ids=["octav", "max", "mse", "heads"],
+)
+def test_calibration_freezes_the_clips_of_all_ranks(succeed: Run, fields: dict[str, Any]) -> None:
+    (alone,) = succeed("calibrate", 1, batches=2, activation_bits=8, **fields)
+    first, second = succeed("calibrate", 2, batches=2, activation_bits=8, **fields, **SYNCHRONIZED)
     assert first["clips"] == second["clips"]
     assert first["clips"].keys() == alone["clips"].keys()
     for module, operands in alone["clips"].items():
@@ -99,5 +115,6 @@ def test_calibration_freezes_the_clips_of_all_ranks(succeed: Run, clip: str) -> 
         for operand, frozen in operands.items():
             got = first["clips"][module][operand]
             assert got["signed"] == frozen["signed"]
-            assert got["clips"] == pytest.approx(frozen["clips"], rel=1e-12)
+            clips = (torch.tensor(found["clips"], dtype=torch.float64) for found in (got, frozen))
+            torch.testing.assert_close(*clips, rtol=1e-12, atol=0)
     torch.testing.assert_close(first["alone"], alone["alone"])

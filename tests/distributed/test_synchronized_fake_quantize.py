@@ -55,6 +55,23 @@ def test_it_is_that_of_the_whole_tensor(
         assert outcomes[0]["normal"]["messages"] <= 7
 
 
+@pytest.mark.parametrize("signed", [True, False, None])
+def test_clips_of_parts_are_of_no_other_rank(succeed: Run, signed: bool | None) -> None:
+    """Only the sign is, where it goes by the values."""
+    x = torch.rand(8, 3, 5, generator=torch.Generator().manual_seed(0))
+    for lowest, outcomes in zip(
+        (0.0, -0.5), zip(*succeed("quantize_parts", 2, signed=signed), strict=True), strict=True
+    ):
+        x[-1, -1, -1] = lowest
+        sign = lowest < 0 if signed is None else signed
+        expected = torch.tensor([[clip_twin(row, sign) for row in rows] for rows in x])[..., None]
+        assert {rank["signed"] for rank in outcomes} == {sign}
+        torch.testing.assert_close(torch.cat([rank["clip"] for rank in outcomes]), expected, rtol=1e-5, atol=0)
+        output = torch.cat([rank["output"] for rank in outcomes])
+        torch.testing.assert_close(output, round_to_grid(x, expected, 4, signed=sign), rtol=1e-4, atol=1e-6)
+        assert [rank["messages"] for rank in outcomes] == [int(signed is None)] * 2
+
+
 @pytest.mark.parametrize("clip", ["octav", "max", "mse"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("ranks", [2, 4])

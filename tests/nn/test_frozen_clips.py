@@ -169,6 +169,15 @@ def test_each_use_has_its_own_mean() -> None:
     assert observer.uses == {1, 2}
 
 
+def test_the_mean_of_several_observations_is_over_all_of_them() -> None:
+    observer = ClipObserver()
+    observer.record(0, {True: torch.tensor([3.0, 6.0], dtype=torch.float64)}, 3)
+    observer.record(0, {True: torch.tensor([1.0, 10.0], dtype=torch.float64)}, 1)
+    assert observer.mean() == FrozenClips(True, ((1.0, 4.0),))
+    with pytest.raises(ValueError, match=r"clips of shape \(3,\), after those of shape \(2,\)"):
+        observer.record(0, {True: torch.ones(3)}, 1)
+
+
 def test_all_uses_have_one_grid() -> None:
     observer = ClipObserver()
     observer.record(0, {False: 1.0, True: 2.0})

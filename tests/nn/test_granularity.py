@@ -23,6 +23,7 @@ from octav_hf.nn import (
 )
 from octav_hf.nn.granularity import GRANULARITIES, frozen_dims, granularity_of, refusal, shared_dims
 from octav_hf.nn.products import find_product
+from octav_hf.operand_watch import on_grid
 
 from ..bert_twin import clips_of_parts
 from ..twins import as_float64, gradient_twin, grid_twin, quantize_twin
@@ -300,3 +301,13 @@ def test_says_what_its_clips_are_for() -> None:
     assert (
         repr(module) == "FakeQuantize(4 bits [-8, 7], clip=octav over dim (-2, -1) frozen at 0.5 to 1.25, gradient=pwl)"
     )
+
+
+def test_a_frozen_clip_of_tokens_is_checked_as_the_one_that_it_is() -> None:
+    """Tokens on grids of their own are no more levels each than the grid has, and all together many more."""
+    values = torch.tensor([-1.0, -0.5, 0.0, 0.5]) * torch.tensor([1.0, 2.0, 5.0])[:, None]
+    module = quantizer("query", "token", bits=2)
+    assert on_grid(values, module)
+    module.frozen = FrozenClips(True, (1.0,))
+    assert not on_grid(values, module)
+    assert on_grid(torch.empty(0, 4), quantizer("query", "token"))

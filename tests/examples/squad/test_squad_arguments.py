@@ -38,6 +38,7 @@ def test_options_reach_the_config() -> None:
         *("--weight_clip_options", '{"percentile": 99.5}', "--weight_gradient", "ste", "--activation_gradient", "mad"),
         *("--exclude_modules", "qa_outputs", "bert.pooler", "--quantize_attention", "false"),
         *("--module_overrides", '{"bert.encoder": {"weight_bits": 8}}', "--activation_clip", "max"),
+        *("--activation_granularity", '{"input": "token"}'),
     ).to_config()
     assert config.weight_bits == 6
     assert config.activation_bits is None
@@ -46,6 +47,7 @@ def test_options_reach_the_config() -> None:
     assert (config.weight_gradient, config.activation_gradient) == ("ste", "mad")
     assert list(config.exclude_modules) == ["qa_outputs", "bert.pooler"]
     assert config.module_overrides == {"bert.encoder": {"weight_bits": 8}}
+    assert config.activation_granularity == {"input": "token"}
     assert config.quantize_attention is False
 
 
@@ -63,6 +65,7 @@ def test_every_registered_clip_is_a_choice(rule: str) -> None:
         (["--quantize", "--weight_clip", "median"], "--weight_clip is one of .*octav.*, not .median"),
         (["--quantize", "--weight_clip_options", "{oops"], "--weight_clip_options is not JSON"),
         (["--quantize", "--module_overrides", "[1]"], "--module_overrides must be a JSON object"),
+        (["--quantize", "--activation_granularity", '{"value": "token"}'], "write 'channel' or 'head'"),
         (["--dataset_name", "squad"], "either --dataset_name or"),
         (["--dataset_config_name", "plain"], "belongs to --dataset_name"),
         (["--null_score_diff_threshold", "1"], "only with --version_2_with_negative"),
