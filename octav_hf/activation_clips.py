@@ -25,17 +25,25 @@ def validate_activation_clips(activation_clips: Any) -> None:
             where = f"{_FIELD}[{module_name!r}][{operand!r}]"
             if operand not in _OPERANDS:
                 raise ValueError(f"{where}: no activation has that name; choose from {', '.join(_OPERANDS)}")
-            if not isinstance(frozen, dict) or set(frozen) != {"signed", "clips"}:
-                raise ValueError(f"{where} must be {{'signed': True or False, 'clips': [...]}}, got {frozen!r}")
+            if not isinstance(frozen, dict) or set(frozen) - {"lowest"} != {"signed", "clips"}:
+                raise ValueError(
+                    f"{where} must be {{'signed': True or False, 'clips': [...]}}, and for a shifted grid 'lowest': "
+                    f"NUMBER, got {frozen!r}"
+                )
             _validate_frozen(where, operand, **frozen)
 
 
-def _validate_frozen(where: str, operand: str, signed: Any, clips: Any) -> None:
+def _validate_frozen(where: str, operand: str, signed: Any, clips: Any, lowest: Any = None) -> None:
     if not isinstance(signed, bool):
         raise ValueError(f"{where}: signed must be True or False, got {signed!r}")
     if operand != "input" and signed is (operand == "probabilities"):
         raise ValueError(
             f"{where}: signed is {signed}, but probabilities are never negative and query, key and value have two signs"
+        )
+    if lowest is not None and (operand != "input" or signed or not _is_clip(-lowest if _is_number(lowest) else lowest)):
+        raise ValueError(
+            f"{where}: lowest is where the unsigned grid of a layer's input begins, a finite number below 0, got "
+            f"{lowest!r} for {operand!r} with signed {signed}"
         )
     if not isinstance(clips, list) or not clips or not all(map(_is_clip, clips)):
         raise ValueError(
@@ -51,18 +59,27 @@ def _is_clip(clip: Any) -> bool:
     """Whether it is a possible number, or nested lists of them that are all of one shape."""
     if isinstance(clip, list):
         return bool(clip) and all(map(_is_clip, clip)) and len({clip_shape(as_clip(part)) for part in clip}) == 1
-    return isinstance(clip, int | float) and not isinstance(clip, bool) and math.isfinite(clip) and clip >= 0
+    return _is_number(clip) and math.isfinite(clip) and clip >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def frozen_clips(activation_clips: Mapping[str, Any], module_name: str, operand: str) -> FrozenClips | None:
     """The frozen clips of one operand; ``None`` if it has none, so that its clips are dynamic."""
     frozen = activation_clips.get(module_name, {}).get(operand)
-    return None if frozen is None else FrozenClips(frozen["signed"], tuple(map(as_clip, frozen["clips"])))
+    return None if frozen is None else FrozenClips(**_values(**frozen))
 
 
 def frozen_fields(frozen: FrozenClips) -> dict[str, Any]:
     """Frozen clips as the config holds them."""
-    return {"signed": frozen.signed, "clips": [_as_lists(clip) for clip in frozen.clips]}
+    lowest = {"lowest": frozen.lowest} if frozen.lowest else {}
+    return {"signed": frozen.signed, "clips": [_as_lists(clip) for clip in frozen.clips], **lowest}
+
+
+def _values(clips: list[Any], **others: Any) -> dict[str, Any]:
+    return {"clips": tuple(map(as_clip, clips)), **others}
 
 
 def _as_lists(clip: Clip) -> Any:

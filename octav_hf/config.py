@@ -43,6 +43,7 @@ class ModuleSettings:
     weight_gradient: str
     activation_gradient: str
     unsigned_activations: bool
+    shifted_activations: bool
     quantize_attention: bool
 
     def granularity(self, operand: str) -> str:
@@ -68,8 +69,8 @@ class OctavConfig(QuantizationConfigMixin):
         embedding_bits: 2 to 8 quantizes embedding tables too, of tokens, positions and whatever else is an
             ``nn.Embedding``, with one clip per row, by the clipping rule and gradient of weights; ``None`` leaves them
             in float, as the paper does.
-        weight_clip, activation_clip: ``"octav"``, ``"max"``, ``"percentile"`` or ``"mse_sweep"``, or another rule
-            registered in ``octav_hf.functional.CLIP_RULES``.
+        weight_clip, activation_clip: ``"octav"``, ``"mse"``, ``"max"``, ``"percentile"`` or ``"mse_sweep"``, or another
+            rule registered in ``octav_hf.functional.CLIP_RULES``.
         weight_clip_options, activation_clip_options: further keyword arguments of that rule, for instance
             ``{"max_iterations": 10}`` for octav or ``{"percentile": 99.99}`` for percentile.
         weight_granularity: ``"row"``, or ``"tensor"`` for one clip for a whole weight, which the paper uses for the
@@ -95,14 +96,20 @@ class OctavConfig(QuantizationConfigMixin):
         unsigned_activations: whether a layer input without a negative value, such as the output of a ReLU, is quantized
             on the unsigned grid, whose steps are half as wide. It is decided from the tensor at every forward pass, so
             one negative value makes it signed. False keeps every layer input signed.
+        shifted_activations: whether the input of a linear layer whose negative values all lie inside its signed clip,
+            such as the output of a GELU, which is never below -0.17, is quantized on the unsigned grid shifted to its
+            lowest value m: ``m + Q(x - m)``. The signed grid spends half of its levels on those values. The shift
+            factors out: the product has ``m`` times the sum of a weight's row more, which an integer kernel adds as it
+            adds the bias. Decided from the tensor at every forward pass; False in the paper. Convolutions, whose
+            padding is not shifted, do not take part.
         quantize_attention: whether the attention matmuls are quantized. A model whose attention matmuls cannot be
             reached is refused unless this is False.
         sync_activation_clips: whether activation clips are computed from the batches of all processes, instead of from
             each process's own: then one step of N data-parallel processes is that of one process on the whole batch.
-            The sums behind each clip (and for ``unsigned_activations`` the sign) go around all ranks of the default
-            process group, about five small messages for an octav clip and one for a max clip, so all ranks have to run
-            the same forward passes, in evaluation too. Only for the clips octav and max. Without a process group, and
-            for frozen clips, it changes nothing.
+            The sums behind each clip (and for ``unsigned_activations`` and ``shifted_activations`` sign and lowest value)
+            go around all ranks of the default process group, about five small messages for an octav clip, nine for mse
+            and one for max, so all ranks have to run the same forward passes, in evaluation too. Only for these clips.
+            Without a process group, and for frozen clips, it changes nothing.
         first_last_bits: 2 to 8 bits for weight and input of the first and the last layer, whatever the other layers
             have (a side that is ``None`` stays in float); the paper uses 8 for ResNets and MobileNets. The layers are
             found by the order in which modules are defined, and a model that is not clearly an image classifier, from
@@ -118,8 +125,8 @@ class OctavConfig(QuantizationConfigMixin):
         activation_clips: frozen clips, module name -> operand -> ``{"signed": bool, "clips": [float, ...]}``, written
             by ``calibrate_octav``: one for a layer's ``"input"``, and for an operand of an attention module one for
             each time that its forward multiplies it. Each is a number, or with ``activation_granularity`` a list of one
-            for each head, or for each head a list of one for each channel. Operands that are not in it have dynamic
-            clips.
+            for each head, or for each head a list of one for each channel. A shifted grid has ``"lowest": float`` too.
+            Operands that are not in it have dynamic clips.
 
     A name pattern is a module's full dotted name, or a shell-style pattern for it
     (``"bert.encoder.layer.0.*"``, ``"*.attention.self"``). One that matches no module is refused by ``apply_octav``.
@@ -142,6 +149,7 @@ class OctavConfig(QuantizationConfigMixin):
         weight_gradient: str = "mad",
         activation_gradient: str = "pwl",
         unsigned_activations: bool = True,
+        shifted_activations: bool = False,
         quantize_attention: bool = True,
         sync_activation_clips: bool = False,
         first_last_bits: int | None = None,
@@ -168,6 +176,7 @@ class OctavConfig(QuantizationConfigMixin):
         self.weight_gradient = weight_gradient
         self.activation_gradient = activation_gradient
         self.unsigned_activations = unsigned_activations
+        self.shifted_activations = shifted_activations
         self.quantize_attention = quantize_attention
         self.sync_activation_clips = sync_activation_clips
         self.first_last_bits = first_last_bits
@@ -314,9 +323,13 @@ def _validate_settings(settings: dict[str, Any], where: str) -> None:
             _unknown(f"{where}: weight_granularity cannot be", [settings["weight_granularity"]], WEIGHT_GRANULARITIES)
         )
     _validate_activation_granularity(settings["activation_granularity"], f"{where}: activation_granularity")
-    for name in ("unsigned_activations", "quantize_attention"):
+    for name in ("unsigned_activations", "shifted_activations", "quantize_attention"):
         if not isinstance(settings[name], bool):
             raise ValueError(f"{where}: {name} must be True or False, got {settings[name]!r}")
+    if settings["shifted_activations"] and not settings["unsigned_activations"]:
+        raise ValueError(
+            f"{where}: shifted_activations=True needs unsigned_activations=True: what is shifted is the unsigned grid"
+        )
 
 
 def _validate_activation_granularity(granularities: Any, where: str) -> None:

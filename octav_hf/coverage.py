@@ -29,6 +29,7 @@ class Operand:
     operand: str  # "weight", another parameter's name, "input", "query", "key", "probabilities" or "value"
     bits: int | None = None
     signed: bool | None = True  # None: as the tensor's values are, at every forward pass
+    shifted: bool = False  # whether the unsigned grid begins below 0, or may do so
     clip: str = ""
     gradient: str = ""
     granularity: str = "tensor"  # or "row" of a weight, "token", "head", "channel": what has a clip of its own
@@ -39,7 +40,9 @@ class Operand:
         """The operand as a row of the printed report."""
         if self.bits is None:
             return self.module, self.operand, "float", "", "", "", self.reason
-        grid = {True: "signed", False: "unsigned", None: "by sign"}[self.signed]
+        grid = {True: "signed", False: "shifted" if self.shifted else "unsigned", None: "by sign"}[self.signed]
+        if self.signed is None and self.shifted:
+            grid = "by range"
         return self.module, self.operand, str(self.bits), grid, self.clip_cell, self.gradient, ""
 
     @property
@@ -152,6 +155,7 @@ def _row(name: str, kind: str, operand: str, quantizer: nn.Module, reason: str) 
         operand,
         bits=quantizer.num_bits,
         signed=quantizer.signed if quantizer.frozen is None else quantizer.frozen.signed,
+        shifted=quantizer.shifted if quantizer.frozen is None else quantizer.frozen.lowest != 0,
         clip=quantizer.clip,
         gradient=quantizer.gradient,
         granularity=granularity_of(operand, quantizer.dim_now),

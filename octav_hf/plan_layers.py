@@ -68,6 +68,7 @@ def plan_layers(model: nn.Module, config: OctavConfig) -> Iterator[Conversion]:
                 name,
                 operand,
                 signed=signed,
+                shifted=_is_shifted(config, name, module),
                 granularity=_input_granularity(config, name, module),
             )
             if operand == "input"
@@ -94,13 +95,20 @@ def weight_quantizer(
 
 
 def activation_quantizer(
-    config: OctavConfig, bits: int | None, name: str, operand: str, *, signed: bool | None, granularity: str
+    config: OctavConfig,
+    bits: int | None,
+    name: str,
+    operand: str,
+    *,
+    signed: bool | None,
+    granularity: str,
+    shifted: bool = False,
 ) -> nn.Module:
     """The quantizer of the activation ``operand`` of the module ``name``.
 
     Raises:
-        ValueError: the operand is always signed, and its frozen clips are not; or they are more than its granularity
-            asks for.
+        ValueError: the operand is always signed, or never shifted, and its frozen clips are not so; or they are more
+            than its granularity asks for.
     """
     if bits is None:
         return nn.Identity()
@@ -109,6 +117,11 @@ def activation_quantizer(
         raise ValueError(
             f"activation_clips[{name!r}][{operand!r}] is of the unsigned grid, but unsigned_activations is False there;"
             " set it to True, or remove these clips and call calibrate_octav"
+        )
+    if frozen is not None and frozen.lowest and not shifted:
+        raise ValueError(
+            f"activation_clips[{name!r}][{operand!r}] is of a shifted grid, but shifted_activations is False there, or "
+            "the layer is a convolution; set it to True, or remove these clips and call calibrate_octav"
         )
     shared = frozen_dims(granularity)
     parts = next((clip_shape(clip) for clip in frozen.clips if clip_shape(clip)), ()) if frozen else ()
@@ -125,6 +138,7 @@ def activation_quantizer(
         clip_options=settings.activation_clip_options,
         gradient=settings.activation_gradient,
         signed=signed,
+        shifted=shifted,
         dim=shared_dims(granularity),
         frozen_dim=shared,
         name=f"{name} {operand}",
@@ -149,6 +163,23 @@ def _input_granularity(config: OctavConfig, name: str, module: nn.Module) -> str
             f"module_overrides={{{name!r}: {{'activation_granularity': {{'input': 'tensor'}}}}}}, or leave it out"
         )
     return "tensor"
+
+
+def _is_shifted(config: OctavConfig, name: str, module: nn.Module) -> bool:
+    """Whether the grid of this layer's input may be shifted; never that of a convolution, whatever linear layers have.
+
+    Raises:
+        ValueError: the config asks it of this very layer.
+    """
+    quantized_class = quantized_class_of(module)
+    if quantized_class is None or quantized_class.input_can_be_shifted:
+        return config.settings_for(name).shifted_activations
+    if config.module_overrides.get(name, {}).get("shifted_activations"):
+        raise ValueError(
+            f"{name}: the input of this {type(module).__name__} cannot be shifted, since the zeros that it is padded "
+            f"with are not; leave shifted_activations out of module_overrides[{name!r}]"
+        )
+    return False
 
 
 def _first_last_bits(bits: dict[str, int | None], name: str, config: OctavConfig) -> dict[str, int | None]:

@@ -109,6 +109,10 @@ class OctavArguments:
         default=None,
         metadata={"help": f"Quantize layer inputs without a negative value on the unsigned grid. {_CONFIG_DEFAULT}"},
     )
+    shifted_activations: Optional[bool] = field(
+        default=None,
+        metadata={"help": f"Shift the grid of layer inputs with few negative values, as of GELU. {_CONFIG_DEFAULT}"},
+    )
     exclude_modules: Optional[list[str]] = field(
         default=None, metadata={"help": f"Modules to leave in float. {_CONFIG_DEFAULT}"}
     )

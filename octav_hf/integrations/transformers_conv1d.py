@@ -15,6 +15,7 @@ class QuantizedTransformersConv1D(QuantizedLayer, Conv1D):
     kind = "linear"
     clip_dim = (0,)
     input_granularities = ("tensor", "token")
+    input_can_be_shifted = True
 
     def forward(self, x: Tensor) -> Tensor:
         """``Q(x) Q(weight) + bias``; ``x`` is ``[..., in]``, the weight ``[in, out]``, the result ``[..., out]``."""

@@ -1,7 +1,7 @@
 """The quantizer module: a grid, a clipping rule and a gradient estimator."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,20 @@ from ..functional.rows import Dim, statistics_dtype
 from .frozen_clips import Clip, ClipObserver, FrozenClips, clip_numbers, clip_shape
 from .function_modes import outside_function_modes
 from .recording import refuse_recording
+
+
+class Grid(NamedTuple):
+    """A grid for one tensor.
+
+    Args:
+        signed: the two's-complement grid, or the unsigned one.
+        clip: clipping scalar(s), broadcastable against the tensor; of a shifted grid those of ``x - lowest``.
+        lowest: of a shifted grid, which is unsigned: the level that the lowest integer stands for, ``[]``.
+    """
+
+    signed: bool
+    clip: Tensor
+    lowest: Tensor | None = None
 
 
 class FakeQuantize(nn.Module):
@@ -26,6 +40,9 @@ class FakeQuantize(nn.Module):
         gradient: ``"ste"``, ``"pwl"`` or ``"mad"``; see ``functional.fake_quantize``.
         signed: the two's-complement grid, or the unsigned one; ``None``: the unsigned one for a tensor that holds no
             negative value, found out from the tensor at every call.
+        shifted: whether a tensor whose negative values all lie inside its signed clip, such as the output of a GELU, is
+            quantized on the unsigned grid from its lowest value on, ``m + Q(x - m)``; only with ``signed=None``. One
+            with long tails on both sides stays on the signed grid.
         dim: the dimension(s) that share one clip; ``None`` for one clip for the whole tensor.
         frozen_dim: the same for a frozen clip, counted from the last dimension; so they are too while it is observed.
             Frozen clips have none for each batch element: one number for all is of each tensor, whatever this is.
@@ -49,6 +66,7 @@ class FakeQuantize(nn.Module):
         clip_options: Mapping[str, Any] | None = None,
         gradient: str = "mad",
         signed: bool | None = True,
+        shifted: bool = False,
         dim: Dim = None,
         frozen_dim: tuple[int, ...] | None = None,
         name: str = "",
@@ -60,6 +78,7 @@ class FakeQuantize(nn.Module):
         self.clip_options = dict(clip_options or {})
         self.gradient = gradient
         self.signed = signed
+        self.shifted = shifted
         self.dim = dim
         self.frozen_dim = frozen_dim
         self.name = name
@@ -68,7 +87,7 @@ class FakeQuantize(nn.Module):
     @property
     def arguments(self) -> dict[str, Any]:
         """What it was made from, but for frozen clips: for another quantizer to take its place."""
-        names = ("num_bits", "clip", "clip_options", "gradient", "signed", "dim", "frozen_dim", "name")
+        names = ("num_bits", "clip", "clip_options", "gradient", "signed", "shifted", "dim", "frozen_dim", "name")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -81,7 +100,8 @@ class FakeQuantize(nn.Module):
         """What the result depends on besides the input; equal for quantizers that do the same."""
         # Each quantizer that is observed has to be called, so it is like no other.
         state = self.frozen if self.observer is None else self.observer
-        return self.num_bits, self.clip, self.clip_options, self.gradient, self.signed, self.dim, self.frozen_dim, state
+        arguments = {name: value for name, value in self.arguments.items() if name != "name"}
+        return (*arguments.values(), state)
 
     @property
     def frozen_now(self) -> FrozenClips | None:
@@ -127,10 +147,27 @@ class FakeQuantize(nn.Module):
                 f"{where}: {error} (at the clip number {self.clips_computed} of this quantizer)"
             ) from error
 
-    def dynamic_grid(self, x: Tensor) -> tuple[bool, Tensor]:
+    def dynamic_grid(self, x: Tensor) -> Grid:
+        """The grid for ``x``, computed from its values."""
+        signed, clip = self.sign_and_clip(x)
+        lowest = self.lowest(x, clip) if signed and self.shifted else None
+        if lowest is None:
+            return Grid(signed, clip)
+        return Grid(False, self.compute_clip(_difference(x, lowest), signed=False), lowest)
+
+    def sign_and_clip(self, x: Tensor) -> tuple[bool, Tensor]:
         """What ``is_signed`` and ``compute_clip`` say of ``x``."""
         signed = self.is_signed(x)
         return signed, self.compute_clip(x, signed)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def lowest(self, x: Tensor, clip: Tensor) -> Tensor | None:
+        """The lowest value of ``x``, ``[]``, if its signed clip, on average over several, does not clip it."""
+        if x.numel() == 0:
+            return None
+        lowest = x.min().to(clip.dtype)
+        return lowest if bool(-lowest <= clip.mean()) else None
 
     def forward(self, x: Tensor, use: int = 0) -> Tensor:
         """``x`` (float, any shape) on the grid; same shape and dtype.
@@ -147,13 +184,22 @@ class FakeQuantize(nn.Module):
         frozen = self.frozen_now
         refuse_recording(self, x, dynamic=frozen is None)
         if frozen is not None:
-            signed = frozen.signed
-            clip = self._frozen_clip(frozen.clips[use], x)
+            grid = self._frozen_grid(frozen, x, use)
         else:
-            signed, clip = self.dynamic_grid(x)
+            grid = self.dynamic_grid(x)
             if self.observer is not None:
-                self._observe(self.observer, x, use, signed, clip)
-        return fake_quantize(x, clip, self.num_bits, signed=signed, gradient=self.gradient)
+                self._observe(self.observer, x, use, grid)
+        if grid.lowest is None:
+            return fake_quantize(x, grid.clip, self.num_bits, signed=grid.signed, gradient=self.gradient)
+        rounded = fake_quantize(
+            _difference(x, grid.lowest), grid.clip, self.num_bits, signed=False, gradient=self.gradient
+        )
+        return (rounded + grid.lowest).to(x.dtype)
+
+    def _frozen_grid(self, frozen: FrozenClips, x: Tensor, use: int) -> Grid:
+        clip = self._frozen_clip(frozen.clips[use], x)
+        lowest = torch.full((), frozen.lowest, dtype=clip.dtype, device=x.device) if frozen.lowest else None
+        return Grid(frozen.signed, clip, lowest)
 
     def _frozen_clip(self, clip: Clip, x: Tensor) -> Tensor:
         """Broadcastable against ``x``."""
@@ -179,13 +225,14 @@ class FakeQuantize(nn.Module):
         return kept[1:] if x.dim() > 2 else kept
 
     @torch.compiler.disable
-    def _observe(self, observer: ClipObserver, x: Tensor, use: int, signed: bool, clip: Tensor) -> None:
-        clips = {signed: clip} if self._has_values(x) else {}
-        if clips and self.signed is None and not signed:  # a later tensor may decide for the signed grid
+    def _observe(self, observer: ClipObserver, x: Tensor, use: int, grid: Grid) -> None:
+        clips = {grid.signed: grid.clip} if self._has_values(x) else {}
+        lowest = 0.0 if grid.lowest is None else float(grid.lowest)
+        if clips and self.signed is None and not grid.signed:  # a later tensor may decide for the signed grid
             clips[True] = self.compute_clip(x, signed=True)
         try:
             if self.frozen_dim is None:
-                observer.record(use, {signed: float(clip) for signed, clip in clips.items()})
+                observer.record(use, {signed: float(clip) for signed, clip in clips.items()}, lowest=lowest)
             else:
                 sums = {signed: self._sum_over_batch(x, clip) for signed, clip in clips.items()}
                 count = next((count for _, count in sums.values()), 0)
@@ -208,6 +255,10 @@ class FakeQuantize(nn.Module):
         sign = self.signed if self.frozen is None else self.frozen.signed
         signs = (True, False) if sign is None else (sign,)
         grid = " or ".join(str(list(integer_range(self.num_bits, signed))) for signed in signs)
+        if self.frozen is not None and self.frozen.lowest:
+            grid += f" from {self.frozen.lowest:.4g} on"
+        elif self.frozen is None and self.shifted:
+            grid += " or shifted"
         scalars = "per tensor" if self.dim is None else f"over dim {self.dim}"
         frozen = "" if self.frozen is None else f" frozen at {', '.join(map(_described, self.frozen.clips))}"
         return f"{self.num_bits} bits {grid}, clip={self.clip} {scalars}{frozen}, gradient={self.gradient}"
@@ -216,3 +267,8 @@ class FakeQuantize(nn.Module):
 def _described(clip: Clip) -> str:
     low, high = min(clip_numbers(clip)), max(clip_numbers(clip))
     return f"{low:.4g}" if not isinstance(clip, tuple) else f"{low:.4g} to {high:.4g}"
+
+
+def _difference(x: Tensor, lowest: Tensor) -> Tensor:
+    """``x - lowest`` in the dtype of clips: in a lower one the difference would lose digits that ``x`` has."""
+    return x.to(lowest.dtype) - lowest

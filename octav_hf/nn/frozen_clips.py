@@ -36,10 +36,12 @@ class FrozenClips:
     Args:
         signed: the two's-complement grid, or the unsigned one.
         clips: in the units of the operand, one for each use of it in one forward pass of its module.
+        lowest: where the unsigned grid begins: at 0, or shifted to a value below.
     """
 
     signed: bool
     clips: tuple[Clip, ...]
+    lowest: float = 0.0
 
 
 class ClipObserver:
@@ -48,10 +50,11 @@ class ClipObserver:
     def __init__(self) -> None:
         self._sums: dict[tuple[int, bool], float | Tensor] = {}
         self._counts: dict[tuple[int, bool], int] = {}
+        self._lowest = 0.0
         self._uses: set[int] = set()
         self._uses_so_far = 0
 
-    def record(self, use: int, clips: Mapping[bool, float | Tensor], count: int = 1) -> None:
+    def record(self, use: int, clips: Mapping[bool, float | Tensor], count: int = 1, lowest: float = 0.0) -> None:
         """Add one call.
 
         Args:
@@ -60,6 +63,7 @@ class ClipObserver:
                 goes. A number, or the sum of ``count`` observations as a float64 tensor. None for a tensor without
                 values, which says nothing about clips.
             count: how many observations, one for each batch element.
+            lowest: where the unsigned grid begins.
 
         Raises:
             ValueError: the clips have another shape than those before.
@@ -71,6 +75,7 @@ class ClipObserver:
         if use == 0 and self._uses_so_far:
             self._uses.add(self._uses_so_far)
         self._uses_so_far = use + 1
+        self._lowest = min(self._lowest, lowest)
         for signed, clip in clips.items():
             self._sums[use, signed] = self._sums.get((use, signed), 0.0) + clip
             self._counts[use, signed] = self._counts.get((use, signed), 0) + count
@@ -83,14 +88,16 @@ class ClipObserver:
     def mean(self) -> FrozenClips | None:
         """The mean clip of each use; unsigned if all calls allowed it. ``None`` if a use had no values, or none ran.
 
-        The mean over all calls, and for clips of heads or channels over all batch elements of all calls.
+        The mean over all calls, and for clips of heads or channels over all batch elements of all calls. A shifted grid
+        begins at the lowest value of all calls.
         """
         uses = range(max(self.uses, default=0))
         # A tensor with a negative value has no unsigned clip, and one that may be either has both.
         signed = any(self._counts.get((use, True), 0) > self._counts.get((use, False), 0) for use in uses)
         if not uses or any((use, signed) not in self._sums for use in uses):
             return None
-        return FrozenClips(signed, tuple(_mean(self._sums[use, signed], self._counts[use, signed]) for use in uses))
+        clips = tuple(_mean(self._sums[use, signed], self._counts[use, signed]) for use in uses)
+        return FrozenClips(signed, clips, 0.0 if signed else self._lowest)
 
 
 def _shape(clip: float | Tensor) -> tuple[int, ...]:

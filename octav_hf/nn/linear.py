@@ -18,6 +18,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     kind = "linear"
     clip_dim = (1,)
     input_granularities = ("tensor", "token")
+    input_can_be_shifted = True
 
     def forward(self, input: Tensor) -> Tensor:
         """``Q(input) Q(weight)^T + bias``; shapes as for ``nn.Linear``."""

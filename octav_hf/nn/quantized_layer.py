@@ -24,6 +24,7 @@ class QuantizedLayer(nn.Module):
         granularities: what a clip of the weight can be for: a ``"row"``, or the whole ``"tensor"``.
         input_granularities: what a clip of the input can be for: those of ``GRANULARITIES["input"]`` for which the
             scale factors out of what the layer sums up.
+        input_can_be_shifted: whether a shift of the whole input factors out, as one number for each output feature.
         float_class: the layer's class before conversion, set by ``register_quantized_layer``.
     """
 
@@ -33,6 +34,7 @@ class QuantizedLayer(nn.Module):
     weight_quantizer_class: ClassVar[type[FakeQuantize]] = WeightFakeQuantize
     granularities: ClassVar[tuple[str, ...]] = ("row", "tensor")
     input_granularities: ClassVar[tuple[str, ...]] = ("tensor",)
+    input_can_be_shifted: ClassVar[bool] = False
     float_class: ClassVar[type[nn.Module]]
 
     weight_quantizer: nn.Module

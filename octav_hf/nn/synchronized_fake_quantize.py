@@ -50,13 +50,23 @@ class SynchronizedFakeQuantize(FakeQuantize):
     @torch.compiler.disable
     @torch.no_grad()
     @outside_function_modes
-    def dynamic_grid(self, x: Tensor) -> tuple[bool, Tensor]:
+    def sign_and_clip(self, x: Tensor) -> tuple[bool, Tensor]:
         """Sign and clip, with the range of the values, which both need, asked for once."""
         if not several_ranks() or self.dim_now is not None:
-            return super().dynamic_grid(x)
+            return super().sign_and_clip(x)
         ranks = self._all_ranks(x)
         signed = self._is_signed(ranks)
         return signed, self._clip(x, signed, ranks)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def lowest(self, x: Tensor, clip: Tensor) -> Tensor | None:
+        """As in ``FakeQuantize``, of all ranks' values and clips; a collective."""
+        if not several_ranks():
+            return super().lowest(x, clip)
+        ranks = self._all_ranks(x)
+        total, count = ranks.sum(torch.stack([clip.sum(), clip.new_tensor(clip.numel())])).tolist()
+        return clip.new_tensor(ranks.low) if -ranks.low * count <= total else None
 
     def _is_signed(self, ranks: AllRanks) -> bool:
         return ranks.low < 0 if self.signed is None else self.signed
