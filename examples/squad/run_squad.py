@@ -89,12 +89,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_args.max_seq_length, data_args.doc_stride, data_args.max_query_length, data_args.pad_to_max_length
     )
     windows.check(tokenizer)
-    if model_args.distill_from:
-        if AutoTokenizer.from_pretrained(model_args.distill_from).get_vocab() != tokenizer.get_vocab():
-            raise ValueError(
-                f"--distill_from {model_args.distill_from} reads other token ids than {model_args.model_name_or_path}: "
-                f"give a teacher whose tokenizer has the same vocabulary."
-            )
+    teacher = model_args.distill_from
+    if teacher and AutoTokenizer.from_pretrained(teacher).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"--distill_from {teacher} reads other token ids than {model_args.model_name_or_path}: give a teacher "
+            f"whose tokenizer has the same vocabulary."
+        )
     examples: dict[str, Dataset] = {}
     features: dict[str, Dataset] = {}
     if training_args.do_train or output_args.calibration_batches:
@@ -109,8 +109,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if octav_args.quantize:
         octav_hf.apply_octav(model, octav_args.to_config())
         logger.info("Quantized:\n%s", octav_hf.coverage_report(model))
-    if model_args.distill_from:
-        octav_hf.distill(model, AutoModelForQuestionAnswering.from_pretrained(model_args.distill_from))
+    if teacher:
+        octav_hf.distill(model, AutoModelForQuestionAnswering.from_pretrained(teacher))
 
     def score_logits(start_logits: np.ndarray, end_logits: np.ndarray, prefix: str) -> dict[str, float]:
         predictions = predict_answers(
