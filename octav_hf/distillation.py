@@ -181,7 +181,7 @@ def _mask(model: nn.Module, field: str, logits: Tensor, inputs: dict[str, Any]) 
         if mask is None and isinstance(labels, Tensor):
             mask = labels != _IGNORED
     tokens = logits.shape[-1:] if field in _OF_TOKENS else logits.shape[1:-1]
-    fits = isinstance(mask, Tensor) and mask.shape == (*logits.shape[:1], *tokens) and mask.ndim == 2
+    fits = isinstance(mask, Tensor) and mask.shape == (*logits.shape[:1], *tokens)
     return mask.to(logits.device).bool() if fits else None  # type: ignore[union-attr]
 
 

@@ -95,7 +95,9 @@ def test_classes_of_tokens(padded_batch: dict, masked: bool) -> None:
     keep = padded_batch["attention_mask"].bool().numpy() if masked else np.ones((2, 16), dtype=bool)
     expected = 4 * mean_divergence(logits_of(teacher, batch), logits_of(student, batch), 2.0, keep)
     distill(student, teacher)
-    assert student(**batch).loss.item() == pytest.approx(expected, rel=1e-5)
+    output = student(**batch)
+    assert output.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert list(output) == ["loss", "logits"], "the loss comes first, also where there are no labels"
 
 
 def test_classes_of_sequences_as_many_as_tokens(padded_batch: dict) -> None:
