@@ -8,6 +8,7 @@ from .calibration import calibrate_octav, calibrating, uncalibrate_octav
 from .config import OctavConfig
 from .coverage import CoverageReport, coverage_report
 from .coverage_check import CoverageCheck, check_coverage
+from .distillation import distill
 from .integrations import OctavQuantizer, last_whole_checkpoint
 from .model_card import model_card
 from .operand_watch import FloatOperand
@@ -29,6 +30,7 @@ __all__ = [
     "calibrating",
     "check_coverage",
     "coverage_report",
+    "distill",
     "freeze_weight_clips",
     "last_whole_checkpoint",
     "model_card",

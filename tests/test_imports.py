@@ -13,7 +13,7 @@ LAYERS = (
     *("_version", "text_table", "functional", "nn", "attention_modules", "activation_clips", "config", "first_last"),
     *("plan_layers", "plan_attention", "plan", "patching", "sharded_weights"),
     *("packing", "packed_file", "weight_clips", "forward_pass", "calibration"),
-    *("coverage", "operand_watch", "coverage_check", "training_run", "model_card"),
+    *("coverage", "operand_watch", "coverage_check", "training_run", "model_card", "distillation"),
     *("integrations", "checkpoint_folder", "cli"),
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

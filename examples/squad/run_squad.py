@@ -89,6 +89,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_args.max_seq_length, data_args.doc_stride, data_args.max_query_length, data_args.pad_to_max_length
     )
     windows.check(tokenizer)
+    teacher = model_args.distill_from
+    if teacher and AutoTokenizer.from_pretrained(teacher).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"--distill_from {teacher} reads other token ids than {model_args.model_name_or_path}: give a teacher "
+            f"whose tokenizer has the same vocabulary."
+        )
     examples: dict[str, Dataset] = {}
     features: dict[str, Dataset] = {}
     if training_args.do_train or output_args.calibration_batches:
@@ -103,6 +109,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if octav_args.quantize:
         octav_hf.apply_octav(model, octav_args.to_config())
         logger.info("Quantized:\n%s", octav_hf.coverage_report(model))
+    if teacher:
+        octav_hf.distill(model, AutoModelForQuestionAnswering.from_pretrained(teacher))
 
     def score_logits(start_logits: np.ndarray, end_logits: np.ndarray, prefix: str) -> dict[str, float]:
         predictions = predict_answers(
@@ -217,15 +225,21 @@ def describe_run(
         "tokens of a window": data_args.max_seq_length,
         "seed": training_args.seed,
     }
+    if model_args.distill_from:
+        recipe["distilled from"] = without_path(model_args.distill_from)
     return octav_hf.TrainingRun(
-        # of a folder no more than its name: the rest of the path would go to the Hub with the card
-        base_model=f"./{Path(base).name}" if Path(base).is_dir() else base,
+        base_model=without_path(base),
         dataset=data_args.dataset_name or Path(next(file for file in files if file)).name,
         dataset_split="validation" if data_args.dataset_name else Path(data_args.validation_file or "").name or None,
         recipe=recipe if training_args.do_train else {},
         metrics={name: results[f"eval_{name}"] for name in METRICS if f"eval_{name}" in results},
         fp32_metrics=fp32_metrics,
     )
+
+
+def without_path(model: str) -> str:
+    """Of a model's folder no more than its name: the rest of the path would go to the Hub with the card."""
+    return f"./{Path(model).name}" if Path(model).is_dir() else model
 
 
 def write_packed(trainer: QuestionAnsweringTrainer) -> CheckpointFolder:
@@ -255,11 +269,13 @@ def parse_arguments(
         parsed = parser.parse_json_file(argv[0])
     else:
         parsed = parser.parse_args_into_dataclasses(args=argv)
-    _, data_args, octav_args, output_args, training_args = parsed
+    model_args, data_args, octav_args, output_args, training_args = parsed
     if not training_args.do_train and not training_args.do_eval:
         raise ValueError("Nothing to do: pass --do_train, --do_eval or both.")
     if octav_args.quantize and not training_args.do_train:
         raise ValueError("--quantize starts quantization-aware training: add --do_train.")
+    if model_args.distill_from and not training_args.do_train:
+        raise ValueError("--distill_from is for training: add --do_train, or leave it out.")
     if training_args.resume_from_checkpoint and not training_args.do_train:
         raise ValueError("--resume_from_checkpoint continues training: add --do_train, or leave it out.")
     needs_training_data = training_args.do_train or output_args.calibration_batches

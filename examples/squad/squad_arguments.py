@@ -18,9 +18,16 @@ _CONFIG_DEFAULT = "Not given: OctavConfig's default."
 
 @dataclass
 class ModelArguments:
-    """Which weights to start from."""
+    """Which weights to start from, and which to learn from."""
 
     model_name_or_path: str = field(metadata={"help": "Folder or name of a model with a fast tokenizer."})
+    distill_from: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Folder or name of a teacher, such as the float model fine-tuned on the same questions: training "
+            "follows its logits instead of the answers. Needs --do_train, and a tokenizer with the same vocabulary."
+        },
+    )
 
 
 @dataclass

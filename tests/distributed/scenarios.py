@@ -65,9 +65,13 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def train_step(folder: Path, config: dict[str, Any], checkpointing: bool = False, **model: Any) -> dict[str, Any]:
+def train_step(
+    folder: Path, config: dict[str, Any], checkpointing: bool = False, distilled: bool = False, **model: Any
+) -> dict[str, Any]:
     """Gradients of one step on the global batch, and the loss on this rank's part of it."""
     octav = apply_octav(bert(**model), OctavConfig(**config)).train()
+    if distilled:
+        octav_hf.distill(octav, bert(seed=1, **model), weight=0.5)
     if checkpointing:
         octav.activation_checkpointing_enable()
     wrapped = DistributedDataParallel(octav) if dist.is_initialized() else octav

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from huggingface_hub import ModelCard
 from run_squad import main, sample
 from safetensors.torch import load_file
 from squad_files import question, write_squad
+from transformers import AutoTokenizer
 
 from tests.twins import octav_clip_twin
 
@@ -225,4 +227,41 @@ def test_output_without_a_quantized_model_is_refused(tiny_model: str, tmp_path: 
             path.write_text(content)
         with pytest.raises(ValueError, match=r"results\.json is not an all_results\.json"):
             main(arguments(tiny_model, tmp_path / "out", "--do_train", "--fp32_results", str(path)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_distilled_from_itself_a_float_model_does_not_change(tiny_model: str, tmp_path: Path) -> None:
+    """Where the answers would move it; quantized it does learn, and the card names the teacher."""
+    config = json.loads((Path(tiny_model) / "config.json").read_text())
+    without_dropout = tmp_path / "start"
+    shutil.copytree(tiny_model, without_dropout)
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (without_dropout / "config.json").write_text(json.dumps(config | no_dropout))
+    words = ["--do_train", "--do_eval", "--max_steps", "2", "--optim", "sgd", "--learning_rate", "0.1"]
+    start = load_file(without_dropout / "model.safetensors")
+    moved = {}
+    for name, more in (
+        ("answers", []),
+        ("float", ["--distill_from", str(without_dropout)]),
+        ("quantized", ["--distill_from", str(without_dropout), "--quantize"]),
+    ):
+        metrics = main(arguments(str(without_dropout), tmp_path / name, *words, *more))
+        end = load_file(tmp_path / name / "model.safetensors")
+        assert end.keys() == start.keys()
+        moved[name] = max((end[key] - start[key]).abs().max().item() for key in start)
+        assert "eval_f1" in metrics
+    assert moved["float"] < 1e-6 < 1e-4 < moved["answers"]
+    assert moved["quantized"] > 1e-6
+    run = json.loads((tmp_path / "quantized/octav_run.json").read_text())
+    assert run["recipe"]["distilled from"] == "./start"
+    assert "| distilled from | ./start |" in (tmp_path / "quantized/README.md").read_text()
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(tiny_model: str, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_tokens(["octav"])
+    tokenizer.save_pretrained(teacher)
+    with pytest.raises(ValueError, match="--distill_from .*teacher reads other token ids than .*same vocabulary"):
+        main(arguments(tiny_model, tmp_path / "out", "--do_train", "--distill_from", str(teacher)))
     assert not (tmp_path / "out").exists()

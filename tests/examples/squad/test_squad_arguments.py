@@ -74,6 +74,10 @@ def test_every_registered_clip_is_a_choice(rule: str) -> None:
         (["--do_train", "false"], "Nothing to do"),
         (["--do_train", "false", "--do_eval", "--validation_file", "d", "--quantize"], "add --do_train"),
         (
+            ["--do_train", "false", "--do_eval", "--validation_file", "d", "--distill_from", "t"],
+            "--distill_from is for training: add --do_train",
+        ),
+        (
             ["--do_train", "false", "--do_eval", "--validation_file", "d", "--resume_from_checkpoint", "last"],
             "--resume_from_checkpoint continues training: add --do_train",
         ),
