@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> list[Line]:
     if options.render is not None:
         return render(options.render)
     recipe = shared_arguments(options, passed_on)
-    arguments = {cell: [*recipe, *cell.arguments(options.static_batches)] for cell in options.cells}
+    arguments = {cell: [*recipe, *cell.arguments(options.static_batches, recipe[1])] for cell in options.cells}
     results = options.output_dir / RESULTS
     wanted = {cell.name: words for cell, words in arguments.items()}
     if options.clip_bits:

@@ -14,14 +14,20 @@ MODES = ("dynamic", "static")
 # weight and activation estimator (section 4 of the paper)
 GRADIENTS = {"ste": ("ste", "ste"), "pwl": ("pwl", "pwl"), "mad": ("mad", "mad"), "mph": ("mad", "pwl")}
 DEFAULT_GRADIENT = "mph"
+# clips for as few elements as the scale of still factors out of the product
+FINE = {"input": "token", "query": "token", "key": "token", "probabilities": "token", "value": "channel"}
+# what a cell may have on top, in this order: the fields of `Cell` and their words in a label
+EXTRAS = {"fine": "fine clips", "shifted": "shifted", "distilled": "distilled"}
 PERCENTILE = "percentile"
 SYNTAX = (
-    f"{FP32}, or MODE-CLIP:BITS or MODE-CLIP-GRADIENT:BITS with MODE {' or '.join(MODES)}; CLIP one of "
+    f"{FP32}, or MODE-CLIP:BITS or MODE-CLIP-GRADIENT:BITS or MODE-CLIP-EXTRAS:BITS with MODE {' or '.join(MODES)}; CLIP one of "
     f"{', '.join(sorted(CLIP_RULES))}, percentile with its number, as in percentile99.99; GRADIENT one of "
-    f"{', '.join(GRADIENTS)} ({DEFAULT_GRADIENT} where it is left out); BITS such as 4 or 4-8 or 4,6,8"
+    f"{', '.join(GRADIENTS)} ({DEFAULT_GRADIENT} where it is left out); EXTRAS "
+    f"any of {', '.join(EXTRAS)} in this order, with dashes between; BITS such as 4 or 4-8 or 4,6,8"
 )
 _METHOD = re.compile(
     rf"({'|'.join(MODES)})-({'|'.join(map(re.escape, CLIP_RULES))})(\d+(?:\.\d+)?)?(?:-({'|'.join(GRADIENTS)}))?"
+    + "".join(f"(-{extra})?" for extra in EXTRAS)
 )
 _BITS = re.compile(r"\d(-\d)?(,\d(-\d)?)*")
 
@@ -38,6 +44,10 @@ class Cell:
         gradient: key of `GRADIENTS`.
         bits: of weights and activations; None for the float model.
         seed: of the training questions, their order, the new head and dropout.
+        fine: a clip for each token of linear inputs, query, key and probabilities, and each channel of the value,
+            instead of one for the tensor.
+        shifted: `OctavConfig.shifted_activations`.
+        distilled: from the float model that training starts from.
     """
 
     mode: str | None
@@ -46,6 +56,9 @@ class Cell:
     gradient: str | None
     bits: int | None
     seed: int
+    fine: bool = False
+    shifted: bool = False
+    distilled: bool = False
 
     @property
     def method(self) -> str:
@@ -54,7 +67,7 @@ class Cell:
             return FP32
         percentile = "" if self.percentile is None else f"{self.percentile:g}"
         gradient = "" if self.gradient == DEFAULT_GRADIENT else f"-{self.gradient}"
-        return f"{self.mode}-{self.clip}{percentile}{gradient}"
+        return f"{self.mode}-{self.clip}{percentile}{gradient}{''.join(f'-{extra}' for extra in self.extras)}"
 
     @property
     def name(self) -> str:
@@ -63,30 +76,39 @@ class Cell:
         return f"{self.method}{bits}-seed{self.seed}"
 
     @property
+    def extras(self) -> list[str]:
+        """Those of `EXTRAS` that the cell has."""
+        return [extra for extra in EXTRAS if getattr(self, extra)]
+
+    @property
     def label(self) -> str:
         """The method in words."""
         if self.mode is None:
             return "FP32"
-        clip = {"octav": "OCTAV", "max": "max-scaling", "mse_sweep": "MSE sweep"}.get(str(self.clip), str(self.clip))
+        clip = {"octav": "OCTAV", "max": "max-scaling", "mse": "MSE", "mse_sweep": "MSE sweep"}.get(
+            str(self.clip), str(self.clip)
+        )
         if self.percentile is not None:
             clip = f"{self.percentile:g} %"
         gradient = "" if self.gradient == DEFAULT_GRADIENT else f", {str(self.gradient).upper()}"
-        return f"{self.mode} {clip}{gradient}"
+        return f"{self.mode} {clip}{gradient}{''.join(f', {EXTRAS[extra]}' for extra in self.extras)}"
 
     @property
     def place(self) -> tuple[float, ...]:
         """Sorts cells as the paper's Table 5 does; other estimators than its own come last."""
         clips = ["octav", "max", "mse_sweep", PERCENTILE, *CLIP_RULES]
+        extras = sum(2**i for i, extra in enumerate(EXTRAS) if getattr(self, extra))
         if self.mode is None:
-            return (0, 0, 0, 0, 0, self.seed)
+            return (0, 0, extras, 0, 0, 0, self.seed)
         method = (1 + list(GRADIENTS)[::-1].index(str(self.gradient)), MODES.index(self.mode))
-        return (*method, clips.index(str(self.clip)), self.percentile or 0, self.bits or 0, self.seed)
+        return (*method, extras, clips.index(str(self.clip)), self.percentile or 0, self.bits or 0, self.seed)
 
-    def arguments(self, static_batches: int) -> list[str]:
+    def arguments(self, static_batches: int, model: str) -> list[str]:
         """The arguments of `run_squad.py` in which this cell differs from others of its study.
 
         Args:
             static_batches: training batches whose mean gives a static activation clip.
+            model: what training starts from.
         """
         arguments = ["--seed", str(self.seed)]
         if self.mode is None:
@@ -104,6 +126,12 @@ class Cell:
         if self.percentile is not None:
             options = json.dumps({"percentile": self.percentile})
             values |= {"weight_clip_options": options, "activation_clip_options": options}
+        if self.fine:
+            values["activation_granularity"] = json.dumps(FINE)
+        if self.shifted:
+            values["shifted_activations"] = "true"
+        if self.distilled:
+            values["distill_from"] = model
         if self.mode == "static":
             values["static_clip_batches"] = str(static_batches)
         return [*arguments, *(word for name, value in values.items() for word in (f"--{name}", value))]
@@ -113,14 +141,16 @@ class Cell:
         return asdict(self)
 
 
-_EVERY_ARGUMENT = Cell("static", PERCENTILE, 99.9, DEFAULT_GRADIENT, 4, 0).arguments(static_batches=1)
+_EVERY_ARGUMENT = Cell("static", PERCENTILE, 99.9, DEFAULT_GRADIENT, 4, 0, True, True, True).arguments(1, "model")
 CELL_ARGUMENTS = {word for word in _EVERY_ARGUMENT if word.startswith("--")}
 """What `Cell.arguments` may set."""
 
 
 def cell_of(line: dict[str, Any]) -> Cell:
-    """The cell of a line of a results file, which has the fields of `Cell` among others."""
-    return Cell(**{field.name: line[field.name] for field in fields(Cell)})
+    """The cell of a line of a results file, which has the fields of `Cell` among others, but perhaps not all extras."""
+    return Cell(
+        **{field.name: line[field.name] for field in fields(Cell) if field.name in line or field.name not in EXTRAS}
+    )
 
 
 def parse_cells(texts: list[str], seeds: list[int]) -> list[Cell]:
@@ -140,11 +170,12 @@ def _parse(text: str, seed: int) -> list[Cell]:
     match = _METHOD.fullmatch(method)
     if match is None or _BITS.fullmatch(bits) is None:
         raise ValueError(f"{text!r} is not a cell. Write {SYNTAX}.")
-    mode, clip, percentile, gradient = match.groups()
+    mode, clip, percentile, gradient, *extras = match.groups()
+    has = {extra: given is not None for extra, given in zip(EXTRAS, extras, strict=True)}
     if (clip == PERCENTILE) != (percentile is not None):
         raise ValueError(f"{text!r}: {PERCENTILE} has a number, as in {PERCENTILE}99.9, and no other clip has one.")
     number = None if percentile is None else float(percentile)
-    return [Cell(mode, clip, number, gradient or DEFAULT_GRADIENT, width, seed) for width in _widths(text, bits)]
+    return [Cell(mode, clip, number, gradient or DEFAULT_GRADIENT, width, seed, **has) for width in _widths(text, bits)]
 
 
 def _widths(text: str, bits: str) -> list[int]:
