@@ -106,8 +106,8 @@ class OctavConfig(QuantizationConfigMixin):
             reached is refused unless this is False.
         sync_activation_clips: whether activation clips are computed from the batches of all processes, instead of from
             each process's own: then one step of N data-parallel processes is that of one process on the whole batch.
-            The sums behind each clip (and sign and lowest value, where the grid goes by them) go around all ranks of the
-            default process group, about five small messages for an octav clip, nine for mse and one for max, so all
+            The sums behind each clip (and sign and lowest value, where the grid goes by them) go around all ranks of
+            the default process group, about five small messages for an octav clip, nine for mse and one for max, so all
             ranks have to run the same forward passes, in evaluation too. Only for these clips. Without a process group,
             and for frozen clips, it changes nothing.
         first_last_bits: 2 to 8 bits for weight and input of the first and the last layer, whatever the other layers

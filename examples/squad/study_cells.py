@@ -20,8 +20,8 @@ FINE = {"input": "token", "query": "token", "key": "token", "probabilities": "to
 EXTRAS = {"fine": "fine clips", "shifted": "shifted", "distilled": "distilled"}
 PERCENTILE = "percentile"
 SYNTAX = (
-    f"{FP32}, or MODE-CLIP:BITS or MODE-CLIP-GRADIENT:BITS or MODE-CLIP-EXTRAS:BITS with MODE {' or '.join(MODES)}; CLIP one of "
-    f"{', '.join(sorted(CLIP_RULES))}, percentile with its number, as in percentile99.99; GRADIENT one of "
+    f"{FP32}, or MODE-CLIP:BITS, MODE-CLIP-GRADIENT:BITS or MODE-CLIP-EXTRAS:BITS with MODE {' or '.join(MODES)}; "
+    f"CLIP one of {', '.join(sorted(CLIP_RULES))}, percentile with its number, as in percentile99.99; GRADIENT one of "
     f"{', '.join(GRADIENTS)} ({DEFAULT_GRADIENT} where it is left out); EXTRAS "
     f"any of {', '.join(EXTRAS)} in this order, with dashes between; BITS such as 4 or 4-8 or 4,6,8"
 )
