@@ -1,5 +1,6 @@
 """``OctavConfig``: what is quantized, to how many bits, with which clips and gradients."""
 
+import copy
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,7 @@ from .activation_clips import ActivationClips, validate_activation_clips
 from .functional import CLIP_RULES, GRADIENTS
 from .functional.grid import MAX_BITS, MIN_BITS
 from .functional.registry import RULE_ARGUMENTS, rules_for_all_ranks
-from .nn.granularity import GRANULARITIES, refusal
+from .nn.granularity import FINEST, GRANULARITIES, refusal
 
 QUANT_METHOD = "octav"
 WEIGHT_GRANULARITIES = ("row", "tensor")
@@ -52,6 +53,16 @@ class ModuleSettings:
 
 
 _SETTINGS = tuple(field.name for field in fields(ModuleSettings))
+
+_PAPER: dict[str, Any] = {
+    **{"weight_clip": "octav", "activation_clip": "octav", "weight_granularity": "row", "activation_granularity": {}},
+    **{"weight_gradient": "mad", "activation_gradient": "pwl"},
+    **{"unsigned_activations": True, "shifted_activations": False, "quantize_attention": True},
+}
+_ACCURATE: dict[str, Any] = {
+    **{"weight_clip": "mse", "activation_clip": "mse"},
+    **{"activation_granularity": FINEST, "shifted_activations": True},
+}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -187,6 +198,20 @@ class OctavConfig(QuantizationConfigMixin):
         self.frozen_weight_clips = frozen_weight_clips
         self.activation_clips = {} if activation_clips is None else activation_clips
         self.validate()
+
+    @classmethod
+    def paper(cls, **fields: Any) -> "OctavConfig":
+        """The paper's clips, granularity, grids and gradients, whatever the defaults are; ``fields`` add to them."""
+        return cls(**copy.deepcopy(_PAPER) | fields)
+
+    @classmethod
+    def accurate(cls, **fields: Any) -> "OctavConfig":
+        """What loses least at few bits, by the measurements in ``examples/squad/README.md``; ``fields`` add to it.
+
+        The clip ``"mse"`` for weights and activations, as many clips as scales factor out of the products, and shifted
+        grids. A step takes longer than the paper's, and clips per token cannot be frozen as such.
+        """
+        return cls(**copy.deepcopy(_ACCURATE) | fields)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -19,6 +19,17 @@ def granularity(operand: str, value: object) -> dict:
     return {"activation_granularity": {operand: value}}
 
 
+def test_presets() -> None:
+    assert OctavConfig.paper().to_dict() == OctavConfig().to_dict()
+    accurate = OctavConfig.accurate(weight_bits=3, activation_clip="octav")
+    assert (accurate.weight_bits, accurate.weight_clip, accurate.activation_clip) == (3, "mse", "octav")
+    assert accurate.shifted_activations
+    finest = {"input": "token", "query": "token", "key": "token", "probabilities": "token", "value": "channel"}
+    assert accurate.activation_granularity == finest
+    accurate.activation_granularity["value"] = "tensor"
+    assert OctavConfig.accurate().activation_granularity == finest
+
+
 def test_defaults_are_the_papers_recipe() -> None:
     config = OctavConfig()
     assert (config.weight_bits, config.activation_bits) == (4, 4)

@@ -211,7 +211,7 @@ def markdown_report(record: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"Mean squared error over that of the best of {record['points']} clips; of several tensors median / worst.",
-            f"Model: {record['model'] or 'none'}. Made tensors: {record['made_elements']} elements, seed {record['seed']}.",
+            f"Model: {record['model'] or 'none'}. Made tensors: {record['made_elements']} elements.",
             "",
             markdown_table(header, 2, rows),
             "",

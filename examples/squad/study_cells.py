@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from octav_hf import OctavConfig
 from octav_hf.functional import CLIP_RULES
 
 FP32 = "fp32"
@@ -14,8 +15,6 @@ MODES = ("dynamic", "static")
 # weight and activation estimator (section 4 of the paper)
 GRADIENTS = {"ste": ("ste", "ste"), "pwl": ("pwl", "pwl"), "mad": ("mad", "mad"), "mph": ("mad", "pwl")}
 DEFAULT_GRADIENT = "mph"
-# clips for as few elements as the scale of still factors out of the product
-FINE = {"input": "token", "query": "token", "key": "token", "probabilities": "token", "value": "channel"}
 # what a cell may have on top, in this order: the fields of `Cell` and their words in a label
 EXTRAS = {"fine": "fine clips", "shifted": "shifted", "distilled": "distilled"}
 PERCENTILE = "percentile"
@@ -127,7 +126,7 @@ class Cell:
             options = json.dumps({"percentile": self.percentile})
             values |= {"weight_clip_options": options, "activation_clip_options": options}
         if self.fine:
-            values["activation_granularity"] = json.dumps(FINE)
+            values["activation_granularity"] = json.dumps(OctavConfig.accurate().activation_granularity)
         if self.shifted:
             values["shifted_activations"] = "true"
         if self.distilled:

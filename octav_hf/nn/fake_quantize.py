@@ -150,7 +150,7 @@ class FakeQuantize(nn.Module):
     def dynamic_grid(self, x: Tensor) -> Grid:
         """The grid for ``x``, computed from its values."""
         signed, clip = self.sign_and_clip(x)
-        lowest = self.lowest(x, clip) if signed and self.shifted else None
+        lowest = self.lowest(x, clip) if signed and self.shifted and self.signed is None else None
         if lowest is None:
             return Grid(signed, clip)
         return Grid(False, self.compute_clip(_difference(x, lowest), signed=False), lowest)

@@ -17,6 +17,9 @@ Those for which the scale factors out of the product, so that a product of integ
 a clip may be of its own for each element of every dimension that the product does not sum over, and for no other.
 """
 
+FINEST = {operand: names[-1] for operand, names in GRANULARITIES.items()}
+"""Of each operand, as many clips as its product allows."""
+
 _CHANNELS = "channels are summed over in the product with the {other}, so the scale of one does not factor out"
 _TOKENS = "tokens are summed over in the product with the {other}, so the scale of one does not factor out"
 _REASONS = {

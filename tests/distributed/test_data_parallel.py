@@ -44,9 +44,22 @@ def error_of_all(gradients: Tensors, expected: Tensors) -> float:
         {"config": {"activation_bits": 8, "activation_clip_options": {"max_iterations": 3}}, "checkpointing": True},
         {"config": {"activation_bits": 8, "activation_granularity": TOKENS}, "hidden_act": "relu"},
         {"config": {"activation_bits": 8, "activation_granularity": HEADS}},
+        {"config": {"activation_bits": 8, "shifted_activations": True}},
+        {"config": {"activation_bits": 8, "shifted_activations": True, "activation_granularity": TOKENS}},
         {"config": {"activation_bits": 8}, "distilled": True},
     ],
-    ids=["octav", "eager", "max", "unsigned", "checkpointing", "tokens", "heads", "distilled"],
+    ids=[
+        "octav",
+        "eager",
+        "max",
+        "unsigned",
+        "checkpointing",
+        "tokens",
+        "heads",
+        "shifted",
+        "shifted_tokens",
+        "distilled",
+    ],
 )
 def test_gradients_are_those_of_the_whole_batch(succeed: Run, ranks: int, options: dict[str, Any]) -> None:
     (alone,) = succeed("train_step", 1, **options)

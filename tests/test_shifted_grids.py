@@ -1,0 +1,252 @@
+"""``shifted_activations``: the unsigned grid from a tensor's lowest value on, for inputs with few negative values."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from octav_hf import (
+    OctavConfig,
+    apply_octav,
+    calibrate_octav,
+    check_coverage,
+    coverage_report,
+    pack_octav,
+    uncalibrate_octav,
+)
+from octav_hf.nn import FakeQuantize, FrozenClips
+from tests import twins
+
+Tensor = torch.Tensor
+
+
+def gelu_output(*shape: int, seed: int = 0) -> Tensor:
+    return nn.functional.gelu(1.5 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def shifted_twin(x: Any, clip: float, lowest: float, num_bits: int) -> np.ndarray:
+    return twins.quantize_twin(twins.as_float64(x) - lowest, clip, num_bits, signed=False) + lowest
+
+
+def quantizer(**settings: Any) -> FakeQuantize:
+    return FakeQuantize(**{"num_bits": 4, "gradient": "pwl", "signed": None, "shifted": True} | settings)
+
+
+@pytest.mark.parametrize("num_bits", [2, 4, 8])
+def test_gelus_output_equals_the_twin(num_bits: int) -> None:
+    x = gelu_output(6, 200)
+    lowest = float(x.min())
+    clip = twins.octav_clip_twin(x - x.min(), num_bits, signed=False)
+    out = quantizer(num_bits=num_bits)(x)
+    np.testing.assert_allclose(out.numpy(), shifted_twin(x, clip, lowest, num_bits), atol=2e-4)
+    assert float(out.min()) == lowest
+    # That is what it is for: an error far below that of the signed grid.
+    signed = quantizer(num_bits=num_bits, shifted=False)(x)
+    assert (out - x).square().mean() < 0.6 * (signed - x).square().mean()
+
+
+def test_a_clip_per_token_and_one_shift() -> None:
+    x = gelu_output(3, 5, 60)
+    out = quantizer(dim=-1)(x)
+    for row, got in zip(x.flatten(0, 1), out.flatten(0, 1), strict=True):
+        clip = twins.octav_clip_twin(row - x.min(), 4, signed=False)
+        np.testing.assert_allclose(got.numpy(), shifted_twin(row, clip, float(x.min()), 4), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("x", "grid"),
+    [
+        (torch.randn(4000, generator=torch.Generator().manual_seed(1)), "signed"),  # its tail below is clipped
+        (torch.rand(4000, generator=torch.Generator().manual_seed(1)), "unsigned"),
+        (nn.functional.silu(2 * torch.randn(4000, generator=torch.Generator().manual_seed(1))), "shifted"),
+        (torch.rand(4000, generator=torch.Generator().manual_seed(1)) - 0.001, "shifted"),
+    ],
+    ids=["gaussian", "no_negative", "silu", "barely_negative"],
+)
+def test_which_grid_a_tensor_gets(x: Tensor, grid: str) -> None:
+    found = quantizer().dynamic_grid(x)
+    assert (found.signed, found.lowest is not None) == (grid == "signed", grid == "shifted")
+    if grid != "shifted":
+        assert torch.equal(quantizer()(x), quantizer(shifted=False)(x))
+
+
+def test_a_sign_that_is_given_is_kept() -> None:
+    x = gelu_output(500)
+    for signed in (True, False):
+        assert torch.equal(quantizer(signed=signed)(x), quantizer(signed=signed, shifted=False)(x))
+
+
+@pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
+def test_the_gradient_is_that_of_the_unsigned_grid_on_the_difference(gradient: str) -> None:
+    x = gelu_output(300).requires_grad_()
+    incoming = torch.randn(300, generator=torch.Generator().manual_seed(2))
+    (quantizer(gradient=gradient)(x) * incoming).sum().backward()
+    difference = x.detach() - x.detach().min()
+    clip = twins.octav_clip_twin(difference, 4, signed=False)
+    expected = twins.gradient_twin(difference, clip, False, gradient) * incoming.numpy()
+    np.testing.assert_allclose(x.grad.numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_dtypes(dtype: torch.dtype) -> None:
+    x = gelu_output(500).to(dtype)
+    out = quantizer()(x)
+    assert out.dtype == dtype
+    clip = twins.octav_clip_twin(x.double() - x.double().min(), 4, signed=False)
+    expected = shifted_twin(x.double(), clip, float(x.min()), 4)
+    np.testing.assert_allclose(out.double().numpy(), expected, atol=1e-2 if dtype is torch.bfloat16 else 2e-3)
+
+
+def test_nothing_and_nan() -> None:
+    assert quantizer()(torch.zeros(0, 3)).shape == (0, 3)
+    with pytest.raises(ValueError, match="1 NaN"):
+        quantizer()(torch.tensor([1.0, -0.1, float("nan")]))
+
+
+def test_the_shift_factors_out_of_the_product() -> None:
+    """Integers times integers, scaled, and one number for each output feature: what an integer kernel would compute."""
+    torch.manual_seed(0)
+    layer = apply_octav(nn.Sequential(nn.Linear(64, 8)), OctavConfig(shifted_activations=True)).double()[0]
+    x = gelu_output(10, 64).double()
+    grid = layer.input_quantizer.dynamic_grid(x)
+    assert grid.lowest is not None
+    step = float(grid.clip) / 16
+    levels = ((x - grid.lowest) / step).round().clamp(0, 15)
+    weight = layer.weight_quantizer(layer.weight)
+    expected = step * (levels @ weight.T) + grid.lowest * weight.sum(dim=1) + layer.bias
+    torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-12)
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, num_labels=3
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+def tokens(seed: int = 0) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(seed))}
+
+
+CONFIGS = {"per_tensor": OctavConfig(shifted_activations=True), "accurate": OctavConfig.accurate()}
+
+
+def shifted_inputs(model: nn.Module) -> list[str]:
+    return [row.module for row in coverage_report(model) if row.bits is not None and row.cells()[3] == "shifted"]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
+def test_a_model_calibrated_packed_saved_and_exported(config: OctavConfig, tmp_path: Path) -> None:
+    model = apply_octav(bert(), config)
+    assert not check_coverage(model, tokens())
+    assert {row.cells()[3] for row in coverage_report(model) if row.operand == "input"} == {"by range"}
+    with torch.no_grad():
+        dynamic = model(**tokens()).logits
+        plain = apply_octav(bert(), config.with_fields(shifted_activations=False))(**tokens()).logits
+    assert not torch.equal(dynamic, plain)
+    calibrate_octav(model, [tokens(seed) for seed in range(3)], progress_bar=False)
+    gelu_inputs = [f"bert.encoder.layer.{i}.output.dense" for i in range(2)]
+    assert set(gelu_inputs) <= set(shifted_inputs(model))
+    assert "bert.encoder.layer.0.intermediate.dense" not in shifted_inputs(model)
+    for name in gelu_inputs:
+        frozen = model.octav_config.activation_clips[name]["input"]
+        assert not frozen["signed"]
+        assert -0.18 < frozen["lowest"] < 0
+    assert not check_coverage(model, tokens())
+    pack_octav(model)
+    model.save_pretrained(tmp_path)
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        logits = model(**tokens()).logits
+        assert torch.equal(loaded(**tokens()).logits, logits)
+        exported = torch.export.export(loaded, (), tokens(), strict=False).module()
+        assert torch.equal(exported(**tokens()).logits, logits)
+    uncalibrate_octav(loaded)
+    assert not shifted_inputs(loaded)
+
+
+def test_a_frozen_grid_is_the_mean_clip_from_the_lowest_value_of_all_calls() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4))
+    apply_octav(net, OctavConfig(shifted_activations=True))
+    x = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        hidden = [net[:2](part) for part in x]
+    calibrate_octav(net, list(x), progress_bar=False)
+    frozen = net[2].input_quantizer.frozen
+    clips = [twins.octav_clip_twin(h - h.min(), 4, signed=False) for h in hidden]
+    assert frozen.clips == (pytest.approx(sum(clips) / 3, rel=1e-4),)
+    assert frozen.lowest == pytest.approx(min(float(h.min()) for h in hidden), rel=1e-6)
+    out = net[2].input_quantizer(hidden[0])
+    np.testing.assert_allclose(
+        out.detach().numpy(), shifted_twin(hidden[0], frozen.clips[0], frozen.lowest, 4), atol=1e-5
+    )
+
+
+def test_one_call_on_the_signed_grid_decides_for_it() -> None:
+    net = apply_octav(nn.Sequential(nn.Linear(8, 4)), OctavConfig(shifted_activations=True))
+    both = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    calibrate_octav(net, [gelu_output(20, 8), both], progress_bar=False)
+    frozen = net[0].input_quantizer.frozen
+    assert (frozen.signed, frozen.lowest) == (True, 0.0)
+    expected = (twins.octav_clip_twin(gelu_output(20, 8), 4) + twins.octav_clip_twin(both, 4)) / 2
+    assert frozen.clips == (pytest.approx(expected, rel=1e-4),)
+
+
+def test_a_convolutions_input_is_not_shifted() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.GELU(), nn.Conv2d(3, 2, 3, padding=1))
+    plain = apply_octav(copy.deepcopy(net), OctavConfig())
+    shifted = apply_octav(copy.deepcopy(net), OctavConfig(shifted_activations=True))
+    x = torch.randn(2, 2, 6, 6)
+    assert torch.equal(plain(x), shifted(x))
+    with pytest.raises(ValueError, match=r"2: the input of this Conv2d cannot be shifted, since the zeros"):
+        apply_octav(net, OctavConfig(module_overrides={"2": {"shifted_activations": True}}))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"shifted_activations": 1}, "shifted_activations must be True or False, got 1"),
+        ({"shifted_activations": True, "unsigned_activations": False}, "needs unsigned_activations=True"),
+        (
+            {"activation_clips": {"0": {"input": {"signed": True, "clips": [1.0], "lowest": -0.1}}}},
+            "lowest is where the unsigned grid of a layer's input begins",
+        ),
+        (
+            {"activation_clips": {"0": {"input": {"signed": False, "clips": [1.0], "lowest": 0.1}}}},
+            "a finite number below 0, got 0.1",
+        ),
+        (
+            {"activation_clips": {"0": {"value": {"signed": True, "clips": [1.0], "lowest": -0.1}}}},
+            "got -0.1 for 'value'",
+        ),
+        (
+            {"activation_clips": {"0": {"input": {"signed": False, "clips": [1.0], "lowest": "low"}}}},
+            "got 'low'",
+        ),
+    ],
+    ids=str,
+)
+def test_refuses_what_cannot_be(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OctavConfig(**config)
+
+
+def test_frozen_clips_of_a_shifted_grid_need_the_field() -> None:
+    clips = {"0": {"input": {"signed": False, "clips": [1.0], "lowest": -0.1}}}
+    with pytest.raises(ValueError, match="is of a shifted grid, but shifted_activations is False there"):
+        apply_octav(nn.Sequential(nn.Linear(3, 3)), OctavConfig(activation_clips=clips))
+
+
+def test_says_what_it_is() -> None:
+    assert "or shifted" in repr(quantizer())
+    assert "from -0.17 on" in repr(quantizer(frozen=FrozenClips(False, (2.0,), -0.17)))
