@@ -1,4 +1,4 @@
-"""Time of `octav_clip` against single reads of the same tensor and against Eq. 6 as it is written, in one run.
+"""Time of `octav_clip` against reads of the same tensor, Eq. 6 as it is written, and `mse_clip`, in one run.
 
     python benchmarks/clip.py                      # 10^4 to 10^8 elements, 4 and 8 bits, per tensor and per row
     python benchmarks/clip.py --output clip.json
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from octav_hf.functional import octav_clip
+from octav_hf.functional import mse_clip, octav_clip
 from octav_hf.functional.grid import noise_factor
 
 SEED = 0
@@ -32,6 +32,7 @@ def softmax_probabilities(batch: int, heads: int, length: int) -> torch.Tensor:
 CASES: dict[str, tuple[Callable[[], torch.Tensor], bool, int | None]] = {
     "probabilities 8x12x384x384": (lambda: softmax_probabilities(8, 12, 384), False, None),
     **{f"Gaussian 10^{k}": (lambda k=k: torch.randn(10**k), True, None) for k in range(4, 9)},
+    "probabilities, rows": (lambda: softmax_probabilities(8, 12, 192), False, -1),
     "weight rows 384x384": (lambda: torch.randn(384, 384), True, 1),
     "weight rows 1536x384": (lambda: torch.randn(1536, 384), True, 1),
     "weight rows 384x1536": (lambda: torch.randn(384, 1536), True, 1),
@@ -47,8 +48,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args(argv)
     print(f"{torch.get_num_threads()} threads, median of {options.rounds} rounds, milliseconds")
-    print("| tensor | bits | aminmax | amax | octav_clip | / aminmax | / amax | Eq. 6 / aminmax |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    columns = ("aminmax", "amax", "octav_clip", "/ aminmax", "/ amax", "Eq. 6 / aminmax", "mse_clip", "/ octav_clip")
+    print(f"| tensor | bits | {' | '.join(columns)} |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     rows = []
     for name in options.cases:
         make, signed, dim = CASES[name]
@@ -57,10 +59,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         for bits in (4, 8):
             row = {"tensor": name, "elements": x.numel(), "bits": bits, **measure(x, bits, signed, dim, options.rounds)}
             rows.append(row)
-            clip, low, high, plain = (1e3 * row[key] for key in ("octav_clip", "aminmax", "amax", "eq6"))
+            names = ("octav_clip", "aminmax", "amax", "eq6", "mse_clip")
+            clip, low, high, plain, mse = (1e3 * row[name] for name in names)
             print(
                 f"| {name} | {bits} | {low:.3f} | {high:.3f} | {clip:.3f} | {clip / low:.1f} | {clip / high:.1f} "
-                f"| {plain / low:.0f} |",
+                f"| {plain / low:.0f} | {mse:.3f} | {mse / clip:.1f} |",
                 flush=True,
             )
     if options.output:
@@ -74,6 +77,7 @@ def measure(x: torch.Tensor, bits: int, signed: bool, dim: int | None, rounds: i
         "aminmax": lambda: torch.aminmax(x) if dim is None else torch.aminmax(x, dim=dim),
         "amax": lambda: x.abs().amax() if dim is None else x.abs().amax(dim=dim),
         "octav_clip": lambda: octav_clip(x, bits, signed=signed, dim=dim),
+        "mse_clip": lambda: mse_clip(x, bits, signed=signed, dim=dim),
         "eq6": lambda: plain_recursion(x, bits, signed, dim),
     }
     repeats = max(1, min(200, 10**7 // x.numel()))  # of what takes microseconds, many at a time

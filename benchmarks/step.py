@@ -29,13 +29,15 @@ from octav_hf import OctavConfig, apply_octav
 from octav_hf.functional.fake_quantize import GRADIENTS
 from octav_hf.nn import FakeQuantize
 
-VARIANTS: dict[str, tuple[str, dict[str, Any] | None]] = {
+VARIANTS: dict[str, tuple[str, OctavConfig | None]] = {
     "FP32 eager": ("eager", None),
     "FP32 sdpa": ("sdpa", None),
-    "OCTAV 4-bit": ("sdpa", {}),
-    "OCTAV 4-bit eager": ("eager", {}),
-    "OCTAV 8-bit": ("sdpa", {"weight_bits": 8, "activation_bits": 8}),
-    "max-scaling 4-bit": ("sdpa", {"weight_clip": "max", "activation_clip": "max"}),
+    "OCTAV 4-bit": ("sdpa", OctavConfig()),
+    "OCTAV 4-bit eager": ("eager", OctavConfig()),
+    "OCTAV 8-bit": ("sdpa", OctavConfig(weight_bits=8, activation_bits=8)),
+    "max-scaling 4-bit": ("sdpa", OctavConfig(weight_clip="max", activation_clip="max")),
+    "mse 4-bit": ("sdpa", OctavConfig(weight_clip="mse", activation_clip="mse")),
+    "accurate 4-bit": ("sdpa", OctavConfig.accurate()),
 }
 BASELINE = "FP32 eager"
 
@@ -84,11 +86,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def make_step(name: str, size: tuple[int, int]) -> Callable[[], None]:
     """A function that takes one training step of the variant on random tokens."""
-    attention, settings = VARIANTS[name]
+    attention, config = VARIANTS[name]
     torch.manual_seed(0)
     model = AutoModelForQuestionAnswering.from_pretrained(get_model_path(), attn_implementation=attention).train()
-    if settings is not None:
-        apply_octav(model, OctavConfig(**settings))
+    if config is not None:
+        apply_octav(model, config)
     return training_step(model, random_batch(size))
 
 

@@ -36,7 +36,6 @@ BITS = (2, 3, 4, 5, 6, 7, 8)
 POINTS = 1000
 MADE = 10**6  # elements of a made tensor
 _ROWS = 64  # at a time, so that they stay in cache
-_WINDOWS = {"max_seq_length": 192, "doc_stride": 64, "max_query_length": 64}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -65,10 +64,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train_file", help="SQuAD JSON file that the batch is drawn from")
     parser.add_argument("--bits", nargs="+", type=int, choices=BITS, metavar="BITS", help="default: 2 to 8")
     parser.add_argument("--max_samples", type=int, help="windows in the batch; default: 8")
+    parser.add_argument("--max_seq_length", type=int, help="tokens of a window; default: 192")
+    parser.add_argument("--doc_stride", type=int, help="tokens that neighbouring windows share; default: 64")
     parser.add_argument("--made_elements", type=int, help=f"elements of a made tensor; default: {MADE}")
     parser.add_argument("--seed", type=int, help="default: 0")
     options = parser.parse_args(argv)
-    names = ("output_dir", "model_name_or_path", "train_file", "bits", "max_samples", "made_elements", "seed")
+    of_model = {"max_samples": 8, "max_seq_length": 192, "doc_stride": 64}
+    defaults = {"bits": list(BITS), "made_elements": MADE, "seed": 0, **of_model}
+    names = ("output_dir", "model_name_or_path", "train_file", *defaults)
     if options.render is not None:
         given = [f"--{name}" for name in names if getattr(options, name) is not None]
         if given:
@@ -78,9 +81,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--output_dir missing (or --render RULES_JSON)")
     if (options.model_name_or_path is None) != (options.train_file is None):
         parser.error("--model_name_or_path and --train_file go together")
-    if options.model_name_or_path is None and options.max_samples is not None:
-        parser.error("--max_samples would be ignored without a model")
-    defaults = {"bits": list(BITS), "max_samples": 8, "made_elements": MADE, "seed": 0}
+    given = [f"--{name}" for name in of_model if getattr(options, name) is not None]
+    if options.model_name_or_path is None and given:
+        parser.error(f"{', '.join(given)} would be ignored without a model")
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -111,7 +114,7 @@ def model_tensors(options: argparse.Namespace, bits: int) -> list[SeenTensor]:
         return []
     set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
-    windows = Windows(**_WINDOWS, pad_to_max_length=False)
+    windows = Windows(options.max_seq_length, options.doc_stride, max_query_length=64, pad_to_max_length=False)
     batch = training_batch(options.train_file, tokenizer, windows, options.max_samples, options.seed)
     model = AutoModelForQuestionAnswering.from_pretrained(options.model_name_or_path, dtype=torch.float32).train()
     return seen_tensors(apply_octav(model, OctavConfig(weight_bits=bits, activation_bits=bits)), batch)

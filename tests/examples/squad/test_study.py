@@ -90,6 +90,31 @@ def test_cells_differ_in_quantization_and_seed_alone(runs: list[list[str]], tmp_
     assert (ste["--weight_gradient"], ste["--activation_gradient"]) == ("ste", "ste")
 
 
+def test_what_a_cell_may_have_on_top(runs: list[list[str]], tmp_path: Path) -> None:
+    cells = ["dynamic-mse-fine-shifted-distilled:4", "dynamic-octav-ste-fine:4", "dynamic-mse:4"]
+    lines = study.main([*MODEL, "--cells", *cells, "--output_dir", str(tmp_path)])
+    assert [line["fine"] for line in lines] == [False, True, True]
+    names = [Path(options(command)["--output_dir"]).name for command in runs]
+    assert names == [cell.replace(":4", "-4bit-seed0") for cell in cells]
+    accurate, fine, plain = map(options, runs)
+    assert json.loads(accurate["--activation_granularity"]) == {
+        **dict.fromkeys(("input", "query", "key", "probabilities"), "token"),
+        "value": "channel",
+    }
+    assert (accurate["--shifted_activations"], accurate["--weight_clip"]) == ("true", "mse")
+    assert accurate["--distill_from"] == accurate["--model_name_or_path"]
+    assert fine["--activation_granularity"] == accurate["--activation_granularity"]
+    assert not {"--shifted_activations", "--distill_from"} & {*fine, *plain}
+    assert "--activation_granularity" not in plain
+    assert "dynamic MSE, fine clips, shifted, distilled" in (tmp_path / "tables.md").read_text()
+
+
+def test_a_line_without_extras_is_still_read() -> None:
+    line = {"mode": "dynamic", "clip": "octav", "percentile": None, "gradient": "mph", "bits": 4, "seed": 0, "x": 1}
+    assert study.cell_of(line).name == "dynamic-octav-4bit-seed0"
+    assert study.cell_of({**line, "shifted": True}).name == "dynamic-octav-shifted-4bit-seed0"
+
+
 def test_the_default_grid_is_the_papers(runs: list[list[str]], tmp_path: Path) -> None:
     """Table 5 has 7 methods at 5 widths; section 4 has 4 estimators, of which Table 5 uses one; and the float model."""
     lines = study.main([*MODEL, "--output_dir", str(tmp_path)])
