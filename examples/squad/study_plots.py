@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,24 +11,36 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from plot_files import STYLE, save
-from study_cells import Cell, cell_of
+from study_cells import EXTRAS, Cell, cell_of
 from study_record import Line
 
-COLOURS = {"octav": "#c1440e", "max": "#7a7a7a", "mse_sweep": "#37618e", "percentile": "#3c8d5a"}
+COLOURS = {"octav": "#c1440e", "mse": "#7a3fb5", "max": "#7a7a7a", "mse_sweep": "#37618e", "percentile": "#3c8d5a"}
 OTHER_COLOURS = ("#c06090", "#5b7f1e", "#6f6ad1")  # of rules of the user's own
+EXTRA_MARKERS = "<>PX*dh"  # by which extras there are
 MARKERS = {99.9: "v", 99.99: "s", 99.999: "^"}
 GRADIENT_COLOURS = {"ste": "#8f5aa8", "pwl": "#b08a2e", "mad": "#4aa5a5", "mph": COLOURS["octav"]}
 FP32_COLOUR = "#1a1a1a"
 
 
 def write_plots(lines: Sequence[Line], folder: Path) -> None:
-    """Write `f1.png`, `f1.svg`, `convergence.png` and `convergence.svg`.
+    """Write `f1.png`, `f1.svg`, `convergence.png` and `convergence.svg`, and `recipes` too if a cell has extras.
 
     The same lines give the same bytes.
     """
     with plt.rc_context(STYLE):
         save(plot_f1(lines), folder / "f1")
+        recipes = [line for line in lines if is_recipe(cell_of(line))]
+        if any(cell_of(line).extras for line in recipes):
+            save(plot_f1(recipes), folder / "recipes")
         save(plot_convergence(lines), folder / "convergence")
+
+
+def is_recipe(cell: Cell) -> bool:
+    """Whether it is FP32, dynamic max-scaling or OCTAV as in the paper, or has fine clips and shifted grids."""
+    if cell.mode is None:
+        return True
+    as_in_the_paper = cell.clip in ("octav", "max") and not cell.extras
+    return cell.mode == "dynamic" and cell.gradient == "mph" and (as_in_the_paper or (cell.fine and cell.shifted))
 
 
 def plot_f1(lines: Sequence[Line]) -> Figure:
@@ -72,21 +85,24 @@ def plot_f1(lines: Sequence[Line]) -> Figure:
 
 
 def look(cell: Cell) -> dict[str, str]:
-    """Colour by clip, or by estimator if it is not MPH; line by dynamic or static; mark by percentile."""
+    """Colour by clip, or by estimator if it is not MPH; line by dynamic or static; mark by percentile and extras."""
     clip = str(cell.clip)
     colour = COLOURS.get(clip) or OTHER_COLOURS[sum(map(ord, clip)) % len(OTHER_COLOURS)]
     marker = MARKERS.get(cell.percentile or 0, "o")
     if cell.gradient != "mph":
         colour, marker = GRADIENT_COLOURS[str(cell.gradient)], "D"
+    if cell.extras:
+        marker = EXTRA_MARKERS[sum(2**i for i, extra in enumerate(EXTRAS) if extra in cell.extras) - 1]
     return {"color": colour, "linestyle": "-" if cell.mode == "dynamic" else "--", "marker": marker}
 
 
 def plot_convergence(lines: Sequence[Line]) -> Figure:
-    """Training loss against optimizer steps, mean over seeds, at the fewest bits of the study.
+    """Training loss against optimizer steps, mean over seeds, at the bits of most cells.
 
     Left the clipping rules, right the gradient estimators of dynamic OCTAV; FP32 in both.
     """
-    bits = min((line["bits"] for line in lines if line["bits"] is not None), default=None)
+    counts = Counter(line["bits"] for line in lines if line["bits"] is not None)
+    bits = min(counts, key=lambda bits: (-counts[bits], bits), default=None)
     cells = [(cell_of(line), line["loss_curve"]) for line in lines if line["bits"] in (None, bits)]
     estimators = [(c, curve) for c, curve in cells if c.bits is None or (c.mode, c.clip) == ("dynamic", "octav")]
     rules = [(c, curve) for c, curve in cells if c.bits is None or c.gradient == "mph"]

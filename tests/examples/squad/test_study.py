@@ -107,6 +107,7 @@ def test_what_a_cell_may_have_on_top(runs: list[list[str]], tmp_path: Path) -> N
     assert not {"--shifted_activations", "--distill_from"} & {*fine, *plain}
     assert "--activation_granularity" not in plain
     assert "dynamic MSE, fine clips, shifted, distilled" in (tmp_path / "tables.md").read_text()
+    assert (tmp_path / "recipes.svg").exists()
 
 
 def test_a_line_without_extras_is_still_read() -> None:
