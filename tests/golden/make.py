@@ -92,6 +92,8 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
             ),
         )
     ),
+    "packed_4bit_accurate": lambda: pack_octav(apply_octav(bert(), OctavConfig.accurate())),
+    "packed_4bit_accurate_frozen": lambda: pack_octav(frozen(apply_octav(bert(), OctavConfig.accurate()))),
     "packed_4bit_resnet": lambda: pack_octav(frozen(apply_octav(resnet(), OctavConfig(first_last_bits=8)))),
 }
 
