@@ -155,6 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         self.hub.requests.append((self.command, path))
         method = "GET" if self.command == "HEAD" else self.command
+        self._content: bytes | None = None
         try:
             for route_method, pattern, name in _ROUTES:
                 match = re.fullmatch(pattern, path)
@@ -164,6 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return
             raise Refusal(HTTPStatus.NOT_FOUND, f"no such route: {self.command} {path}")
         except Refusal as refusal:
+            self._body()  # a connection closed on a body that is not read is reset, and the reply may be lost
             headers = {"X-Error-Message": refusal.message}
             if refusal.code:
                 headers["X-Error-Code"] = refusal.code
@@ -177,6 +179,12 @@ class _Handler(BaseHTTPRequestHandler):
     # Requests and replies
 
     def _body(self) -> bytes:
+        """What the request carries; read off the connection once."""
+        if self._content is None:
+            self._content = self._read_body()
+        return self._content
+
+    def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
         chunks = []
@@ -187,8 +195,6 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def _reply(self, value: Any, status: HTTPStatus = HTTPStatus.OK, headers: dict[str, str] | None = None) -> None:
-        if self.command in ("POST", "PUT") and status >= HTTPStatus.BAD_REQUEST:
-            self.close_connection = True  # the body may not have been read
         self._reply_bytes(json.dumps(value).encode(), status, {"Content-Type": "application/json"} | (headers or {}))
 
     def _reply_bytes(
