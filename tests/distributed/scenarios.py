@@ -131,7 +131,7 @@ def quantize(folder: Path, nothing_on: int, grad_mode: str, **settings: Any) -> 
         for name, whole in tensors().items():
             part = cut(whole, nothing_on)
             messages.clear()
-            signed, clip = quantizer.dynamic_grid(part)
+            signed, clip = quantizer.sign_and_clip(part)
             outcome = {"signed": signed, "clip": clip.clone(), "messages": len(messages)}
             outcomes[name] = outcome | {"output": quantizer(part).clone()}
             # Asked for one by one, sign and clip are the same.
