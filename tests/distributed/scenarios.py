@@ -159,7 +159,7 @@ def quantize_parts(folder: Path, signed: bool | None) -> list[dict[str, Any]]:
         quantizer = SynchronizedFakeQuantize(4, dim=(-1,), signed=signed)
         output = quantizer(part)
         count = len(messages)
-        found, clip = quantizer.dynamic_grid(part)
+        found, clip = quantizer.sign_and_clip(part)
         outcomes.append({"signed": found, "clip": clip, "output": output, "messages": count})
         messages.clear()
     return outcomes
