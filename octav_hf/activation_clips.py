@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .nn import ATTENTION_OPERANDS, FrozenClips
+from .nn import FrozenClips
 from .nn.frozen_clips import Clip, as_clip, clip_shape
+from .nn.granularity import GRANULARITIES
 
 ActivationClips = dict[str, dict[str, dict[str, Any]]]
 
 _FIELD = "activation_clips"
-_OPERANDS = ("input", *ATTENTION_OPERANDS)
 _EXAMPLE = "{'MODULE NAME': {'input': {'signed': True, 'clips': [2.5]}}}"
 
 
@@ -23,8 +23,8 @@ def validate_activation_clips(activation_clips: Any) -> None:
             raise ValueError(f"{_FIELD}[{module_name!r}]: the form is {_EXAMPLE}, got {operands!r}")
         for operand, frozen in operands.items():
             where = f"{_FIELD}[{module_name!r}][{operand!r}]"
-            if operand not in _OPERANDS:
-                raise ValueError(f"{where}: no activation has that name; choose from {', '.join(_OPERANDS)}")
+            if operand not in GRANULARITIES:
+                raise ValueError(f"{where}: no activation has that name; choose from {', '.join(GRANULARITIES)}")
             if not isinstance(frozen, dict) or set(frozen) - {"lowest"} != {"signed", "clips"}:
                 raise ValueError(
                     f"{where} must be {{'signed': True or False, 'clips': [...]}}, and for a shifted grid 'lowest': "

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from transformers.utils.logging import tqdm
 
 from .activation_clips import ActivationClips, frozen_fields
-from .forward_pass import Batch, check_batch, run_batch, without_trace
+from .forward_pass import Batch, check_batch, in_evaluation_mode, run_batch, without_trace
 from .nn import ClipObserver, FakeQuantize, FrozenClips, QuantizedAttention, QuantizedLayer
 from .patching import set_config
 
@@ -63,7 +63,7 @@ def calibrate_octav(model: Model, batches: Iterable[Batch], *, progress_bar: boo
             f"calibrate_octav takes an iterable of batches, such as a DataLoader, got {type(batches).__name__}; write "
             "[batch] for a single batch"
         )
-    with calibrating(model), _in_evaluation_mode(model), without_trace(model) as runnable:
+    with calibrating(model), in_evaluation_mode(model), without_trace(model) as runnable:
         device, number = _device(model), 0
         for number, batch in enumerate(tqdm(batches, desc="calibrating", disable=not progress_bar), 1):
             check_batch(batch, f"calibrate_octav takes a list of batches, and each (here number {number}) is")
@@ -216,17 +216,6 @@ def _freeze(operands: list[_Activation], frozen: list[FrozenClips | None]) -> No
     for root, activation_clips in clips.items():
         # A copy: the old config may be the user's own, or that of other models too.
         set_config(root, root.__dict__["octav_config"].with_fields(activation_clips=activation_clips))
-
-
-@contextmanager
-def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _device(model: nn.Module) -> torch.device | None:

@@ -55,13 +55,21 @@ class ModuleSettings:
 _SETTINGS = tuple(field.name for field in fields(ModuleSettings))
 
 _PAPER: dict[str, Any] = {
-    **{"weight_clip": "octav", "activation_clip": "octav", "weight_granularity": "row", "activation_granularity": {}},
-    **{"weight_gradient": "mad", "activation_gradient": "pwl"},
-    **{"unsigned_activations": True, "shifted_activations": False, "quantize_attention": True},
+    "weight_clip": "octav",
+    "activation_clip": "octav",
+    "weight_granularity": "row",
+    "activation_granularity": {},
+    "weight_gradient": "mad",
+    "activation_gradient": "pwl",
+    "unsigned_activations": True,
+    "shifted_activations": False,
+    "quantize_attention": True,
 }
 _ACCURATE: dict[str, Any] = {
-    **{"weight_clip": "mse", "activation_clip": "mse"},
-    **{"activation_granularity": FINEST, "shifted_activations": True},
+    "weight_clip": "mse",
+    "activation_clip": "mse",
+    "activation_granularity": FINEST,
+    "shifted_activations": True,
 }
 
 

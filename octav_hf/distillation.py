@@ -2,8 +2,6 @@
 
 import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,6 +12,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
+
+from .forward_pass import in_evaluation_mode
 
 # What question answering has a value of for each token; all other logits have classes in their last dimension.
 _OF_TOKENS = ("start_logits", "end_logits")
@@ -129,7 +129,7 @@ class _Distillation:
         # a decoder's inputs may have to be made of the labels
         given = {name: value for name, value in inputs.items() if _has_decoder(self.teacher) or not _is_label(name)}
         given.pop("num_items_in_batch", None)
-        with torch.no_grad(), _in_eval_mode(self.teacher):
+        with torch.no_grad(), in_evaluation_mode(self.teacher):
             output = self.teacher(**given)
         name = f"the teacher {type(self.teacher).__name__}"
         targets = _logits(self.teacher, output, name)
@@ -233,14 +233,3 @@ def _has_decoder(model: nn.Module) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -29,6 +29,18 @@ def run_batch(model: nn.Module, batch: Batch) -> None:
 
 
 @contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode; each of its modules then has the mode it had before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def without_trace(model: nn.Module) -> Iterator[nn.Module]:
     """Within it no gradient is recorded and nothing compiled; random state and buffers are then as they were before.
 

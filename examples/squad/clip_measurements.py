@@ -200,7 +200,7 @@ def measure(seen: SeenTensor, num_bits: int, repetitions: int) -> tuple[dict[str
         errors = {rule: errors_of(clip) for rule, clip in clips.items()}
     else:
         curves = _row_curves(rows, fractions.tolist(), num_bits, signed)
-        errors = {rule: _row_errors(rows, clip, num_bits, signed) for rule, clip in clips.items()}
+        errors = {rule: row_errors(rows, clip, num_bits, signed) for rule, clip in clips.items()}
     errors["best"], best = curves.min(dim=1)
     clips["best"] = fractions[best] * peak
     converged, fixed = convergence(rows, num_bits, signed)
@@ -289,11 +289,11 @@ def _row_curves(rows: Tensor, fractions: list[float], num_bits: int, signed: boo
     curves = []
     for piece in rows.split(max(1, _PIECE // rows.shape[1])):
         peak = magnitude(piece, signed).amax(dim=1)
-        curves.append(torch.stack([_row_errors(piece, peak * f, num_bits, signed) for f in fractions], dim=1))
+        curves.append(torch.stack([row_errors(piece, peak * f, num_bits, signed) for f in fractions], dim=1))
     return torch.cat(curves)
 
 
-def _row_errors(rows: Tensor, clips: Tensor, num_bits: int, signed: bool) -> Tensor:
+def row_errors(rows: Tensor, clips: Tensor, num_bits: int, signed: bool) -> Tensor:
     """Mean squared errors, `[rows]`, in squared units of the tensor."""
     relative = quantization_error(rows, clips[:, None], num_bits, signed=signed, dim=1)[:, 0]
     return relative * rows.abs().amax(dim=1).square()

@@ -20,16 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clip_measurements import ErrorsOfClips, SeenTensor
+from clip_measurements import ErrorsOfClips, SeenTensor, row_errors
 from markdown_table import markdown_table
 from measure_clips import seen_tensors, training_batch
 from run_environment import environment
+from script_options import fill_in, refuse_given
 from squad_features import Windows
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, set_seed
 
 from octav_hf import OctavConfig, apply_octav
-from octav_hf.functional import CLIP_RULES, mse_sweep_clip, quantization_error
+from octav_hf.functional import CLIP_RULES, mse_sweep_clip
 
 RULES = ("octav", "mse")
 BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -73,23 +74,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     defaults = {"bits": list(BITS), "made_elements": MADE, "seed": 0, **of_model}
     names = ("output_dir", "model_name_or_path", "train_file", *defaults)
     if options.render is not None:
-        given = [f"--{name}" for name in names if getattr(options, name) is not None]
-        if given:
-            parser.error(f"{', '.join(given)} would be ignored: --render measures nothing")
+        refuse_given(parser, options, names, ": --render measures nothing")
         return options
     if options.output_dir is None:
         parser.error("--output_dir missing (or --render RULES_JSON)")
     if (options.model_name_or_path is None) != (options.train_file is None):
         parser.error("--model_name_or_path and --train_file go together")
-    given = [f"--{name}" for name in of_model if getattr(options, name) is not None]
-    if options.model_name_or_path is None and given:
-        parser.error(f"{', '.join(given)} would be ignored without a model")
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    for name in ("max_samples", "made_elements"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")
+    if options.model_name_or_path is None:
+        refuse_given(parser, options, of_model, " without a model")
+    fill_in(parser, options, defaults, counts=("max_samples", "made_elements"))
     return options
 
 
@@ -185,8 +178,7 @@ def _error(part: SeenTensor, clips: Tensor, bits: int) -> float:
     """Mean squared error of one row; sum of those of several."""
     if part.dim is None:
         return float(ErrorsOfClips(part.values, bits, part.signed)(clips.reshape(1)))
-    relative = quantization_error(part.values.double(), clips.double(), bits, signed=part.signed, dim=part.dim)
-    return float((relative * part.values.double().abs().amax(dim=part.dim, keepdim=True).square()).sum())
+    return float(row_errors(part.values.double(), clips[:, 0].double(), bits, part.signed).sum())
 
 
 def _parts(seen: SeenTensor) -> Iterable[SeenTensor]:

@@ -25,6 +25,7 @@ from clip_measurements import SeenTensor, measure, sequences
 from clip_report import clip_ratio
 from run_environment import environment
 from run_squad import sample
+from script_options import fill_in, refuse_given
 from squad_dataset import read_squad_file
 from squad_features import Windows, training_features
 from torch import Tensor, nn
@@ -86,21 +87,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "seed": 0,
     }
     if options.render is not None:
-        given = [f"--{n}" for n in ("model_name_or_path", "train_file", *defaults) if getattr(options, n) is not None]
-        if given:
-            parser.error(f"{', '.join(given)} would be ignored: --render measures nothing")
+        names = ("model_name_or_path", "train_file", *defaults)
+        refuse_given(parser, options, names, ": --render measures nothing")
         if not options.render.is_file():
             parser.error(f"there is no file {options.render} to render")
         return options
     missing = [f"--{n}" for n in ("model_name_or_path", "train_file", "output_dir") if getattr(options, n) is None]
     if missing:
         parser.error(f"{', '.join(missing)} missing (or --render CLIPS_JSON)")
-    for name, default in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, default)
-    for name in ("max_samples", "repetitions"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")
+    fill_in(parser, options, defaults, counts=("max_samples", "repetitions"))
     options.bits = sorted(set(options.bits))
     return options
 

@@ -1,0 +1,26 @@
+"""What the scripts that measure clips do with their options: a default is set only where an option is not given."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def refuse_given(parser: argparse.ArgumentParser, options: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """End the program if one of these options is given, which `why` says would be ignored."""
+    given = [f"--{name}" for name in names if getattr(options, name) is not None]
+    if given:
+        parser.error(f"{', '.join(given)} would be ignored{why}")
+
+
+def fill_in(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, defaults: Mapping[str, Any], counts: Iterable[str]
+) -> None:
+    """Set what is not given; end the program unless each of `counts` is at least 1."""
+    for name, default in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    for name in counts:
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")
