@@ -77,6 +77,14 @@ def test_which_grid_a_tensor_gets(x: Tensor, grid: str) -> None:
         assert torch.equal(quantizer()(x), quantizer(shifted=False)(x))
 
 
+def test_clips_decide_on_average() -> None:
+    """One quiet token, whose own clip is below the lowest value of the others, does not make the tensor signed."""
+    x = gelu_output(10, 200)
+    x[3] *= 0.01
+    assert -x.min() > twins.octav_clip_twin(x[3], 4)
+    assert quantizer(dim=-1).dynamic_grid(x).lowest is not None
+
+
 def test_a_sign_that_is_given_is_kept() -> None:
     x = gelu_output(500)
     for signed in (True, False):

@@ -87,6 +87,10 @@ def _search(rows: Tensor, octav: Tensor, num_bits: int, signed: bool, ranks: All
 
     With ``ranks`` for one row, ``[1, n]``, of which each rank has a part; a collective.
     """
+    if not signed:
+        rows = magnitude(
+            rows, signed
+        )  # the error of a negative value is the same for every clip, and may drown the rest
     if ranks is not None:
         peak = torch.full_like(octav, max(ranks.high, -ranks.low) if signed else max(ranks.high, 0.0))
     else:

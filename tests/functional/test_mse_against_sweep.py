@@ -140,6 +140,14 @@ def test_scale_sign_and_order_do_not_matter() -> None:
     assert mse_clip(x.abs(), 4, signed=False).item() != pytest.approx(clip.item(), rel=1e-2)
 
 
+@pytest.mark.parametrize("size", [1000, 20_000, 100_000])
+def test_on_an_unsigned_grid_a_negative_value_counts_as_a_zero(size: int) -> None:
+    """Most values are negative, so that errors of rounding them would decide."""
+    x = torch.rand(size, generator=torch.Generator().manual_seed(size)) * 20 - 19
+    clip, positive = mse_clip(x, 4, signed=False).item(), x.clamp(min=0)
+    assert twins.mse_twin(positive, clip, 4, False) <= 1.02 * twins.best_sweep_mse(positive, 4, False, points=300)
+
+
 def test_zeros_constants_and_nothing() -> None:
     x = torch.stack([torch.zeros(50), torch.full((50,), 3.0), -torch.full((50,), 3.0)])
     zero, positive, negative = mse_clip(x, 4, dim=1).flatten().tolist()
