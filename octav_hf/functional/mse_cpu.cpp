@@ -3,27 +3,28 @@
 // In units of its step a value inside the grid has the error t - round(t), a cheap sum over all of them; those near the
 // ends of the grid or beyond, which are few, are set aside, and corrected by what clipping makes of them. A large tensor
 // is measured on all outliers that the recursion has set aside and on a sample of the others: these differ from their
-// levels by half a step at most, unlike the outliers, so that a sample tells their error.
+// levels by half a step at most, unlike the outliers, so that a sample tells their error. A short row, of which there are
+// many, has its whole error measured by one loop over it.
 
 namespace {
 
-constexpr int64_t kShortRow = 1 << 11;    // elements up to which few candidates are measured,
-constexpr int64_t kWhole = 1 << 14;       // and up to which each is measured on all elements
-constexpr int64_t kShare = 8;             // else one in so many,
+constexpr int64_t kWhole = 1 << 14;       // elements up to which each candidate is measured on all of them,
+constexpr int64_t kShare = 8;             // else on one in so many,
 constexpr int64_t kMostSampled = 1 << 18; // but no more
-constexpr int kAtOnce = 4;                // candidates
+constexpr int kAtOnce = 8;                // candidates, at most
 constexpr int kCoarse = 7, kFine = 4, kStages = 2;
 constexpr int kMostSteps = 8; // from the coarse candidates up to the largest magnitude,
 constexpr double kStep = 1.5; // by this factor, or by more if there are not enough
 constexpr double kBetweenSteps[kFine] = {-0.5, -0.25, 0.25, 0.5}; // then between two of those, in steps
-// Fewer for short rows, of which there are many, of 4 bits and more: for fewer bits the lowest error is harder to find.
-constexpr int kCoarseOfRow = 3, kLeastBitsOfRow = 4;
-constexpr float kCoarseFactorsOfRow[][kCoarseOfRow] = {
-    {1.0f, 1.08f, 1.2f}, {1.0f, 1.06f, 1.16f}, {1.0f, 1.04f, 1.12f}, {1.0f, 1.03f, 1.08f}, {1.0f, 1.02f, 1.05f}};
-constexpr float kFineFactorsOfRow[kFine] = {0.93f, 0.97f, 1.03f, 1.08f};
+constexpr float kLowest = 0.87f; // no candidate is lower than this share of the lowest coarse one
 
-// No candidate is lower than this share of the lowest coarse one.
-constexpr float kLowest = 0.87f;
+// Short rows of 4 bits and more have other coarse candidates, and finer ones only where the best is the highest of them
+// or above it. For fewer bits the lowest error is harder to find.
+constexpr int64_t kShortRow = 1 << 11;
+constexpr int kLeastBitsOfRow = 4, kCoarseOfRow = 3;
+constexpr float kFactorsOfRow[][kCoarseOfRow] = {
+    {1.02f, 1.08f, 1.14f}, {1.0f, 1.04f, 1.08f}, {1.0f, 1.03f, 1.06f}, {1.0f, 1.015f, 1.03f}, {1.0f, 1.02f, 1.04f}};
+constexpr float kHigherOfRow[kFine] = {1.03f, 1.07f, 1.12f, 1.2f}; // in units of the highest
 
 inline float levels_above_zero(bool is_signed, int num_bits) {
   return static_cast<float>((1 << (num_bits - (is_signed ? 1 : 0))) - 1);
@@ -31,12 +32,22 @@ inline float levels_above_zero(bool is_signed, int num_bits) {
 
 inline Floats broadcast(float value) { return value - Floats{}; }
 
+// For what is inside a grid.
+inline Floats rounded(Floats t) {
+#ifdef __AVX512F__
+  return reinterpret_cast<Floats>(
+      _mm512_roundscale_ps(reinterpret_cast<__m512>(t), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  return (t + 12582912.0f) - 12582912.0f; // 1.5 * 2^23
+#endif
+}
+
 // t - round(t)
 inline Floats rest_of_rounding(Floats t) {
 #ifdef __AVX512DQ__
   return reinterpret_cast<Floats>(_mm512_reduce_ps(reinterpret_cast<__m512>(t), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-  return t - ((t + 12582912.0f) - 12582912.0f); // 1.5 * 2^23: what is larger by far is no value inside a grid
+  return t - rounded(t);
 #endif
 }
 
@@ -61,8 +72,7 @@ inline Floats clamp(Floats t, Floats low, Floats high) {
 }
 
 // Some clips, and the sums of squared errors that they give, in units of their steps.
-template <bool kSigned> struct Candidates {
-  static constexpr int K = kAtOnce;
+template <bool kSigned, int K> struct Candidates {
   float clips[K];
   Floats inverse[K]; // steps
   Floats low, high;  // levels
@@ -81,97 +91,186 @@ template <bool kSigned> struct Candidates {
   }
 
   // Of n values, at most a piece, as if no level were the last.
-  void add_rounding(const float *values, int64_t n, double *errors) const {
-    Floats sums[K] = {};
+  void add_rounding(const float *values, int64_t n, Floats *sums) const {
+    add(values, n, sums, [this](Floats x, int k) { return rest_of_rounding(x * inverse[k]); });
+  }
+
+  // The whole error of n values, at most a piece.
+  void add_errors(const float *values, int64_t n, Floats *sums) const {
+    add(values, n, sums, [this](Floats x, int k) {
+      const Floats t = x * inverse[k];
+      return t - rounded(clamp(t, low, high));
+    });
+  }
+
+  // What clipping adds to the errors of rounding, for n values that have a vector of zeros behind them.
+  void add_clipping(const float *values, int64_t n, Floats *sums) const {
+    n = (n + kLanes - 1) / kLanes * kLanes; // zeros have no error
+    Floats rounding[K] = {}, errors[K] = {};
+    add_rounding(values, n, rounding);
+    add_errors(values, n, errors);
+    for (int k = 0; k < K; k++)
+      sums[k] += errors[k] - rounding[k];
+  }
+
+private:
+  template <class Error> static void add(const float *values, int64_t n, Floats *sums, const Error &error) {
     const auto take = [&](Floats values) {
       const Floats x = kSigned ? values : magnitude<false>(values); // a negative one has the same error for every clip
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int k = 0; k < K; k++)
-        sums[k] = plus_square(sums[k], rest_of_rounding(x * inverse[k]));
+        sums[k] = plus_square(sums[k], error(x, k));
     };
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes)
       take(load(values + i));
     if (i < n)
       take(load_rest(values + i, n - i));
-    for (int k = 0; k < K; k++)
-      errors[k] += sum_of_lanes(sums[k]);
   }
+};
 
-  // Of n values, at most a piece and with a vector of zeros behind them: the whole error, or what clipping adds to that of rounding.
-  template <bool kRoundingKnown> void add_clipping(const float *values, int64_t n, double *errors) const {
+// A short row, all of which is measured.
+struct Row {
+  const float *values;
+  int64_t count;
+  const float *ends; // those near the ends of the grid or beyond, or null: not known
+  int64_t end_count;
+
+  template <bool kSigned, int K> void measure(const Candidates<kSigned, K> &candidates, double *errors) const {
     Floats sums[K] = {};
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const Floats x = load(values + i);
-#pragma GCC unroll 4
-      for (int k = 0; k < K; k++) {
-        const Floats t = x * inverse[k], inside = clamp(t, low, high);
-        const Floats error = (t - inside) + rest_of_rounding(inside); // one of the two is zero
-        sums[k] = plus_square(sums[k], error);
-        if (kRoundingKnown) {
-          const Floats rest = rest_of_rounding(t);
-          sums[k] -= rest * rest;
-        }
-      }
+    if (ends) {
+      candidates.add_rounding(values, count, sums);
+      candidates.add_clipping(ends, end_count, sums);
+    } else {
+      candidates.add_errors(values, count, sums);
     }
     for (int k = 0; k < K; k++)
-      errors[k] += sum_of_lanes(sums[k]);
+      errors[k] = candidates.squared_steps[k] * sum_of_lanes(sums[k]);
   }
 };
 
-// The values that errors are measured on.
-struct Measured {
+// What is measured of a larger tensor.
+struct Sample {
   const float *values = nullptr; // inside the grid, most of them
   int64_t count = 0;
-  double weight = 1;                 // elements that each stands for
-  std::vector<float> room, ends;     // what `values` may point to; those near the ends of the grid or beyond
+  double weight = 1;               // elements that each stands for
+  std::vector<float> room, ends;   // what `values` may point to; those near the ends of the grid or beyond
   int64_t end_count = 0;
-  const float *outliers = nullptr;   // not among the values
+  const float *outliers = nullptr; // not among the values
   int64_t outlier_count = 0;
+  int threads = 1;
 
   float *ends_for(int64_t n) {
-    if (static_cast<int64_t>(ends.size()) < end_count + n + kLanes)
-      ends.resize(2 * end_count + n + kLanes);
-    return ends.data() + end_count;
+    if (static_cast<int64_t>(ends.size()) < n + kLanes)
+      ends.resize(n + kLanes);
+    return ends.data();
+  }
+
+  template <bool kSigned, int K> void measure(const Candidates<kSigned, K> &candidates, double *errors) const {
+    const auto pieces_of = [](int64_t n) { return (n + kPiece - 1) / kPiece; };
+    const int64_t body = pieces_of(count), all = body + pieces_of(outlier_count);
+    const auto add = [&](int64_t piece, double *errors) {
+      Floats sums[K] = {};
+      const auto size = [](int64_t n, int64_t begin) { return std::min(kPiece, n - begin); };
+      if (piece < body) {
+        const int64_t begin = piece * kPiece;
+        candidates.add_rounding(values + begin, size(count, begin), sums);
+        if (begin < end_count) // no more than the values
+          candidates.add_clipping(ends.data() + begin, size(end_count, begin), sums);
+      } else {
+        const int64_t begin = (piece - body) * kPiece;
+        candidates.add_errors(outliers + begin, size(outlier_count, begin), sums);
+      }
+      for (int k = 0; k < K; k++)
+        errors[k] += sum_of_lanes(sums[k]);
+    };
+    double sums[2][K] = {};
+    if (threads == 1 || all < 2 * threads) {
+      for (int64_t piece = 0; piece < all; piece++)
+        add(piece, sums[piece >= body]);
+    } else {
+      // Added up in the order of pieces, whichever thread is done first.
+      std::vector<double> of_pieces(all * K);
+#pragma omp parallel for num_threads(threads) schedule(static)
+      for (int64_t piece = 0; piece < all; piece++)
+        add(piece, &of_pieces[piece * K]);
+      for (int64_t i = 0; i < all * K; i++)
+        sums[i / K >= body][i % K] += of_pieces[i];
+    }
+    for (int k = 0; k < K; k++)
+      errors[k] = candidates.squared_steps[k] * (weight * sums[0][k] + sums[1][k]);
   }
 };
 
-template <bool kSigned>
-void measure(const Measured &measured, const Candidates<kSigned> &candidates, int threads, double *errors) {
-  constexpr int K = kAtOnce;
-  const auto pieces_of = [](int64_t n) { return (n + kPiece - 1) / kPiece; };
-  const int64_t body = pieces_of(measured.count), ends = pieces_of(measured.end_count);
-  const int64_t all = body + ends + pieces_of(measured.outlier_count);
-  const auto add = [&](int64_t piece, double *sums) {
-    const auto of = [&](const float *values, int64_t n, int64_t index, auto &&function) {
-      function(values + index * kPiece, std::min(kPiece, n - index * kPiece));
-    };
-    if (piece < body)
-      of(measured.values, measured.count, piece,
-         [&](const float *values, int64_t n) { candidates.add_rounding(values, n, sums); });
-    else if (piece < body + ends)
-      of(measured.ends.data(), measured.end_count, piece - body,
-         [&](const float *values, int64_t n) { candidates.template add_clipping<true>(values, n, sums); });
-    else
-      of(measured.outliers, measured.outlier_count, piece - body - ends,
-         [&](const float *values, int64_t n) { candidates.template add_clipping<false>(values, n, sums); });
-  };
-  double sums[2][K] = {};
-  if (threads == 1 || all < 2 * threads) {
-    for (int64_t piece = 0; piece < all; piece++)
-      add(piece, sums[piece >= body + ends]);
-  } else {
-    // Added up in the order of pieces, whichever thread is done first.
-    std::vector<double> of_pieces(all * K);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t piece = 0; piece < all; piece++)
-      add(piece, &of_pieces[piece * K]);
-    for (int64_t i = 0; i < all * K; i++)
-      sums[i / K >= body + ends][i % K] += of_pieces[i];
+// The best of the candidates so far.
+template <bool kSigned, class From> struct Search {
+  const From &from;
+  int num_bits;
+  float best = 0;
+  double lowest = INFINITY;
+
+  // OCTAV's clip times the factors, and clips from there up to the top. Returns the step between those, or 0 if there
+  // are none or the best is not above the factors' last.
+  double coarse(float octav, float top, const float *factors, int count) {
+    float clips[kCoarse + kMostSteps];
+    for (int k = 0; k < count; k++)
+      clips[k] = octav * factors[k];
+    const float last = clips[count - 1], ratio = top / last;
+    int steps = ratio > 1;
+    double step = ratio;
+    if (ratio > kStep) {
+      steps = std::min<int>(kMostSteps, std::ceil(std::log(ratio) / std::log(kStep)));
+      step = std::pow(ratio, 1.0 / steps);
+    }
+    for (int k = 1; k < steps; k++)
+      clips[count++] = static_cast<float>(last * std::pow(step, k));
+    clips[count++] = top;
+    choose(clips, count);
+    return best > last ? step : 0;
   }
-  for (int k = 0; k < K; k++)
-    errors[k] = candidates.squared_steps[k] * (measured.weight * sums[0][k] + sums[1][k]);
-}
+
+  // Between two of the steps where they are wide, then closer and closer to the best.
+  void fine(double step, const float *factors) {
+    float clips[kFine];
+    if (step > kStep) {
+      for (int k = 0; k < kFine; k++)
+        clips[k] = static_cast<float>(best * std::pow(step, kBetweenSteps[k]));
+      choose(clips, kFine);
+    }
+    for (int stage = 0; stage < kStages; stage++)
+      times(factors + stage * kFine);
+  }
+
+  // The best so far times kFine factors.
+  void times(const float *factors) {
+    float clips[kFine];
+    for (int k = 0; k < kFine; k++)
+      clips[k] = best * factors[k];
+    choose(clips, kFine);
+  }
+
+private:
+  void choose(const float *clips, int count) {
+    for (; count > kAtOnce / 2; clips += kAtOnce, count -= kAtOnce)
+      choose_at_once<kAtOnce>(clips, count);
+    if (count > 0)
+      choose_at_once<kAtOnce / 2>(clips, count);
+  }
+
+  // Among the first of at most K, or more, clips.
+  template <int K> void choose_at_once(const float *clips, int count) {
+    float some[K];
+    double errors[K];
+    for (int k = 0; k < K; k++)
+      some[k] = clips[std::min(k, count - 1)];
+    from.measure(Candidates<kSigned, K>(some, num_bits), errors);
+    for (int k = 0; k < K; k++) {
+      const bool is_lower = errors[k] < lowest; // no branch: there is nothing to predict
+      lowest = is_lower ? errors[k] : lowest;
+      best = is_lower ? some[k] : best;
+    }
+  }
+};
 
 // From the fixed point to the candidate with the lowest error.
 struct LowestError {
@@ -183,63 +282,38 @@ struct LowestError {
     const float levels = levels_above_zero(kSigned, grid.num_bits) + 1;
     if (!(octav > 0) || !std::isnormal(1 / (octav / levels))) // subnormal, or no fixed point
       return octav;
-    static thread_local Measured measured;
     const float top = largest_of(outliers) * (levels / (levels - 1)); // with the largest magnitude as highest level
-    const bool few = elements.size() <= kShortRow && grid.num_bits >= kLeastBitsOfRow;
-    const float *const factors = few ? kCoarseFactorsOfRow[grid.num_bits - kLeastBitsOfRow] : coarse;
-    gather(elements, outliers, kLowest * std::min(top, octav * factors[0]) * ((levels - 1) / levels), measured);
-    Search<kSigned> search{measured, grid, elements.threads()};
-    return few ? search.run(octav, top, factors, kCoarseOfRow, kFineFactorsOfRow, 1)
-               : search.run(octav, top, factors, kCoarse, fine, kStages);
+    if (elements.size() <= kShortRow)
+      return of_short_row(elements, grid, octav, top, outliers);
+    static thread_local Sample sample;
+    sample.threads = elements.threads();
+    gather(elements, outliers, kLowest * std::min(top, octav * coarse[0]) * ((levels - 1) / levels), sample);
+    Search<kSigned, Sample> search{sample, grid.num_bits};
+    search.fine(search.coarse(octav, top, coarse, kCoarse), fine);
+    return search.best;
   }
 
 private:
-  template <bool kSigned> struct Search {
-    const Measured &measured;
-    const Grid &grid;
-    int threads;
-    float best = 0;
-    double lowest = INFINITY;
-
-    float run(float octav, float top, const float *factors, int count, const float *finer, int stages) {
-      float clips[kCoarse + kMostSteps];
-      for (int k = 0; k < count; k++)
-        clips[k] = octav * factors[k];
-      const float last = clips[count - 1];
-      const double gap = std::log(static_cast<double>(top) / last);
-      const int steps = gap > 0 ? std::min<int>(kMostSteps, std::ceil(gap / std::log(kStep))) : 0;
-      for (int k = 1; k < steps; k++)
-        clips[count++] = static_cast<float>(last * std::exp(gap * k / steps));
-      clips[count++] = top;
-      choose(clips, count);
-      if (steps && best > last && gap / steps > std::log(kStep)) {
-        for (int k = 0; k < kFine; k++)
-          clips[k] = static_cast<float>(best * std::exp(gap / steps * kBetweenSteps[k]));
-        choose(clips, kFine);
-      }
-      for (int stage = 0; stage < stages; stage++) {
-        for (int k = 0; k < kFine; k++)
-          clips[k] = best * finer[stage * kFine + k];
-        choose(clips, kFine);
-      }
-      return best;
-    }
-
-    void choose(const float *clips, int count) {
-      for (int begin = 0; begin < count; begin += kAtOnce) {
-        float some[kAtOnce];
-        double errors[kAtOnce];
-        for (int k = 0; k < kAtOnce; k++)
-          some[k] = clips[std::min(begin + k, count - 1)];
-        measure<kSigned>(measured, Candidates<kSigned>(some, grid.num_bits), threads, errors);
-        for (int k = 0; k < kAtOnce; k++)
-          if (errors[k] < lowest) {
-            lowest = errors[k];
-            best = some[k];
-          }
-      }
-    }
-  };
+  template <class T, bool kSigned>
+  float of_short_row(const Elements<T, kSigned> &elements, const Grid &grid, float octav, float top,
+                     const Outliers &outliers) const {
+    const bool few_bits = grid.num_bits < kLeastBitsOfRow;
+    const float *const factors = few_bits ? coarse : kFactorsOfRow[grid.num_bits - kLeastBitsOfRow];
+    const int count = few_bits ? kCoarse : kCoarseOfRow;
+    const float highest = octav * factors[count - 1], lowest = std::min({top, octav * factors[0], kLowest * highest});
+    const float levels = levels_above_zero(kSigned, grid.num_bits);
+    const bool known = !few_bits && outliers.threshold <= lowest * (levels / (levels + 1));
+    float buffer[kShortRow];
+    const float *const values = as_floats(elements.data(), elements.size(), buffer);
+    const Row row{values, elements.size(), known ? outliers.room.data() : nullptr, outliers.count};
+    Search<kSigned, Row> search{row, grid.num_bits};
+    const double step = search.coarse(octav, top, factors, count);
+    if (few_bits || step > 0)
+      search.fine(step, fine);
+    else if (search.best == highest)
+      search.times(kHigherOfRow);
+    return search.best;
+  }
 
   static float largest_of(const Outliers &outliers) {
     Integers highest = {};
@@ -251,36 +325,36 @@ private:
   }
 
   template <class T, bool kSigned>
-  static void gather(const Elements<T, kSigned> &elements, const Outliers &outliers, float cut, Measured &measured) {
+  static void gather(const Elements<T, kSigned> &elements, const Outliers &outliers, float cut, Sample &sample) {
     const int64_t n = elements.size();
     const T *const x = elements.data();
-    measured.end_count = 0;
+    sample.end_count = 0;
     if (n <= kWhole) {
-      measured.room.resize(kWhole);
-      measured.values = as_floats(x, n, measured.room.data());
-      measured.count = n;
-      measured.weight = 1;
-      measured.outlier_count = 0;
+      sample.room.resize(kWhole);
+      sample.values = as_floats(x, n, sample.room.data());
+      sample.count = n;
+      sample.weight = 1;
+      sample.outlier_count = 0;
     } else {
-      sample(x, n, kSigned, outliers.threshold, measured);
-      measured.outliers = outliers.room.data();
-      measured.outlier_count = outliers.count;
+      draw(x, n, kSigned, outliers.threshold, sample);
+      sample.outliers = outliers.room.data();
+      sample.outlier_count = outliers.count;
     }
-    float *const begin = measured.ends_for(measured.count), *end = begin;
-    int64_t i = 0;
-    for (; i + kLanes <= measured.count; i += kLanes)
-      end = append_above<kSigned>(load(measured.values + i), cut, end);
-    if (i < measured.count)
-      end = append_above<kSigned>(load_rest(measured.values + i, measured.count - i), cut, end);
-    measured.end_count = end - begin;
+    // Where the outliers hold all that is above, they are read instead; a sample is without them.
+    const bool known = outliers.threshold <= cut;
+    const float *const from = known ? outliers.room.data() : sample.values;
+    const int64_t size = !known ? sample.count : n <= kWhole ? outliers.count : 0;
+    float *const begin = sample.ends_for(size);
+    float *const end = set_aside<kSigned>(from, size, cut, begin);
+    sample.end_count = end - begin;
     std::fill_n(end, kLanes, 0.0f);
   }
 
   // One vector of each of so many blocks, at a place that no period of the data follows; zeros for the outliers.
-  template <class T> static void sample(const T *x, int64_t n, bool is_signed, float threshold, Measured &measured) {
+  template <class T> static void draw(const T *x, int64_t n, bool is_signed, float threshold, Sample &sample) {
     const int64_t vectors = n / kLanes;
     const int64_t sampled = std::max(kWhole, std::min(n / kShare, kMostSampled)) / kLanes;
-    measured.room.resize(sampled * kLanes);
+    sample.room.resize(sampled * kLanes);
     uint64_t random = 0x9e3779b97f4a7c15u;
     for (int64_t block = 0; block < sampled; block++) {
       const int64_t begin = vectors * block / sampled, size = vectors * (block + 1) / sampled - begin;
@@ -291,11 +365,11 @@ private:
         values[lane] = to_float(from[lane]);
       const Floats magnitudes = is_signed ? magnitude<true>(values) : values;
       values = magnitudes > threshold ? Floats{} : values;
-      std::memcpy(measured.room.data() + block * kLanes, &values, sizeof values);
+      std::memcpy(sample.room.data() + block * kLanes, &values, sizeof values);
     }
-    measured.values = measured.room.data();
-    measured.count = sampled * kLanes;
-    measured.weight = static_cast<double>(n) / measured.count;
+    sample.values = sample.room.data();
+    sample.count = sampled * kLanes;
+    sample.weight = static_cast<double>(n) / sample.count;
   }
 };
 
