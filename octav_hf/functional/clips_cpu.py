@@ -48,7 +48,8 @@ def lowest_errors(
     """The clip of the lowest error among candidates, for each of ``rows``; see ``mse_clip``.
 
     Args:
-        coarse: candidates in units of OCTAV's clip, seven of them.
+        coarse: candidates in units of OCTAV's clip, seven of them; from 4 bits on, rows of at most 16384 elements have
+            others.
         fine: two times four candidates in units of the best one so far.
         The others, and the result, as for ``fixed_points``.
     """

@@ -3,13 +3,13 @@
 // In units of its step a value inside the grid has the error t - round(t), a cheap sum over all of them; those near the
 // ends of the grid or beyond, which are few, are set aside, and corrected by what clipping makes of them. A large tensor
 // is measured on all outliers that the recursion has set aside and on a sample of the others: these differ from their
-// levels by half a step at most, unlike the outliers, so that a sample tells their error. A short row, of which there are
-// many, has its whole error measured by one loop over it.
+// levels by half a step at most, unlike the outliers, so that a sample tells their error. A short row is measured on all
+// that it has, but for fewer clips, as there are many of them.
 
 namespace {
 
-constexpr int64_t kWhole = 1 << 14;       // elements up to which each candidate is measured on all of them,
-constexpr int64_t kShare = 8;             // else on one in so many,
+constexpr int64_t kWhole = 1 << 14;       // elements of a short row, of which each candidate is measured on all,
+constexpr int64_t kShare = 8;             // and of a larger tensor on one in so many,
 constexpr int64_t kMostSampled = 1 << 18; // but no more
 constexpr int kAtOnce = 8;                // candidates, at most
 constexpr int kCoarse = 7, kFine = 4, kStages = 2;
@@ -20,7 +20,6 @@ constexpr float kLowest = 0.87f; // no candidate is lower than this share of the
 
 // Short rows of 4 bits and more have other coarse candidates, and finer ones only where the best is the highest of them
 // or above it. For fewer bits the lowest error is harder to find.
-constexpr int64_t kShortRow = 1 << 11;
 constexpr int kLeastBitsOfRow = 4, kCoarseOfRow = 3;
 constexpr float kFactorsOfRow[][kCoarseOfRow] = {
     {1.02f, 1.08f, 1.14f}, {1.0f, 1.04f, 1.08f}, {1.0f, 1.03f, 1.06f}, {1.0f, 1.015f, 1.03f}, {1.0f, 1.02f, 1.04f}};
@@ -151,10 +150,10 @@ struct Row {
 
 // What is measured of a larger tensor.
 struct Sample {
-  const float *values = nullptr; // inside the grid, most of them
+  std::vector<float> values; // inside the grid, most of them
   int64_t count = 0;
   double weight = 1;               // elements that each stands for
-  std::vector<float> room, ends;   // what `values` may point to; those near the ends of the grid or beyond
+  std::vector<float> ends;         // those near the ends of the grid or beyond
   int64_t end_count = 0;
   const float *outliers = nullptr; // not among the values
   int64_t outlier_count = 0;
@@ -174,7 +173,7 @@ struct Sample {
       const auto size = [](int64_t n, int64_t begin) { return std::min(kPiece, n - begin); };
       if (piece < body) {
         const int64_t begin = piece * kPiece;
-        candidates.add_rounding(values + begin, size(count, begin), sums);
+        candidates.add_rounding(values.data() + begin, size(count, begin), sums);
         if (begin < end_count) // no more than the values
           candidates.add_clipping(ends.data() + begin, size(end_count, begin), sums);
       } else {
@@ -283,7 +282,7 @@ struct LowestError {
     if (!(octav > 0) || !std::isnormal(1 / (octav / levels))) // subnormal, or no fixed point
       return octav;
     const float top = largest_of(outliers) * (levels / (levels - 1)); // with the largest magnitude as highest level
-    if (elements.size() <= kShortRow)
+    if (elements.size() <= kWhole)
       return of_short_row(elements, grid, octav, top, outliers);
     static thread_local Sample sample;
     sample.threads = elements.threads();
@@ -303,7 +302,7 @@ private:
     const float highest = octav * factors[count - 1], lowest = std::min({top, octav * factors[0], kLowest * highest});
     const float levels = levels_above_zero(kSigned, grid.num_bits);
     const bool known = !few_bits && outliers.threshold <= lowest * (levels / (levels + 1));
-    float buffer[kShortRow];
+    float buffer[kWhole];
     const float *const values = as_floats(elements.data(), elements.size(), buffer);
     const Row row{values, elements.size(), known ? outliers.room.data() : nullptr, outliers.count};
     Search<kSigned, Row> search{row, grid.num_bits};
@@ -326,26 +325,13 @@ private:
 
   template <class T, bool kSigned>
   static void gather(const Elements<T, kSigned> &elements, const Outliers &outliers, float cut, Sample &sample) {
-    const int64_t n = elements.size();
-    const T *const x = elements.data();
-    sample.end_count = 0;
-    if (n <= kWhole) {
-      sample.room.resize(kWhole);
-      sample.values = as_floats(x, n, sample.room.data());
-      sample.count = n;
-      sample.weight = 1;
-      sample.outlier_count = 0;
-    } else {
-      draw(x, n, kSigned, outliers.threshold, sample);
-      sample.outliers = outliers.room.data();
-      sample.outlier_count = outliers.count;
-    }
-    // Where the outliers hold all that is above, they are read instead; a sample is without them.
-    const bool known = outliers.threshold <= cut;
-    const float *const from = known ? outliers.room.data() : sample.values;
-    const int64_t size = !known ? sample.count : n <= kWhole ? outliers.count : 0;
+    draw(elements.data(), elements.size(), kSigned, outliers.threshold, sample);
+    sample.outliers = outliers.room.data();
+    sample.outlier_count = outliers.count;
+    // Where the outliers hold all that is above, the sample, which is without them, has none.
+    const int64_t size = outliers.threshold <= cut ? 0 : sample.count;
     float *const begin = sample.ends_for(size);
-    float *const end = set_aside<kSigned>(from, size, cut, begin);
+    float *const end = set_aside<kSigned>(sample.values.data(), size, cut, begin);
     sample.end_count = end - begin;
     std::fill_n(end, kLanes, 0.0f);
   }
@@ -354,7 +340,7 @@ private:
   template <class T> static void draw(const T *x, int64_t n, bool is_signed, float threshold, Sample &sample) {
     const int64_t vectors = n / kLanes;
     const int64_t sampled = std::max(kWhole, std::min(n / kShare, kMostSampled)) / kLanes;
-    sample.room.resize(sampled * kLanes);
+    sample.values.resize(sampled * kLanes);
     uint64_t random = 0x9e3779b97f4a7c15u;
     for (int64_t block = 0; block < sampled; block++) {
       const int64_t begin = vectors * block / sampled, size = vectors * (block + 1) / sampled - begin;
@@ -365,9 +351,8 @@ private:
         values[lane] = to_float(from[lane]);
       const Floats magnitudes = is_signed ? magnitude<true>(values) : values;
       values = magnitudes > threshold ? Floats{} : values;
-      std::memcpy(sample.room.data() + block * kLanes, &values, sizeof values);
+      std::memcpy(sample.values.data() + block * kLanes, &values, sizeof values);
     }
-    sample.values = sample.room.data();
     sample.count = sampled * kLanes;
     sample.weight = static_cast<double>(n) / sample.count;
   }

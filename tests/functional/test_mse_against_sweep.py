@@ -103,6 +103,7 @@ ROWS: dict[str, tuple[bool, Callable[[], Array]]] = {
     "gaussian": (True, lambda: rng().standard_normal((15, 384))),
     "student": (True, lambda: rng().standard_t(3, (15, 384))),
     "gelu": (True, lambda: gelu().reshape(-1, 2000)),
+    "longer": (True, lambda: rng().standard_normal((2, 10_000))),
     "relu": (False, lambda: np.maximum(rng().standard_normal((15, 384)), 0)),
     "softmax": (False, lambda: softmax(2).reshape(-1, 80)[:60]),
     "far_outliers": (True, lambda: np.hstack([rng().standard_normal((15, 380)), np.full((15, 4), 30.0)])),
