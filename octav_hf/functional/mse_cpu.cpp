@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int64_t kWhole = 1 << 14;       // elements of a short row, of which each candidate is measured on all,
-constexpr int64_t kShare = 8;             // and of a larger tensor on one in so many,
+constexpr int64_t kShare = 16;            // and of a larger tensor on one in so many,
 constexpr int64_t kMostSampled = 1 << 18; // but no more
 constexpr int kAtOnce = 8;                // candidates, at most
 constexpr int kCoarse = 7, kFine = 4, kStages = 2;
@@ -184,7 +184,7 @@ struct Sample {
         errors[k] += sum_of_lanes(sums[k]);
     };
     double sums[2][K] = {};
-    if (threads == 1 || all < 2 * threads) {
+    if (threads == 1 || all < 4 * threads) {
       for (int64_t piece = 0; piece < all; piece++)
         add(piece, sums[piece >= body]);
     } else {
