@@ -36,9 +36,10 @@ def give_up(error: Exception) -> None:
     _failed = True
     first_line = str(error).partition("\n")[0]
     warnings.warn(
-        "octav_hf runs without compiled kernels, which is slower but gives the same results: compiling failed with "
-        f"{type(error).__name__}: {first_line} A C++ compiler (g++) is what it needs on a CPU; "
-        f"{SWITCH}=0 in the environment switches it off without this warning.",
+        "octav_hf runs without compiled kernels, which is slower but gives the same results (with the clip rule mse, "
+        f"nearly the same): compiling failed with {type(error).__name__}: {first_line} "
+        f"A C++ compiler (g++) is what it needs on a CPU; {SWITCH}=0 in the environment "
+        "switches it off without this warning.",
         stacklevel=3,
     )
 
