@@ -70,31 +70,30 @@ inline Floats clamp(Floats t, Floats low, Floats high) {
 #endif
 }
 
-// Some clips, and the sums of squared errors that they give, in units of their steps.
+// Some clips, and the sums of squared errors that they give, in units of their steps, of so few values at a time that
+// float32 sums can bear them.
 template <bool kSigned, int K> struct Candidates {
-  float clips[K];
   Floats inverse[K]; // steps
   Floats low, high;  // levels
   double squared_steps[K];
 
-  Candidates(const float *from, int num_bits) {
+  Candidates(const float *clips, int num_bits) {
     const float levels = levels_above_zero(kSigned, num_bits) + 1;
     low = broadcast(kSigned ? -levels : 0);
     high = broadcast(levels - 1);
     for (int k = 0; k < K; k++) {
-      clips[k] = from[k];
       const float step = clips[k] / levels;
       squared_steps[k] = static_cast<double>(step) * step;
       inverse[k] = broadcast(1 / step);
     }
   }
 
-  // Of n values, at most a piece, as if no level were the last.
+  // Of n values, as if no level were the last.
   void add_rounding(const float *values, int64_t n, Floats *sums) const {
     add(values, n, sums, [this](Floats x, int k) { return rest_of_rounding(x * inverse[k]); });
   }
 
-  // The whole error of n values, at most a piece.
+  // The whole error of n values.
   void add_errors(const float *values, int64_t n, Floats *sums) const {
     add(values, n, sums, [this](Floats x, int k) {
       const Floats t = x * inverse[k];
@@ -152,8 +151,8 @@ struct Row {
 struct Sample {
   std::vector<float> values; // inside the grid, most of them
   int64_t count = 0;
-  double weight = 1;               // elements that each stands for
-  std::vector<float> ends;         // those near the ends of the grid or beyond
+  double weight = 1;         // elements that each stands for
+  std::vector<float> ends;   // those near the ends of the grid or beyond
   int64_t end_count = 0;
   const float *outliers = nullptr; // not among the values
   int64_t outlier_count = 0;
