@@ -54,7 +54,7 @@ def mse_clip(
     best of a sweep of 1000 clips (README); there is no guarantee for every tensor. On a CPU compiled code measures the
     candidates (``mse_cpu.cpp``): of a tensor of more than 16384 elements on all outliers and on a sample of the others.
     One that has no more, or such a row, has four candidates from 4 bits on, and others only where one of the highest of
-    these is the best.
+    these is the best; the error of a row of a few dozen elements may then be several percent above the lowest.
 
     Arguments, result and errors as ``octav_clip``; with ``ranks`` it takes three messages more. There is no
     ``max_iterations``. A row of zeros gives 0.
