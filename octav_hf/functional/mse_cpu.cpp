@@ -25,22 +25,6 @@ constexpr float kFactorsOfRow[][kCoarseOfRow] = {
     {1.02f, 1.08f, 1.14f}, {1.0f, 1.04f, 1.08f}, {1.0f, 1.03f, 1.06f}, {1.0f, 1.015f, 1.03f}, {1.0f, 1.02f, 1.04f}};
 constexpr float kHigherOfRow[kFine] = {1.03f, 1.07f, 1.12f, 1.2f}; // in units of the highest
 
-inline float levels_above_zero(bool is_signed, int num_bits) {
-  return static_cast<float>((1 << (num_bits - (is_signed ? 1 : 0))) - 1);
-}
-
-inline Floats broadcast(float value) { return value - Floats{}; }
-
-// For what is inside a grid.
-inline Floats rounded(Floats t) {
-#ifdef __AVX512F__
-  return reinterpret_cast<Floats>(
-      _mm512_roundscale_ps(reinterpret_cast<__m512>(t), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-  return (t + 12582912.0f) - 12582912.0f; // 1.5 * 2^23
-#endif
-}
-
 // t - round(t)
 inline Floats rest_of_rounding(Floats t) {
 #ifdef __AVX512DQ__
@@ -57,16 +41,6 @@ inline Floats plus_square(Floats sum, Floats t) {
       _mm512_fmadd_ps(reinterpret_cast<__m512>(t), reinterpret_cast<__m512>(t), reinterpret_cast<__m512>(sum)));
 #else
   return sum + t * t;
-#endif
-}
-
-inline Floats clamp(Floats t, Floats low, Floats high) {
-#ifdef __AVX512F__
-  return reinterpret_cast<Floats>(_mm512_min_ps(
-      _mm512_max_ps(reinterpret_cast<__m512>(t), reinterpret_cast<__m512>(low)), reinterpret_cast<__m512>(high)));
-#else
-  t = t < low ? low : t;
-  return t > high ? high : t;
 #endif
 }
 
@@ -131,14 +105,13 @@ private:
 struct Row {
   const float *values;
   int64_t count;
-  const float *ends; // those near the ends of the grid or beyond, or null: not known
-  int64_t end_count;
+  const Outliers *ends; // those near the ends of the grid or beyond, or null: not known
 
   template <bool kSigned, int K> void measure(const Candidates<kSigned, K> &candidates, double *errors) const {
     Floats sums[K] = {};
     if (ends) {
       candidates.add_rounding(values, count, sums);
-      candidates.add_clipping(ends, end_count, sums);
+      candidates.add_clipping(ends->room.data(), ends->count, sums);
     } else {
       candidates.add_errors(values, count, sums);
     }
@@ -149,35 +122,26 @@ struct Row {
 
 // What is measured of a larger tensor.
 struct Sample {
-  std::vector<float> values; // inside the grid, most of them
-  int64_t count = 0;
-  double weight = 1;         // elements that each stands for
-  std::vector<float> ends;   // those near the ends of the grid or beyond
-  int64_t end_count = 0;
-  const float *outliers = nullptr; // not among the values
-  int64_t outlier_count = 0;
+  std::vector<float> values;          // inside the grid, most of them
+  double weight = 1;                  // elements that each stands for
+  Outliers ends;                      // those near the ends of the grid or beyond
+  const Outliers *outliers = nullptr; // not among the values
   int threads = 1;
-
-  float *ends_for(int64_t n) {
-    if (static_cast<int64_t>(ends.size()) < n + kLanes)
-      ends.resize(n + kLanes);
-    return ends.data();
-  }
 
   template <bool kSigned, int K> void measure(const Candidates<kSigned, K> &candidates, double *errors) const {
     const auto pieces_of = [](int64_t n) { return (n + kPiece - 1) / kPiece; };
-    const int64_t body = pieces_of(count), all = body + pieces_of(outlier_count);
+    const int64_t count = values.size(), body = pieces_of(count), all = body + pieces_of(outliers->count);
     const auto add = [&](int64_t piece, double *errors) {
       Floats sums[K] = {};
       const auto size = [](int64_t n, int64_t begin) { return std::min(kPiece, n - begin); };
       if (piece < body) {
         const int64_t begin = piece * kPiece;
         candidates.add_rounding(values.data() + begin, size(count, begin), sums);
-        if (begin < end_count) // no more than the values
-          candidates.add_clipping(ends.data() + begin, size(end_count, begin), sums);
+        if (begin < ends.count) // no more than the values
+          candidates.add_clipping(ends.room.data() + begin, size(ends.count, begin), sums);
       } else {
         const int64_t begin = (piece - body) * kPiece;
-        candidates.add_errors(outliers + begin, size(outlier_count, begin), sums);
+        candidates.add_errors(outliers->room.data() + begin, size(outliers->count, begin), sums);
       }
       for (int k = 0; k < K; k++)
         errors[k] += sum_of_lanes(sums[k]);
@@ -299,11 +263,11 @@ private:
     const float *const factors = few_bits ? coarse : kFactorsOfRow[grid.num_bits - kLeastBitsOfRow];
     const int count = few_bits ? kCoarse : kCoarseOfRow;
     const float highest = octav * factors[count - 1], lowest = std::min({top, octav * factors[0], kLowest * highest});
-    const float levels = levels_above_zero(kSigned, grid.num_bits);
-    const bool known = !few_bits && outliers.threshold <= lowest * (levels / (levels + 1));
+    const float levels = levels_above_zero(kSigned, grid.num_bits) + 1;
+    const bool known = !few_bits && outliers.threshold <= lowest * ((levels - 1) / levels);
     float buffer[kWhole];
     const float *const values = as_floats(elements.data(), elements.size(), buffer);
-    const Row row{values, elements.size(), known ? outliers.room.data() : nullptr, outliers.count};
+    const Row row{values, elements.size(), known ? &outliers : nullptr};
     Search<kSigned, Row> search{row, grid.num_bits};
     const double step = search.coarse(octav, top, factors, count);
     if (few_bits || step > 0)
@@ -325,14 +289,13 @@ private:
   template <class T, bool kSigned>
   static void gather(const Elements<T, kSigned> &elements, const Outliers &outliers, float cut, Sample &sample) {
     draw(elements.data(), elements.size(), kSigned, outliers.threshold, sample);
-    sample.outliers = outliers.room.data();
-    sample.outlier_count = outliers.count;
+    sample.outliers = &outliers;
     // Where the outliers hold all that is above, the sample, which is without them, has none.
-    const int64_t size = outliers.threshold <= cut ? 0 : sample.count;
-    float *const begin = sample.ends_for(size);
-    float *const end = set_aside<kSigned>(sample.values.data(), size, cut, begin);
-    sample.end_count = end - begin;
-    std::fill_n(end, kLanes, 0.0f);
+    const int64_t size = outliers.threshold <= cut ? 0 : sample.values.size();
+    sample.ends.count = 0;
+    float *const begin = sample.ends.space_for(size);
+    sample.ends.count = set_aside<kSigned>(sample.values.data(), size, cut, begin) - begin;
+    sample.ends.pad();
   }
 
   // One vector of each of so many blocks, at a place that no period of the data follows; zeros for the outliers.
@@ -352,8 +315,7 @@ private:
       values = magnitudes > threshold ? Floats{} : values;
       std::memcpy(sample.values.data() + block * kLanes, &values, sizeof values);
     }
-    sample.count = sampled * kLanes;
-    sample.weight = static_cast<double>(n) / sample.count;
+    sample.weight = static_cast<double>(n) / sample.values.size();
   }
 };
 

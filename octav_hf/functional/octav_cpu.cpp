@@ -70,6 +70,32 @@ template <bool kSigned> inline Floats magnitude(Floats values) {
   return kSigned ? reinterpret_cast<Floats>(magnitude_bits(values)) : values > 0 ? values : Floats{};
 }
 
+inline Floats broadcast(float value) { return value - Floats{}; }
+
+inline Floats clamp(Floats t, Floats low, Floats high) {
+#ifdef __AVX512F__
+  return reinterpret_cast<Floats>(_mm512_min_ps(
+      _mm512_max_ps(reinterpret_cast<__m512>(t), reinterpret_cast<__m512>(low)), reinterpret_cast<__m512>(high)));
+#else
+  t = t < low ? low : t;
+  return t > high ? high : t;
+#endif
+}
+
+inline float levels_above_zero(bool is_signed, int num_bits) {
+  return static_cast<float>((1 << (num_bits - (is_signed ? 1 : 0))) - 1);
+}
+
+// To the nearest integer, ties to the even one; for what is inside a grid.
+inline Floats rounded(Floats t) {
+#ifdef __AVX512F__
+  return reinterpret_cast<Floats>(
+      _mm512_roundscale_ps(reinterpret_cast<__m512>(t), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  return (t + 12582912.0f) - 12582912.0f; // 1.5 * 2^23
+#endif
+}
+
 inline Floats sum_of_unrolled(const Floats *vectors) {
   static_assert(kUnrolled == 4);
   return (vectors[0] + vectors[1]) + (vectors[2] + vectors[3]);
@@ -292,16 +318,12 @@ Outcome recursion(const float *outliers, int64_t n, float threshold, float start
 
 // Sum of the squared errors of rounding n elements to the grid clipped at `clip`, over the square of `peak`.
 template <bool kSigned> double squared_error(const float *x, int64_t n, float clip, float peak, int num_bits) {
-  const float low = kSigned ? -std::ldexp(1.0f, num_bits - 1) : 0.0f;
-  const float high = std::ldexp(1.0f, kSigned ? num_bits - 1 : num_bits) - 1;
-  const float step = std::ldexp(clip, (kSigned ? 1 : 0) - num_bits);
+  const float levels = levels_above_zero(kSigned, num_bits) + 1;
+  const Floats low = broadcast(kSigned ? -levels : 0), high = broadcast(levels - 1);
+  const float step = clip / levels;
   Floats errors = {};
   const auto take = [&](Floats values) {
-    Floats levels = values / step;
-    levels = levels < low ? low - Floats{} : levels > high ? high - Floats{} : levels;
-    // Adding and taking away 1.5 * 2^23 rounds to an integer, ties to the even one.
-    levels = (levels + 12582912.0f) - 12582912.0f;
-    const Floats difference = (values - levels * step) / peak;
+    const Floats difference = (values - rounded(clamp(values / step, low, high)) * step) / peak;
     errors += difference * difference;
   };
   int64_t i = 0;
