@@ -4,18 +4,18 @@ Importing the package registers the quantization method ``octav`` with Transform
 """
 
 from ._version import __version__
-from .calibration import calibrate_octav, calibrating, uncalibrate_octav
 from .config import OctavConfig
-from .coverage import CoverageReport, coverage_report
-from .coverage_check import CoverageCheck, check_coverage
-from .distillation import distill
+from .conversion.convert import apply_octav, remove_octav
+from .coverage.check import CoverageCheck, check_coverage
+from .coverage.operand_watch import FloatOperand
+from .coverage.report import CoverageReport, coverage_report
+from .hub.model_card import model_card
+from .hub.training_run import TrainingRun
 from .integrations import OctavQuantizer, last_whole_checkpoint
-from .model_card import model_card
-from .operand_watch import FloatOperand
-from .packing import pack_octav, unpack_octav
-from .patching import apply_octav, remove_octav
-from .training_run import TrainingRun
-from .weight_clips import freeze_weight_clips, unfreeze_weight_clips
+from .packing.pack import pack_octav, unpack_octav
+from .static_clips.activations import calibrate_octav, calibrating, uncalibrate_octav
+from .static_clips.weights import freeze_weight_clips, unfreeze_weight_clips
+from .training.distillation import distill
 
 __all__ = [
     "CoverageCheck",

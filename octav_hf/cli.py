@@ -11,11 +11,11 @@ import httpx2
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from transformers import PreTrainedModel, logging
 
-from .checkpoint_folder import CheckpointFolder, summary, whole_folder
-from .model_card import bits_in_words
-from .packing import pack_octav, unpack_octav
-from .text_table import aligned
-from .training_run import TrainingRun
+from ._utils.text_table import aligned
+from .hub.checkpoint_folder import CheckpointFolder, summary, whole_folder
+from .hub.model_card import bits_in_words
+from .hub.training_run import TrainingRun
+from .packing.pack import pack_octav, unpack_octav
 
 _FORESEEABLE = (
     *(ValueError, OSError, NotImplementedError),

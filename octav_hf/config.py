@@ -13,11 +13,11 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._version import __version__
-from .activation_clips import ActivationClips, validate_activation_clips
 from .functional import CLIP_RULES, GRADIENTS
 from .functional.grid import MAX_BITS, MIN_BITS
 from .functional.registry import RULE_ARGUMENTS, rules_for_all_ranks
 from .nn.granularity import FINEST, GRANULARITIES, refusal
+from .nn.stored_clips import ActivationClips, validate_activation_clips
 
 QUANT_METHOD = "octav"
 WEIGHT_GRANULARITIES = ("row", "tensor")

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import BertForQuestionAnswering, Trainer, TrainingArguments
 
 from octav_hf import OctavConfig, apply_octav
-from octav_hf.functional import clips_cpu, compilation, fused
+from octav_hf.functional.kernels import compilation, cpu, fused
 from tests.question_answering import Spans
 from tests.seeded_training import train
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_another_process_gets_the_same_weights_with_the_fast_kernels() -> None:
     assert fused.fuses(torch.zeros(4 * 64 * 192))
-    assert clips_cpu.serves(torch.zeros(1, 192 * 256))
+    assert cpu.serves(torch.zeros(1, 192 * 256))
     other = subprocess.run(
         [sys.executable, "-m", "tests.seeded_training", "0"],
         cwd=ROOT,
@@ -68,7 +68,7 @@ def test_two_trainer_runs_get_the_same_weights(
     sizes = {"hidden_size": 96, "num_hidden_layers": 1, "intermediate_size": 128}
     probabilities = torch.zeros(8 * 4 * 48 * 48)
     assert fused.fuses(probabilities)
-    assert clips_cpu.serves(probabilities[None])
+    assert cpu.serves(probabilities[None])
     try:
         first, second = (
             trainer_weights(apply_octav(small_bert(**sizes), OctavConfig()), tmp_path / run, **arguments)

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertForQuestionAnswering, ResNetForImageClassification
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav
+from octav_hf.coverage.operand_watch import PRODUCTS
 from octav_hf.nn import FakeQuantize
-from octav_hf.operand_watch import PRODUCTS
 from tests.twins import octav_clip_twin
 
 MATMULS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm, torch.ops.aten.matmul}

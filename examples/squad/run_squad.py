@@ -41,8 +41,8 @@ from transformers import (
 
 # opening a quantized checkpoint needs the plugin to be imported, also when nothing is quantized anew
 import octav_hf
-from octav_hf.checkpoint_folder import CheckpointFolder, whole_folder
-from octav_hf.integrations.trainer_checkpoints import check_checkpoint
+from octav_hf.hub.checkpoint_folder import CheckpointFolder, whole_folder
+from octav_hf.training.checkpoints import check_checkpoint
 
 logger = logging.getLogger(__name__)
 EVAL_SAMPLE_SEED = 0

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused import elementwise, fused
 from .grid import check_num_bits, integer_range, round_to_step, step_size
+from .kernels.fused import elementwise, fused
 from .rows import check_floating, statistics_dtype
 
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import octav_triton
 from .error import lower_error
 from .grid import gaussian_clip, noise_factor
+from .kernels import cuda
 from .rows import magnitude
 
 # Elements from which the search is worth its overhead.
@@ -132,7 +132,7 @@ class _Magnitudes:
 
     def _read(self, thresholds: list[float]) -> tuple[list[float], list[float]]:
         rounded = torch.tensor(thresholds, dtype=torch.float32)
-        read = octav_triton.sums if octav_triton.serves(self._x) else _sums
+        read = cuda.sums if cuda.serves(self._x) else _sums
         sums = read(self._x, rounded.to(self._x.device), self._signed)
         return rounded.tolist(), sums.double().sum(dim=1).tolist()
 
@@ -226,8 +226,8 @@ def _short_rows(rows: Tensor, num_bits: int, signed: bool) -> Tensor:
 
 def _updates(rows: Tensor, noise: float, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The last three of a few updates of Eq. 6 for each of ``rows``, ``[rows]``; NaN where there is none."""
-    if octav_triton.serves(rows):
-        return octav_triton.row_updates(rows, noise, gaussian_clip(noise), signed)
+    if cuda.serves(rows):
+        return cuda.row_updates(rows, noise, gaussian_clip(noise), signed)
     parts = rows.split(max(1, _PIECE * _PIECES_IN_CACHE // rows.shape[1]))
     updated = (_row_updates(part, noise, gaussian_clip(noise), signed) for part in parts)
     before, clip, last = (torch.cat(values) for values in zip(*updated, strict=True))

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from . import clips_cpu
 from .all_ranks import AllRanks, check_whole
 from .error import rows_errors
 from .grid import check_num_bits
+from .kernels import cpu
 from .octav import octav_clip
 from .registry import register_clip_rule
 from .rows import Dim, check_floating, finite_range, magnitude, statistics_dtype, to_rows
@@ -68,7 +68,7 @@ def mse_clip(
         return _search(rows, start, num_bits, signed, ranks).reshape(())
     if rows.numel() == 0:
         return torch.zeros(shape, dtype=statistics_dtype(x.dtype), device=x.device)
-    clip = clips_cpu.lowest_errors(rows, num_bits, signed, _COARSE[num_bits], _FINE) if clips_cpu.serves(rows) else None
+    clip = cpu.lowest_errors(rows, num_bits, signed, _COARSE[num_bits], _FINE) if cpu.serves(rows) else None
     if clip is None:
         finite_range(x, "mse_clip")
         clip = _clips(rows, num_bits, signed)

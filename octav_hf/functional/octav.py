@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from . import clips_cpu, fixed_point
+from . import fixed_point
 from .all_ranks import AllRanks, check_whole
 from .error import lower_error
 from .grid import check_num_bits, noise_factor
+from .kernels import cpu
 from .registry import register_clip_rule
 from .rows import Dim, check_floating, finite_range, statistics_dtype, to_rows
 from .tail_sums import TailSums, TailSumsOfAllRanks
@@ -89,7 +90,7 @@ def octav_clip(
 
 def _fast(rows: Tensor, num_bits: int, signed: bool) -> Tensor | None:
     """The fixed points by the fastest way there is; NaN where it finds none, ``None`` if there is none for ``rows``."""
-    clip = clips_cpu.fixed_points(rows, num_bits, signed) if clips_cpu.serves(rows) else None
+    clip = cpu.fixed_points(rows, num_bits, signed) if cpu.serves(rows) else None
     if clip is None and fixed_point.pays(rows):
         clip = fixed_point.fixed_points(rows, num_bits, signed)
     return clip

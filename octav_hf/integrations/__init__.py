@@ -1,6 +1,6 @@
 """Hooks into other libraries; importing this registers them."""
 
-from .trainer_checkpoints import last_whole_checkpoint
+from ..training.checkpoints import last_whole_checkpoint
 from .transformers_conv1d import QuantizedTransformersConv1D
 from .transformers_quantizer import OctavQuantizer
 

@@ -5,7 +5,7 @@ import inspect
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..sharded_weights import sharded_shape
+from .._utils.sharded_weights import sharded_shape
 
 
 def given_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:

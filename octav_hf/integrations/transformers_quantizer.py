@@ -12,13 +12,13 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..config import QUANT_METHOD, OctavConfig
-from ..packed_file import check_files, describe_tensors
-from ..packing import packed_layers, prepare_packed, quantized_weights
-from ..patching import convert_modules, freeze_packed, layers_to_freeze, restore_modules
-from ..weight_clips import prepare_frozen
+from ..conversion.convert import convert_modules, freeze_packed, layers_to_freeze, restore_modules
+from ..hub.upload import UploadWithCard
+from ..packing.manifest import check_files, describe_tensors
+from ..packing.names import FROZEN_CLIPS, PackedNames, layers_in_files
+from ..packing.pack import packed_layers, prepare_packed, quantized_weights
+from ..static_clips.weights import prepare_frozen
 from .gathered_weights import given_weights
-from .packed_names import FROZEN_CLIPS, PackedNames, layers_in_files
-from .upload import UploadWithCard
 
 
 @register_quantizer(QUANT_METHOD)
@@ -28,8 +28,7 @@ class OctavQuantizer(HfQuantizer):
     A checkpoint in training form holds the full-precision weights under their usual names, and the ``OctavConfig`` in
     ``config.json``: clips are recomputed from the data, or frozen, those of activations in the config and those of
     weights as tensors. In packed form, after ``pack_octav``, the weights are integers of another shape under the same
-    names, so that Transformers without this package stops at them instead of loading them; see ``packed_names`` and
-    ``packed_file``.
+    names, so that Transformers without this package stops at them instead of loading them; see ``packing``.
     """
 
     requires_calibration = False

@@ -1,7 +1,8 @@
 """Modules: the quantizer, and the layers whose operands pass through it. Needs nothing but torch."""
 
-from .attention import QuantizedAttention
-from .attention_matmuls import AttentionMatmuls
+from .attention.matmuls import AttentionMatmuls
+from .attention.module import QuantizedAttention
+from .attention.scaled_dot_product_attention import quantized_scaled_dot_product_attention
 from .convolution import QuantizedConv1d, QuantizedConv2d
 from .embedding import QuantizedEmbedding
 from .fake_quantize import FakeQuantize
@@ -12,7 +13,6 @@ from .linear import QuantizedLinear
 from .packed_layer import PackedLayer
 from .packed_weight import PackedWeight
 from .quantized_layer import QUANTIZED_LAYERS, QuantizedLayer, quantized_class_of, register_quantized_layer
-from .scaled_dot_product_attention import quantized_scaled_dot_product_attention
 from .synchronized_fake_quantize import SynchronizedFakeQuantize
 from .weight_fake_quantize import WeightFakeQuantize
 

@@ -20,7 +20,7 @@ from octav_hf import (
     remove_octav,
 )
 from octav_hf.nn import ATTENTION_OPERANDS, FakeQuantize, QuantizedAttention, QuantizedLayer
-from octav_hf.packing import packed_layers
+from octav_hf.packing.pack import packed_layers
 
 from .models import ARCHITECTURES, Architecture, Batch
 

@@ -6,7 +6,8 @@ import platform
 
 import pytest
 
-from octav_hf.functional import clips_cpu, compilation, fixed_point, fused, octav_triton
+from octav_hf.functional import fixed_point
+from octav_hf.functional.kernels import compilation, cpu, cuda, fused
 
 PATHS = {
     "recursion": "Eq. 6 as it is written",
@@ -24,15 +25,15 @@ def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "portable":
         if platform.machine() != "x86_64":
             pytest.skip("on this processor the other path is the portable one")
-        monkeypatch.setattr(clips_cpu, "FLAGS", ("-mno-avx512f",))
+        monkeypatch.setattr(cpu, "FLAGS", ("-mno-avx512f",))
     if path == "triton":
         pytest.importorskip("triton", reason="pip install triton")
         monkeypatch.delenv(compilation.SWITCH)
-        monkeypatch.setattr(octav_triton, "DEVICE_TYPES", ("cpu",))
+        monkeypatch.setattr(cuda, "DEVICE_TYPES", ("cpu",))
         # The interpreter's time goes by programs and operations, hardly by elements.
-        monkeypatch.setattr(octav_triton, "_PROGRAMS", 3)
-        monkeypatch.setattr(octav_triton, "_BLOCK", 1 << 18)
-        monkeypatch.setattr(clips_cpu, "SMALLEST", 1 << 62)
+        monkeypatch.setattr(cuda, "_PROGRAMS", 3)
+        monkeypatch.setattr(cuda, "_BLOCK", 1 << 18)
+        monkeypatch.setattr(cpu, "SMALLEST", 1 << 62)
         monkeypatch.setattr(fused, "SMALLEST", 1 << 62)
 
 
@@ -43,7 +44,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setattr(fixed_point, "SMALLEST", 1 << 62 if request.param == "recursion" else 1)
     monkeypatch.setattr(fixed_point, "_LONG_ROW", 64)
     monkeypatch.setattr(fixed_point, "_PIECE", 64)
-    monkeypatch.setattr(clips_cpu, "SMALLEST", 1)
+    monkeypatch.setattr(cpu, "SMALLEST", 1)
     monkeypatch.setattr(fused, "SMALLEST", 500)
     take_path(request.param, monkeypatch)
     return request.param

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from octav_hf.coverage.operand_watch import on_grid
 from octav_hf.nn import (
     ATTENTION_OPERANDS,
     AttentionMatmuls,
@@ -21,13 +22,12 @@ from octav_hf.nn import (
     SynchronizedFakeQuantize,
     quantized_scaled_dot_product_attention,
 )
+from octav_hf.nn.attention.products import find_product
 from octav_hf.nn.granularity import GRANULARITIES, frozen_dims, granularity_of, refusal, shared_dims
-from octav_hf.nn.products import find_product
-from octav_hf.operand_watch import on_grid
 
 from ..bert_twin import clips_of_parts
 from ..twins import as_float64, gradient_twin, grid_twin, quantize_twin
-from .test_attention import SPELLINGS, operands
+from .attention.test_module import SPELLINGS, operands
 
 Tensor = torch.Tensor
 

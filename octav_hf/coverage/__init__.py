@@ -1,0 +1,1 @@
+"""What of a model is quantized: as its modules say, and as a forward pass shows."""

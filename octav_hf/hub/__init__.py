@@ -1,0 +1,1 @@
+"""Checkpoints as others see them: folders, repositories on the Hub, model cards."""

@@ -1,0 +1,1 @@
+"""Attention modules whose matmuls run on quantized operands."""

@@ -1,0 +1,156 @@
+"""``pack_octav`` and ``unpack_octav``: a trained model's weights become integers and scales, and floats again."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .._utils.sharded_weights import sharded_shape
+from ..config import OctavConfig
+from ..conversion.convert import (
+    config_of,
+    freeze_packed,
+    layers_by_quantizer,
+    release_packed,
+    set_config,
+    shared_weights,
+)
+from ..conversion.layers import plan_layers
+from ..nn import FakeQuantize, PackedLayer, PackedWeight
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
+    """Store the quantized weights as integers of their own width and one scale per row, in place.
+
+    The outputs stay the same bit for bit: a packed layer makes its weight from the integers whenever it is needed. Of a
+    Transformers model ``save_pretrained`` and ``push_to_hub`` then write the packed form, and ``from_pretrained`` gives
+    it back. Packed weights are no parameters, and the other parameters are frozen (``requires_grad`` False): to train
+    on, call ``unpack_octav``; adapters added to the packed model can be trained as they are.
+
+    A weight that several modules share, as a language-model head and the token embeddings often do, is stored in
+    floating point for all of them, and quantized when it is used, as in training; a warning names it.
+
+    Args:
+        model: quantized by ``apply_octav``.
+        embedding_bits: 2 to 8 also quantizes and packs the embedding tables of a model that was trained without
+            ``OctavConfig.embedding_bits``, one scale per row. This changes the outputs a little.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: the model is not quantized by ``apply_octav``, or packed already; a weight holds NaN or Inf, or is
+            sharded; ``embedding_bits`` contradicts the config, or a table is shared. The model is then unchanged.
+    """
+    config = config_of(model, "pack_octav")
+    if config.packed:
+        raise ValueError(f"{type(model).__name__} is packed already; save it as it is")
+    tables: list[Any] = []  # conversions of embeddings
+    if embedding_bits is not None:
+        config = _with_embedding_bits(config, embedding_bits)
+        tables = [table for table in plan_layers(model, config) if isinstance(table.module, nn.Embedding)]
+    quantized = quantized_weights(model)
+    quantized |= {table.name: (table.module, table.quantizers["weight"]) for table in tables}
+    shared = shared_weights(model)
+    for name, (layer, _) in quantized.items():
+        _check_packable(name, layer)
+    for table in tables:
+        if table.module in shared:
+            raise ValueError(
+                f"{table.name}: other modules share this table of {table.module.num_embeddings} rows, which has to "
+                "stay in floating point for them; leave embedding_bits out"
+            )
+    packed = [
+        (layer, PackedWeight.pack(quantizer, layer.weight))
+        for layer, quantizer in quantized.values()
+        if layer not in shared
+    ]
+    if not packed:
+        raise ValueError(f"{type(model).__name__} has no quantized weight of its own, so there is nothing to pack")
+    for table in tables:
+        table.apply()
+    for layer, weight in packed:
+        PackedLayer.pack(layer, weight)
+    set_config(model, config.with_fields(packed=True))
+    freeze_packed(model)
+    left = [name for name, (layer, _) in quantized.items() if layer in shared]
+    if left:
+        logger.warning(
+            "Stored in floating point, since several modules share the weight, and quantized when used: %s",
+            ", ".join(left),
+        )
+    return model
+
+
+def unpack_octav(model: Model) -> Model:
+    """Undo ``pack_octav`` in place, for training: parameters again, whose values are the packed weights'.
+
+    Clips are computed from the weights again, unless ``freeze_weight_clips`` had frozen them. Those of values that are
+    on a grid already are not exactly the grid's own, so the outputs then differ a little from the packed model's. All
+    parameters get ``requires_grad`` True.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: the model is not packed.
+    """
+    config = config_of(model, "unpack_octav")
+    if not config.packed:
+        raise ValueError(f"{type(model).__name__} is not packed; train it as it is")
+    for layer in packed_layers(model).values():
+        layer.unpack(keep_clips=config.frozen_weight_clips)
+    release_packed(model)
+    set_config(model, config.with_fields(packed=False))
+    return model
+
+
+def prepare_packed(model: nn.Module, names: Iterable[str]) -> None:
+    """Give these layers of a model that was converted, and not loaded yet, packed weights to load into."""
+    quantized = quantized_weights(model)
+    for name in names:
+        layer, quantizer = quantized[name]
+        PackedLayer.pack(layer, PackedWeight(quantizer, layer.weight))
+
+
+def quantized_weights(model: nn.Module) -> dict[str, tuple[Any, FakeQuantize]]:
+    """Name -> layer with a quantized float weight, and the weight's quantizer."""
+    return {
+        name: (layer, layer.weight_quantizer)
+        for name, layer in layers_by_quantizer(model, FakeQuantize).items()
+        if not isinstance(layer, PackedLayer)
+    }
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    """The packed layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
+
+
+def _with_embedding_bits(config: OctavConfig, embedding_bits: int) -> OctavConfig:
+    if config.embedding_bits not in (None, embedding_bits):
+        raise ValueError(
+            f"embedding_bits={embedding_bits}, but the model was trained with embedding_bits={config.embedding_bits}; "
+            "leave it out"
+        )
+    return config.with_fields(embedding_bits=embedding_bits)
+
+
+def _check_packable(name: str, layer: nn.Module) -> None:
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise ValueError(f"{name}: its weight is not a parameter (it is parametrized?); make it one before packing")
+    shape = sharded_shape(weight)
+    if shape is not None:
+        raise ValueError(f"{name}: its weight of shape {shape} is sharded; save the model, and pack what is saved")
+    if weight.is_meta:
+        raise ValueError(
+            f"{name}: its weight of shape {tuple(weight.shape)} is offloaded; load the whole model before packing it"
+        )

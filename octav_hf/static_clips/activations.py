@@ -1,0 +1,233 @@
+"""Freezing activation clips at their mean over calibration batches, and letting them follow the data again."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers.utils.logging import tqdm
+
+from .._utils.forward_pass import Batch, check_batch, in_evaluation_mode, run_batch, without_trace
+from ..conversion.convert import set_config
+from ..nn import ClipObserver, FakeQuantize, FrozenClips, QuantizedAttention, QuantizedLayer
+from ..nn.stored_clips import ActivationClips, frozen_fields
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def calibrate_octav(model: Model, batches: Iterable[Batch], *, progress_bar: bool = True) -> Model:
+    """Freeze the clips of all activations, layer inputs and attention operands, at their mean over ``batches``.
+
+    The model runs on each batch in evaluation mode, with dynamic clips even where some are frozen already. Each frozen
+    clip is the mean of the dynamic clips of all calls, in float64; a call on an empty tensor does not count. A layer's
+    input has one; an attention operand has one for each time that the module's forward multiplies it, since DeBERTa,
+    for instance, multiplies content and positions in turn. An activation whose grid goes by its sign gets the unsigned
+    grid if no tensor had a negative value. Weights keep their dynamic clips. From then on, in training too, no
+    statistics of activations are computed.
+
+    With ``activation_granularity`` clips of heads and channels stay such: each is the mean over all calls and batch
+    elements, so that an operand ``[batch, heads, tokens, channels]`` has one for each head, or for each channel of each
+    head. Where a module has batch and heads in one dimension, as DeBERTa does, the mean is over both. Tokens come and
+    go, so that an operand with a clip per token gets one for all of them: that of the whole tensor, as with
+    ``"tensor"``. ``coverage_report`` says what each has, and ``uncalibrate_octav`` brings back what was asked for.
+
+    The clips are in the config that the model now has, as ``activation_clips``, so that ``save_pretrained`` writes them
+    and ``from_pretrained`` brings them back; the config object that was passed to ``apply_octav`` is left as it is.
+    Where several processes train one model, give each the same batches; or, with ``sync_activation_clips``, each its
+    own, as many as the others: the clips are then those of the batches of all, and equal in all.
+
+    Args:
+        model: one that ``apply_octav`` quantized, or that contains such a model. Its mode, its buffers and the random
+            state are as before afterwards.
+        batches: any iterable, such as a DataLoader. Each batch is a mapping of the forward's keyword arguments, a tuple
+            or list of positional ones, or a tensor, the only one; tensors in it are moved to the model's device.
+        progress_bar: whether to show one, as far as ``transformers.utils.logging`` does.
+
+    Returns:
+        ``model``. Activations that no batch reached stay dynamic, and a warning names them.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``, or ``batches`` or one of them is none of those.
+        ValueError: there is no batch, the model has no quantized activation, or an attention module used an operand
+            more often in one forward pass than in another, or with another number of heads or channels. The model is
+            then as it was.
+    """
+    if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"calibrate_octav takes an iterable of batches, such as a DataLoader, got {type(batches).__name__}; write "
+            "[batch] for a single batch"
+        )
+    with calibrating(model), in_evaluation_mode(model), without_trace(model) as runnable:
+        device, number = _device(model), 0
+        for number, batch in enumerate(tqdm(batches, desc="calibrating", disable=not progress_bar), 1):
+            check_batch(batch, f"calibrate_octav takes a list of batches, and each (here number {number}) is")
+            run_batch(runnable, _on_device(batch, device))
+        if number == 0:
+            raise ValueError(
+                "calibrate_octav got no batch, so there is nothing to compute clips from; pass at least one"
+            )
+    return model
+
+
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """``calibrate_octav`` for an evaluation loop of your own: what the model runs within it is what clips come from.
+
+    ::
+
+        model.eval()
+        with torch.no_grad(), octav_hf.calibrating(model):
+            for batch in batches:
+                model.generate(**batch)
+
+    Mode, gradients and random state are the loop's own business. Within it clips are dynamic; at its end they are
+    frozen. If it raises, the model is as it was.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: as ``calibrate_octav``, or nothing ran, or the model is being calibrated already.
+    """
+    operands = _activations(model, "calibrate_octav")
+    if any(operand.quantizer.observer for operand in operands):
+        raise ValueError(f"{type(model).__name__} is being calibrated already; end that before you begin anew")
+    observers = [ClipObserver() for _ in operands]
+    for operand, observer in zip(operands, observers, strict=True):
+        operand.quantizer.observer = observer
+    try:
+        with torch.compiler.set_stance("force_eager"):  # observers would have it all compiled anew, for this once
+            yield
+    finally:
+        for operand in operands:
+            del operand.quantizer.observer
+    for operand, observer in zip(operands, observers, strict=True):
+        _check_uses(operand, observer.uses)
+    frozen = [observer.mean() for observer in observers]
+    if not any(frozen):
+        raise ValueError(
+            f"no activation of {type(model).__name__} was quantized during the calibration, so there are no clips to "
+            "freeze; run this model in it, on batches that are not empty"
+        )
+    _freeze(operands, frozen)
+    dynamic = [f"{operand.path} {operand.name}" for operand, clips in zip(operands, frozen, strict=True) if not clips]
+    if dynamic:
+        logger.warning(
+            "%d of %d activations were not reached by the calibration, and their clips stay dynamic: %s",
+            *(len(dynamic), len(operands), ", ".join(dynamic)),
+        )
+
+
+def uncalibrate_octav(model: Model) -> Model:
+    """Undo ``calibrate_octav``: all clips follow the data again.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: no clip of the model is frozen.
+    """
+    operands = _activations(model, "uncalibrate_octav")
+    if not any(operand.quantizer.frozen for operand in operands):
+        raise ValueError(f"uncalibrate_octav: no clip of {type(model).__name__} is frozen")
+    _freeze(operands, [None] * len(operands))
+    return model
+
+
+@dataclass(frozen=True)
+class _Activation:
+    """A quantized activation of a model."""
+
+    root: nn.Module  # that has the config
+    path: str  # of the module in the model
+    path_in_root: str
+    name: str  # of the operand
+    quantizer: FakeQuantize
+
+    @property
+    def config_name(self) -> str:
+        """The module's name for the config: the one at conversion, if an adapter has wrapped the module since."""
+        name = ".".join(part for part in self.path_in_root.split(".") if part != "base_layer")
+        return name if self.quantizer.name == f"{name} {self.name}" else self.path_in_root
+
+
+def _activations(model: nn.Module, caller: str) -> list[_Activation]:
+    """The quantized activations of all quantized models in ``model``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller} takes a model (an nn.Module), got {type(model).__name__}")
+    named = list(model.named_modules())
+    # An inner one comes after those that it is in, and takes its modules from them.
+    found: dict[FakeQuantize, _Activation] = {}
+    for root_path, root in named:
+        if "octav_config" in root.__dict__:
+            for path, module in root.named_modules():
+                full = ".".join(filter(None, (root_path, path)))
+                for name, quantizer in _activation_quantizers(module):
+                    found[quantizer] = _Activation(root, full, path, name, quantizer)
+    if found:
+        return list(found.values())
+    described = type(model).__name__
+    if not any(isinstance(module, QuantizedLayer | QuantizedAttention) for _, module in named):
+        raise ValueError(f"{caller}: {described} is not quantized; call apply_octav(model, OctavConfig()) first")
+    if not any(True for _, module in named for _ in _activation_quantizers(module)):
+        raise ValueError(f"{caller}: {described} has no quantized activations; set activation_bits in its OctavConfig")
+    raise ValueError(
+        f"{caller}: {described} is part of a model that apply_octav was called on, and the clips belong into the config"
+        " of that; pass that model"
+    )
+
+
+def _activation_quantizers(module: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
+    """Operand and quantizer of the activations of one module."""
+    if isinstance(module, QuantizedAttention):
+        quantizers = module.operand_quantizers
+    elif isinstance(module, QuantizedLayer):
+        names = (operand for operand in module.operands if operand != "weight")
+        quantizers = {operand: getattr(module, f"{operand}_quantizer") for operand in names}
+    else:
+        return
+    yield from ((name, quantizer) for name, quantizer in quantizers.items() if isinstance(quantizer, FakeQuantize))
+
+
+def _check_uses(operand: _Activation, uses: set[int]) -> None:
+    if len(uses) > 1:
+        name = operand.config_name
+        raise ValueError(
+            f"{operand.path}: its forward multiplied the attention operand {operand.name} {min(uses)} times in one pass"
+            f" and {max(uses)} times in another, so that clips cannot be frozen for each time; calibrate with batches "
+            f"of one kind, or leave it out when you call apply_octav: module_overrides={{{name!r}: "
+            "{'quantize_attention': False}}"
+        )
+
+
+def _freeze(operands: list[_Activation], frozen: list[FrozenClips | None]) -> None:
+    """Give each activation its frozen clips, or none, and each model the config that says so."""
+    clips: dict[nn.Module, ActivationClips] = {operand.root: {} for operand in operands}
+    for operand, new in zip(operands, frozen, strict=True):
+        operand.quantizer.frozen = new
+        if new is not None:
+            module_clips = clips[operand.root].setdefault(operand.config_name, {})
+            module_clips[operand.name] = frozen_fields(new)
+    for root, activation_clips in clips.items():
+        # A copy: the old config may be the user's own, or that of other models too.
+        set_config(root, root.__dict__["octav_config"].with_fields(activation_clips=activation_clips))
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    """Where the model's first tensor is; ``None`` if that is nowhere, as for offloaded weights."""
+    tensors = (tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)
+
+
+def _on_device(batch: Batch, device: torch.device | None) -> Batch:
+    def move(leaf: Any) -> Any:
+        return leaf.to(device) if isinstance(leaf, Tensor) and device is not None else leaf
+
+    if isinstance(batch, Mapping):  # of any class, such as a tokenizer's
+        return {name: tree_map(move, value) for name, value in batch.items()}
+    return tree_map(move, batch)

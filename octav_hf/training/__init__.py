@@ -1,0 +1,1 @@
+"""Training beyond the step itself: a teacher, and resuming killed runs."""

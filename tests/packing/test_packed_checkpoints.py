@@ -1,0 +1,230 @@
+"""Packed models on disk: they come back bit for bit, say what they are, and Transformers alone stops at them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertModel,
+)
+
+from octav_hf import OctavConfig, apply_octav, coverage_report, pack_octav, unpack_octav
+from octav_hf.packing.pack import packed_layers
+from tests.question_answering import logits
+
+MakeBert = Callable[..., BertForQuestionAnswering]
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+@pytest.fixture
+def packed(small_bert: MakeBert) -> BertForQuestionAnswering:
+    return pack_octav(apply_octav(small_bert(), OctavConfig()))
+
+
+@pytest.fixture
+def folder(packed: BertForQuestionAnswering, tmp_path: Path) -> Path:
+    packed.save_pretrained(tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_it_comes_back_bit_for_bit(
+    small_bert: MakeBert, padded_batch: dict, tmp_path: Path, bits: int, dtype: torch.dtype
+) -> None:
+    model = apply_octav(small_bert().to(dtype), OctavConfig(weight_bits=bits, activation_bits=bits))
+    expected = logits(model, padded_batch)
+    pack_octav(model).save_pretrained(tmp_path / "first")
+    loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "first")
+    assert loaded.dtype == dtype
+    assert torch.equal(logits(loaded, padded_batch), expected)
+    assert str(coverage_report(loaded)) == str(coverage_report(model))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    loaded.save_pretrained(tmp_path / "second")
+    first, second = tensors_in(tmp_path / "first"), tensors_in(tmp_path / "second")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+
+
+def test_the_file_holds_integers_scales_and_what_was_not_quantized(small_bert: MakeBert, folder: Path) -> None:
+    tensors, floats = tensors_in(folder), small_bert().state_dict()
+    for name, tensor in tensors.items():
+        if name.endswith(".weight_scale"):
+            weight = floats[name.removesuffix("_scale")]
+            assert tensor.dtype == torch.float32
+            assert tensor.shape == weight.shape[:1]
+            assert tensors[name.removesuffix("_scale")].numel() == weight.numel() // 2
+            assert tensors[name.removesuffix("_scale")].dtype == torch.uint8
+        elif f"{name}_scale" not in tensors:
+            assert torch.equal(tensor, floats[name])
+    assert {name for name in tensors if not name.endswith(".weight_scale")} == set(floats)
+
+
+def test_sharded_and_with_a_device_map(packed: nn.Module, padded_batch: dict, tmp_path: Path) -> None:
+    packed.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    for device_map in (None, "auto", {"": "cpu"}):
+        loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path, device_map=device_map)
+        assert torch.equal(logits(loaded, padded_batch), logits(packed, padded_batch))
+
+
+def test_another_dtype_rounds_the_weights_and_not_the_scales(folder: Path, packed: nn.Module) -> None:
+    loaded = AutoModelForQuestionAnswering.from_pretrained(folder, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    for name, layer in packed_layers(loaded).items():
+        original = packed.get_submodule(name)
+        assert torch.equal(layer.weight_quantizer.scale, original.weight_quantizer.scale)
+        assert torch.equal(layer.weight, original.weight.to(torch.bfloat16))
+
+
+def test_with_quantized_embeddings(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
+    model = pack_octav(apply_octav(small_bert(), OctavConfig()), embedding_bits=8)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
+    assert tensors_in(tmp_path)["bert.embeddings.word_embeddings.weight"].dtype == torch.int8
+
+
+def test_a_tied_head_comes_back_tied(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = pack_octav(apply_octav(BertForMaskedLM(small_bert().config).eval(), OctavConfig()))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**padded_batch).logits, model(**padded_batch).logits)
+    assert loaded.cls.predictions.decoder.weight is loaded.bert.embeddings.word_embeddings.weight
+
+
+def test_the_base_model_can_be_loaded_from_it(folder: Path, packed: nn.Module, padded_batch: dict) -> None:
+    base = BertModel.from_pretrained(folder, add_pooling_layer=False)
+    expected = packed.bert(**padded_batch).last_hidden_state
+    assert torch.equal(base(**padded_batch).last_hidden_state, expected)
+
+
+def test_the_whole_model_can_be_loaded_from_the_base_model(small_bert: MakeBert, tmp_path: Path) -> None:
+    base = pack_octav(apply_octav(small_bert().bert, OctavConfig()))
+    base.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"qa_outputs: this packed checkpoint has no packed weight of shape \(2, 32\)"):
+        AutoModelForQuestionAnswering.from_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path, add_pooling_layer=False)
+
+
+def test_another_head_is_refused_not_initialised(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"no packed weight of shape .* for BertForSequenceClassification"):
+        AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_unpacked_it_can_be_saved_and_trained_on(folder: Path, padded_batch: dict, tmp_path: Path) -> None:
+    model = unpack_octav(AutoModelForQuestionAnswering.from_pretrained(folder))
+    model.save_pretrained(tmp_path / "unpacked")
+    loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "unpacked")
+    assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    loaded.train()(**padded_batch).start_logits.sum().backward()
+
+
+def test_dequantize_gives_the_packed_values_in_float(folder: Path, packed: nn.Module) -> None:
+    model = AutoModelForQuestionAnswering.from_pretrained(folder).dequantize()
+    assert "quantization_config" not in model.config.to_dict()
+    assert torch.equal(model.qa_outputs.weight, packed.qa_outputs.weight)
+    assert type(model.qa_outputs) is nn.Linear
+
+
+def test_a_float_model_is_not_loaded_as_packed(small_bert: MakeBert, tmp_path: Path) -> None:
+    small_bert().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="call pack_octav"):
+        AutoModelForQuestionAnswering.from_pretrained(tmp_path, quantization_config=OctavConfig(packed=True))
+
+
+WITHOUT_THE_PLUGIN = """
+import sys
+from transformers import AutoModelForQuestionAnswering
+assert "octav_hf" not in sys.modules
+AutoModelForQuestionAnswering.from_pretrained(sys.argv[1])
+"""
+
+
+def test_without_the_plugin_a_packed_model_does_not_load(folder: Path) -> None:
+    for bits in (4, 8):
+        if bits == 8:
+            model = AutoModelForQuestionAnswering.from_pretrained(folder)
+            pack_octav(apply_octav(model.dequantize(), OctavConfig(weight_bits=8))).save_pretrained(folder)
+        run = subprocess.run(
+            [sys.executable, "-c", WITHOUT_THE_PLUGIN, str(folder)], capture_output=True, text=True, check=False
+        )
+        assert run.returncode != 0
+        assert "Unknown quantization type, got octav" in run.stderr
+        assert "MISMATCH" in run.stderr
+        assert run.stderr.rstrip().splitlines()[-1].startswith("RuntimeError")
+
+
+def test_without_the_plugin_a_training_form_is_the_float_model(
+    small_bert: MakeBert, padded_batch: dict, tmp_path: Path
+) -> None:
+    apply_octav(small_bert(), OctavConfig()).save_pretrained(tmp_path)
+    torch.save(padded_batch, tmp_path / "batch.pt")
+    script = (
+        WITHOUT_THE_PLUGIN.replace("AutoModelForQuestionAnswering.from", "model = AutoModelForQuestionAnswering.from")
+        + "import torch\n"
+        "output = model(**torch.load(sys.argv[1] + '/batch.pt'))\n"
+        "torch.save(torch.cat([output.start_logits, output.end_logits]), sys.argv[1] + '/logits.pt')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "Unknown quantization type, got octav" in run.stderr
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(small_bert(), padded_batch))
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= fields
+    path.write_text(json.dumps(config))
+
+
+def test_a_newer_format_is_refused_with_the_version_it_needs(folder: Path) -> None:
+    edit_config(folder, format_version=2, octav_hf_version="7.1.0", something_new=True)
+    with pytest.raises(ValueError, match=r"format version 2, written by octav_hf 7\.1\.0;.*octav-hf>=7\.1\.0"):
+        AutoModelForQuestionAnswering.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("version", [0, "1", None, 1.0, True])
+def test_a_version_that_is_none_is_refused(folder: Path, version: object) -> None:
+    edit_config(folder, format_version=version)
+    with pytest.raises(ValueError, match="format_version of a checkpoint's quantization_config must be 1 or more"):
+        AutoModelForQuestionAnswering.from_pretrained(folder)
+
+
+def test_a_config_that_does_not_belong_to_the_file_is_refused(folder: Path) -> None:
+    edit_config(folder, activation_bits=5)
+    with pytest.raises(ValueError, match=r"model\.safetensors was written with activation_bits=4.*has 5"):
+        AutoModelForQuestionAnswering.from_pretrained(folder)
+
+
+def test_a_checkpoint_from_before_versions_is_read(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
+    model = apply_octav(small_bert(), OctavConfig())
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for field in ("format_version", "octav_hf_version", "packed"):
+        del config["quantization_config"][field]
+    path.write_text(json.dumps(config))
+    loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))

@@ -1,0 +1,238 @@
+"""Frozen clips of weights: what they are, that training leaves them alone, both checkpoint forms, what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification, BertModel
+
+from octav_hf import (
+    OctavConfig,
+    apply_octav,
+    coverage_report,
+    freeze_weight_clips,
+    model_card,
+    pack_octav,
+    remove_octav,
+    unfreeze_weight_clips,
+    unpack_octav,
+)
+from octav_hf.nn import FrozenWeightFakeQuantize, QuantizedLayer
+from octav_hf.static_clips.weights import frozen_layers
+from tests import twins
+from tests.question_answering import logits
+
+MakeBert = Callable[..., BertForQuestionAnswering]
+LAYER = "bert.encoder.layer.0.output.dense"
+CLIPS = f"{LAYER}.weight_quantizer.clips"
+
+
+@pytest.fixture
+def frozen(small_bert: MakeBert) -> BertForQuestionAnswering:
+    return freeze_weight_clips(apply_octav(small_bert(), OctavConfig()))
+
+
+def train(model: nn.Module, batch: dict, steps: int = 3) -> None:
+    """Steps that are wide enough to move every clip that follows its weight."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**batch).start_logits.square().mean().backward()
+        optimizer.step()
+
+
+def test_clips_are_those_of_the_weights(small_bert: MakeBert, padded_batch: dict) -> None:
+    model = apply_octav(small_bert(), OctavConfig(module_overrides={"qa_outputs": {"weight_granularity": "tensor"}}))
+    expected = logits(model, padded_batch)
+    assert freeze_weight_clips(model) is model
+    assert torch.equal(logits(model, padded_batch), expected)
+    layers = frozen_layers(model)
+    assert len(layers) == 13
+    for name, layer in layers.items():
+        clips = layer.weight_quantizer.clips
+        rows = layer.weight.detach().double()
+        if name == "qa_outputs":
+            assert clips.shape == ()
+            rows = rows.reshape(1, -1)
+        else:
+            assert clips.shape == (len(rows), 1)
+        twin = torch.tensor([twins.octav_clip_twin(row, 4) for row in rows], dtype=torch.float64)
+        torch.testing.assert_close(clips.double().reshape(-1), twin, rtol=1e-5, atol=0)
+
+
+def test_training_leaves_the_clips_alone(frozen: BertForQuestionAnswering, padded_batch: dict) -> None:
+    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
+    train(frozen, padded_batch)
+    after = frozen.state_dict()
+    clips = {name for name in before if name.endswith(".clips")}
+    assert len(clips) == 13
+    assert all(torch.equal(before[name], after[name]) for name in clips)
+    assert not torch.equal(before[f"{LAYER}.weight"], after[f"{LAYER}.weight"])
+    layer = frozen_layers(frozen)[LAYER]
+    levels = layer.weight_quantizer(layer.weight) / before[CLIPS] * 8
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-5)
+    assert levels.min() == -8  # some weight has outgrown its clip
+
+
+def test_gradient_of_a_clipped_weight_is_that_of_its_estimator(frozen: BertForQuestionAnswering) -> None:
+    layer = frozen_layers(frozen)[LAYER]
+    with torch.no_grad():
+        layer.weight[0, 0] = 5 * layer.weight_quantizer.clips[0, 0]
+    layer.weight_quantizer(layer.weight).sum().backward()
+    torch.testing.assert_close(layer.weight.grad[0, 0], torch.tensor(0.2))  # MAD: clip / magnitude, Eq. 10
+
+
+def test_unfrozen_clips_follow_the_weights(frozen: BertForQuestionAnswering, padded_batch: dict) -> None:
+    train(frozen, padded_batch)
+    held = logits(frozen, padded_batch)
+    assert unfreeze_weight_clips(frozen) is frozen
+    assert not frozen.octav_config.frozen_weight_clips
+    assert not any(name.endswith(".clips") for name in frozen.state_dict())
+    followed = logits(frozen, padded_batch)
+    assert not torch.equal(followed, held)
+    fresh = apply_octav(BertForQuestionAnswering(frozen.config).eval(), OctavConfig())
+    fresh.load_state_dict(frozen.state_dict())
+    assert torch.equal(logits(fresh, padded_batch), followed)
+    assert len(frozen_layers(freeze_weight_clips(frozen))) == 13
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_form_comes_back(small_bert: MakeBert, padded_batch: dict, tmp_path: Path, dtype: torch.dtype) -> None:
+    model = freeze_weight_clips(apply_octav(small_bert(), OctavConfig())).to(dtype)
+    assert frozen_layers(model)[LAYER].weight_quantizer.clips.dtype == torch.float32
+    train(model, padded_batch)
+    model.save_pretrained(tmp_path)
+    loaded = BertForQuestionAnswering.from_pretrained(tmp_path, dtype=dtype)
+    assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
+    assert loaded.octav_config.frozen_weight_clips
+    assert frozen_layers(loaded)[LAYER].weight_quantizer.clips.dtype == torch.float32
+    assert str(coverage_report(loaded)) == str(coverage_report(model))
+    assert "per row, frozen" in str(coverage_report(loaded))
+    base = BertModel.from_pretrained(tmp_path, dtype=dtype, add_pooling_layer=False)  # without the prefix of the names
+    expected = frozen_layers(model)[LAYER].weight_quantizer.clips
+    assert torch.equal(base.encoder.layer[0].output.dense.weight_quantizer.clips, expected)
+
+
+def test_packed_form_has_them_and_gives_them_back(
+    frozen: BertForQuestionAnswering, padded_batch: dict, tmp_path: Path
+) -> None:
+    train(frozen, padded_batch)
+    expected, clips = logits(frozen, padded_batch), frozen_layers(frozen)[LAYER].weight_quantizer.clips
+    pack_octav(frozen).save_pretrained(tmp_path)
+    assert not any(name.endswith("clips") for name in load_file(tmp_path / "model.safetensors"))
+    loaded = BertForQuestionAnswering.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, padded_batch), expected)
+    for packed in (frozen, loaded):
+        unpack_octav(packed)
+        assert torch.equal(frozen_layers(packed)[LAYER].weight_quantizer.clips, clips)
+        # the clips are the grid's own, so that unpacking changes nothing
+        assert torch.equal(logits(packed, padded_batch), expected)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "own"])
+def test_heads_and_embeddings(padded_batch: dict, tmp_path: Path, tied: bool, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = BertForMaskedLM(BertConfig(vocab_size=100, tie_word_embeddings=tied, **sizes)).eval()
+    head, ids = "cls.predictions.decoder", padded_batch["input_ids"] % 60
+    with caplog.at_level(logging.WARNING):
+        freeze_weight_clips(apply_octav(model, OctavConfig(embedding_bits=8)))
+    assert (f"share these weights, and their clips stay dynamic: {head}" in caplog.text) is tied
+    assert (head in frozen_layers(model)) is not tied
+    assert not isinstance(model.bert.embeddings.word_embeddings.weight_quantizer, FrozenWeightFakeQuantize)
+    model.resize_token_embeddings(60)
+    model(input_ids=ids)
+    if not tied:
+        assert frozen_layers(model)[head].weight_quantizer.clips.shape == (60, 1)
+    for form in ("training", "packed"):
+        expected = model(input_ids=ids).logits
+        model.save_pretrained(tmp_path / form)
+        loaded = BertForMaskedLM.from_pretrained(tmp_path / form).eval()
+        assert torch.equal(loaded(input_ids=ids).logits, expected)
+        if form == "training":
+            pack_octav(model)
+
+
+def test_export_records_frozen_clips(frozen: BertForQuestionAnswering) -> None:
+    layer = frozen_layers(frozen)[LAYER]
+    layer.input_quantizer = nn.Identity()
+    x = torch.randn(3, layer.in_features)
+    exported = torch.export.export(layer, (x,)).module()
+    assert torch.equal(exported(x), layer(x))
+
+
+def test_float_model_comes_back(frozen: BertForQuestionAnswering) -> None:
+    names = {name for name in frozen.state_dict() if not name.endswith(".clips")}
+    remove_octav(frozen)
+    assert set(frozen.state_dict()) == names
+    assert not any(isinstance(module, QuantizedLayer) for module in frozen.modules())
+
+
+def test_the_card_says_so(frozen: BertForQuestionAnswering) -> None:
+    assert "clip `octav` per row, frozen" in str(model_card(frozen))
+
+
+def test_files_without_a_clip_are_refused(frozen: BertForQuestionAnswering, tmp_path: Path) -> None:
+    frozen.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor for name, tensor in tensors.items() if name != CLIPS}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{LAYER}: this checkpoint has no clips for its weight of shape \(32, 64\)"):
+        BertForQuestionAnswering.from_pretrained(tmp_path)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"bert.pooler.dense: this checkpoint has no clips.*unfreeze_weight_clips"):
+        BertForSequenceClassification.from_pretrained(tmp_path)
+    config = BertConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="with frozen clips of weights can only be loaded from its files"):
+        BertForQuestionAnswering.from_pretrained(None, config=config, state_dict=tensors)
+
+
+def test_the_field_is_refused_where_there_are_no_clips(small_bert: MakeBert, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"frozen_weight_clips=True.*call freeze_weight_clips\(model\)"):
+        apply_octav(small_bert(), OctavConfig(frozen_weight_clips=True))
+    small_bert().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="frozen_weight_clips=True is not for a float model"):
+        BertForQuestionAnswering.from_pretrained(tmp_path, quantization_config=OctavConfig(frozen_weight_clips=True))
+    with pytest.raises(ValueError, match="frozen_weight_clips must be True or False, got 1"):
+        OctavConfig(frozen_weight_clips=1)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_frozen(small_bert: MakeBert, frozen: BertForQuestionAnswering) -> None:
+    with pytest.raises(TypeError, match="freeze_weight_clips takes a model"):
+        freeze_weight_clips(None)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="not a model that apply_octav was called on"):
+        freeze_weight_clips(small_bert())
+    with pytest.raises(ValueError, match="frozen already"):
+        freeze_weight_clips(frozen)
+    with pytest.raises(ValueError, match="no quantized weight"):
+        freeze_weight_clips(apply_octav(small_bert(), OctavConfig(weight_bits=None)))
+    with pytest.raises(ValueError, match="no clip of a weight"):
+        unfreeze_weight_clips(apply_octav(small_bert(), OctavConfig()))
+    for function in (freeze_weight_clips, unfreeze_weight_clips):
+        with pytest.raises(ValueError, match="is packed, and its clips with it"):
+            function(pack_octav(apply_octav(small_bert(), OctavConfig())))
+
+
+def test_nothing_is_frozen_after_an_error(small_bert: MakeBert) -> None:
+    model = apply_octav(small_bert(), OctavConfig())
+    with torch.no_grad():
+        model.qa_outputs.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="qa_outputs weight"):
+        freeze_weight_clips(model)
+    assert not frozen_layers(model)
+    assert not model.octav_config.frozen_weight_clips
+
+
+def test_config_json_stays_small(frozen: BertForQuestionAnswering, tmp_path: Path) -> None:
+    """The clips of weights are tensors: a BERT-Base has 83,000 of them."""
+    frozen.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["frozen_weight_clips"] is True
+    assert config["activation_clips"] == {}
