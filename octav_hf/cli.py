@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from transformers import PreTrainedModel, logging
 
 from ._utils.text_table import aligned
-from .hub.checkpoint_folder import CheckpointFolder, summary, whole_folder
+from .hub.checkpoint_folder import CheckpointFolder, atomic_output_dir, summary
 from .hub.model_card import bits_in_words
 from .hub.training_run import TrainingRun
 from .packing.pack import pack_octav, unpack_octav
@@ -89,7 +89,7 @@ def _pack(options: argparse.Namespace) -> None:
     source = CheckpointFolder(options.source)
     if source.config.packed:
         raise ValueError(f"{options.source} is packed already")
-    with whole_folder(options.output) as folder:
+    with atomic_output_dir(options.output) as folder:
         model = pack_octav(source.load(), embedding_bits=options.embedding_bits)
         _write(model, source, folder, options, same_outputs=options.embedding_bits is None)
     _report(options.output)
@@ -99,7 +99,7 @@ def _unpack(options: argparse.Namespace) -> None:
     source = CheckpointFolder(options.source)
     if not source.config.packed:
         raise ValueError(f"{options.source} is not packed; train it as it is")
-    with whole_folder(options.output) as folder:
+    with atomic_output_dir(options.output) as folder:
         _write(unpack_octav(source.load()), source, folder, options, same_outputs=False)
     _report(options.output)
 

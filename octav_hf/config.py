@@ -1,10 +1,12 @@
 """``OctavConfig``: what is quantized, to how many bits, with which clips and gradients."""
+# ruff: noqa: RUF009  # _field makes a field, not a default
 
 import copy
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,213 +15,225 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._version import __version__
-from .functional import CLIP_RULES, GRADIENTS
+from .functional import CLIP_RULES, GradientEstimator
 from .functional.grid import MAX_BITS, MIN_BITS
 from .functional.registry import RULE_ARGUMENTS, rules_for_all_ranks
-from .nn.granularity import FINEST, GRANULARITIES, refusal
+from .nn.granularity import (
+    ACTIVATION_GRANULARITIES,
+    FINEST,
+    WEIGHT_GRANULARITIES,
+    Granularity,
+    unsupported_reason,
+)
 from .nn.stored_clips import ActivationClips, validate_activation_clips
 
 QUANT_METHOD = "octav"
-WEIGHT_GRANULARITIES = ("row", "tensor")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of checkpoints: their config, tensor names and layout. A later version reads the earlier ones."""
 
 _SIDES = ("weight", "activation", "embedding")
 
+# Closed choices; clip rules can be registered.
+_CHOICES: dict[str, tuple[StrEnum, ...]] = {
+    "weight_granularity": WEIGHT_GRANULARITIES,
+    "weight_gradient_estimator": tuple(GradientEstimator),
+    "activation_gradient_estimator": tuple(GradientEstimator),
+}
+_PATTERN_LISTS = ("exclude_modules", "target_modules", "attention_modules")
 
-@dataclass(frozen=True)
+
+def _field(default: Any, help: str) -> Any:
+    """A field of a config with its help, which the README's table and ``run_squad.py``'s arguments show too."""
+    metadata = {"help": help}
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(repr=False)
 class ModuleSettings:
-    """How one module is quantized: the config's fields after the overrides that match the module's name."""
+    """How one module is quantized: the fields of ``OctavConfig`` that ``module_overrides`` can set."""
 
-    weight_bits: int | None
-    activation_bits: int | None
-    embedding_bits: int | None
-    weight_clip: str
-    activation_clip: str
-    weight_clip_options: Mapping[str, Any]
-    activation_clip_options: Mapping[str, Any]
-    weight_granularity: str
-    activation_granularity: Mapping[str, str]
-    weight_gradient: str
-    activation_gradient: str
-    unsigned_activations: bool
-    shifted_activations: bool
-    quantize_attention: bool
+    weight_bits: int | None = _field(4, "2 to 8; `None` leaves weights in float.")
+    activation_bits: int | None = _field(
+        4, "2 to 8; `None` leaves activations, the operands of attention matmuls included, in float."
+    )
+    embedding_bits: int | None = _field(
+        None,
+        "2 to 8 quantizes embedding tables too (every `nn.Embedding`), with one clip per row, by the clip rule and "
+        "gradient estimator of weights; a tied head still quantizes its own view. `None` leaves them in float, as the "
+        "paper does.",
+    )
+    weight_clip: str = _field(
+        "octav",
+        'Clip rule of weights: `"octav"`, `"mse"`, `"max"`, `"percentile"`, `"mse_sweep"`, or a rule of your own '
+        "(`functional.register_clip_rule`).",
+    )
+    activation_clip: str = _field("octav", "Clip rule of activations; the same choices.")
+    weight_clip_options: dict[str, Any] = _field(
+        {}, 'Keyword arguments of the rule for weights, such as `{"max_iterations": 10}` for `"octav"`.'
+    )
+    activation_clip_options: dict[str, Any] = _field(
+        {}, 'The same for activations, such as `{"percentile": 99.99}` for `"percentile"`.'
+    )
+    weight_granularity: Granularity = _field(
+        Granularity.CHANNEL,
+        'What one clip of a weight is for: `"channel"`, an output feature or channel, or `"tensor"`, the whole weight, '
+        "which the paper uses for the linear layers of ResNets and MobileNets.",
+    )
+    activation_granularity: dict[str, str] = _field(
+        {},
+        "Operand → what one clip of it is for; an operand that is left out has one clip per tensor, as in the paper. "
+        '`"input"` of linear layers: `"token"`, one per row; `"query"`, `"key"`, `"probabilities"`: `"attn_head"`, one '
+        'per batch element and head, or `"token"`, one per token and head; `"value"`: `"attn_head"` or `"channel"`, '
+        "one per batch element, head and channel. Allowed is that for which the scale factors out of the matmul; "
+        "anything else is refused with the reason. The input of a convolution has one clip per tensor.",
+    )
+    weight_gradient_estimator: GradientEstimator = _field(
+        GradientEstimator.MAD,
+        '`"mad"`, `"pwl"` or `"ste"` (section 4). MAD for weights and PWL for activations is MPH.',
+    )
+    activation_gradient_estimator: GradientEstimator = _field(
+        GradientEstimator.PWL, "The same for activations, attention operands included."
+    )
+    unsigned_activations: bool = _field(
+        True,
+        "Whether layer inputs without a negative value, such as the output of a ReLU, use the unsigned grid, whose "
+        "steps are half as wide; decided from the tensor at every forward pass. `False` keeps them signed.",
+    )
+    asymmetric_activations: bool = _field(
+        False,
+        "Whether inputs of linear layers whose negative values all lie inside the signed clip, such as the output of a "
+        "GELU, use the unsigned grid that begins at their lowest value m: `m + Q(x - m)`; decided from the tensor at "
+        "every forward pass. The offset factors out of the matmul. Not for convolutions, whose padding has no offset.",
+    )
+    quantize_attention: bool = _field(
+        True,
+        "Whether attention matmuls are quantized. A model whose attention matmuls cannot be reached is refused unless "
+        "this is `False`.",
+    )
 
     def granularity(self, operand: str) -> str:
-        """What a clip of this activation is for."""
-        return self.activation_granularity.get(operand, "tensor")
+        """What one clip of this activation is for."""
+        return self.activation_granularity.get(operand, Granularity.TENSOR)
 
 
-_SETTINGS = tuple(field.name for field in fields(ModuleSettings))
+MODULE_FIELDS = tuple(entry.name for entry in fields(ModuleSettings))
 
 _PAPER: dict[str, Any] = {
     "weight_clip": "octav",
     "activation_clip": "octav",
-    "weight_granularity": "row",
+    "weight_granularity": "channel",
     "activation_granularity": {},
-    "weight_gradient": "mad",
-    "activation_gradient": "pwl",
+    "weight_gradient_estimator": "mad",
+    "activation_gradient_estimator": "pwl",
     "unsigned_activations": True,
-    "shifted_activations": False,
+    "asymmetric_activations": False,
     "quantize_attention": True,
 }
 _ACCURATE: dict[str, Any] = {
     "weight_clip": "mse",
     "activation_clip": "mse",
     "activation_granularity": FINEST,
-    "shifted_activations": True,
+    "asymmetric_activations": True,
 }
 
 
 @register_quantization_config(QUANT_METHOD)
-class OctavConfig(QuantizationConfigMixin):
+@dataclass(repr=False)
+class OctavConfig(ModuleSettings, QuantizationConfigMixin):
     """Quantization-aware training with OCTAV clips; the defaults are the paper's recipe "MPH" at 4 bits.
 
-    Weights of linear layers and convolutions have one clip per output feature or channel (row), everything else one
-    clip per tensor (Appendix E.2) unless ``activation_granularity`` says otherwise. "Activations" are the inputs of
-    those layers and the four operands of the attention matmuls (query, key, probabilities, value; probabilities on the
-    unsigned grid).
+    Weights of linear layers and convolutions have one clip per output feature or channel, everything else one clip per
+    tensor (Appendix E.2) unless ``activation_granularity`` says otherwise. "Activations" are the inputs of those layers
+    and the four operands of the attention matmuls (query, key, probabilities, value; probabilities on the unsigned
+    grid).
 
-    Args:
-        weight_bits: 2 to 8; ``None`` leaves weights in float.
-        activation_bits: 2 to 8; ``None`` leaves activations, attention operands included, in float.
-        embedding_bits: 2 to 8 quantizes embedding tables too, of tokens, positions and whatever else is an
-            ``nn.Embedding``, with one clip per row, by the clipping rule and gradient of weights; ``None`` leaves them
-            in float, as the paper does.
-        weight_clip, activation_clip: ``"octav"``, ``"mse"``, ``"max"``, ``"percentile"`` or ``"mse_sweep"``, or another
-            rule registered in ``octav_hf.functional.CLIP_RULES``.
-        weight_clip_options, activation_clip_options: further keyword arguments of that rule, for instance
-            ``{"max_iterations": 10}`` for octav or ``{"percentile": 99.99}`` for percentile.
-        weight_granularity: ``"row"``, or ``"tensor"`` for one clip for a whole weight, which the paper uses for the
-            linear layers of ResNets and MobileNets.
-        activation_granularity: operand -> which of its elements share a clip; an operand that is left out has one clip
-            per tensor, as in the paper. Allowed is that for which the scale factors out of the matmul, so that integers
-            can be multiplied and the result scaled:
-
-            - ``"input"`` of linear layers (``nn.Linear``, Transformers' ``Conv1D``): ``"tensor"``, or ``"token"`` for
-              one per row, that is over the last dimension. A convolution's input always has one per tensor: the scale
-              of a position does not factor out of a sum over positions.
-            - ``"query"``, ``"key"``, ``"probabilities"``: ``"tensor"``; ``"head"``, one per batch element and head; or
-              ``"token"``, one per token and head.
-            - ``"value"``: ``"tensor"``, ``"head"``, or ``"channel"``, one per batch element, head and channel. Tokens
-              are what its product sums over.
-
-            Which dimensions those are follows from the product that an operand is in: batch and heads are those that
-            both operands have and the result keeps, so that a module which merges both has one clip for each pair.
-            For instance ``{"input": "token", "query": "token", "key": "token", "value": "channel"}``. Frozen clips:
-            see ``calibrate_octav``.
-        weight_gradient, activation_gradient: ``"mad"``, ``"pwl"`` or ``"ste"`` (section 4). MAD for weights and PWL for
-            activations is the paper's MPH.
-        unsigned_activations: whether a layer input without a negative value, such as the output of a ReLU, is quantized
-            on the unsigned grid, whose steps are half as wide. It is decided from the tensor at every forward pass, so
-            one negative value makes it signed. False keeps every layer input signed.
-        shifted_activations: whether the input of a linear layer whose negative values all lie inside its signed clip,
-            such as the output of a GELU, which is never below -0.17, is quantized on the unsigned grid shifted to its
-            lowest value m: ``m + Q(x - m)``. The signed grid spends half of its levels on those values. The shift
-            factors out: the product has ``m`` times the sum of a weight's row more, which an integer kernel adds as it
-            adds the bias. Decided from the tensor at every forward pass; False in the paper. Convolutions, whose
-            padding is not shifted, do not take part.
-        quantize_attention: whether the attention matmuls are quantized. A model whose attention matmuls cannot be
-            reached is refused unless this is False.
-        sync_activation_clips: whether activation clips are computed from the batches of all processes, instead of from
-            each process's own: then one step of N data-parallel processes is that of one process on the whole batch.
-            The sums behind each clip (and sign and lowest value, where the grid goes by them) go around all ranks of
-            the default process group, about five small messages for an octav clip, nine for mse and one for max, so all
-            ranks have to run the same forward passes, in evaluation too. Only for these clips. Without a process group,
-            and for frozen clips, it changes nothing.
-        first_last_bits: 2 to 8 bits for weight and input of the first and the last layer, whatever the other layers
-            have (a side that is ``None`` stays in float); the paper uses 8 for ResNets and MobileNets. The layers are
-            found by the order in which modules are defined, and a model that is not clearly an image classifier, from
-            a convolution to a linear head, is refused. ``None``: they are as the others.
-        exclude_modules: name patterns of modules left in float, with all that is below them.
-        module_overrides: name pattern -> fields (of those above, except ``sync_activation_clips``, ``first_last_bits``
-            and ``exclude_modules``) that differ for the modules it matches and all that is below them:
-            ``{"qa_outputs": {"weight_bits": 8, "activation_bits": 8}}``. A field that is a dict is replaced as a whole.
-            An exact name wins over a pattern with wildcards; two patterns of one kind must not disagree.
-        packed: whether the weights are stored as integers. Set by ``pack_octav``, and refused elsewhere.
-        frozen_weight_clips: whether the clips of weights are stored with the weights, instead of following them. Set by
-            ``freeze_weight_clips``, and refused elsewhere.
-        activation_clips: frozen clips, module name -> operand -> ``{"signed": bool, "clips": [float, ...]}``, written
-            by ``calibrate_octav``: one for a layer's ``"input"``, and for an operand of an attention module one for
-            each time that its forward multiplies it. Each is a number, or with ``activation_granularity`` a list of one
-            for each head, or for each head a list of one for each channel. A shifted grid has ``"lowest": float`` too.
-            Operands that are not in it have dynamic clips.
-
-    A name pattern is a module's full dotted name, or a shell-style pattern for it
-    (``"bert.encoder.layer.0.*"``, ``"*.attention.self"``). One that matches no module is refused by ``apply_octav``.
+    A name pattern is a module's full dotted name, or a shell-style pattern for it (``"bert.encoder.layer.0.*"``,
+    ``"*.attention.self"``). It stands for the module and everything below it. A pattern that matches no module is
+    refused by ``apply_octav``.
 
     Raises:
-        ValueError: an unknown field, clip, gradient or option, or an impossible value; the message says what to write.
+        ValueError: an unknown field, clip, gradient estimator or option, or an impossible value; the message says what
+            to write instead.
     """
 
-    def __init__(
-        self,
-        weight_bits: int | None = 4,
-        activation_bits: int | None = 4,
-        embedding_bits: int | None = None,
-        weight_clip: str = "octav",
-        activation_clip: str = "octav",
-        weight_clip_options: dict[str, Any] | None = None,
-        activation_clip_options: dict[str, Any] | None = None,
-        weight_granularity: str = "row",
-        activation_granularity: dict[str, str] | None = None,
-        weight_gradient: str = "mad",
-        activation_gradient: str = "pwl",
-        unsigned_activations: bool = True,
-        shifted_activations: bool = False,
-        quantize_attention: bool = True,
-        sync_activation_clips: bool = False,
-        first_last_bits: int | None = None,
-        exclude_modules: Iterable[str] = (),
-        module_overrides: dict[str, dict[str, Any]] | None = None,
-        packed: bool = False,
-        frozen_weight_clips: bool = False,
-        activation_clips: ActivationClips | None = None,
-        **unknown: Any,
-    ):
+    quant_method: str = field(default=QUANT_METHOD, init=False, repr=False)  # type: ignore[assignment]
+    sync_activation_clips: bool = _field(
+        False,
+        "Whether activation clips (octav, mse, max) are computed from the batches of all processes, so that one step "
+        "of N data-parallel ranks is that of one process on the whole batch. Each clip takes a few small messages "
+        "between all ranks of the default process group, so all ranks must run the same forward passes, in evaluation "
+        "too.",
+    )
+    first_last_bits: int | None = _field(
+        None,
+        "2 to 8 bits for weight and input of the first and the last layer of an image classifier, whatever the other "
+        "layers have; the paper uses 8 for ResNets and MobileNets. A model that is not clearly one, from a convolution "
+        "to a linear head, is refused.",
+    )
+    exclude_modules: list[str] = _field([], 'Name patterns of modules left in float, such as `["qa_outputs"]`.')
+    target_modules: list[str] | None = _field(
+        None,
+        "Name patterns of the only modules to quantize; as in PEFT the last part of a name is enough, such as "
+        '`["query", "value"]`. `None`: all modules.',
+    )
+    attention_modules: list[str] | None = _field(
+        None,
+        "Name patterns of the modules that compute attention, for models whose attention has an unusual name; they "
+        "replace the search. `None`: the innermost modules whose class name contains `Attention`, and those that call "
+        "Transformers' attention interface.",
+    )
+    module_overrides: dict[str, dict[str, Any]] = _field(
+        {},
+        'Name pattern → fields that differ there: `{"qa_outputs": {"weight_bits": 8, "activation_bits": 8}}`. Any '
+        "field above down to `quantize_attention`; one that is a dict is replaced as a whole. An exact name wins over "
+        "a pattern with wildcards; two patterns of one kind must not disagree.",
+    )
+    packed: bool = _field(False, "Whether weights are stored as integers; written by `pack_octav`.")
+    frozen_weight_clips: bool = _field(
+        False, "Whether clips of weights are stored with the weights; written by `freeze_weight_clips`."
+    )
+    activation_clips: ActivationClips = _field(
+        {},
+        "Frozen clips of activations, module → operand → sign and clips; written by `calibrate_octav`. An operand that "
+        "is not in it has dynamic clips.",
+    )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "OctavConfig":
+        """Refuse unknown fields before ``__init__`` does, with an error that says what there is."""
+        known = [entry.name for entry in fields(cls) if entry.init]
+        unknown = [name for name in kwargs if name not in known]
         if unknown:
-            known = [name for name in inspect.signature(OctavConfig).parameters if name != "unknown"]
             raise ValueError(_unknown("OctavConfig has no field", unknown, known))
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.weight_bits = weight_bits
-        self.activation_bits = activation_bits
-        self.embedding_bits = embedding_bits
-        self.weight_clip = weight_clip
-        self.activation_clip = activation_clip
-        self.weight_clip_options = {} if weight_clip_options is None else weight_clip_options
-        self.activation_clip_options = {} if activation_clip_options is None else activation_clip_options
-        self.weight_granularity = weight_granularity
-        self.activation_granularity = {} if activation_granularity is None else activation_granularity
-        self.weight_gradient = weight_gradient
-        self.activation_gradient = activation_gradient
-        self.unsigned_activations = unsigned_activations
-        self.shifted_activations = shifted_activations
-        self.quantize_attention = quantize_attention
-        self.sync_activation_clips = sync_activation_clips
-        self.first_last_bits = first_last_bits
-        is_list = isinstance(exclude_modules, Iterable) and not isinstance(exclude_modules, str | Mapping)
-        self.exclude_modules = list(exclude_modules) if is_list else exclude_modules
-        self.module_overrides = {} if module_overrides is None else module_overrides
-        self.packed = packed
-        self.frozen_weight_clips = frozen_weight_clips
-        self.activation_clips = {} if activation_clips is None else activation_clips
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Copy what is mutable, and validate."""
+        self.quant_method = QUANT_METHOD  # of the instance too, whose __dict__ Transformers writes
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name in _PATTERN_LISTS:
+                is_list = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+                setattr(self, entry.name, list(value) if is_list else value)
+            elif isinstance(value, dict) or (value is None and entry.default_factory is not MISSING):
+                setattr(self, entry.name, copy.deepcopy(value or {}))
         self.validate()
 
     @classmethod
     def paper(cls, **fields: Any) -> "OctavConfig":
         """The paper's clips, granularity, grids and gradients, whatever the defaults are; ``fields`` add to them."""
-        return cls(**copy.deepcopy(_PAPER) | fields)
+        return cls(**_PAPER | fields)
 
     @classmethod
     def accurate(cls, **fields: Any) -> "OctavConfig":
         """What loses least at few bits, by the measurements in ``examples/squad/README.md``; ``fields`` add to it.
 
-        The clip ``"mse"`` for weights and activations, as many clips as scales factor out of the products, and shifted
-        grids. A step takes longer than the paper's, and clips per token cannot be frozen as such.
+        The clip ``"mse"`` for weights and activations, the finest granularity whose scales factor out of the matmuls,
+        and asymmetric grids. A step takes longer than the paper's, and clips per token cannot be frozen as such.
         """
-        return cls(**copy.deepcopy(_ACCURATE) | fields)
+        return cls(**_ACCURATE | fields)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -230,28 +244,38 @@ class OctavConfig(QuantizationConfigMixin):
                 refuses.
         """
         values = dict(config_dict)
-        _check_version(values.pop("format_version", FORMAT_VERSION), values.pop("octav_hf_version", "unknown"))
+        version = values.pop("format_version", 1)  # older than the field
+        _check_version(version, values.pop("octav_hf_version", "unknown"))
+        if version == 1:
+            values = _from_version_1(values)
         method = values.pop("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD:
             raise ValueError(
                 f"this is a config of quant_method {method!r}, not {QUANT_METHOD!r}; load it with its own class"
             )
-        replaced = {name: kwargs.pop(name) for name in list(kwargs) if name in inspect.signature(cls).parameters}
+        names = {entry.name for entry in fields(cls)}
+        replaced = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         config = cls(**(values | replaced))
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, and by which version of the format and of this package they were written."""
-        return super().to_dict() | {"format_version": FORMAT_VERSION, "octav_hf_version": __version__}
+        return _plain(super().to_dict()) | {"format_version": FORMAT_VERSION, "octav_hf_version": __version__}
 
     def with_fields(self, **fields: Any) -> "OctavConfig":
         """A copy with those fields."""
         return OctavConfig.from_dict(self.to_dict() | fields)
 
     def validate(self) -> None:
-        """Check every field; ``apply_octav`` does so again, since fields can be assigned."""
-        settings = {name: getattr(self, name) for name in _SETTINGS}
+        """Check every field. ``apply_octav`` does so again, since fields can be assigned.
+
+        Raises:
+            ValueError: see ``OctavConfig``.
+        """
+        settings = {name: getattr(self, name) for name in MODULE_FIELDS}
         _validate_settings(settings, "OctavConfig")
+        for name, choices in _CHOICES.items():
+            setattr(self, name, type(choices[0])(getattr(self, name)))
         _validate_bits("OctavConfig: first_last_bits", self.first_last_bits, "to treat those layers as the others")
         if not any(settings[f"{side}_bits"] for side in _SIDES) and not self.module_overrides:
             raise ValueError(
@@ -261,18 +285,21 @@ class OctavConfig(QuantizationConfigMixin):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_rule_for_all_ranks(settings, "OctavConfig")
-        patterns = self.exclude_modules
-        if not isinstance(patterns, list) or not all(isinstance(name, str) for name in patterns):
-            raise ValueError(f"exclude_modules must be a list of name patterns, got {self.exclude_modules!r}")
+        for name in _PATTERN_LISTS:
+            patterns = getattr(self, name)
+            if patterns is None and name != "exclude_modules":
+                continue
+            if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+                raise ValueError(f"{name} must be a list of name patterns, got {patterns!r}")
         if not isinstance(self.module_overrides, dict):
             raise ValueError(f"module_overrides must map name patterns to fields, got {self.module_overrides!r}")
         for pattern, override in self.module_overrides.items():
             where = f"module_overrides[{pattern!r}]"
             if not isinstance(override, dict):
                 raise ValueError(f"{where} must map fields to values, such as {{'weight_bits': 8}}, got {override!r}")
-            unknown = [name for name in override if name not in _SETTINGS]
+            unknown = [name for name in override if name not in MODULE_FIELDS]
             if unknown:
-                raise ValueError(_unknown(f"{where} cannot set", unknown, _SETTINGS))
+                raise ValueError(_unknown(f"{where} cannot set", unknown, MODULE_FIELDS))
             _validate_settings(settings | override, where)
             self._check_rule_for_all_ranks(settings | override, where)
         validate_activation_clips(self.activation_clips)
@@ -285,17 +312,32 @@ class OctavConfig(QuantizationConfigMixin):
                 f"for {clip!r}, which each process can only compute from its own batch; change one of the two"
             )
 
-    def excluded_by(self, module_name: str) -> str | None:
-        """The pattern of ``exclude_modules`` that leaves this module in float, if there is one."""
-        return next((pattern for pattern in self.exclude_modules if matches(pattern, module_name)), None)
+    def left_out(self, module_names: Iterable[str]) -> dict[str, str]:
+        """Full name -> reason, of the modules that ``exclude_modules`` and ``target_modules`` leave in float."""
+        if not self.exclude_modules and self.target_modules is None:
+            return {}
+        reasons = {}
+        for name in module_names:
+            pattern = next((pattern for pattern in self.exclude_modules if matches(pattern, name)), None)
+            if pattern is not None:
+                reasons[name] = f"excluded by {pattern!r}"
+            elif self.target_modules is not None and not any(targets(pattern, name) for pattern in self.target_modules):
+                reasons[name] = "not in target_modules"
+        return reasons
 
-    def settings_for(self, module_name: str) -> ModuleSettings:
-        """The settings of the module with this full name.
+    def settings_for(self, module_names: Iterable[str]) -> dict[str, ModuleSettings]:
+        """Full name -> settings; modules without an override share one object.
 
         Raises:
             ValueError: two overrides of one kind (exact names, or patterns with wildcards) set a field differently.
         """
-        values = {name: getattr(self, name) for name in _SETTINGS}
+        shared = ModuleSettings(**{name: getattr(self, name) for name in MODULE_FIELDS})
+        if not self.module_overrides:
+            return dict.fromkeys(module_names, shared)
+        return {name: replace(shared, **self._override_of(name)) for name in module_names}
+
+    def _override_of(self, module_name: str) -> dict[str, Any]:
+        values: dict[str, Any] = {}
         matching = [pattern for pattern in self.module_overrides if matches(pattern, module_name)]
         # Exact names come last, so that they win.
         for exact in (False, True):
@@ -309,13 +351,24 @@ class OctavConfig(QuantizationConfigMixin):
                         )
                     set_by[name] = pattern
                     values[name] = value
-        return ModuleSettings(**values)
+        return values
+
+
+OctavConfig.__signature__ = inspect.signature(OctavConfig.__init__)  # type: ignore[attr-defined]  # not __new__'s
+OctavConfig.__doc__ = f"{OctavConfig.__doc__}\n    Args:\n" + "\n".join(
+    f"        {entry.name}: {entry.metadata['help']}" for entry in fields(OctavConfig) if entry.init
+)
 
 
 def matches(pattern: str, module_name: str) -> bool:
     """Whether ``pattern`` names the module or one of those that contain it."""
     parts = module_name.split(".")
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
+def targets(pattern: str, module_name: str) -> bool:
+    """The same for a pattern of ``target_modules``, which may be the last parts of a name, as in PEFT."""
+    return matches(pattern, module_name) or matches(f"*.{pattern}", module_name)
 
 
 def _check_version(version: Any, written_by: Any) -> None:
@@ -328,6 +381,43 @@ def _check_version(version: Any, written_by: Any) -> None:
         )
 
 
+def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config, or of an override, of format version 1 in today's words."""
+    new = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
+    if new.get("weight_granularity") == "row":
+        new["weight_granularity"] = "channel"
+    for name, translate in _OLD_VALUES.items():
+        if name in new:
+            new[name] = _map_values(new[name], translate)
+    return new
+
+
+def _map_values(mapping: Any, function: Callable[[Any], Any]) -> Any:
+    return {key: function(value) for key, value in mapping.items()} if isinstance(mapping, dict) else mapping
+
+
+_OLD_NAMES = {
+    "weight_gradient": "weight_gradient_estimator",
+    "activation_gradient": "activation_gradient_estimator",
+    "shifted_activations": "asymmetric_activations",
+    "lowest": "offset",  # of activation_clips
+}
+_OLD_VALUES: dict[str, Callable[[Any], Any]] = {
+    "activation_granularity": lambda name: "attn_head" if name == "head" else name,
+    "module_overrides": lambda override: _from_version_1(override) if isinstance(override, dict) else override,
+    "activation_clips": lambda operands: _map_values(
+        operands, lambda clips: _from_version_1(clips) if isinstance(clips, dict) else clips
+    ),
+}
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with plain strings in the place of enums, as JSON has them."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return str(value) if isinstance(value, StrEnum) else value
+
+
 def _validate_settings(settings: dict[str, Any], where: str) -> None:
     for side in _SIDES:
         _validate_bits(f"{where}: {side}_bits", settings[f"{side}_bits"], "to leave it in float")
@@ -335,9 +425,6 @@ def _validate_settings(settings: dict[str, Any], where: str) -> None:
         clip = settings[f"{side}_clip"]
         if not isinstance(clip, str) or clip not in CLIP_RULES:
             raise ValueError(_unknown(f"{where}: {side}_clip cannot be", [clip], CLIP_RULES))
-        gradient = settings[f"{side}_gradient"]
-        if not isinstance(gradient, str) or gradient not in GRADIENTS:
-            raise ValueError(_unknown(f"{where}: {side}_gradient cannot be", [gradient], GRADIENTS))
         options = settings[f"{side}_clip_options"]
         if not isinstance(options, dict):
             raise ValueError(f"{where}: {side}_clip_options must be a dict of keyword arguments, got {options!r}")
@@ -351,17 +438,16 @@ def _validate_settings(settings: dict[str, Any], where: str) -> None:
             CLIP_RULES[clip](torch.ones(1, device="cpu"), settings[f"{side}_bits"] or MAX_BITS, **options)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {side}_clip_options: {error}") from error
-    if settings["weight_granularity"] not in WEIGHT_GRANULARITIES:
-        raise ValueError(
-            _unknown(f"{where}: weight_granularity cannot be", [settings["weight_granularity"]], WEIGHT_GRANULARITIES)
-        )
+    for name, choices in _CHOICES.items():
+        if settings[name] not in choices:
+            raise ValueError(_unknown(f"{where}: {name} cannot be", [settings[name]], map(str, choices)))
     _validate_activation_granularity(settings["activation_granularity"], f"{where}: activation_granularity")
-    for name in ("unsigned_activations", "shifted_activations", "quantize_attention"):
+    for name in ("unsigned_activations", "asymmetric_activations", "quantize_attention"):
         if not isinstance(settings[name], bool):
             raise ValueError(f"{where}: {name} must be True or False, got {settings[name]!r}")
-    if settings["shifted_activations"] and not settings["unsigned_activations"]:
+    if settings["asymmetric_activations"] and not settings["unsigned_activations"]:
         raise ValueError(
-            f"{where}: shifted_activations=True needs unsigned_activations=True: what is shifted is the unsigned grid"
+            f"{where}: asymmetric_activations=True needs unsigned_activations=True: an asymmetric grid is unsigned"
         )
 
 
@@ -371,16 +457,16 @@ def _validate_activation_granularity(granularities: Any, where: str) -> None:
             f"{where} must map operands to granularities, such as {{'input': 'token'}}, got {granularities!r}"
         )
     for operand, granularity in granularities.items():
-        if operand not in GRANULARITIES:
-            raise ValueError(_unknown(f"{where} has no operand", [operand], GRANULARITIES))
-        allowed = GRANULARITIES[operand]
+        if operand not in ACTIVATION_GRANULARITIES:
+            raise ValueError(_unknown(f"{where} has no operand", [operand], ACTIVATION_GRANULARITIES))
+        allowed = ACTIVATION_GRANULARITIES[operand]
         if granularity in allowed:
             continue
-        reason = refusal(operand, granularity) if isinstance(granularity, str) else ""
+        reason = unsupported_reason(operand, granularity) if isinstance(granularity, str) else ""
         if reason:
-            instead = " or ".join(repr(name) for name in allowed[::-1])
+            instead = " or ".join(repr(str(name)) for name in allowed[::-1])
             raise ValueError(f"{where} of {operand!r} cannot be {granularity!r}: {reason}; write {instead}")
-        raise ValueError(_unknown(f"{where} of {operand!r} cannot be", [granularity], allowed))
+        raise ValueError(_unknown(f"{where} of {operand!r} cannot be", [granularity], map(str, allowed)))
 
 
 def _validate_bits(field: str, bits: Any, none: str) -> None:

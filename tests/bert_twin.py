@@ -26,10 +26,11 @@ Tensor = torch.Tensor
 class Quantization:
     """How the twin quantizes, and what it saw while doing so.
 
-    weight_bits, activation_bits: None leaves that side in float. weight_gradient, activation_gradient: "ste", "pwl" or
-    "mad" (the default is the paper's MPH). exclude: names of linear layers, or of an attention module for its matmuls'
-    operands, that stay in float. granularity: operand -> "token", "head" or "channel", for those that have not one clip
-    per tensor. round_clips: round each clip to float32, as a quantizer that keeps float32 clips does.
+    weight_bits, activation_bits: None leaves that side in float. weight_gradient_estimator,
+    activation_gradient_estimator: "ste", "pwl" or "mad" (the default is the paper's MPH). exclude: names of linear
+    layers, or of an attention module for its matmuls' operands, that stay in float. granularity: operand -> "token",
+    "attn_head" or "channel", for those that have not one clip per tensor. round_clips: round each clip to float32, as a
+    quantizer that keeps float32 clips does.
 
     After a forward pass: `clips` by operand name; `midpoint_margin`, the smallest distance in steps of any activation
     from a rounding midpoint; `clip_margin`, the smallest relative distance of any activation's magnitude from its clip;
@@ -41,8 +42,8 @@ class Quantization:
 
     weight_bits: int | None = 4
     activation_bits: int | None = 4
-    weight_gradient: str = "mad"
-    activation_gradient: str = "pwl"
+    weight_gradient_estimator: str = "mad"
+    activation_gradient_estimator: str = "pwl"
     exclude: Collection[str] = ()
     granularity: Mapping[str, str] = field(default_factory=dict)
     round_clips: bool = True
@@ -56,16 +57,18 @@ class Quantization:
         if self.weight_bits is None or layer in self.exclude:
             return weight
         clips = np.array([[octav_clip_twin(row, self.weight_bits)] for row in as_float64(weight)])
-        return self._apply(weight, clips, self.weight_bits, True, self.weight_gradient, f"{layer}.weight")
+        return self._apply(weight, clips, self.weight_bits, True, self.weight_gradient_estimator, f"{layer}.weight")
 
     def activation(self, x: Tensor, module: str, operand: str, signed: bool = True) -> Tensor:
         """An activation, [batch, heads, tokens, channels] or [batch, tokens, channels], through the quantizer."""
         if self.activation_bits is None or module in self.exclude:
             return x
         # Which axes share a clip: a token has all its channels for itself, a channel all its tokens, a head both.
-        axes = {"token": (-1,), "channel": (-2,), "head": (-2, -1)}.get(self.granularity.get(operand, "tensor"))
+        axes = {"token": (-1,), "channel": (-2,), "attn_head": (-2, -1)}.get(self.granularity.get(operand, "tensor"))
         clip = clips_of_parts(x, self.activation_bits, signed, axes)
-        quantized = self._apply(x, clip, self.activation_bits, signed, self.activation_gradient, f"{module}.{operand}")
+        quantized = self._apply(
+            x, clip, self.activation_bits, signed, self.activation_gradient_estimator, f"{module}.{operand}"
+        )
         values, s = as_float64(x), self.clips[f"{module}.{operand}"]
         distances = midpoint_distance_twin(values, s, self.activation_bits, signed)
         self.midpoint_margin = min(self.midpoint_margin, float(distances[values != 0].min()))

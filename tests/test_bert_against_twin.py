@@ -33,8 +33,8 @@ GRANULARITY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("input", "query", "key", "probabilities"), "token"),
         "value": "channel",
     },
-    "w4a4-heads": dict.fromkeys(("query", "key", "probabilities", "value"), "head"),
-    "w8a8-mixed": {"input": "token", "key": "head", "probabilities": "token"},
+    "w4a4-heads": dict.fromkeys(("query", "key", "probabilities", "value"), "attn_head"),
+    "w8a8-mixed": {"input": "token", "key": "attn_head", "probabilities": "token"},
 }
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

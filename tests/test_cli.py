@@ -101,7 +101,7 @@ def test_inspect(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "packed"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["form"], facts["format_version"], facts["frozen_clips"]) == ("packed", 1, 13 + 8)
+    assert (facts["form"], facts["format_version"], facts["frozen_clips"]) == ("packed", 2, 13 + 8)
     layers = {layer["name"]: layer for layer in facts["layers"]}
     assert len(layers) == 13
     query = layers["bert.encoder.layer.0.attention.self.query"]

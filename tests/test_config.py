@@ -23,7 +23,7 @@ def test_presets() -> None:
     assert OctavConfig.paper().to_dict() == OctavConfig().to_dict()
     accurate = OctavConfig.accurate(weight_bits=3, activation_clip="octav")
     assert (accurate.weight_bits, accurate.weight_clip, accurate.activation_clip) == (3, "mse", "octav")
-    assert accurate.shifted_activations
+    assert accurate.asymmetric_activations
     finest = {"input": "token", "query": "token", "key": "token", "probabilities": "token", "value": "channel"}
     assert accurate.activation_granularity == finest
     accurate.activation_granularity["value"] = "tensor"
@@ -34,11 +34,11 @@ def test_defaults_are_the_papers_recipe() -> None:
     config = OctavConfig()
     assert (config.weight_bits, config.activation_bits) == (4, 4)
     assert (config.weight_clip, config.activation_clip) == ("octav", "octav")
-    assert (config.weight_gradient, config.activation_gradient) == ("mad", "pwl")
+    assert (config.weight_gradient_estimator, config.activation_gradient_estimator) == ("mad", "pwl")
     assert config.embedding_bits is None
     assert config.unsigned_activations
     assert not config.sync_activation_clips
-    assert config.weight_granularity == "row"
+    assert config.weight_granularity == "channel"
     assert config.first_last_bits is None
     assert config.activation_granularity == {}
     assert config.activation_clips == {}
@@ -51,7 +51,7 @@ def test_survives_json() -> None:
         activation_bits=None,
         weight_clip="percentile",
         weight_clip_options={"percentile": 99.99},
-        weight_gradient="ste",
+        weight_gradient_estimator="ste",
         embedding_bits=6,
         weight_granularity="tensor",
         activation_granularity={"input": "token", "value": "channel"},
@@ -60,7 +60,10 @@ def test_survives_json() -> None:
         first_last_bits=8,
         quantize_attention=False,
         exclude_modules=["qa_outputs"],
-        module_overrides={"encoder.*": {"weight_bits": 3}, "encoder.1": {"activation_granularity": {"query": "head"}}},
+        module_overrides={
+            "encoder.*": {"weight_bits": 3},
+            "encoder.1": {"activation_granularity": {"query": "attn_head"}},
+        },
         activation_clips={
             "encoder.0": {
                 "query": {"signed": True, "clips": [1 / 3, 5e-324, 0.1 + 0.2]},
@@ -100,18 +103,24 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
         ({"module_overrides": {"a": {"sync_activation_clips": True}}}, "cannot set 'sync_activation_clips'"),
         ({"activation_clip_options": {"ranks": None}}, "'octav' has no option 'ranks'"),
         ({"first_last_bits": 9}, "first_last_bits must be an integer from 2 to 8, or None"),
-        ({"weight_granularity": "channel"}, "weight_granularity cannot be 'channel'; choose from 'row', 'tensor'"),
+        ({"weight_granularity": "token"}, "weight_granularity cannot be 'token'; choose from 'channel', 'tensor'"),
         ({"activation_granularity": "token"}, r"activation_granularity must map operands to granularities, .*'token'"),
-        (granularity("valeu", "head"), "activation_granularity has no operand 'valeu'; did you mean 'value'"),
+        (granularity("valeu", "attn_head"), "activation_granularity has no operand 'valeu'; did you mean 'value'"),
         (granularity("weight", "tensor"), "no operand 'weight'; choose from 'input', 'query', 'key'"),
-        (granularity("value", "token"), "tokens are summed over .* the probabilities, .*; write 'channel' or 'head'"),
+        (
+            granularity("value", "token"),
+            "tokens are summed over .* the probabilities, .*; write 'channel' or 'attn_head'",
+        ),
         (granularity("input", "channel"), "channels are summed over in .* the weight, .*; write 'token' or 'tensor'"),
-        (granularity("input", "head"), "heads of its channels, .* summed over .* the weight, .*; write 'token'"),
-        (granularity("query", "channel"), "channels are summed over .* the key, .*; write 'token' or 'head'"),
-        (granularity("key", "channel"), "channels are summed over .* the query, .*; write 'token' or 'head'"),
-        (granularity("probabilities", "channel"), "tokens are summed over .* the value, .*; write 'token' or 'head'"),
+        (granularity("input", "attn_head"), "heads of its channels, .* summed over .* the weight, .*; write 'token'"),
+        (granularity("query", "channel"), "channels are summed over .* the key, .*; write 'token' or 'attn_head'"),
+        (granularity("key", "channel"), "channels are summed over .* the query, .*; write 'token' or 'attn_head'"),
+        (
+            granularity("probabilities", "channel"),
+            "tokens are summed over .* the value, .*; write 'token' or 'attn_head'",
+        ),
         (granularity("query", "tokens"), "of 'query' cannot be 'tokens'; did you mean 'token'"),
-        (granularity("input", "row"), "of 'input' cannot be 'row'.* choose from 'tensor', 'token'"),
+        (granularity("input", "group"), "of 'input' cannot be 'group'.* choose from 'tensor', 'token'"),
         (granularity("input", None), "of 'input' cannot be None"),
         (granularity("input", ["token"]), r"of 'input' cannot be \['token'\]"),
         (
@@ -129,7 +138,7 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
         ({"weight_bits": None, "activation_bits": None}, "nothing would be quantized"),
         ({"weight_clip": "octave"}, "did you mean 'octav'"),
         ({"activation_clip": "minmax"}, "choose from 'max', 'octav', 'mse', 'mse_sweep', 'percentile'"),
-        ({"weight_gradient": "lsq"}, "choose from 'ste', 'pwl', 'mad'"),
+        ({"weight_gradient_estimator": "lsq"}, "choose from 'ste', 'pwl', 'mad'"),
         ({"weight_clip_options": {"percentile": 99}}, "'octav' has no option 'percentile'"),
         ({"activation_clip": "max", "activation_clip_options": {"x": 1}}, "'max' has no option 'x'"),
         ({"weight_clip_options": 3}, "dict of keyword arguments"),
@@ -180,17 +189,21 @@ def test_another_methods_config_is_refused() -> None:
 
 def test_override_reaches_a_module_and_all_below_it() -> None:
     config = OctavConfig(module_overrides={"encoder.layer.0": {"weight_bits": 8}})
-    assert config.settings_for("encoder.layer.0.attention.query").weight_bits == 8
-    assert config.settings_for("encoder.layer.0").weight_bits == 8
-    assert config.settings_for("encoder.layer.01").weight_bits == 4
-    assert config.settings_for("encoder.layer.1").weight_bits == 4
+    assert config.settings_for(["encoder.layer.0.attention.query"])["encoder.layer.0.attention.query"].weight_bits == 8
+    assert config.settings_for(["encoder.layer.0"])["encoder.layer.0"].weight_bits == 8
+    assert config.settings_for(["encoder.layer.01"])["encoder.layer.01"].weight_bits == 4
+    assert config.settings_for(["encoder.layer.1"])["encoder.layer.1"].weight_bits == 4
 
 
 def test_operands_that_are_left_out_have_one_clip() -> None:
-    config = OctavConfig(activation_granularity={"value": "head"}, module_overrides={"a": granularity("key", "token")})
+    config = OctavConfig(
+        activation_granularity={"value": "attn_head"}, module_overrides={"a": granularity("key", "token")}
+    )
     operands = ("input", "query", "key", "probabilities", "value")
-    assert [config.settings_for("b").granularity(operand) for operand in operands] == ["tensor"] * 4 + ["head"]
-    assert [config.settings_for("a").granularity(operand) for operand in operands] == [
+    assert [config.settings_for(["b"])["b"].granularity(operand) for operand in operands] == ["tensor"] * 4 + [
+        "attn_head"
+    ]
+    assert [config.settings_for(["a"])["a"].granularity(operand) for operand in operands] == [
         *("tensor", "tensor", "token", "tensor", "tensor")
     ]
 
@@ -199,11 +212,11 @@ def test_exact_name_wins_over_a_pattern() -> None:
     overrides = {"head": {"weight_bits": 8}, "h*": {"weight_bits": 2, "activation_bits": 3}}
     for order in (1, -1):
         config = OctavConfig(module_overrides=dict(list(overrides.items())[::order]))
-        settings = config.settings_for("head")
+        settings = config.settings_for(["head"])["head"]
         assert (settings.weight_bits, settings.activation_bits) == (8, 3)
 
 
 def test_contradicting_patterns_are_refused() -> None:
     config = OctavConfig(module_overrides={"enc*": {"weight_bits": 8}, "*.query": {"weight_bits": 2}})
     with pytest.raises(ValueError, match=r"'enc\*' and '\*\.query' both match 'encoder.query'"):
-        config.settings_for("encoder.query")
+        config.settings_for(["encoder.query"])["encoder.query"]

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_another_process_gets_the_same_weights_with_the_fast_kernels() -> None:
     assert fused.fuses(torch.zeros(4 * 64 * 192))
-    assert cpu.serves(torch.zeros(1, 192 * 256))
+    assert cpu.is_supported(torch.zeros(1, 192 * 256))
     other = subprocess.run(
         [sys.executable, "-m", "tests.seeded_training", "0"],
         cwd=ROOT,
@@ -34,7 +34,7 @@ def test_another_process_gets_the_same_weights_with_the_fast_kernels() -> None:
         text=True,
     )
     digest = train(0)
-    assert not compilation.given_up()
+    assert not compilation.kernels_disabled()
     assert other.stdout.split() == [digest]
     assert train(0) == digest
     assert train(1) != digest
@@ -68,7 +68,7 @@ def test_two_trainer_runs_get_the_same_weights(
     sizes = {"hidden_size": 96, "num_hidden_layers": 1, "intermediate_size": 128}
     probabilities = torch.zeros(8 * 4 * 48 * 48)
     assert fused.fuses(probabilities)
-    assert cpu.serves(probabilities[None])
+    assert cpu.is_supported(probabilities[None])
     try:
         first, second = (
             trainer_weights(apply_octav(small_bert(**sizes), OctavConfig()), tmp_path / run, **arguments)

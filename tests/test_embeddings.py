@@ -35,7 +35,12 @@ def test_all_tables_are_quantized_and_reported(small_bert: MakeBert, padded_batc
     rows = {row.module: row for row in report if row.kind == "embedding"}
     assert set(rows) == {f"bert.embeddings.{name}_embeddings" for name in ("word", "position", "token_type")}
     for row in rows.values():
-        assert (row.operand, row.bits, row.clip_cell, row.gradient) == ("weight", 6, "octav per row", "mad")
+        assert (row.operand, row.bits, row.clip_cell, row.gradient_estimator) == (
+            "weight",
+            6,
+            "octav per channel",
+            "mad",
+        )
     outputs = []
     for name in ("word", "position"):
         table = model.get_submodule(f"bert.embeddings.{name}_embeddings")

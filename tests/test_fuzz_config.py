@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import json
+from dataclasses import fields
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ fuzz = settings(
     max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 
-FIELDS = [name for name in inspect.signature(OctavConfig).parameters if name != "unknown"]
+FIELDS = [entry.name for entry in fields(OctavConfig) if entry.init]
 NAMES = [*FIELDS, "format_version", "octav_hf_version", "quant_method", "no_such_field"]
 
 json_values = st.recursive(
@@ -23,7 +23,7 @@ json_values = st.recursive(
     | st.integers(-3, 10)
     | st.floats()
     | st.text(max_size=5)
-    | st.sampled_from(["octav", "max", "row"]),
+    | st.sampled_from(["octav", "max", "channel"]),
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.sampled_from(NAMES), inner, max_size=3)
     ),
@@ -48,7 +48,7 @@ PLAUSIBLE = {
     "weight_clip_options": st.dictionaries(
         st.sampled_from(["max_iterations", "percentile", "x"]), st.integers(-1, 101), max_size=1
     ),
-    "activation_gradient": st.sampled_from(["mad", "pwl", "ste", "none"]),
+    "activation_gradient_estimator": st.sampled_from(["mad", "pwl", "ste", "none"]),
     "module_overrides": st.dictionaries(names, st.dictionaries(st.sampled_from(FIELDS), bits, max_size=2), max_size=2),
     "exclude_modules": st.lists(names, max_size=2) | names,
     "activation_clips": st.dictionaries(
@@ -58,11 +58,11 @@ PLAUSIBLE = {
     ),
     "activation_granularity": st.dictionaries(
         st.sampled_from(["input", "query", "value", "weight"]),
-        st.sampled_from(["tensor", "token", "head", "channel", "row"]) | st.none(),
+        st.sampled_from(["tensor", "token", "attn_head", "channel", "group"]) | st.none(),
         max_size=2,
     ),
     "packed": st.booleans(),
-    "format_version": st.integers(0, 2),
+    "format_version": st.integers(0, 3),
 }
 
 

@@ -199,7 +199,7 @@ def test_one_clip_for_the_whole_weight(small_resnet: MakeModel) -> None:
     assert stem.weight_quantizer.compute_clip(stem.weight).shape == (8, 1, 1, 1)
     rows = {row.module: row.clip_cell for row in coverage_report(model) if row.operand == "weight"}
     assert rows["classifier.1"] == "octav per tensor"
-    assert rows["resnet.embedder.embedder.convolution"] == "octav per row"
+    assert rows["resnet.embedder.embedder.convolution"] == "octav per channel"
 
 
 def test_a_convolution_that_computes_something_else_is_refused() -> None:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertForQuestionAnswering, ResNetForImageClassification
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav
-from octav_hf.coverage.operand_watch import PRODUCTS
+from octav_hf.coverage.operand_watch import MATMULS as WATCHED
 from octav_hf.nn import FakeQuantize
 from tests.twins import octav_clip_twin
 
@@ -103,8 +103,8 @@ class FloatMatmuls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in PRODUCTS and not self._quantizers:
-            operands = {args[position].dtype for position in PRODUCTS[name]}
+        if name in WATCHED and not self._quantizers:
+            operands = {args[position].dtype for position in WATCHED[name]}
             where = self._running[-1] if self._running else "backward"
             self.seen.setdefault(where, set()).update(operands)
         return func(*args, **(kwargs or {}))

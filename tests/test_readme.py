@@ -73,7 +73,7 @@ def test_the_checking_snippet_runs(
 ) -> None:
     model = octav_hf.apply_octav(small_bert(), octav_hf.OctavConfig())
     exec(SNIPPETS[2], {"octav_hf": octav_hf, "model": model, "batch": padded_batch})
-    assert capsys.readouterr().out == "0 operands in float; 17 products ran\n"
+    assert capsys.readouterr().out == "0 operands in float; 17 matmuls ran\n"
 
 
 def test_the_numerics_snippet_runs() -> None:

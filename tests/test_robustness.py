@@ -177,7 +177,7 @@ def test_a_huge_outlier(outlier: float, size: int) -> None:
     assert_quantized_as_by_the_twin(FakeQuantize(8, signed=None), x)
     for gradient in ("ste", "pwl", "mad"):
         x = x.detach().requires_grad_()
-        y = FakeQuantize(4, gradient=gradient)(x)
+        y = FakeQuantize(4, gradient_estimator=gradient)(x)
         assert y.isfinite().all()
         (g,) = torch.autograd.grad(y.sum(), x)
         assert g.isfinite().all()
@@ -303,7 +303,7 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 def test_tensors_that_are_not_contiguous(strides: str, gradient: str, dim: int | None) -> None:
     whole = gaussian(512, 256)
     x = STRIDES[strides](whole)
-    quantizer = FakeQuantize(4, signed=None, gradient=gradient, dim=dim)
+    quantizer = FakeQuantize(4, signed=None, gradient_estimator=gradient, dim=dim)
     leaf = whole.clone().requires_grad_()
     y = quantizer(STRIDES[strides](leaf))
     copy = STRIDES[strides](whole).contiguous().requires_grad_()

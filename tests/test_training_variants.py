@@ -120,7 +120,7 @@ def test_micro_batches_add_up_to_the_batch_where_clips_are_frozen(small_bert: Ma
 
 
 @pytest.mark.parametrize("make", ["small_resnet", "small_mobilenet"])
-@pytest.mark.parametrize("weight_granularity", ["row", "tensor"])
+@pytest.mark.parametrize("weight_granularity", ["channel", "tensor"])
 def test_channels_last_models(make: str, weight_granularity: str, request: pytest.FixtureRequest) -> None:
     """In double precision, where the order of additions, which differs, moves no value to another level.
 

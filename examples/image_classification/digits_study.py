@@ -35,10 +35,10 @@ import octav_hf
 METHODS: dict[str, dict[str, Any] | None] = {
     "fp32": None,
     "max": {"weight_clip": "max", "activation_clip": "max"},
-    "ste": {"weight_gradient": "ste", "activation_gradient": "ste"},
-    "pwl": {"weight_gradient": "pwl", "activation_gradient": "pwl"},
-    "mad": {"weight_gradient": "mad", "activation_gradient": "mad"},
-    "mph": {"weight_gradient": "mad", "activation_gradient": "pwl"},
+    "ste": {"weight_gradient_estimator": "ste", "activation_gradient_estimator": "ste"},
+    "pwl": {"weight_gradient_estimator": "pwl", "activation_gradient_estimator": "pwl"},
+    "mad": {"weight_gradient_estimator": "mad", "activation_gradient_estimator": "mad"},
+    "mph": {"weight_gradient_estimator": "mad", "activation_gradient_estimator": "pwl"},
 }
 # Appendix E.2: first and last layer at 8 bits, one scalar for the weight of a linear layer.
 CONFIG: dict[str, Any] = {

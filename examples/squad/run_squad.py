@@ -41,7 +41,7 @@ from transformers import (
 
 # opening a quantized checkpoint needs the plugin to be imported, also when nothing is quantized anew
 import octav_hf
-from octav_hf.hub.checkpoint_folder import CheckpointFolder, whole_folder
+from octav_hf.hub.checkpoint_folder import CheckpointFolder, atomic_output_dir
 from octav_hf.training.checkpoints import check_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -246,7 +246,7 @@ def write_packed(trainer: QuestionAnsweringTrainer) -> CheckpointFolder:
     """Write the packed form of the trained model, with tokenizer and card, to `packed` in the output folder."""
     source = Path(str(trainer.args.output_dir))
     if trainer.is_world_process_zero():
-        with whole_folder(source / "packed") as folder:
+        with atomic_output_dir(source / "packed") as folder:
             octav_hf.pack_octav(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(folder)
             trainer.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
             trainer.run.save(folder)

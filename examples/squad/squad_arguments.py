@@ -104,8 +104,12 @@ class OctavArguments:
         default=None,
         metadata={"help": f'JSON object: operand to what a clip is for, {{"input": "token"}}. {_CONFIG_DEFAULT}'},
     )
-    weight_gradient: Optional[str] = field(default=None, metadata={"help": f"ste, pwl or mad. {_CONFIG_DEFAULT}"})
-    activation_gradient: Optional[str] = field(default=None, metadata={"help": f"ste, pwl or mad. {_CONFIG_DEFAULT}"})
+    weight_gradient_estimator: Optional[str] = field(
+        default=None, metadata={"help": f"ste, pwl or mad. {_CONFIG_DEFAULT}"}
+    )
+    activation_gradient_estimator: Optional[str] = field(
+        default=None, metadata={"help": f"ste, pwl or mad. {_CONFIG_DEFAULT}"}
+    )
     weight_clip_options: Union[dict, str, None] = field(
         default=None, metadata={"help": f"JSON object with options of --weight_clip. {_CONFIG_DEFAULT}"}
     )
@@ -116,7 +120,7 @@ class OctavArguments:
         default=None,
         metadata={"help": f"Quantize layer inputs without a negative value on the unsigned grid. {_CONFIG_DEFAULT}"},
     )
-    shifted_activations: Optional[bool] = field(
+    asymmetric_activations: Optional[bool] = field(
         default=None,
         metadata={"help": f"Shift the grid of layer inputs with few negative values, as of GELU. {_CONFIG_DEFAULT}"},
     )

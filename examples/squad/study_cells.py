@@ -45,7 +45,7 @@ class Cell:
         seed: of the training questions, their order, the new head and dropout.
         fine: a clip for each token of linear inputs, query, key and probabilities, and each channel of the value,
             instead of one for the tensor.
-        shifted: `OctavConfig.shifted_activations`.
+        shifted: `OctavConfig.asymmetric_activations`.
         distilled: from the float model that training starts from.
     """
 
@@ -112,15 +112,15 @@ class Cell:
         arguments = ["--seed", str(self.seed)]
         if self.mode is None:
             return arguments
-        weight_gradient, activation_gradient = GRADIENTS[str(self.gradient)]
+        weight_gradient_estimator, activation_gradient_estimator = GRADIENTS[str(self.gradient)]
         values = {
             "quantize": "true",
             "weight_bits": str(self.bits),
             "activation_bits": str(self.bits),
             "weight_clip": str(self.clip),
             "activation_clip": str(self.clip),
-            "weight_gradient": weight_gradient,
-            "activation_gradient": activation_gradient,
+            "weight_gradient_estimator": weight_gradient_estimator,
+            "activation_gradient_estimator": activation_gradient_estimator,
         }
         if self.percentile is not None:
             options = json.dumps({"percentile": self.percentile})
@@ -128,7 +128,7 @@ class Cell:
         if self.fine:
             values["activation_granularity"] = json.dumps(OctavConfig.accurate().activation_granularity)
         if self.shifted:
-            values["shifted_activations"] = "true"
+            values["asymmetric_activations"] = "true"
         if self.distilled:
             values["distill_from"] = model
         if self.mode == "static":

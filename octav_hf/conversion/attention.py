@@ -1,53 +1,77 @@
 """Deciding which attention module gets quantizers, with every check that could fail."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
-from ..config import OctavConfig
-from ..nn import ATTENTION_OPERANDS
+from ..config import ModuleSettings, OctavConfig
+from ..nn import ATTENTION_OPERANDS, QuantizedAttention, quantized_class_of
 from .attention_modules import attention_modules
-from .layers import Conversion, activation_quantizer
+from .module_plan import ModulePlan
+from .operands import activation_quantizer
 
 # Attention implementations whose matmuls run as functions that can be seen; None: the module does not ask for one.
 _REACHABLE_IMPLEMENTATIONS = ("eager", "sdpa", None)
 
 
-def plan_attention(model: nn.Module, config: OctavConfig) -> Iterator[Conversion]:
-    """The conversions of the attention modules.
+def plan_attention(
+    model: nn.Module,
+    config: OctavConfig,
+    modules: Mapping[str, nn.Module],
+    settings: Mapping[str, ModuleSettings],
+    left_out: Collection[str],
+) -> Iterator[ModulePlan]:
+    """The plans of the attention modules.
+
+    Args:
+        model: for its config.
+        config: what is asked.
+        modules: full name -> module, all of them.
+        settings: full name -> settings, of the same.
+        left_out: the names that ``exclude_modules`` and ``target_modules`` leave in float.
 
     Raises:
         ValueError: the matmuls of one cannot be reached; the message names it and what to write instead.
     """
-    found = False
-    for name, module in attention_modules(model):
-        found = True
-        settings = config.settings_for(name)
-        if config.excluded_by(name) or not settings.quantize_attention or settings.activation_bits is None:
+    attention = attention_modules(modules, config.attention_modules)
+    for name, module in attention.items():
+        if config.attention_modules is not None:
+            _check_named(name, module, attention)
+        if name in left_out or not settings[name].quantize_attention or settings[name].activation_bits is None:
             continue
         _check_reachable(model, name, module)
-        yield Conversion(
-            name,
-            module,
-            {
-                operand: activation_quantizer(
-                    config,
-                    settings.activation_bits,
-                    name,
-                    operand,
-                    signed=operand != "probabilities",
-                    granularity=settings.granularity(operand),
-                )
-                for operand in ATTENTION_OPERANDS
-            },
-        )
+        quantizers = {
+            operand: activation_quantizer(
+                config,
+                settings[name],
+                settings[name].activation_bits,
+                name,
+                operand,
+                signed=operand != "probabilities",
+                granularity=settings[name].granularity(operand),
+            )
+            for operand in ATTENTION_OPERANDS
+        }
+        yield ModulePlan(name, module, QuantizedAttention, quantizers)
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
-    if heads and not found and config.quantize_attention and config.activation_bits is not None:
+    if heads and not attention and config.quantize_attention and config.activation_bits is not None:
         raise ValueError(
             f"{type(model).__name__} has {heads} attention heads but no module whose class is called …Attention… or "
-            "whose code is attention, so its attention matmuls cannot be reached; set quantize_attention=False to leave"
-            " them in float"
+            "that calls Transformers' attention interface, so its attention matmuls cannot be reached; name its "
+            "attention modules in attention_modules, or set quantize_attention=False to leave them in float"
         )
+
+
+def _check_named(name: str, module: nn.Module, attention: Collection[str]) -> None:
+    """Check a module that ``OctavConfig.attention_modules`` names."""
+    problem = ""
+    if quantized_class_of(module) is not None:
+        problem = f"is a layer, {type(module).__name__}, which has no attention matmuls"
+    inner = next((other for other in attention if other.startswith(f"{name}.")), None)
+    if inner is not None:
+        problem = f"contains {inner!r}, which is named too, so that its matmuls would be quantized twice"
+    if problem:
+        raise ValueError(f"attention_modules: {name!r} {problem}; name the innermost module that computes attention")
 
 
 def _check_reachable(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """``apply_octav`` and ``remove_octav``: a float model becomes a quantized one, in place, and a float one again."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -9,25 +10,27 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..config import OctavConfig
-from ..nn import FakeQuantize, FrozenWeightFakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
-from .layers import plan_layers
-from .plan import plan_conversion
+from ..nn import FrozenWeightFakeQuantize, QuantizedLayer
+from .module_plan import ModulePlan
+from .modules import layers_to_freeze, quantized_modules, shared_weights
+from .plan import plan_conversion, plan_new_layers
+from .record import has_frozen_weight_clips
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def apply_octav(model: Model, config: OctavConfig) -> Model:
+def apply_octav(model: Model, config: OctavConfig | None = None) -> Model:
     """Quantize the operands of the model's layers and attention matmuls, in place, for training and evaluation.
 
     Each layer of ``nn.QUANTIZED_LAYERS`` (``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``; ``nn.Embedding`` where
     ``embedding_bits`` is set) becomes its quantized class and every attention module a ``QuantizedAttention``: the same
     objects, with the same parameters under the same names, so that optimizers, tied weights and hooks stay valid. A
-    Transformers model also gets the config as its ``quantization_config``, which ``save_pretrained`` writes and
-    ``from_pretrained`` applies again.
+    Transformers model also gets a ``quantization_config``, which ``save_pretrained`` writes and ``from_pretrained``
+    applies again.
 
     Args:
         model: a Transformers model, or any ``nn.Module``. Its ``attn_implementation`` must be eager or sdpa.
-        config: see ``OctavConfig``.
+        config: what to quantize, and how; ``None`` is ``OctavConfig()``, the paper's recipe at 4 bits.
 
     Returns:
         ``model``.
@@ -39,6 +42,7 @@ def apply_octav(model: Model, config: OctavConfig) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_octav takes a model (an nn.Module), got {type(model).__name__}")
+    config = OctavConfig() if config is None else config
     if not isinstance(config, OctavConfig):
         raise TypeError(
             f"apply_octav takes an OctavConfig, got {type(config).__name__}; write OctavConfig(weight_bits=4)"
@@ -50,15 +54,12 @@ def apply_octav(model: Model, config: OctavConfig) -> Model:
             "frozen_weight_clips=True is not for apply_octav; leave it out, then call freeze_weight_clips(model)"
         )
     _check_not_quantized(model)
-    if not isinstance(model, PreTrainedModel):
-        convert_modules(model, config)
-        return model
-    plan_conversion(model, config)  # raises before the first attribute is set
-    # What from_pretrained does before and after it loads weights; the first step calls convert_modules.
-    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    quantizer.preprocess_model(model)
-    model.hf_quantizer = quantizer
-    quantizer.postprocess_model(model)
+    config = copy.deepcopy(config)  # the caller's, who may change it for the next model
+    convert_modules(model, config, plan_conversion(model, config))
+    if isinstance(model, PreTrainedModel):  # gets what from_pretrained gives a model beside quantized modules
+        quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+        model.__dict__.update(hf_quantizer=quantizer, is_quantized=True, quantization_method=config.quant_method)
+        quantizer.postprocess_model(model)
     return model
 
 
@@ -83,10 +84,10 @@ def remove_octav(model: Model) -> Model:
     return model
 
 
-def convert_modules(model: nn.Module, config: OctavConfig) -> None:
-    """Convert the modules of a float model in place, and no more. Raises as ``apply_octav``."""
-    for conversion in plan_conversion(model, config):
-        conversion.apply()
+def convert_modules(model: nn.Module, config: OctavConfig, plan: Iterable[ModulePlan]) -> None:
+    """Carry out the ``plan`` that ``plan_conversion`` made for a float ``model`` and ``config``, in place."""
+    for module_plan in plan:
+        module_plan.convert()
     model.octav_config = config  # type: ignore[assignment]
     if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), QuantizedLayer):
         handle = model.register_forward_pre_hook(_requantize_output_embeddings)
@@ -107,33 +108,6 @@ def restore_modules(model: nn.Module) -> None:
             hook.remove()
 
 
-def config_of(model: nn.Module, function: str) -> OctavConfig:
-    """The config of a converted model, for a public ``function`` whose name errors begin with.
-
-    Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: it is not the model that was converted.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function} takes a model (an nn.Module), got {type(model).__name__}")
-    config = model.__dict__.get("octav_config")
-    if config is None:
-        raise ValueError(
-            f"{function}: {type(model).__name__} is not a model that apply_octav was called on; pass that model, not "
-            "one around it or inside it, or call apply_octav and train first"
-        )
-    return config
-
-
-def set_config(model: nn.Module, config: OctavConfig) -> None:
-    """Make ``config`` the one that a converted model has, and saves."""
-    model.octav_config = config  # type: ignore[assignment]
-    quantizer = model.__dict__.get("hf_quantizer")
-    if quantizer is not None:
-        quantizer.quantization_config = config
-        model.config.quantization_config = config  # type: ignore[union-attr]
-
-
 def freeze_packed(model: nn.Module) -> None:
     """Leave nothing to train in a packed model but what is added to it later; without that, training is refused."""
     model.requires_grad_(False)
@@ -144,35 +118,6 @@ def release_packed(model: nn.Module) -> None:
     """Undo ``freeze_packed``."""
     model.__dict__.pop("octav_packed_hook").remove()
     model.requires_grad_(True)
-
-
-def quantized_modules(model: nn.Module) -> Iterator[QuantizedLayer | QuantizedAttention]:
-    """The modules that ``convert_modules`` has converted."""
-    return (module for module in model.modules() if isinstance(module, QuantizedLayer | QuantizedAttention))
-
-
-def layers_by_quantizer(model: nn.Module, quantizer_class: type[FakeQuantize]) -> dict[str, Any]:
-    """Name -> layer whose weight's quantizer is of that class."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedLayer) and isinstance(module.weight_quantizer, quantizer_class)
-    }
-
-
-def layers_to_freeze(model: nn.Module) -> dict[str, Any]:
-    """Name -> layer whose weight has clips that follow it: not packed or frozen, and no embedding."""
-    return layers_by_quantizer(model, WeightFakeQuantize)
-
-
-def shared_weights(model: nn.Module) -> set[nn.Module]:
-    """The modules whose ``weight`` is another module's parameter too."""
-    owners: dict[int, set[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), set()).add(module)
-    return {module for module in model.modules() if len(owners.get(id(module._parameters.get("weight")), ())) > 1}
 
 
 def _check_not_quantized(model: nn.Module) -> None:
@@ -192,13 +137,17 @@ def _check_not_quantized(model: nn.Module) -> None:
 def _requantize_output_embeddings(model: PreTrainedModel, args: Any) -> None:
     """Forward pre-hook: ``resize_token_embeddings`` puts a new layer in the place of a quantized head."""
     head = model.get_output_embeddings()
-    if not isinstance(head, QuantizedLayer):
-        for conversion in plan_layers(model, model.octav_config):  # type: ignore[arg-type]
-            if conversion.module is head:
-                conversion.apply()
-                if model.octav_config.frozen_weight_clips and head not in shared_weights(model):  # type: ignore[union-attr]
-                    for layer in layers_to_freeze(head).values():
-                        layer.weight_quantizer = FrozenWeightFakeQuantize.of(layer.weight_quantizer, layer.weight)
+    if isinstance(head, QuantizedLayer):
+        return
+    config: OctavConfig = model.__dict__[
+        "hf_quantizer"
+    ].quantization_config  # which has the frozen clips of the head that was replaced
+    frozen = has_frozen_weight_clips(model) and head not in shared_weights(model)
+    for module_plan in plan_new_layers(model, config):
+        if module_plan.module is head:
+            module_plan.convert()
+            for layer in layers_to_freeze(head).values() if frozen else ():
+                layer.weight_quantizer = FrozenWeightFakeQuantize.of(layer.weight_quantizer, layer.weight)
 
 
 def _refuse_training(model: nn.Module, args: Any) -> None:

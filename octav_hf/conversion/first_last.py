@@ -47,8 +47,11 @@ def first_and_last(model: nn.Module, config: OctavConfig) -> tuple[str, str]:
 
 def _check_nothing_else_is_asked(name: str, config: OctavConfig) -> None:
     remedy = f"exclude less, override other modules, or set first_last_bits=None; it is about {name!r}"
-    if config.excluded_by(name):
-        raise ValueError(f"first_last_bits and exclude_modules {config.excluded_by(name)!r} contradict: {remedy}")
+    excluding = next((pattern for pattern in config.exclude_modules if matches(pattern, name)), None)
+    if excluding is not None:
+        raise ValueError(f"first_last_bits and exclude_modules {excluding!r} contradict: {remedy}")
+    if config.left_out([name]):
+        raise ValueError(f"first_last_bits and target_modules {config.target_modules!r} contradict: {remedy}")
     for pattern, override in config.module_overrides.items():
         fields = [field for field in _BITS_FIELDS if field in override]
         if fields and matches(pattern, name):

@@ -1,31 +1,47 @@
-"""Deciding which module gets which quantizers, with every check that could fail, before anything is changed."""
+"""One list of what happens to which module, with every check that could fail, before anything is changed."""
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ..config import OctavConfig, matches
-from ..nn import QUANTIZED_LAYERS, FakeQuantize, quantized_class_of
+from ..config import OctavConfig, matches, targets
+from ..nn import QUANTIZED_LAYERS, quantized_class_of
 from .attention import plan_attention
-from .layers import Conversion, plan_layers
+from .layers import plan_layers
+from .module_plan import ModulePlan
+
+_PATTERN_FIELDS: dict[str, Callable[[str, str], bool]] = {
+    "exclude_modules": matches,
+    "target_modules": targets,
+    "attention_modules": lambda pattern, name: fnmatchcase(name, pattern),
+    "module_overrides": matches,
+}
 
 
-def plan_conversion(model: nn.Module, config: OctavConfig) -> list[Conversion]:
-    """The conversions that ``config`` asks of a float ``model``; changes nothing.
+def plan_conversion(model: nn.Module, config: OctavConfig) -> list[ModulePlan]:
+    """What ``config`` asks of the modules of ``model`` that are not quantized yet; changes nothing.
 
     Raises:
         ValueError: the model cannot be quantized as asked; the message names the module and what to write instead.
     """
     config.validate()
-    _check_patterns(model, config)
-    if not any(quantized_class_of(module) for module in model.modules()):
+    modules = dict(model.named_modules())
+    _check_patterns(model, config, modules)
+    if not any(quantized_class_of(module) for module in modules.values()):
         kinds = ", ".join(float_class.__name__ for float_class in QUANTIZED_LAYERS)
         raise ValueError(f"{type(model).__name__} has no layer that can be quantized ({kinds})")
-    plan = [*plan_attention(model, config), *plan_layers(model, config)]
+    settings, left_out = config.settings_for(modules), config.left_out(modules)
+    plan = [
+        *plan_attention(model, config, modules, settings, left_out),
+        *plan_layers(model, config, modules, settings, left_out),
+    ]
     if not plan:
         raise ValueError("the config leaves every layer and attention matmul in float; exclude less")
-    for conversion in plan:
-        if "forward" in conversion.module.__dict__:
+    for module_plan in plan:
+        if "forward" in module_plan.module.__dict__:
             raise ValueError(
-                f"{conversion.name}: the forward of this {type(conversion.module).__name__} has been replaced on the "
+                f"{module_plan.name}: the forward of this {type(module_plan.module).__name__} has been replaced on the "
                 "object (by a device_map, or another library), so a quantized one would never run; pass "
                 "quantization_config=OctavConfig(…) to from_pretrained, or call apply_octav first"
             )
@@ -33,22 +49,31 @@ def plan_conversion(model: nn.Module, config: OctavConfig) -> list[Conversion]:
     return plan
 
 
-def _check_patterns(model: nn.Module, config: OctavConfig) -> None:
-    names = [name for name, _ in model.named_modules() if name]
-    for field, patterns in (("exclude_modules", config.exclude_modules), ("module_overrides", config.module_overrides)):
-        for pattern in patterns:
-            if not any(matches(pattern, name) for name in names):
+def plan_new_layers(model: nn.Module, config: OctavConfig) -> list[ModulePlan]:
+    """What ``config`` asks of the layers of a converted ``model`` that are not quantized yet.
+
+    Raises:
+        ValueError: as ``plan_conversion``.
+    """
+    modules = dict(model.named_modules())
+    return list(plan_layers(model, config, modules, config.settings_for(modules), config.left_out(modules)))
+
+
+def _check_patterns(model: nn.Module, config: OctavConfig, modules: dict[str, nn.Module]) -> None:
+    for field, is_match in _PATTERN_FIELDS.items():
+        for pattern in getattr(config, field) or ():
+            if not any(name and is_match(pattern, name) for name in modules):
                 raise ValueError(
                     f"{field}: {pattern!r} matches no module of {type(model).__name__}; write a full dotted name, or a "
                     "pattern for it: print([name for name, _ in model.named_modules()]) lists them"
                 )
 
 
-def _check_activation_clips(model: nn.Module, config: OctavConfig, plan: list[Conversion]) -> None:
-    quantizers = {(conversion.name, operand): q for conversion in plan for operand, q in conversion.quantizers.items()}
+def _check_activation_clips(model: nn.Module, config: OctavConfig, plan: list[ModulePlan]) -> None:
+    planned = {module_plan.name: module_plan.quantizers for module_plan in plan}
     for name, operands in config.activation_clips.items():
         for operand in operands:
-            if not isinstance(quantizers.get((name, operand)), FakeQuantize):
+            if planned.get(name, {}).get(operand) is None:
                 raise ValueError(
                     f"activation_clips: {name!r} {operand!r} is no quantized activation of {type(model).__name__}; the "
                     "clips are of another model or config: set activation_clips={} and call calibrate_octav on this one"

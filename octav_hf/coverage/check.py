@@ -1,4 +1,4 @@
-"""The coverage check: one forward pass, and every product in it that had an operand in floating point."""
+"""The coverage check: one forward pass, and every matmul in it that had an operand in floating point."""
 
 from collections.abc import Iterable
 
@@ -6,21 +6,21 @@ from torch import nn
 
 from .._utils.forward_pass import Batch, check_batch, run_batch, without_trace
 from .._utils.text_table import aligned
-from .operand_watch import PRODUCTS, FloatOperand, OperandWatch
+from .operand_watch import MATMULS, FloatOperand, OperandWatch
 from .report import CoverageReport, Operand
 
 
 class CoverageCheck(list[FloatOperand]):
-    """What ``check_coverage`` found: empty if every operand of every product was quantized; ``print`` shows a table.
+    """What ``check_coverage`` found: empty if every operand of every matmul was quantized; ``print`` shows a table.
 
     Attributes:
-        products: how many products ran, on quantized operands or not.
+        matmuls: how many matmuls and convolutions ran, on quantized operands or not.
         description: what the operands in it have in common.
     """
 
-    def __init__(self, rows: Iterable[FloatOperand], products: int, description: str = "in float"):
+    def __init__(self, rows: Iterable[FloatOperand], matmuls: int, description: str = "in float"):
         super().__init__(rows)
-        self.products = products
+        self.matmuls = matmuls
         self.description = description
 
     def unexplained(self, report: CoverageReport) -> "CoverageCheck":
@@ -33,10 +33,10 @@ class CoverageCheck(list[FloatOperand]):
         for operand in report:
             listed.setdefault(operand.module, []).append(operand)
         rows = (row for row in self if not _explained(row, listed))
-        return CoverageCheck(rows, self.products, "in float and not listed as such")
+        return CoverageCheck(rows, self.matmuls, "in float and not listed as such")
 
     def __str__(self) -> str:
-        summary = f"{len(self)} operands {self.description}; {self.products} products ran"
+        summary = f"{len(self)} operands {self.description}; {self.matmuls} matmuls ran"
         if not self:
             return summary
         header = ("module", "operation", "operand", "", "shape")
@@ -47,7 +47,7 @@ def _explained(row: FloatOperand, listed: dict[str, list[Operand]]) -> bool:
     parts = row.module.split(".")
     names = (".".join(parts[:end]) for end in range(len(parts), -1, -1))
     operands = next((listed[name] for name in names if name in listed), [])
-    weight = row.parameter or row.position == PRODUCTS.get(row.operation, (None,))[-1]
+    weight = row.parameter or row.position == MATMULS.get(row.operation, (None,))[-1]
     of_its_kind = [operand for operand in operands if (operand.operand == "weight") is weight]
     # Of an attention module the report lists no weight, of a layer that is never quantized nothing else.
     return any(operand.bits is None for operand in of_its_kind or operands)
@@ -61,7 +61,7 @@ def check_coverage(model: nn.Module, batch: Batch) -> CoverageCheck:
     and multiplication by one number included) and its values are no more than the levels of the quantizer's grid. All
     operands of a fused kernel, such as torch's own ``scaled_dot_product_attention``, count as floating point, and so
     do those of any operator from outside PyTorch, and a quantized embedding's table wherever a model uses its
-    ``weight`` without calling it. A product that adds nothing up (inner dimension 1) is no matmul, unless it is with a
+    ``weight`` without calling it. An outer product (inner dimension 1) is no matmul, unless it is with a
     parameter. Works for any model, a float one included.
 
     Args:
@@ -75,7 +75,7 @@ def check_coverage(model: nn.Module, batch: Batch) -> CoverageCheck:
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``, or ``batch`` none of those.
-        ValueError: the model ran without any product, so that nothing was checked.
+        ValueError: the model ran without any matmul, so that nothing was checked.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"check_coverage takes a model (an nn.Module), got {type(model).__name__}")
@@ -83,6 +83,6 @@ def check_coverage(model: nn.Module, batch: Batch) -> CoverageCheck:
     watch = OperandWatch(model)
     with without_trace(model) as runnable, watch.watching():
         run_batch(runnable, batch)
-    if watch.products == 0:
-        raise ValueError(f"{type(model).__name__} ran without any product, so there was nothing to check")
-    return CoverageCheck(watch.float_operands, watch.products)
+    if watch.matmuls == 0:
+        raise ValueError(f"{type(model).__name__} ran without any matmul, so there was nothing to check")
+    return CoverageCheck(watch.float_operands, watch.matmuls)

@@ -1,4 +1,4 @@
-"""Watching a forward pass below the level that quantization works on: which products ran, and on what.
+"""Watching a forward pass below the level that quantization works on: which matmuls ran, and on what.
 
 Everything here is read off the operations that PyTorch dispatched and the data they were given. All it knows of this
 package is what a quantizer is, and it takes no quantizer's word: a result counts as quantized if its values show it.
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..nn import FakeQuantize, PackedLayer, QuantizedEmbedding
 
-PRODUCTS: dict[str, tuple[int, ...]] = {
+MATMULS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "linear", "matmul", "_int_mm", "_grouped_mm"), (0, 1)),
     **dict.fromkeys(("addmm", "_addmm_activation", "addmv", "addbmm", "baddbmm"), (1, 2)),
     **dict.fromkeys(("convolution", "convolution_overrideable", "mkldnn_convolution", "cudnn_convolution"), (0, 1)),
@@ -49,7 +49,7 @@ Origin = Literal["quantized", "parameter", "blank"]
 
 @dataclass(frozen=True)
 class FloatOperand:
-    """An operand that was multiplied in floating point, by a product that ran once or more often."""
+    """An operand that was multiplied in floating point, by a matmul that ran once or more often."""
 
     module: str  # the innermost named module whose forward was running
     operation: str  # PyTorch's name for it
@@ -64,11 +64,11 @@ class FloatOperand:
 
 
 class OperandWatch(TorchDispatchMode):
-    """While active, and within ``modules_of(model)``, collects the products that run on unquantized operands.
+    """While active, and within ``watching()``, collects the matmuls that run on unquantized operands.
 
     Attributes:
         float_operands: in the order in which they were first met, as the keys of a dictionary.
-        products: how many products ran.
+        matmuls: how many matmuls and convolutions ran.
     """
 
     supports_higher_order_operators = True  # such as flex attention, which must be seen too
@@ -76,7 +76,7 @@ class OperandWatch(TorchDispatchMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.float_operands: dict[FloatOperand, None] = {}
-        self.products = 0
+        self.matmuls = 0
         self._names = {module: name for name, module in model.named_modules()}
         self._running: list[nn.Module] = []
         # By storage, so that views need no rule. The tensor is kept: no later storage can then have the same address.
@@ -119,8 +119,8 @@ class OperandWatch(TorchDispatchMode):
         return result
 
     def _record(self, name: str, namespace: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if name in PRODUCTS:
-            operands = [(position, args[position]) for position in PRODUCTS[name]]
+        if name in MATMULS:
+            operands = [(position, args[position]) for position in MATMULS[name]]
             unquantized = [(position, x) for position, x in operands if self.origin(x) != "quantized"]
             if not any(_is_float(x) for _, x in operands) or self._is_outer_product(name, [x for _, x in operands]):
                 return
@@ -132,7 +132,7 @@ class OperandWatch(TorchDispatchMode):
         else:
             self._add(name, (argument for argument in enumerate(args) if self._is_read_past_its_quantizer(argument[1])))
             return
-        self.products += 1
+        self.matmuls += 1
         self._add(name, unquantized)
 
     def _add(self, name: str, unquantized: Iterable[tuple[int, Tensor]]) -> None:
@@ -191,7 +191,7 @@ class OperandWatch(TorchDispatchMode):
 
 def on_grid(x: Tensor, quantizer: FakeQuantize) -> bool:
     """Whether the values of ``x`` that share a clip (some of them are looked at) are no more than the levels."""
-    dim = quantizer.dim_now
+    dim = quantizer.active_dim
     if dim is None:
         rows = x.reshape(-1)
     else:

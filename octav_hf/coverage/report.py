@@ -1,6 +1,6 @@
 """The coverage report: every operand of a model's matmuls, how it is quantized, or why it is not."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -29,10 +29,10 @@ class Operand:
     operand: str  # "weight", another parameter's name, "input", "query", "key", "probabilities" or "value"
     bits: int | None = None
     signed: bool | None = True  # None: as the tensor's values are, at every forward pass
-    shifted: bool = False  # whether the unsigned grid begins below 0, or may do so
+    asymmetric: bool = False  # whether the unsigned grid begins below 0, or may do so
     clip: str = ""
-    gradient: str = ""
-    granularity: str = "tensor"  # or "row" of a weight, "token", "head", "channel": what has a clip of its own
+    gradient_estimator: str = ""
+    granularity: str = "tensor"  # what one clip is for; one of nn.granularity.Granularity
     frozen: bool = False  # whether the clip is that of a calibration, whatever the tensor's values are
     reason: str = ""
 
@@ -40,10 +40,10 @@ class Operand:
         """The operand as a row of the printed report."""
         if self.bits is None:
             return self.module, self.operand, "float", "", "", "", self.reason
-        grid = {True: "signed", False: "shifted" if self.shifted else "unsigned", None: "by sign"}[self.signed]
-        if self.signed is None and self.shifted:
+        grid = {True: "signed", False: "asymmetric" if self.asymmetric else "unsigned", None: "by sign"}[self.signed]
+        if self.signed is None and self.asymmetric:
             grid = "by range"
-        return self.module, self.operand, str(self.bits), grid, self.clip_cell, self.gradient, ""
+        return self.module, self.operand, str(self.bits), grid, self.clip_cell, self.gradient_estimator, ""
 
     @property
     def clip_cell(self) -> str:
@@ -90,31 +90,56 @@ def coverage_report(model: nn.Module) -> CoverageReport:
         One ``Operand`` each: two for a linear layer or convolution, four for an attention module, one for an embedding
         and for any other module with a weight of two or more dimensions.
     """
-    attention = dict(attention_modules(model))
-    named = list(model.named_modules())
+    modules = dict(model.named_modules())
     # The quantized model may stand inside another, such as PEFT's.
-    roots = [(name, module.__dict__["octav_config"]) for name, module in named if "octav_config" in module.__dict__]
-    return CoverageReport(row for name, module in named for row in _rows(_Place(name, roots), module, attention))
+    roots = {
+        name: module.__dict__["octav_config"] for name, module in modules.items() if "octav_config" in module.__dict__
+    }
+    attention = _attention(modules, roots)
+    return CoverageReport(
+        row for name, module in modules.items() for row in _rows(_Place(name, roots), module, attention)
+    )
+
+
+def _attention(modules: Mapping[str, nn.Module], roots: Mapping[str, OctavConfig]) -> set[str]:
+    """The names of the attention modules: those that a root's config names, elsewhere those that are found."""
+    found = set(attention_modules(modules))
+    for root, config in roots.items():
+        if config.attention_modules is not None:
+            inside = {name: module for name, module in modules.items() if _name_in(root, name) is not None}
+            named = attention_modules(
+                {str(_name_in(root, name)): inside[name] for name in inside}, config.attention_modules
+            )
+            found = (found - inside.keys()) | {name for name in inside if _name_in(root, name) in named}
+    return found
+
+
+def _name_in(root: str, name: str) -> str | None:
+    """The name that a module has in ``root``; ``None`` for one that is not in it."""
+    if not root or name == root or name.startswith(f"{root}."):
+        return name[len(root) :].removeprefix(".")
+    return None
 
 
 class _Place:
     """A module's name, and what the config asks of the module."""
 
-    def __init__(self, name: str, roots: list[tuple[str, OctavConfig]]):
+    def __init__(self, name: str, roots: Mapping[str, OctavConfig]):
         self.name = name
         self._config: OctavConfig | None = None
-        for root, config in roots:
-            if not root or name == root or name.startswith(f"{root}."):
-                self._config, self._name_in_root = config, name[len(root) :].removeprefix(".")
+        for root, config in roots.items():
+            name_in_root = _name_in(root, name)
+            if name_in_root is not None:
+                self._config, self._name_in_root = config, name_in_root
 
     def reason(self, *needed: Iterable[str], otherwise: str = "it was added after apply_octav") -> str:
         """Why an operand is in float for which the config has to set a field of each of the ``needed`` groups."""
         if self._config is None:
             return "apply_octav was not called on this model"
-        pattern = self._config.excluded_by(self._name_in_root)
-        if pattern:
-            return f"excluded by {pattern!r}"
-        settings = self._config.settings_for(self._name_in_root)
+        left_out = self._config.left_out([self._name_in_root])
+        if left_out:
+            return left_out[self._name_in_root]
+        settings = self._config.settings_for([self._name_in_root])[self._name_in_root]
         for fields in needed:
             values = {field: getattr(settings, field) for field in fields}
             if not any(values.values()):
@@ -123,7 +148,7 @@ class _Place:
         return otherwise
 
 
-def _rows(place: _Place, module: nn.Module, attention: dict[str, nn.Module]) -> Iterator[Operand]:
+def _rows(place: _Place, module: nn.Module, attention: Collection[str]) -> Iterator[Operand]:
     name = place.name
     layer = quantized_class_of(module)
     if isinstance(module, QuantizedLayer):
@@ -155,9 +180,9 @@ def _row(name: str, kind: str, operand: str, quantizer: nn.Module, reason: str) 
         operand,
         bits=quantizer.num_bits,
         signed=quantizer.signed if quantizer.frozen is None else quantizer.frozen.signed,
-        shifted=quantizer.shifted if quantizer.frozen is None else quantizer.frozen.lowest != 0,
+        asymmetric=quantizer.asymmetric if quantizer.frozen is None else quantizer.frozen.offset != 0,
         clip=quantizer.clip,
-        gradient=quantizer.gradient,
-        granularity=granularity_of(operand, quantizer.dim_now),
+        gradient_estimator=quantizer.gradient_estimator,
+        granularity=granularity_of(operand, quantizer.active_dim),
         frozen=quantizer.is_frozen,
     )

@@ -1,7 +1,7 @@
 """Tensors in, tensors out: clipping rules, grids and fake quantization. Needs nothing but torch."""
 
 from .error import quantization_error
-from .fake_quantize import GRADIENTS, fake_quantize
+from .fake_quantize import GradientEstimator, fake_quantize
 from .grid import integer_range, round_to_grid, step_size
 from .max_scaling import max_clip
 from .mse import mse_clip
@@ -12,7 +12,7 @@ from .registry import CLIP_RULES, register_clip_rule
 
 __all__ = [
     "CLIP_RULES",
-    "GRADIENTS",
+    "GradientEstimator",
     "fake_quantize",
     "integer_range",
     "max_clip",

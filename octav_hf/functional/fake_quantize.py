@@ -1,5 +1,6 @@
 """Fake quantization: values on the grid in the forward pass, an estimator of its gradient in the backward pass."""
 
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -8,6 +9,14 @@ from torch import Tensor
 from .grid import check_num_bits, integer_range, round_to_step, step_size
 from .kernels.fused import elementwise, fused
 from .rows import check_floating, statistics_dtype
+
+
+class GradientEstimator(StrEnum):
+    """What the backward pass takes for the derivative of rounding and clipping; see ``fake_quantize``."""
+
+    STE = "ste"
+    PWL = "pwl"
+    MAD = "mad"
 
 
 def fake_quantize(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True, gradient: str = "mad") -> Tensor:
@@ -45,15 +54,15 @@ def fake_quantize(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True
     check_floating(x, "fake_quantize")
     check_floating(clip, "fake_quantize (clip)")
     check_num_bits(num_bits)
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient must be one of {sorted(GRADIENTS)}, got {gradient!r}")
+    if gradient not in GRADIENT_FUNCTIONS:
+        raise ValueError(f"gradient must be one of {sorted(map(str, GradientEstimator))}, got {gradient!r}")
     trailing = x.shape[x.dim() - clip.dim() :] if clip.dim() <= x.dim() else None
     if trailing is None or any(c not in (1, n) for c, n in zip(clip.shape, trailing, strict=True)):
         raise ValueError(
             f"fake_quantize: clip of shape {tuple(clip.shape)} cannot be broadcast to x of shape {tuple(x.shape)}; "
             "compute it with the dim= that is reduced, which keeps that dimension with size 1"
         )
-    return GRADIENTS[gradient].apply(x, clip.detach(), num_bits, signed)
+    return GRADIENT_FUNCTIONS[gradient].apply(x, clip.detach(), num_bits, signed)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -142,8 +151,8 @@ def _attenuate(grad: Tensor, x: Tensor, clip: Tensor, signed: bool) -> tuple[Ten
     return ((factor * grad).to(grad.dtype),)
 
 
-GRADIENTS: dict[str, type[torch.autograd.Function]] = {
-    "ste": _StraightThrough,
-    "pwl": _PiecewiseLinear,
-    "mad": _MagnitudeAware,
+GRADIENT_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
+    GradientEstimator.STE: _StraightThrough,
+    GradientEstimator.PWL: _PiecewiseLinear,
+    GradientEstimator.MAD: _MagnitudeAware,
 }

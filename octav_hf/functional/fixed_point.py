@@ -12,7 +12,7 @@ from .kernels import cuda
 from .rows import magnitude
 
 # Elements from which the search is worth its overhead.
-SMALLEST = 1 << 15
+MIN_NUMEL = 1 << 15
 # Elements from which a row is searched by itself; shorter ones stay in cache while Eq. 6 is run on all of them.
 _LONG_ROW = 1 << 15
 # Elements summed in float32, before the sums of such pieces are summed in float64: few enough for 1e-5 at the worst.
@@ -26,9 +26,9 @@ _MOST_READS = 12
 _ROW_UPDATES = 7
 
 
-def pays(x: Tensor) -> bool:
+def is_worthwhile(x: Tensor) -> bool:
     """Whether ``fixed_points`` is worth its overhead for ``x``, and its float32 arithmetic as good as it can be."""
-    return x.numel() >= SMALLEST and x.dtype != torch.float64
+    return x.numel() >= MIN_NUMEL and x.dtype != torch.float64
 
 
 def fixed_points(rows: Tensor, num_bits: int, signed: bool) -> Tensor:
@@ -132,7 +132,7 @@ class _Magnitudes:
 
     def _read(self, thresholds: list[float]) -> tuple[list[float], list[float]]:
         rounded = torch.tensor(thresholds, dtype=torch.float32)
-        read = cuda.sums if cuda.serves(self._x) else _sums
+        read = cuda.sums if cuda.is_supported(self._x) else _sums
         sums = read(self._x, rounded.to(self._x.device), self._signed)
         return rounded.tolist(), sums.double().sum(dim=1).tolist()
 
@@ -226,7 +226,7 @@ def _short_rows(rows: Tensor, num_bits: int, signed: bool) -> Tensor:
 
 def _updates(rows: Tensor, noise: float, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The last three of a few updates of Eq. 6 for each of ``rows``, ``[rows]``; NaN where there is none."""
-    if cuda.serves(rows):
+    if cuda.is_supported(rows):
         return cuda.row_updates(rows, noise, gaussian_clip(noise), signed)
     parts = rows.split(max(1, _PIECE * _PIECES_IN_CACHE // rows.shape[1]))
     updated = (_row_updates(part, noise, gaussian_clip(noise), signed) for part in parts)

@@ -68,7 +68,7 @@ def mse_clip(
         return _search(rows, start, num_bits, signed, ranks).reshape(())
     if rows.numel() == 0:
         return torch.zeros(shape, dtype=statistics_dtype(x.dtype), device=x.device)
-    clip = cpu.lowest_errors(rows, num_bits, signed, _COARSE[num_bits], _FINE) if cpu.serves(rows) else None
+    clip = cpu.lowest_errors(rows, num_bits, signed, _COARSE[num_bits], _FINE) if cpu.is_supported(rows) else None
     if clip is None:
         finite_range(x, "mse_clip")
         clip = _clips(rows, num_bits, signed)

@@ -90,8 +90,8 @@ def octav_clip(
 
 def _fast(rows: Tensor, num_bits: int, signed: bool) -> Tensor | None:
     """The fixed points by the fastest way there is; NaN where it finds none, ``None`` if there is none for ``rows``."""
-    clip = cpu.fixed_points(rows, num_bits, signed) if cpu.serves(rows) else None
-    if clip is None and fixed_point.pays(rows):
+    clip = cpu.fixed_points(rows, num_bits, signed) if cpu.is_supported(rows) else None
+    if clip is None and fixed_point.is_worthwhile(rows):
         clip = fixed_point.fixed_points(rows, num_bits, signed)
     return clip
 

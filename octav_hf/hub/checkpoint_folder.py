@@ -17,7 +17,9 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..config import OctavConfig
-from ..conversion.convert import convert_modules, layers_by_quantizer
+from ..conversion.convert import convert_modules
+from ..conversion.modules import layers_by_quantizer
+from ..conversion.plan import plan_conversion
 from ..nn import FakeQuantize
 from .model_card import model_card, write_card
 from .training_run import TrainingRun
@@ -112,7 +114,7 @@ class CheckpointFolder:
         """The quantized model without weights, in training form, on the meta device."""
         with torch.device("meta"):
             model = self.model_class(AutoConfig.from_pretrained(self.path))
-        convert_modules(model, self.config)
+        convert_modules(model, self.config, plan_conversion(model, self.config))
         model.config.quantization_config = self.config
         return model
 
@@ -190,7 +192,7 @@ class CheckpointFolder:
 
 
 @contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
+def atomic_output_dir(output: Path) -> Iterator[Path]:
     """A new folder beside ``output``, which takes its place if all goes well, and vanishes otherwise.
 
     Raises:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..config import OctavConfig
 from ..coverage.report import Operand, coverage_report
-from ..nn.granularity import GRANULARITIES
+from ..nn.granularity import ACTIVATION_GRANULARITIES
 from .training_run import TrainingRun
 
 TAGS = ("octav", "quantization-aware-training", "quantized")
@@ -192,7 +192,8 @@ def _settings(model: PreTrainedModel, config: OctavConfig) -> dict[str, str]:
         "activations": f"{bits_in_words(config.activation_bits)}, {activations}",
         "embeddings": bits_in_words(config.embedding_bits),
         "attention matmuls": "quantized" if config.quantize_attention and config.activation_bits else "floating point",
-        "gradients": f"`{config.weight_gradient}` for weights, `{config.activation_gradient}` for activations",
+        "gradients": f"`{config.weight_gradient_estimator}` for weights, "
+        f"`{config.activation_gradient_estimator}` for activations",
         "form": "packed" if config.packed else "training form",
     }
     if config.first_last_bits is not None:
@@ -211,7 +212,7 @@ def _clip(rule: str, options: Mapping[str, Any]) -> str:
 
 def _granularity(model: PreTrainedModel) -> str:
     """What a clip of an activation is for, as it really is."""
-    of_operands: dict[str, dict[str, None]] = {operand: {} for operand in GRANULARITIES}
+    of_operands: dict[str, dict[str, None]] = {operand: {} for operand in ACTIVATION_GRANULARITIES}
     for row in _activations(model):
         of_operands[row.operand][row.granularity] = None
     if all(set(found) <= {"tensor"} for found in of_operands.values()):

@@ -4,6 +4,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ..nn import QuantizedLayer, register_quantized_layer
+from ..nn.granularity import ACTIVATION_GRANULARITIES
 from ..nn.linear import LINEAR
 from ..nn.shared_inputs import quantize_input
 
@@ -14,8 +15,8 @@ class QuantizedTransformersConv1D(QuantizedLayer, Conv1D):
 
     kind = "linear"
     clip_dim = (0,)
-    input_granularities = ("tensor", "token")
-    input_can_be_shifted = True
+    input_granularities = ACTIVATION_GRANULARITIES["input"]
+    supports_asymmetric_input = True
 
     def forward(self, x: Tensor) -> Tensor:
         """``Q(x) Q(weight) + bias``; ``x`` is ``[..., in]``, the weight ``[in, out]``, the result ``[..., out]``."""

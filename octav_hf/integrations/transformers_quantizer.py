@@ -12,7 +12,10 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..config import QUANT_METHOD, OctavConfig
-from ..conversion.convert import convert_modules, freeze_packed, layers_to_freeze, restore_modules
+from ..conversion.convert import convert_modules, freeze_packed, restore_modules
+from ..conversion.modules import layers_to_freeze
+from ..conversion.plan import plan_conversion
+from ..conversion.record import is_packed, write_record
 from ..hub.upload import UploadWithCard
 from ..packing.manifest import check_files, describe_tensors
 from ..packing.names import FROZEN_CLIPS, PackedNames, layers_in_files
@@ -54,7 +57,7 @@ class OctavQuantizer(HfQuantizer):
             names = check_files(checkpoint_files or (), self.quantization_config)
         elif frozen:
             names = _tensor_names(checkpoint_files or ())
-        convert_modules(model, self.quantization_config)
+        convert_modules(model, self.quantization_config, plan_conversion(model, self.quantization_config))
         if packed:
             self._prepare_packed(model, names)
         if frozen:
@@ -78,7 +81,7 @@ class OctavQuantizer(HfQuantizer):
                     f"{type(model).__name__}. Load it with the model class that it was saved from (architectures in "
                     "config.json), and call unpack_octav before giving it another head"
                 )
-        prepare_packed(model, packed)
+        prepare_packed(model, packed, self.quantization_config.frozen_weight_clips)
 
     def _prepare_frozen(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         """Give clips to load to the layers that have some in the files. Others must be tied: theirs would be random."""
@@ -107,7 +110,8 @@ class OctavQuantizer(HfQuantizer):
                 split.
         """
         given = given_weights(model)
-        if not self.quantization_config.packed or getattr(model, "_hf_peft_config_loaded", False):
+        write_record(model)  # Transformers writes the config after this
+        if not is_packed(model) or getattr(model, "_hf_peft_config_loaded", False):
             return given, {}
         weights = model.state_dict() if given is None else given
         names = PackedNames(packed_layers(model), model.base_model_prefix).reverse_transform()

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from .fake_quantize import FakeQuantize
+from .granularity import Granularity
 from .quantized_layer import QuantizedLayer, register_quantized_layer
 
 
@@ -23,10 +24,10 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
     operands: ClassVar[Mapping[str, str]] = {"weight": "embedding_bits"}
     clip_dim = (-1,)
     weight_quantizer_class = FakeQuantize
-    granularities = ("row",)
+    weight_granularities = (Granularity.CHANNEL,)
 
     @classmethod
-    def refusal(cls, layer: nn.Module) -> str:
+    def unsupported_reason(cls, layer: nn.Module) -> str:
         """A row that is rounded after ``max_norm`` was applied may be longer than that."""
         if layer.max_norm is None:
             return ""

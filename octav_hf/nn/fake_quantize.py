@@ -18,43 +18,67 @@ class Grid(NamedTuple):
 
     Args:
         signed: the two's-complement grid, or the unsigned one.
-        clip: clipping scalar(s), broadcastable against the tensor; of a shifted grid those of ``x - lowest``.
-        lowest: of a shifted grid, which is unsigned: the level that the lowest integer stands for, ``[]``.
+        clip: clipping scalar(s), broadcastable against the tensor; for an asymmetric grid those of ``x - offset``.
+        offset: the value at integer 0 of an asymmetric grid, which is unsigned, ``[]``; ``None`` for other grids.
     """
 
     signed: bool
     clip: Tensor
-    lowest: Tensor | None = None
+    offset: Tensor | None = None
+
+
+_INIT_KWARGS = (
+    "num_bits",
+    "clip",
+    "clip_options",
+    "gradient_estimator",
+    "signed",
+    "asymmetric",
+    "dim",
+    "frozen_dim",
+    "name",
+)
 
 
 class FakeQuantize(nn.Module):
     """Quantizes one operand: computes its clip from the data at every call, or takes a frozen one, then rounds.
 
-    Has no parameters and no buffers: a dynamic clip is recomputed, never stored, and frozen ones are plain numbers,
-    which no change of dtype reaches. With frozen clips nothing is read off the data: NaN stays NaN without an error.
+    Has no parameters and no buffers: dynamic clips are recomputed, never stored, and frozen clips are plain numbers
+    that keep their precision when the model changes its dtype. With frozen clips the data are not read: NaN stays NaN,
+    without an error.
 
     Args:
         num_bits: 2 to 8.
         clip: name of a clipping rule in ``functional.CLIP_RULES``.
         clip_options: further keyword arguments of that rule.
-        gradient: ``"ste"``, ``"pwl"`` or ``"mad"``; see ``functional.fake_quantize``.
+        gradient_estimator: ``"ste"``, ``"pwl"`` or ``"mad"``; see ``functional.fake_quantize``.
         signed: the two's-complement grid, or the unsigned one; ``None``: the unsigned one for a tensor that holds no
             negative value, found out from the tensor at every call.
-        shifted: whether a tensor whose negative values all lie inside its signed clip, such as the output of a GELU, is
-            quantized on the unsigned grid from its lowest value on, ``m + Q(x - m)``; only with ``signed=None``. One
-            with long tails on both sides stays on the signed grid.
+        asymmetric: whether a tensor whose negative values all lie inside its signed clip, such as the output of a GELU,
+            is quantized on the unsigned grid that begins at its lowest value m, ``m + Q(x - m)``; only with
+            ``signed=None``. A tensor with long tails on both sides stays on the signed grid.
         dim: the dimension(s) that share one clip; ``None`` for one clip for the whole tensor.
-        frozen_dim: the same for a frozen clip, counted from the last dimension; so they are too while it is observed.
-            Frozen clips have none for each batch element: one number for all is of each tensor, whatever this is.
+        frozen_dim: the same for a frozen clip, counted from the last dimension; also used while an observer is set.
+            Frozen clips are shared by all batch elements. A scalar frozen clip ignores ``frozen_dim``.
         name: where in the model this quantizer stands, for error messages.
         frozen: clips that hold whatever the data are, and the grid's sign with them.
 
     Attributes:
-        observer: is told the dynamic clips of every call, while it is set; frozen ones then do not count.
-        clips_computed: how many clips it has computed, one for each forward pass, or of a weight for each change of it:
-            an error says when it came up.
+        observer: while set, is told the dynamic clips of every call, and frozen clips are not used.
+        clips_computed: number of clips computed so far, one per forward pass, or one per change of a weight; error
+            messages quote it.
     """
 
+    num_bits: int
+    clip: str
+    clip_options: dict[str, Any]
+    gradient_estimator: str
+    signed: bool | None
+    asymmetric: bool
+    dim: Dim
+    frozen_dim: tuple[int, ...] | None
+    name: str
+    frozen: FrozenClips | None
     observer: ClipObserver | None = None
     clips_computed: int = 0
 
@@ -64,31 +88,33 @@ class FakeQuantize(nn.Module):
         *,
         clip: str = "octav",
         clip_options: Mapping[str, Any] | None = None,
-        gradient: str = "mad",
+        gradient_estimator: str = "mad",
         signed: bool | None = True,
-        shifted: bool = False,
+        asymmetric: bool = False,
         dim: Dim = None,
         frozen_dim: tuple[int, ...] | None = None,
         name: str = "",
         frozen: FrozenClips | None = None,
     ):
         super().__init__()
-        self.num_bits = num_bits
-        self.clip = clip
-        self.clip_options = dict(clip_options or {})
-        self.gradient = gradient
-        self.signed = signed
-        self.shifted = shifted
-        self.dim = dim
-        self.frozen_dim = frozen_dim
-        self.name = name
-        self.frozen = frozen
+        # Plain values: nn.Module.__setattr__ would check each for being a parameter, buffer or module.
+        self.__dict__.update(
+            num_bits=num_bits,
+            clip=clip,
+            clip_options=dict(clip_options or {}),
+            gradient_estimator=str(gradient_estimator),
+            signed=signed,
+            asymmetric=asymmetric,
+            dim=dim,
+            frozen_dim=frozen_dim,
+            name=name,
+            frozen=frozen,
+        )
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """What it was made from, but for frozen clips: for another quantizer to take its place."""
-        names = ("num_bits", "clip", "clip_options", "gradient", "signed", "shifted", "dim", "frozen_dim", "name")
-        return {name: getattr(self, name) for name in names}
+    def init_kwargs(self) -> dict[str, Any]:
+        """The constructor's arguments without frozen clips, to make another quantizer that replaces this one."""
+        return {name: getattr(self, name) for name in _INIT_KWARGS}
 
     @property
     def is_frozen(self) -> bool:
@@ -96,20 +122,19 @@ class FakeQuantize(nn.Module):
         return self.frozen is not None
 
     @property
-    def settings(self) -> tuple[Any, ...]:
-        """What the result depends on besides the input; equal for quantizers that do the same."""
-        # Each quantizer that is observed has to be called, so it is like no other.
+    def cache_key(self) -> tuple[Any, ...]:
+        """What the result depends on besides the input: equal for quantizers that do the same."""
+        # An observed quantizer has to be called itself, so its observer makes it unequal to all others.
         state = self.frozen if self.observer is None else self.observer
-        arguments = {name: value for name, value in self.arguments.items() if name != "name"}
-        return (*arguments.values(), state)
+        return (*(getattr(self, name) for name in _INIT_KWARGS if name != "name"), state)
 
     @property
-    def frozen_now(self) -> FrozenClips | None:
-        """The frozen clips if the next call takes them, ``None`` if it computes its own."""
+    def active_frozen_clips(self) -> FrozenClips | None:
+        """The frozen clips if the next call uses them, ``None`` if it computes its own."""
         return self.frozen if self.observer is None else None
 
     @property
-    def dim_now(self) -> Dim:
+    def active_dim(self) -> Dim:
         """The dimension(s) that share one clip at the next call."""
         if self.observer is not None:
             return self.frozen_dim
@@ -140,7 +165,7 @@ class FakeQuantize(nn.Module):
         signed = self.is_signed(x) if signed is None else signed
         self.clips_computed += 1
         try:
-            return CLIP_RULES[self.clip](x, self.num_bits, signed=signed, dim=self.dim_now, **self.clip_options)
+            return CLIP_RULES[self.clip](x, self.num_bits, signed=signed, dim=self.active_dim, **self.clip_options)
         except (ValueError, TypeError) as error:
             where = self.name or "FakeQuantize"
             raise type(error)(
@@ -150,10 +175,10 @@ class FakeQuantize(nn.Module):
     def dynamic_grid(self, x: Tensor) -> Grid:
         """The grid for ``x``, computed from its values."""
         signed, clip = self.sign_and_clip(x)
-        lowest = self.lowest(x, clip) if signed and self.shifted and self.signed is None else None
-        if lowest is None:
+        offset = self.offset(x, clip) if signed and self.asymmetric and self.signed is None else None
+        if offset is None:
             return Grid(signed, clip)
-        return Grid(False, self.compute_clip(_difference(x, lowest), signed=False), lowest)
+        return Grid(False, self.compute_clip(_difference(x, offset), signed=False), offset)
 
     def sign_and_clip(self, x: Tensor) -> tuple[bool, Tensor]:
         """What ``is_signed`` and ``compute_clip`` say of ``x``."""
@@ -162,44 +187,45 @@ class FakeQuantize(nn.Module):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def lowest(self, x: Tensor, clip: Tensor) -> Tensor | None:
-        """The lowest value of ``x``, ``[]``, if its signed clip, on average over several, does not clip it."""
+    def offset(self, x: Tensor, clip: Tensor) -> Tensor | None:
+        """The lowest value of ``x``, ``[]``, unless its signed clip, the mean of several, clips that value."""
         if x.numel() == 0:
             return None
-        lowest = x.min().to(clip.dtype)
-        return lowest if bool(-lowest <= clip.mean()) else None
+        offset = x.min().to(clip.dtype)
+        return offset if bool(-offset <= clip.mean()) else None
 
-    def forward(self, x: Tensor, use: int = 0) -> Tensor:
+    def forward(self, x: Tensor, call_index: int = 0) -> Tensor:
         """``x`` (float, any shape) on the grid; same shape and dtype.
 
         Args:
             x: floating point, any shape; with clips for parts of it ``[batch, ..., *dim]``.
-            use: which of the operand's uses in one forward pass of its module this is, from 0. Each has a frozen clip.
+            call_index: which multiplication of the operand in one forward pass of its module this is, from 0. Each has
+                a frozen clip of its own.
 
         Raises:
-            ValueError: there is no clip for the data, or the frozen ones are for another shape; with ``name``.
+            ValueError: there is no clip for the data, or the frozen clips have another shape; the message has ``name``.
             RuntimeError: the call is being recorded by ``torch.jit.trace``, ``torch.fx`` or, unless the clip is frozen,
                 ``torch.export``.
         """
-        frozen = self.frozen_now
+        frozen = self.active_frozen_clips
         refuse_recording(self, x, dynamic=frozen is None)
         if frozen is not None:
-            grid = self._frozen_grid(frozen, x, use)
+            grid = self._frozen_grid(frozen, x, call_index)
         else:
             grid = self.dynamic_grid(x)
             if self.observer is not None:
-                self._observe(self.observer, x, use, grid)
-        if grid.lowest is None:
-            return fake_quantize(x, grid.clip, self.num_bits, signed=grid.signed, gradient=self.gradient)
+                self._observe(self.observer, x, call_index, grid)
+        if grid.offset is None:
+            return fake_quantize(x, grid.clip, self.num_bits, signed=grid.signed, gradient=self.gradient_estimator)
         rounded = fake_quantize(
-            _difference(x, grid.lowest), grid.clip, self.num_bits, signed=False, gradient=self.gradient
+            _difference(x, grid.offset), grid.clip, self.num_bits, signed=False, gradient=self.gradient_estimator
         )
-        return (rounded + grid.lowest).to(x.dtype)
+        return (rounded + grid.offset).to(x.dtype)
 
-    def _frozen_grid(self, frozen: FrozenClips, x: Tensor, use: int) -> Grid:
-        clip = self._frozen_clip(frozen.clips[use], x)
-        lowest = torch.full((), frozen.lowest, dtype=clip.dtype, device=x.device) if frozen.lowest else None
-        return Grid(frozen.signed, clip, lowest)
+    def _frozen_grid(self, frozen: FrozenClips, x: Tensor, call_index: int) -> Grid:
+        clip = self._frozen_clip(frozen.clips[call_index], x)
+        offset = torch.full((), frozen.offset, dtype=clip.dtype, device=x.device) if frozen.offset else None
+        return Grid(frozen.signed, clip, offset)
 
     def _frozen_clip(self, clip: Clip, x: Tensor) -> Tensor:
         """Broadcastable against ``x``."""
@@ -225,18 +251,18 @@ class FakeQuantize(nn.Module):
         return kept[1:] if x.dim() > 2 else kept
 
     @torch.compiler.disable
-    def _observe(self, observer: ClipObserver, x: Tensor, use: int, grid: Grid) -> None:
+    def _observe(self, observer: ClipObserver, x: Tensor, call_index: int, grid: Grid) -> None:
         clips = {grid.signed: grid.clip} if self._has_values(x) else {}
-        lowest = 0.0 if grid.lowest is None else float(grid.lowest)
+        offset = 0.0 if grid.offset is None else float(grid.offset)
         if clips and self.signed is None and not grid.signed:  # a later tensor may decide for the signed grid
             clips[True] = self.compute_clip(x, signed=True)
         try:
             if self.frozen_dim is None:
-                observer.record(use, {signed: float(clip) for signed, clip in clips.items()}, lowest=lowest)
+                observer.record(call_index, {signed: float(clip) for signed, clip in clips.items()}, offset=offset)
             else:
                 sums = {signed: self._sum_over_batch(x, clip) for signed, clip in clips.items()}
                 count = next((count for _, count in sums.values()), 0)
-                observer.record(use, {signed: total for signed, (total, _) in sums.items()}, count)
+                observer.record(call_index, {signed: total for signed, (total, _) in sums.items()}, count)
         except ValueError as error:
             raise ValueError(
                 f"{self.name or 'FakeQuantize'}: {error}, so that they have no mean; calibrate with batches in which "
@@ -255,13 +281,14 @@ class FakeQuantize(nn.Module):
         sign = self.signed if self.frozen is None else self.frozen.signed
         signs = (True, False) if sign is None else (sign,)
         grid = " or ".join(str(list(integer_range(self.num_bits, signed))) for signed in signs)
-        if self.frozen is not None and self.frozen.lowest:
-            grid += f" from {self.frozen.lowest:.4g} on"
-        elif self.frozen is None and self.shifted:
-            grid += " or shifted"
+        if self.frozen is not None and self.frozen.offset:
+            grid += f" from {self.frozen.offset:.4g} on"
+        elif self.frozen is None and self.asymmetric:
+            grid += " or asymmetric"
         scalars = "per tensor" if self.dim is None else f"over dim {self.dim}"
         frozen = "" if self.frozen is None else f" frozen at {', '.join(map(_described, self.frozen.clips))}"
-        return f"{self.num_bits} bits {grid}, clip={self.clip} {scalars}{frozen}, gradient={self.gradient}"
+        clip = f"clip={self.clip} {scalars}{frozen}"
+        return f"{self.num_bits} bits {grid}, {clip}, gradient_estimator={self.gradient_estimator}"
 
 
 def _described(clip: Clip) -> str:
@@ -269,6 +296,6 @@ def _described(clip: Clip) -> str:
     return f"{low:.4g}" if not isinstance(clip, tuple) else f"{low:.4g} to {high:.4g}"
 
 
-def _difference(x: Tensor, lowest: Tensor) -> Tensor:
-    """``x - lowest`` in the dtype of clips: in a lower one the difference would lose digits that ``x`` has."""
-    return x.to(lowest.dtype) - lowest
+def _difference(x: Tensor, offset: Tensor) -> Tensor:
+    """``x - offset`` in the dtype of clips: in a narrower one the difference would lose digits of ``x``."""
+    return x.to(offset.dtype) - offset

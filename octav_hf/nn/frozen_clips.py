@@ -35,69 +35,72 @@ class FrozenClips:
 
     Args:
         signed: the two's-complement grid, or the unsigned one.
-        clips: in the units of the operand, one for each use of it in one forward pass of its module.
-        lowest: where the unsigned grid begins: at 0, or shifted to a value below.
+        clips: in the units of the operand, one for each multiplication of it in one forward pass of its module.
+        offset: where the unsigned grid begins: 0, or the negative offset of an asymmetric grid.
     """
 
     signed: bool
     clips: tuple[Clip, ...]
-    lowest: float = 0.0
+    offset: float = 0.0
 
 
 class ClipObserver:
-    """Adds up the dynamic clips of one quantizer, by use and by sign."""
+    """Adds up the dynamic clips of one quantizer, by call index and by sign."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[int, bool], float | Tensor] = {}
         self._counts: dict[tuple[int, bool], int] = {}
-        self._lowest = 0.0
-        self._uses: set[int] = set()
-        self._uses_so_far = 0
+        self._offset = 0.0
+        self._call_counts: set[int] = set()
+        self._calls_so_far = 0
 
-    def record(self, use: int, clips: Mapping[bool, float | Tensor], count: int = 1, lowest: float = 0.0) -> None:
+    def record(
+        self, call_index: int, clips: Mapping[bool, float | Tensor], count: int = 1, offset: float = 0.0
+    ) -> None:
         """Add one call.
 
         Args:
-            use: which use of the operand in one forward pass of its module, from 0; a 0 begins the next forward pass.
+            call_index: which multiplication of the operand in one forward pass of its module, from 0; a 0 begins the
+                next forward pass.
             clips: signed (True) or not -> the clip on that grid: each grid that is possible as far as this tensor
                 goes. A number, or the sum of ``count`` observations as a float64 tensor. None for a tensor without
                 values, which says nothing about clips.
             count: how many observations, one for each batch element.
-            lowest: where the unsigned grid begins.
+            offset: where the unsigned grid begins.
 
         Raises:
             ValueError: the clips have another shape than those before.
         """
         for signed, clip in clips.items():
-            before, now = (_shape(value) for value in (self._sums.get((use, signed), clip), clip))
+            before, now = (_shape(value) for value in (self._sums.get((call_index, signed), clip), clip))
             if before != now:
                 raise ValueError(f"clips of shape {now}, after those of shape {before}")
-        if use == 0 and self._uses_so_far:
-            self._uses.add(self._uses_so_far)
-        self._uses_so_far = use + 1
-        self._lowest = min(self._lowest, lowest)
+        if call_index == 0 and self._calls_so_far:
+            self._call_counts.add(self._calls_so_far)
+        self._calls_so_far = call_index + 1
+        self._offset = min(self._offset, offset)
         for signed, clip in clips.items():
-            self._sums[use, signed] = self._sums.get((use, signed), 0.0) + clip
-            self._counts[use, signed] = self._counts.get((use, signed), 0) + count
+            self._sums[call_index, signed] = self._sums.get((call_index, signed), 0.0) + clip
+            self._counts[call_index, signed] = self._counts.get((call_index, signed), 0) + count
 
     @property
-    def uses(self) -> set[int]:
-        """How many uses the forward passes had; one number unless they differ."""
-        return self._uses | ({self._uses_so_far} if self._uses_so_far else set())
+    def call_counts(self) -> set[int]:
+        """How often a forward pass multiplied the operand; one number unless forward passes differ."""
+        return self._call_counts | ({self._calls_so_far} if self._calls_so_far else set())
 
     def mean(self) -> FrozenClips | None:
-        """The mean clip of each use; unsigned if all calls allowed it. ``None`` if a use had no values, or none ran.
+        """The mean clip of each call index; unsigned if all calls allowed it. ``None`` without values for one of them.
 
-        The mean over all calls, and for clips of heads or channels over all batch elements of all calls. A shifted grid
-        begins at the lowest value of all calls.
+        The mean over all calls, and for clips of heads or channels over all batch elements of all calls. An asymmetric
+        grid begins at the lowest value of all calls.
         """
-        uses = range(max(self.uses, default=0))
+        indices = range(max(self.call_counts, default=0))
         # A tensor with a negative value has no unsigned clip, and one that may be either has both.
-        signed = any(self._counts.get((use, True), 0) > self._counts.get((use, False), 0) for use in uses)
-        if not uses or any((use, signed) not in self._sums for use in uses):
+        signed = any(self._counts.get((index, True), 0) > self._counts.get((index, False), 0) for index in indices)
+        if not indices or any((index, signed) not in self._sums for index in indices):
             return None
-        clips = tuple(_mean(self._sums[use, signed], self._counts[use, signed]) for use in uses)
-        return FrozenClips(signed, clips, 0.0 if signed else self._lowest)
+        clips = tuple(_mean(self._sums[index, signed], self._counts[index, signed]) for index in indices)
+        return FrozenClips(signed, clips, 0.0 if signed else self._offset)
 
 
 def _shape(clip: float | Tensor) -> tuple[int, ...]:

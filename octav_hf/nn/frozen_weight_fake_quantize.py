@@ -11,9 +11,9 @@ from .recording import refuse_recording
 
 
 class FrozenWeightFakeQuantize(FullPrecisionBuffers, FakeQuantize):
-    """``FakeQuantize`` with stored clips, in the place of a weight's quantizer, whose settings it keeps.
+    """``FakeQuantize`` with stored clips, replacing a weight's quantizer, whose settings it keeps.
 
-    Nothing is read off the weight: NaN stays NaN without an error.
+    The weight is not read: NaN stays NaN, without an error.
 
     Args:
         quantizer: the weight's quantizer.
@@ -26,7 +26,7 @@ class FrozenWeightFakeQuantize(FullPrecisionBuffers, FakeQuantize):
     clips: Tensor
 
     def __init__(self, quantizer: FakeQuantize, clips: Tensor):
-        super().__init__(**quantizer.arguments)
+        super().__init__(**quantizer.init_kwargs)
         self.register_buffer("clips", clips)
 
     @classmethod
@@ -53,14 +53,14 @@ class FrozenWeightFakeQuantize(FullPrecisionBuffers, FakeQuantize):
         """The stored clips; ``x`` is not read."""
         return self.clips
 
-    def forward(self, x: Tensor, use: int = 0) -> Tensor:
+    def forward(self, x: Tensor, call_index: int = 0) -> Tensor:
         """``x``, the weight, on the grid; same shape and dtype.
 
         Raises:
             RuntimeError: the call is being recorded by ``torch.jit.trace`` or ``torch.fx``.
         """
         refuse_recording(self, x, dynamic=False)
-        return fake_quantize(x, self.clips, self.num_bits, gradient=self.gradient)
+        return fake_quantize(x, self.clips, self.num_bits, gradient=self.gradient_estimator)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, frozen"

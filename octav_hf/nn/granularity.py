@@ -1,30 +1,45 @@
-"""Granularity of activation clips: which elements of an operand may share one, by name and as dimensions."""
+"""Granularity of clips: which elements of an operand share one, by name and as dimensions."""
+
+from enum import StrEnum
 
 from ..functional.rows import Dim
 
 ATTENTION_OPERANDS = ("query", "key", "probabilities", "value")
 
-GRANULARITIES: dict[str, tuple[str, ...]] = {
-    "input": ("tensor", "token"),
-    "query": ("tensor", "head", "token"),
-    "key": ("tensor", "head", "token"),
-    "probabilities": ("tensor", "head", "token"),
-    "value": ("tensor", "head", "channel"),
-}
-"""Operand -> what a clip of it can be for.
 
-Those for which the scale factors out of the product, so that a product of integers, scaled afterwards, gives the same:
-a clip may be of its own for each element of every dimension that the product does not sum over, and for no other.
+class Granularity(StrEnum):
+    """What one clip is for; the names of compressed-tensors' quantization strategies."""
+
+    TENSOR = "tensor"
+    ATTN_HEAD = "attn_head"
+    TOKEN = "token"
+    CHANNEL = "channel"
+
+
+WEIGHT_GRANULARITIES = (Granularity.CHANNEL, Granularity.TENSOR)
+"""What one clip of a weight can be for: an output feature or channel (the row of its matrix), or the whole weight."""
+
+ACTIVATION_GRANULARITIES: dict[str, tuple[Granularity, ...]] = {
+    "input": (Granularity.TENSOR, Granularity.TOKEN),
+    "query": (Granularity.TENSOR, Granularity.ATTN_HEAD, Granularity.TOKEN),
+    "key": (Granularity.TENSOR, Granularity.ATTN_HEAD, Granularity.TOKEN),
+    "probabilities": (Granularity.TENSOR, Granularity.ATTN_HEAD, Granularity.TOKEN),
+    "value": (Granularity.TENSOR, Granularity.ATTN_HEAD, Granularity.CHANNEL),
+}
+"""Operand -> what one clip of it can be for, coarsest first.
+
+Those for which the scale factors out of the matmul, so that an integer matmul followed by scaling gives the same
+result: elements that differ only in a contracted dimension must share a clip.
 """
 
-FINEST = {operand: names[-1] for operand, names in GRANULARITIES.items()}
-"""Of each operand, as many clips as its product allows."""
+FINEST = {operand: str(granularities[-1]) for operand, granularities in ACTIVATION_GRANULARITIES.items()}
+"""For each operand, the most clips that its matmul allows."""
 
 _CHANNELS = "channels are summed over in the product with the {other}, so the scale of one does not factor out"
 _TOKENS = "tokens are summed over in the product with the {other}, so the scale of one does not factor out"
 _REASONS = {
     ("input", "channel"): _CHANNELS.format(other="weight"),
-    ("input", "head"): "the heads of its channels, if any, are summed over in the product with the weight, so the "
+    ("input", "attn_head"): "the heads of its channels, if any, are summed over in the product with the weight, so the "
     "scale of one does not factor out",
     ("query", "channel"): _CHANNELS.format(other="key"),
     ("key", "channel"): _CHANNELS.format(other="query"),
@@ -32,28 +47,34 @@ _REASONS = {
     ("value", "token"): _TOKENS.format(other="probabilities"),
 }
 
-# Dimensions that share a clip, of an operand in the form [batch, heads, own, summed]: own is its tokens, or the
-# channels of a value, and summed what its product sums over. Of a layer's input it is [..., summed].
-_SHARED: dict[str, tuple[int, ...] | None] = {"tensor": None, "head": (-2, -1), "token": (-1,), "channel": (-1,)}
+# The dimensions that share a clip, of an operand laid out as [batch, heads, free, contracted], where the free dimension
+# is the tokens, or the channels of a value; of a layer's input laid out as [..., contracted].
+_SHARED: dict[str, tuple[int, ...] | None] = {
+    Granularity.TENSOR: None,
+    Granularity.ATTN_HEAD: (-2, -1),
+    Granularity.TOKEN: (-1,),
+    Granularity.CHANNEL: (-1,),
+}
 
 
-def refusal(operand: str, granularity: str) -> str:
-    """Why ``operand``, of ``GRANULARITIES``, cannot have clips of this granularity; empty if nothing is known of it."""
+def unsupported_reason(operand: str, granularity: str) -> str:
+    """Why ``operand`` cannot have clips of this granularity; empty if it is not the name of one that is known."""
     return _REASONS.get((operand, granularity), "")
 
 
-def shared_dims(granularity: str) -> Dim:
-    """The dimensions that share a clip."""
+def shared_dims(granularity: str) -> tuple[int, ...] | None:
+    """The dimensions of an activation that share a clip."""
     return _SHARED[granularity]
 
 
 def frozen_dims(granularity: str) -> tuple[int, ...] | None:
-    """The dimensions that share a frozen clip: all, for tokens come and go, so that none has a clip of its own."""
-    return None if granularity == "token" else _SHARED[granularity]
+    """The dimensions that share a frozen clip. All of them for ``"token"``: tokens have no identity across batches."""
+    return None if granularity == Granularity.TOKEN else _SHARED[granularity]
 
 
 def granularity_of(operand: str, dim: Dim) -> str:
-    """The name of the granularity that ``shared_dims`` gives ``dim`` for, or that of a weight's clips."""
-    if operand not in GRANULARITIES:
-        return "tensor" if dim is None else "row"
-    return next(name for name in GRANULARITIES[operand] if _SHARED[name] == dim)
+    """The name of the granularity whose clips are shared over ``dim``."""
+    names = ACTIVATION_GRANULARITIES.get(operand)
+    if names is None:
+        return str(Granularity.TENSOR if dim is None else Granularity.CHANNEL)
+    return next(str(name) for name in names if _SHARED[name] == dim)

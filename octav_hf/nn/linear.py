@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from .granularity import ACTIVATION_GRANULARITIES
 from .quantized_layer import QuantizedLayer, register_quantized_layer
 from .shared_inputs import quantize_input
 
@@ -17,8 +18,8 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     kind = "linear"
     clip_dim = (1,)
-    input_granularities = ("tensor", "token")
-    input_can_be_shifted = True
+    input_granularities = ACTIVATION_GRANULARITIES["input"]
+    supports_asymmetric_input = True
 
     def forward(self, input: Tensor) -> Tensor:
         """``Q(input) Q(weight)^T + bias``; shapes as for ``nn.Linear``."""

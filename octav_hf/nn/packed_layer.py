@@ -9,7 +9,6 @@ from .embedding import QuantizedEmbedding
 from .frozen_weight_fake_quantize import FrozenWeightFakeQuantize
 from .packed_weight import PackedWeight
 from .quantized_layer import QuantizedLayer
-from .weight_fake_quantize import WeightFakeQuantize
 
 
 class PackedLayer(QuantizedLayer):
@@ -34,14 +33,10 @@ class PackedLayer(QuantizedLayer):
         base: Any = type(layer)
         layer.__class__ = _packed_class(base)
 
-    def unpack(self, keep_clips: bool) -> None:
-        """The quantized layer again, in place: the parameter ``weight`` starts from the packed values.
-
-        Args:
-            keep_clips: whether clips stay those that it was packed with, where the layer's class can have frozen ones.
-        """
-        weight, quantizer = self.weight, self.weight_quantizer_class(**self.weight_quantizer.arguments)
-        if keep_clips and isinstance(quantizer, WeightFakeQuantize):
+    def unpack(self) -> None:
+        """The quantized layer again, in place: the parameter ``weight`` starts from the packed values."""
+        weight, quantizer = self.weight, self.weight_quantizer_class(**self.weight_quantizer.init_kwargs)
+        if self.weight_quantizer.keeps_clips:
             quantizer = FrozenWeightFakeQuantize(quantizer, self.weight_quantizer.compute_clip(weight))
         self.__class__ = type(self).__bases__[1]
         self.weight_quantizer = quantizer  # type: ignore[assignment]

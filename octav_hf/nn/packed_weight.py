@@ -11,6 +11,7 @@ from ..functional.fake_quantize import fake_quantize
 from ..functional.grid import step_size
 from ..functional.rows import statistics_dtype, to_rows
 from .fake_quantize import FakeQuantize
+from .frozen_weight_fake_quantize import FrozenWeightFakeQuantize
 from .full_precision_buffers import FullPrecisionBuffers
 from .recording import refuse_recording
 
@@ -18,32 +19,34 @@ from .recording import refuse_recording
 class PackedWeight(FullPrecisionBuffers, FakeQuantize):
     """What a weight quantizer made of a weight: its integer levels, packed, and the steps of its grid.
 
-    Takes the place of the layer's ``weight_quantizer``, whose settings it keeps.
+    Replaces the layer's ``weight_quantizer``, whose settings it keeps.
 
     Args:
         quantizer: the weight's quantizer.
         weight: the weight, for its shape, dtype and device; its values are not read.
+        keeps_clips: whether the weight's clips were frozen, so that they stay as they are when it is unpacked.
 
     Attributes:
-        levels: buffer, ``[rows * bytes of a row]``, see ``functional.bit_packing``. One-dimensional, so that no float
-            weight, which has two dimensions or more, can be mistaken for it.
+        packed_data: buffer, ``[rows * bytes of a row]``, see ``functional.bit_packing``. One-dimensional, so that no
+            float weight, which has two dimensions or more, can be mistaken for it.
         scale: buffer, ``[rows]``, the step of each row's grid (one row if the clip is for the whole tensor); float32,
             or float64 for a float64 weight, whatever dtype the model is moved to.
         shape: of the weight.
         dtype: of the weight as the layer gets it; follows the model's.
     """
 
-    levels: Tensor
+    packed_data: Tensor
     scale: Tensor
 
-    def __init__(self, quantizer: FakeQuantize, weight: Tensor):
-        super().__init__(**quantizer.arguments)
+    def __init__(self, quantizer: FakeQuantize, weight: Tensor, keeps_clips: bool):
+        super().__init__(**quantizer.init_kwargs)
         self.shape = weight.shape
         self.dtype = weight.dtype
+        self.keeps_clips = keeps_clips
         rows, self._row_length = self._to_rows(weight).shape
         size = rows * packed_row_bytes(self._row_length, self.num_bits)
         levels_dtype = torch.int8 if self.num_bits == 8 else torch.uint8
-        self.register_buffer("levels", torch.empty(size, dtype=levels_dtype, device=weight.device))
+        self.register_buffer("packed_data", torch.empty(size, dtype=levels_dtype, device=weight.device))
         self.register_buffer("scale", torch.empty(rows, dtype=statistics_dtype(weight.dtype), device=weight.device))
 
     @classmethod
@@ -55,20 +58,20 @@ class PackedWeight(FullPrecisionBuffers, FakeQuantize):
             ValueError: ``weight`` holds NaN or Inf; the message has the quantizer's name.
         """
         weight = weight.detach()
-        packed = cls(quantizer, weight)
+        packed = cls(quantizer, weight, keeps_clips=isinstance(quantizer, FrozenWeightFakeQuantize))
         clip = quantizer.compute_clip(weight)
-        quantized = fake_quantize(weight, clip, quantizer.num_bits, gradient=quantizer.gradient)
+        quantized = fake_quantize(weight, clip, quantizer.num_bits, gradient=quantizer.gradient_estimator)
         step = step_size(clip.to(packed.scale.dtype), quantizer.num_bits, signed=True)
         # Dividing what is on the grid by its step cannot end up at another integer, whatever the rounding did.
         steps = torch.where(step > 0, step, 1)
         levels = (quantized.to(step.dtype) / steps).round().to(torch.int8)
-        packed.levels.copy_(pack_bits(packed._to_rows(levels).contiguous(), quantizer.num_bits).flatten())
+        packed.packed_data.copy_(pack_bits(packed._to_rows(levels).contiguous(), quantizer.num_bits).flatten())
         packed.scale.copy_(step.flatten())
         if not torch.equal(packed.dequantize(), quantized):
             raise ArithmeticError(f"{quantizer.name}: its integers and scales do not give the quantized weight exactly")
         return packed
 
-    def forward(self, x: Tensor, use: int = 0) -> Tensor:
+    def forward(self, x: Tensor, call_index: int = 0) -> Tensor:
         """``x``, rows of the weight as ``dequantize`` gives them, which are on the grid already.
 
         Raises:
@@ -104,7 +107,7 @@ class PackedWeight(FullPrecisionBuffers, FakeQuantize):
 
     @property
     def _packed_rows(self) -> Tensor:
-        return self.levels.view(len(self.scale), packed_row_bytes(self._row_length, self.num_bits))
+        return self.packed_data.view(len(self.scale), packed_row_bytes(self._row_length, self.num_bits))
 
     @property
     def _along_a_row(self) -> list[int]:

@@ -28,7 +28,7 @@ _scope = _Scope()
 
 @contextmanager
 def shared_inputs() -> Iterator[None]:
-    """While active, in this thread, ``quantize_input`` gives one result to quantizers with the same settings."""
+    """While active, in this thread, ``quantize_input`` gives one result to quantizers with the same ``cache_key``."""
     before, _scope.entries = _scope.entries, []
     try:
         yield
@@ -42,7 +42,7 @@ def quantize_input(quantizer: nn.Module, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or _scope.entries is None or not isinstance(quantizer, FakeQuantize):
         return quantizer(x)
     version = None if x.is_inference() else x._version
-    state = (version, torch.is_grad_enabled(), quantizer.settings)
+    state = (version, torch.is_grad_enabled(), quantizer.cache_key)
     for entry in _scope.entries:
         if entry.x is x and entry.state == state:
             return entry.output

@@ -6,7 +6,7 @@ from typing import Any
 
 from . import FrozenClips
 from .frozen_clips import Clip, as_clip, clip_shape
-from .granularity import GRANULARITIES
+from .granularity import ACTIVATION_GRANULARITIES
 
 ActivationClips = dict[str, dict[str, dict[str, Any]]]
 
@@ -23,27 +23,29 @@ def validate_activation_clips(activation_clips: Any) -> None:
             raise ValueError(f"{_FIELD}[{module_name!r}]: the form is {_EXAMPLE}, got {operands!r}")
         for operand, frozen in operands.items():
             where = f"{_FIELD}[{module_name!r}][{operand!r}]"
-            if operand not in GRANULARITIES:
-                raise ValueError(f"{where}: no activation has that name; choose from {', '.join(GRANULARITIES)}")
-            if not isinstance(frozen, dict) or set(frozen) - {"lowest"} != {"signed", "clips"}:
+            if operand not in ACTIVATION_GRANULARITIES:
                 raise ValueError(
-                    f"{where} must be {{'signed': True or False, 'clips': [...]}}, and for a shifted grid 'lowest': "
-                    f"NUMBER, got {frozen!r}"
+                    f"{where}: no activation has that name; choose from {', '.join(ACTIVATION_GRANULARITIES)}"
+                )
+            if not isinstance(frozen, dict) or set(frozen) - {"offset"} != {"signed", "clips"}:
+                raise ValueError(
+                    f"{where} must be {{'signed': True or False, 'clips': [...]}}, and for an asymmetric grid "
+                    f"'offset': NUMBER, got {frozen!r}"
                 )
             _validate_frozen(where, operand, **frozen)
 
 
-def _validate_frozen(where: str, operand: str, signed: Any, clips: Any, lowest: Any = None) -> None:
+def _validate_frozen(where: str, operand: str, signed: Any, clips: Any, offset: Any = None) -> None:
     if not isinstance(signed, bool):
         raise ValueError(f"{where}: signed must be True or False, got {signed!r}")
     if operand != "input" and signed is (operand == "probabilities"):
         raise ValueError(
             f"{where}: signed is {signed}, but probabilities are never negative and query, key and value have two signs"
         )
-    if lowest is not None and (operand != "input" or signed or not _is_clip(-lowest if _is_number(lowest) else lowest)):
+    if offset is not None and (operand != "input" or signed or not _is_clip(-offset if _is_number(offset) else offset)):
         raise ValueError(
-            f"{where}: lowest is where the unsigned grid of a layer's input begins, a finite number below 0, got "
-            f"{lowest!r} for {operand!r} with signed {signed}"
+            f"{where}: offset is where the unsigned grid of a layer's input begins, a finite number below 0, got "
+            f"{offset!r} for {operand!r} with signed {signed}"
         )
     if not isinstance(clips, list) or not clips or not all(map(_is_clip, clips)):
         raise ValueError(
@@ -74,8 +76,8 @@ def frozen_clips(activation_clips: Mapping[str, Any], module_name: str, operand:
 
 def frozen_fields(frozen: FrozenClips) -> dict[str, Any]:
     """Frozen clips as the config holds them."""
-    lowest = {"lowest": frozen.lowest} if frozen.lowest else {}
-    return {"signed": frozen.signed, "clips": [_as_lists(clip) for clip in frozen.clips], **lowest}
+    offset = {"offset": frozen.offset} if frozen.offset else {}
+    return {"signed": frozen.signed, "clips": [_as_lists(clip) for clip in frozen.clips], **offset}
 
 
 def _values(clips: list[Any], **others: Any) -> dict[str, Any]:

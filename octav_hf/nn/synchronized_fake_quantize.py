@@ -24,9 +24,9 @@ class SynchronizedFakeQuantize(FakeQuantize):
     """
 
     @property
-    def settings(self) -> tuple[Any, ...]:
+    def cache_key(self) -> tuple[Any, ...]:
         """As in ``FakeQuantize``; unequal to those of one that is not synchronized."""
-        return (*super().settings, "all ranks")
+        return (*super().cache_key, "all ranks")
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -42,7 +42,7 @@ class SynchronizedFakeQuantize(FakeQuantize):
     @outside_function_modes
     def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:
         """The clipping scalar of all ranks' ``x``, ``[]``, or those of the parts of ``x``; see ``FakeQuantize``."""
-        if not several_ranks() or self.dim_now is not None:
+        if not several_ranks() or self.active_dim is not None:
             return super().compute_clip(x, signed)
         ranks = self._all_ranks(x)
         return self._clip(x, self._is_signed(ranks) if signed is None else signed, ranks)
@@ -52,7 +52,7 @@ class SynchronizedFakeQuantize(FakeQuantize):
     @outside_function_modes
     def sign_and_clip(self, x: Tensor) -> tuple[bool, Tensor]:
         """Sign and clip, with the range of the values, which both need, asked for once."""
-        if not several_ranks() or self.dim_now is not None:
+        if not several_ranks() or self.active_dim is not None:
             return super().sign_and_clip(x)
         ranks = self._all_ranks(x)
         signed = self._is_signed(ranks)
@@ -60,10 +60,10 @@ class SynchronizedFakeQuantize(FakeQuantize):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def lowest(self, x: Tensor, clip: Tensor) -> Tensor | None:
+    def offset(self, x: Tensor, clip: Tensor) -> Tensor | None:
         """As in ``FakeQuantize``, of all ranks' values and clips; a collective."""
         if not several_ranks():
-            return super().lowest(x, clip)
+            return super().offset(x, clip)
         ranks = self._all_ranks(x)
         total, count = ranks.sum(torch.stack([clip.sum(), clip.new_tensor(clip.numel())])).tolist()
         return clip.new_tensor(ranks.low) if -ranks.low * count <= total else None

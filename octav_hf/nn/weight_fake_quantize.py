@@ -33,8 +33,8 @@ class WeightFakeQuantize(FakeQuantize):
         values = x.detach().to(statistics_dtype(x.dtype)).flatten(1)
         with torch.autocast(values.device.type, enabled=False):  # in whose precision small changes would not show
             product = values @ self._random_vector(values)
-        if self._known is None or self._known[0] != self.settings or not torch.equal(self._known[1], product):
-            self._known = self.settings, product, super().compute_clip(x, signed)
+        if self._known is None or self._known[0] != self.cache_key or not torch.equal(self._known[1], product):
+            self._known = self.cache_key, product, super().compute_clip(x, signed)
         return self._known[2]
 
     def _random_vector(self, values: Tensor) -> Tensor:

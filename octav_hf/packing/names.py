@@ -15,7 +15,7 @@ SCALE = "weight_scale"
 FROZEN_CLIPS = "weight_quantizer.clips"
 
 # Of a layer's tensors, by name in files -> in the model.
-_IN_MODEL = {"weight": "weight_quantizer.levels", SCALE: "weight_quantizer.scale"}
+_IN_MODEL = {"weight": "weight_quantizer.packed_data", SCALE: "weight_quantizer.scale"}
 
 
 class PackedNames(WeightRenaming):

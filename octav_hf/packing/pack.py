@@ -8,16 +8,11 @@ from torch import nn
 
 from .._utils.sharded_weights import sharded_shape
 from ..config import OctavConfig
-from ..conversion.convert import (
-    config_of,
-    freeze_packed,
-    layers_by_quantizer,
-    release_packed,
-    set_config,
-    shared_weights,
-)
-from ..conversion.layers import plan_layers
-from ..nn import FakeQuantize, PackedLayer, PackedWeight
+from ..conversion.convert import freeze_packed, release_packed
+from ..conversion.modules import layers_by_quantizer, shared_weights
+from ..conversion.plan import plan_new_layers
+from ..conversion.record import asked_config, is_packed, write_record
+from ..nn import FakeQuantize, PackedLayer, PackedWeight, WeightFakeQuantize
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +43,17 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
         ValueError: the model is not quantized by ``apply_octav``, or packed already; a weight holds NaN or Inf, or is
             sharded; ``embedding_bits`` contradicts the config, or a table is shared. The model is then unchanged.
     """
-    config = config_of(model, "pack_octav")
-    if config.packed:
+    config = asked_config(model, "pack_octav")
+    if is_packed(model):
         raise ValueError(f"{type(model).__name__} is packed already; save it as it is")
-    tables: list[Any] = []  # conversions of embeddings
+    tables: list[Any] = []  # plans of embeddings
     if embedding_bits is not None:
         config = _with_embedding_bits(config, embedding_bits)
-        tables = [table for table in plan_layers(model, config) if isinstance(table.module, nn.Embedding)]
+        tables = [table for table in plan_new_layers(model, config) if isinstance(table.module, nn.Embedding)]
     quantized = quantized_weights(model)
-    quantized |= {table.name: (table.module, table.quantizers["weight"]) for table in tables}
+    for table in tables:
+        quantizer_class, init_kwargs = table.quantizers["weight"]
+        quantized[table.name] = table.module, quantizer_class(**init_kwargs)
     shared = shared_weights(model)
     for name, (layer, _) in quantized.items():
         _check_packable(name, layer)
@@ -74,11 +71,12 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
     if not packed:
         raise ValueError(f"{type(model).__name__} has no quantized weight of its own, so there is nothing to pack")
     for table in tables:
-        table.apply()
+        table.convert()
     for layer, weight in packed:
         PackedLayer.pack(layer, weight)
-    set_config(model, config.with_fields(packed=True))
+    model.octav_config = config  # type: ignore[assignment]
     freeze_packed(model)
+    write_record(model)
     left = [name for name, (layer, _) in quantized.items() if layer in shared]
     if left:
         logger.warning(
@@ -102,22 +100,23 @@ def unpack_octav(model: Model) -> Model:
         TypeError: ``model`` is not an ``nn.Module``.
         ValueError: the model is not packed.
     """
-    config = config_of(model, "unpack_octav")
-    if not config.packed:
+    asked_config(model, "unpack_octav")
+    if not is_packed(model):
         raise ValueError(f"{type(model).__name__} is not packed; train it as it is")
     for layer in packed_layers(model).values():
-        layer.unpack(keep_clips=config.frozen_weight_clips)
+        layer.unpack()
     release_packed(model)
-    set_config(model, config.with_fields(packed=False))
+    write_record(model)
     return model
 
 
-def prepare_packed(model: nn.Module, names: Iterable[str]) -> None:
+def prepare_packed(model: nn.Module, names: Iterable[str], frozen_weight_clips: bool) -> None:
     """Give these layers of a model that was converted, and not loaded yet, packed weights to load into."""
     quantized = quantized_weights(model)
     for name in names:
         layer, quantizer = quantized[name]
-        PackedLayer.pack(layer, PackedWeight(quantizer, layer.weight))
+        keeps_clips = frozen_weight_clips and isinstance(quantizer, WeightFakeQuantize)
+        PackedLayer.pack(layer, PackedWeight(quantizer, layer.weight, keeps_clips))
 
 
 def quantized_weights(model: nn.Module) -> dict[str, tuple[Any, FakeQuantize]]:

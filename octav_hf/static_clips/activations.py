@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_map
 from transformers.utils.logging import tqdm
 
 from .._utils.forward_pass import Batch, check_batch, in_evaluation_mode, run_batch, without_trace
-from ..conversion.convert import set_config
-from ..nn import ClipObserver, FakeQuantize, FrozenClips, QuantizedAttention, QuantizedLayer
-from ..nn.stored_clips import ActivationClips, frozen_fields
+from ..conversion.modules import activation_quantizers, quantized_modules
+from ..conversion.record import config_name, write_record
+from ..nn import ClipObserver, FakeQuantize, FrozenClips
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         for operand in operands:
             del operand.quantizer.observer
     for operand, observer in zip(operands, observers, strict=True):
-        _check_uses(operand, observer.uses)
+        _check_call_counts(operand, observer.call_counts)
     frozen = [observer.mean() for observer in observers]
     if not any(frozen):
         raise ValueError(
@@ -145,15 +145,9 @@ class _Activation:
 
     root: nn.Module  # that has the config
     path: str  # of the module in the model
-    path_in_root: str
+    name_in_config: str  # of the module
     name: str  # of the operand
     quantizer: FakeQuantize
-
-    @property
-    def config_name(self) -> str:
-        """The module's name for the config: the one at conversion, if an adapter has wrapped the module since."""
-        name = ".".join(part for part in self.path_in_root.split(".") if part != "base_layer")
-        return name if self.quantizer.name == f"{name} {self.name}" else self.path_in_root
 
 
 def _activations(model: nn.Module, caller: str) -> list[_Activation]:
@@ -165,16 +159,16 @@ def _activations(model: nn.Module, caller: str) -> list[_Activation]:
     found: dict[FakeQuantize, _Activation] = {}
     for root_path, root in named:
         if "octav_config" in root.__dict__:
-            for path, module in root.named_modules():
+            for path, operand, quantizer in activation_quantizers(root):
                 full = ".".join(filter(None, (root_path, path)))
-                for name, quantizer in _activation_quantizers(module):
-                    found[quantizer] = _Activation(root, full, path, name, quantizer)
+                name = config_name(path, operand, quantizer.name)
+                found[quantizer] = _Activation(root, full, name, operand, quantizer)
     if found:
         return list(found.values())
     described = type(model).__name__
-    if not any(isinstance(module, QuantizedLayer | QuantizedAttention) for _, module in named):
+    if not any(True for _ in quantized_modules(model)):
         raise ValueError(f"{caller}: {described} is not quantized; call apply_octav(model, OctavConfig()) first")
-    if not any(True for _, module in named for _ in _activation_quantizers(module)):
+    if not any(True for _ in activation_quantizers(model)):
         raise ValueError(f"{caller}: {described} has no quantized activations; set activation_bits in its OctavConfig")
     raise ValueError(
         f"{caller}: {described} is part of a model that apply_octav was called on, and the clips belong into the config"
@@ -182,40 +176,23 @@ def _activations(model: nn.Module, caller: str) -> list[_Activation]:
     )
 
 
-def _activation_quantizers(module: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
-    """Operand and quantizer of the activations of one module."""
-    if isinstance(module, QuantizedAttention):
-        quantizers = module.operand_quantizers
-    elif isinstance(module, QuantizedLayer):
-        names = (operand for operand in module.operands if operand != "weight")
-        quantizers = {operand: getattr(module, f"{operand}_quantizer") for operand in names}
-    else:
-        return
-    yield from ((name, quantizer) for name, quantizer in quantizers.items() if isinstance(quantizer, FakeQuantize))
-
-
-def _check_uses(operand: _Activation, uses: set[int]) -> None:
-    if len(uses) > 1:
-        name = operand.config_name
+def _check_call_counts(operand: _Activation, counts: set[int]) -> None:
+    if len(counts) > 1:
+        name = operand.name_in_config
         raise ValueError(
-            f"{operand.path}: its forward multiplied the attention operand {operand.name} {min(uses)} times in one pass"
-            f" and {max(uses)} times in another, so that clips cannot be frozen for each time; calibrate with batches "
-            f"of one kind, or leave it out when you call apply_octav: module_overrides={{{name!r}: "
+            f"{operand.path}: its forward multiplied the attention operand {operand.name} {min(counts)} times in one "
+            f"pass and {max(counts)} times in another, so that clips cannot be frozen for each time; calibrate with "
+            f"batches of one kind, or leave it out when you call apply_octav: module_overrides={{{name!r}: "
             "{'quantize_attention': False}}"
         )
 
 
 def _freeze(operands: list[_Activation], frozen: list[FrozenClips | None]) -> None:
-    """Give each activation its frozen clips, or none, and each model the config that says so."""
-    clips: dict[nn.Module, ActivationClips] = {operand.root: {} for operand in operands}
+    """Give each activation its frozen clips, or none, and each model the record that says so."""
     for operand, new in zip(operands, frozen, strict=True):
         operand.quantizer.frozen = new
-        if new is not None:
-            module_clips = clips[operand.root].setdefault(operand.config_name, {})
-            module_clips[operand.name] = frozen_fields(new)
-    for root, activation_clips in clips.items():
-        # A copy: the old config may be the user's own, or that of other models too.
-        set_config(root, root.__dict__["octav_config"].with_fields(activation_clips=activation_clips))
+    for root in {operand.root: None for operand in operands}:
+        write_record(root)
 
 
 def _device(model: nn.Module) -> torch.device | None:

@@ -19,6 +19,7 @@ from octav_hf import (
     pack_octav,
     remove_octav,
 )
+from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import ATTENTION_OPERANDS, FakeQuantize, QuantizedAttention, QuantizedLayer
 from octav_hf.packing.pack import packed_layers
 
@@ -61,7 +62,7 @@ def test_covered(architecture: Architecture, implementation: str, record_propert
         check = check_coverage(model.train(training), batch)
         assert check.unexplained(report) == [], str(check)
         assert check == []
-        assert check.products >= (len(report.quantized("linear")) + len(report.quantized("convolution"))) / 2
+        assert check.matmuls >= (len(report.quantized("linear")) + len(report.quantized("convolution"))) / 2
     for kind in KINDS:
         record_property(kind, len(report.quantized(kind)))
     record_property("left in float", sorted({row.kind for row in report.left_in_float()}))
@@ -190,7 +191,7 @@ def test_frozen(architecture: Architecture, tmp_path: Path) -> None:
     loaded = architecture.model_class.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded, batch), logits(model, batch))
     assert str(coverage_report(loaded)) == str(report)
-    assert loaded.config.quantization_config.to_dict() == model.octav_config.to_dict()
+    assert loaded.config.quantization_config.to_dict() == recorded_config(model).to_dict()
     if architecture.generates:
         prompt = {name: value for name, value in batch.items() if name != "labels"}
         assert torch.equal(Generation(loaded)(**prompt), Generation(model)(**prompt))
@@ -232,4 +233,4 @@ def test_generates_with_a_cache(architecture: Architecture) -> None:
     assert new == 4
     check = check_coverage(generation, prompt)
     assert check == []
-    assert check.products > 3 * len(coverage_report(generation).quantized("attention")) / 2
+    assert check.matmuls > 3 * len(coverage_report(generation).quantized("attention")) / 2

@@ -24,6 +24,7 @@ from octav_hf import (
     pack_octav,
     uncalibrate_octav,
 )
+from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import ATTENTION_OPERANDS, FakeQuantize, QuantizedAttention
 from tests.architectures.models import ARCHITECTURES
 from tests.bert_twin import clips_of_parts
@@ -34,7 +35,7 @@ MakeBert = Callable[..., BertForQuestionAnswering]
 Tensor = torch.Tensor
 
 FINEST = {"input": "token", "query": "token", "key": "token", "probabilities": "token", "value": "channel"}
-HEADS = dict.fromkeys(ATTENTION_OPERANDS, "head")
+HEADS = dict.fromkeys(ATTENTION_OPERANDS, "attn_head")
 ATTENTION = "bert.encoder.layer.0.attention.self"
 
 
@@ -92,12 +93,12 @@ def test_both_kinds_of_linear_layers_have_a_clip_per_token() -> None:
 
 
 def test_an_override_replaces_the_granularities_there(small_bert: MakeBert) -> None:
-    overrides = {ATTENTION: {"activation_granularity": {"key": "head"}}}
+    overrides = {ATTENTION: {"activation_granularity": {"key": "attn_head"}}}
     model = octav(small_bert(), FINEST, module_overrides=overrides)
     rows = {(row.module, row.operand): row.granularity for row in coverage_report(model) if row.bits is not None}
     assert {operand: rows[ATTENTION, operand] for operand in ATTENTION_OPERANDS} == {
         **dict.fromkeys(ATTENTION_OPERANDS, "tensor"),
-        "key": "head",
+        "key": "attn_head",
     }
     assert rows[f"{ATTENTION}.query", "input"] == "tensor"
     assert rows["bert.encoder.layer.1.attention.self", "value"] == "channel"
@@ -157,11 +158,17 @@ def operands_met(model: nn.Module) -> dict[str, list[Tensor]]:
 
 def test_what_is_frozen_is_the_mean_of_what_was_computed(small_bert: MakeBert) -> None:
     """For heads and channels over all sentences, for tokens as if there were one clip per tensor."""
-    granularity = {"input": "token", "query": "head", "key": "token", "probabilities": "head", "value": "channel"}
+    granularity = {
+        "input": "token",
+        "query": "attn_head",
+        "key": "token",
+        "probabilities": "attn_head",
+        "value": "channel",
+    }
     model = octav(small_bert(), granularity, activation_bits=8)
     met = operands_met(model)
     calibrate_octav(model, batches(), progress_bar=False)
-    clips = model.octav_config.activation_clips[ATTENTION]
+    clips = recorded_config(model).activation_clips[ATTENTION]
     for operand, axes in (("query", (-2, -1)), ("probabilities", (-2, -1)), ("value", (-1,))):
         of_calls = [clips_of_parts(x, 8, operand != "probabilities", axes) for x in met[operand]]
         expected = np.concatenate(of_calls).mean(0)
@@ -177,7 +184,9 @@ def test_what_is_frozen_is_the_mean_of_what_was_computed(small_bert: MakeBert) -
     }
     for batch in batches():
         assert check_coverage(model, batch) == []
-    activations = "(input per tensor, query per head, key per tensor, probabilities per head, value per channel)"
+    activations = (
+        "(input per tensor, query per attn_head, key per tensor, probabilities per attn_head, value per channel)"
+    )
     assert f"8 bits, clip `octav` {activations}, frozen after calibration |" in str(model_card(model))
 
 
@@ -187,7 +196,7 @@ def test_frozen_tokens_are_those_of_one_clip_per_tensor(small_bert: MakeBert, pa
     models = [octav(small_bert(), granularity) for granularity in (tokens, {})]
     for model in models:
         calibrate_octav(model, batches(), progress_bar=False)
-    assert models[0].octav_config.activation_clips == models[1].octav_config.activation_clips
+    assert recorded_config(models[0]).activation_clips == recorded_config(models[1]).activation_clips
     assert torch.equal(*(logits(model, padded_batch) for model in models))
 
 
@@ -229,7 +238,7 @@ def test_comes_back_from_a_checkpoint_bit_for_bit(
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_frozen_packed_and_exported(small_bert: MakeBert, padded_batch: dict, implementation: str) -> None:
-    granularity = FINEST | {"query": "head"}
+    granularity = FINEST | {"query": "attn_head"}
     model = octav(small_bert(attn_implementation=implementation), granularity)
     pack_octav(calibrate_octav(model, batches(), progress_bar=False))
     model.config.return_dict = False
@@ -243,12 +252,12 @@ def test_frozen_packed_and_exported(small_bert: MakeBert, padded_batch: dict, im
 
 def test_frozen_clips_of_an_older_config_have_one_number(small_bert: MakeBert, padded_batch: dict) -> None:
     model = calibrate_octav(apply_octav(small_bert(), OctavConfig()), batches(), progress_bar=False)
-    config = model.octav_config.to_dict()
+    config = recorded_config(model).to_dict()
     del config["activation_granularity"]
     loaded = apply_octav(small_bert(), OctavConfig.from_dict(json.loads(json.dumps(config))))
     assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
     # Whatever granularity dynamic clips have, such a frozen one is for the tensor, and said to be.
-    finer = apply_octav(small_bert(), model.octav_config.with_fields(activation_granularity=FINEST))
+    finer = apply_octav(small_bert(), recorded_config(model).with_fields(activation_granularity=FINEST))
     assert torch.equal(logits(finer, padded_batch), logits(model, padded_batch))
     assert cells(finer) == cells(model)
 
@@ -259,13 +268,13 @@ def test_clips_for_parts_that_the_granularity_does_not_have_are_refused(small_be
         rf"activation_clips\['{ATTENTION}'\]\['query'\] has clips of shape \(4,\).* 'token' there.*calibrate_octav"
     )
     with pytest.raises(ValueError, match=message):
-        apply_octav(small_bert(), model.octav_config.with_fields(activation_granularity=FINEST))
+        apply_octav(small_bert(), recorded_config(model).with_fields(activation_granularity=FINEST))
 
 
 def test_frozen_clips_of_another_model_name_the_operand_and_both_shapes(
     small_bert: MakeBert, padded_batch: dict
 ) -> None:
-    config = calibrate_octav(octav(small_bert(), HEADS), batches(), progress_bar=False).octav_config
+    config = recorded_config(calibrate_octav(octav(small_bert(), HEADS), batches(), progress_bar=False))
     other = apply_octav(small_bert(num_attention_heads=2), config)
     message = rf"^{ATTENTION} query: its frozen clips are of shape \(4,\), .*\(2, 2, 16, 16\).*needs \(2,\)"
     with pytest.raises(ValueError, match=message):

@@ -1,14 +1,19 @@
-"""Attention modules are found by what their code does or what they are called, and nothing else is taken for one."""
+"""Attention modules are found by their class or by what they call, or named in the config; nothing else is one."""
 
 from __future__ import annotations
+
+import copy
+import functools
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from octav_hf import OctavConfig, apply_octav
+from octav_hf import OctavConfig, apply_octav, check_coverage, coverage_report
 from octav_hf.conversion.attention_modules import attention_modules
+from octav_hf.nn import ATTENTION_OPERANDS
 
 Tensor = torch.Tensor
 
@@ -23,55 +28,49 @@ class Projections(nn.Module):
             self.add_module(name, module)
 
 
+def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value)
+
+
 class Mixer(Projections):
-    """Attention by operators, under another name."""
+    """Attention by operators, under another name: only the config can tell."""
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.query(x) @ self.key(x).mT
         return torch.softmax(scores, -1) @ self.value(x)
 
 
-class MixerByMethods(Projections):
-    """Attention spread over methods, with a softmax in an expression of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mix(self.query(x), self.key(x), self.value(x))
-
-    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        normalize = lambda scores: scores.softmax(-1)  # noqa: E731
-        return self.multiply(normalize(self.multiply(query, key.mT)), value)
-
-    @staticmethod
-    def multiply(left: Tensor, right: Tensor) -> Tensor:
-        return torch.matmul(left, right)
-
-
-def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value)
-
-
-class MixerByFunction(Projections):
-    """Attention in a function of this file."""
+class SelfAttention(Projections):
+    """Attention by its name."""
 
     def forward(self, x: Tensor) -> Tensor:
         return sdpa(self.query(x), self.key(x), self.value(x))
 
 
-class Derived(Mixer):
-    """A class that changes nothing of the forward."""
+class NamedByItsBase(SelfAttention):
+    """Attention by what it derives from."""
 
 
-class HiddenAttention(Projections):
-    """Attention that is called from elsewhere, so that only its name tells."""
+NamedByItsBase.__name__ = "Block"
+
+
+class InterfaceMixer(Projections):
+    """Attention through Transformers' attention interface, under another name."""
+
+    is_causal = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kernel(self.query(x), self.key(x), self.value(x))
+        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        heads = [layer(x).unsqueeze(-3) for layer in (self.query, self.key, self.value)]
+        return attend(self, *heads, attention_mask=None)[0].squeeze(-2)
 
-    kernel = staticmethod(sdpa.__call__)
 
+class DecoratedInterfaceMixer(InterfaceMixer):
+    """The same, with a decorated forward."""
 
-class NamedByItsBase(HiddenAttention):
-    """Attention by what it derives from."""
+    @functools.wraps(InterfaceMixer.forward)
+    def forward(self, *args: Tensor) -> Tensor:
+        return super().forward(*args)
 
 
 class Router(nn.Module):
@@ -103,34 +102,75 @@ class ScoringModel(Projections):
         return torch.matmul(self.inner(x).softmax(-1), x.mT)
 
 
-FOUND = [Mixer, MixerByMethods, MixerByFunction, Derived, HiddenAttention, NamedByItsBase]
+FOUND = [SelfAttention, NamedByItsBase, InterfaceMixer, DecoratedInterfaceMixer]
+
+
+def names_of(model: nn.Module, patterns: list[str] | None = None) -> list[str]:
+    return list(attention_modules(dict(model.named_modules()), patterns))
 
 
 @pytest.mark.parametrize("attention", FOUND)
 def test_attention_is_found_and_quantized(attention: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"router": Router(), "matcher": Matcher(), "mask": AttentionMask(), "layer": attention()})
-    assert [name for name, _ in attention_modules(model)] == ["layer"]
+    assert names_of(model) == ["layer"]
     apply_octav(model, OctavConfig())
-    assert [name for name, _ in attention_modules(model)] == ["layer"]
+    assert names_of(model) == ["layer"]
+    model["layer"](torch.randn(2, 3, 8))  # raises where an operand was not quantized
 
 
 @pytest.mark.parametrize("other", [Router, Matcher, AttentionMask, nn.Linear])
 def test_other_modules_are_not_taken_for_attention(other: type[nn.Module]) -> None:
-    assert list(attention_modules(nn.Sequential(other(2, 2) if other is nn.Linear else other()))) == []
+    assert names_of(nn.Sequential(other(2, 2) if other is nn.Linear else other())) == []
 
 
 def test_only_the_innermost_is_attention() -> None:
     class WrappingAttention(Projections):
         pass
 
-    model = ScoringModel(inner=WrappingAttention(inner=Mixer()), other=WrappingAttention(inner=HiddenAttention()))
-    assert [name for name, _ in attention_modules(model)] == ["inner.inner", "other.inner"]
+    model = ScoringModel(
+        inner=WrappingAttention(inner=InterfaceMixer()), other=WrappingAttention(inner=SelfAttention())
+    )
+    assert names_of(model) == ["inner.inner", "other.inner"]
 
 
-def test_attention_by_its_code_contains_a_helper_called_attention() -> None:
+def test_attention_that_calls_the_interface_contains_a_helper_called_attention() -> None:
     class AttentionDropout(nn.Sequential):
         pass
 
-    model = nn.Sequential(Mixer(helper=AttentionDropout(nn.Dropout())))
-    assert [name for name, _ in attention_modules(model)] == ["0"]
+    model = nn.Sequential(InterfaceMixer(helper=AttentionDropout(nn.Dropout())))
+    assert names_of(model) == ["0"]
+
+
+def test_the_config_names_attention_that_cannot_be_found() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Mixer(), SelfAttention()), torch.randn(2, 3, 8)
+    float_operands = check_coverage(apply_octav(copy.deepcopy(model), OctavConfig()), x)
+    assert {row.module for row in float_operands} == {"0"}
+
+    apply_octav(model, OctavConfig(attention_modules=["0", "1"]))
+    assert check_coverage(model, x) == []
+    kinds = [(row.module, row.operand) for row in coverage_report(model) if row.kind == "attention"]
+    assert kinds == [(name, operand) for name in "01" for operand in ATTENTION_OPERANDS]
+
+
+def test_what_the_config_names_replaces_what_would_be_found() -> None:
+    model = apply_octav(nn.Sequential(Mixer(), SelfAttention()), OctavConfig(attention_modules=["0"]))
+    assert {row.module for row in coverage_report(model) if row.kind == "attention"} == {"0"}
+    around = nn.Sequential(model, SelfAttention())
+    assert {row.module for row in coverage_report(around) if row.kind == "attention"} == {"0.0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("0.query", r"attention_modules: '0\.query' is a layer, Linear, which has no attention matmuls"),
+        ("1*", r"attention_modules: '1' contains '1\.query', which is named too"),
+        ("2", "attention_modules: '2' matches no module of Sequential"),
+    ],
+)
+def test_what_is_no_attention_is_refused(pattern: str, message: str) -> None:
+    model = nn.Sequential(Mixer(), Mixer(inner=Mixer()))
+    with pytest.raises(ValueError, match=message):
+        apply_octav(model, OctavConfig(attention_modules=[pattern]))
+    assert type(model[0]) is Mixer

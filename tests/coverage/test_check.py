@@ -32,8 +32,8 @@ def test_a_quantized_model_has_nothing_in_float(
     model = apply_octav(small_bert(attn_implementation=implementation), OctavConfig(weight_bits=8)).train(training)
     check = check_coverage(model, padded_batch)
     assert check == []
-    assert check.products == 2 * (6 + 2) + 1
-    assert str(check) == "0 operands in float; 17 products ran"
+    assert check.matmuls == 2 * (6 + 2) + 1
+    assert str(check) == "0 operands in float; 17 matmuls ran"
     assert model.training is training
 
 
@@ -50,7 +50,7 @@ def test_a_float_model_is_reported_whole(small_bert: MakeBert, padded_batch: dic
     ]
     lines = [line.split() for line in str(check).splitlines()]
     assert ["qa_outputs", "addmm", "2", "parameter", "[32,", "2]"] in lines
-    assert lines[-1] == ["34", "operands", "in", "float;", "17", "products", "ran"]
+    assert lines[-1] == ["34", "operands", "in", "float;", "17", "matmuls", "ran"]
 
 
 def test_a_fused_kernel_counts_as_float(small_bert: MakeBert, padded_batch: dict) -> None:
@@ -61,7 +61,7 @@ def test_a_fused_kernel_counts_as_float(small_bert: MakeBert, padded_batch: dict
     assert {(row.position, row.shape) for row in check} >= {(i, (2, 4, 16, 8)) for i in range(3)}
     unexplained = check.unexplained(coverage_report(model))
     assert unexplained == []
-    assert str(unexplained) == "0 operands in float and not listed as such; 15 products ran"
+    assert str(unexplained) == "0 operands in float and not listed as such; 15 matmuls ran"
 
 
 class Broken(FakeQuantize):
@@ -147,7 +147,7 @@ def halves(upper: Tensor, lower: Tensor) -> Tensor:
 def test_moving_and_scaling_leave_an_operand_quantized(function: Callable[[Tensor], Tensor]) -> None:
     check = check_coverage(Between(function), torch.randn(8, 8, generator=generator()))
     assert check == []
-    assert check.products == 1
+    assert check.matmuls == 1
 
 
 @pytest.mark.parametrize(
@@ -192,11 +192,11 @@ def test_memory_that_is_used_again_is_not_taken_for_quantized() -> None:
 
     check = check_coverage(Net(), torch.randn(40, 64, generator=generator()))
     assert {row.shape for row in check if row.position == 0} == {(size, 64) for size in range(2, 40)}
-    assert check.products == 2 * 38
+    assert check.matmuls == 2 * 38
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_convolutions_are_products(groups: int) -> None:
+def test_convolutions_are_counted(groups: int) -> None:
     net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=groups), nn.Flatten(), nn.Linear(16, 2))
     x = torch.randn(2, 4, 4, 4, generator=generator())
     assert [(row.module, row.operation, row.position, row.parameter) for row in check_coverage(net, x)] == [
@@ -235,7 +235,7 @@ class Calling(nn.Module):
     ],
     ids=["other library", "einsum", "baddbmm", "attention", "mv", "cdist", "bilinear", "complex"],
 )
-def test_products_of_activations_are_found_anywhere(
+def test_matmuls_of_activations_are_found_anywhere(
     function: Callable[[Tensor], object], operation: str | None, operands: int
 ) -> None:
     check = check_coverage(Calling(function), torch.randn(30, 30, generator=generator()))
@@ -246,11 +246,11 @@ def test_products_of_activations_are_found_anywhere(
 
 
 def test_only_a_sum_of_one_term_without_a_parameter_is_no_matmul() -> None:
-    def products(module: nn.Module) -> int:
-        return check_coverage(nn.Sequential(module, nn.Linear(1, 3)), torch.ones(4, 1)).products
+    def matmuls(module: nn.Module) -> int:
+        return check_coverage(nn.Sequential(module, nn.Linear(1, 3)), torch.ones(4, 1)).matmuls
 
-    assert products(Calling(lambda x: (x @ x.t())[:, :1])) == 1
-    assert products(nn.Linear(1, 1)) == 2
+    assert matmuls(Calling(lambda x: (x @ x.t())[:, :1])) == 1
+    assert matmuls(nn.Linear(1, 1)) == 2
 
 
 def test_leaves_buffers_mode_and_random_state_as_they_were() -> None:
@@ -323,7 +323,7 @@ def test_takes_positional_arguments_too(small_bert: MakeBert, padded_batch: dict
     [
         ("bert", {}, TypeError, "takes a model"),
         (nn.Linear(2, 2), None, TypeError, r"mapping of keyword arguments, such as \{'input_ids'.*got NoneType"),
-        (nn.ReLU(), torch.ones(2), ValueError, "ReLU ran without any product"),
+        (nn.ReLU(), torch.ones(2), ValueError, "ReLU ran without any matmul"),
     ],
 )
 def test_refuses_what_it_cannot_check(model: object, batch: object, error: type[Exception], message: str) -> None:
@@ -350,7 +350,7 @@ def test_an_embedding_table_that_is_read_past_its_quantizer_is_found() -> None:
     (found,) = check = check_coverage(model, torch.arange(5))
     assert found == FloatOperand("norm", "native_layer_norm", 0, (9, 8), parameter=True)
     assert check.unexplained(coverage_report(model)) == [found]
-    assert check.products == 1
+    assert check.matmuls == 1
 
 
 @pytest.mark.parametrize(("reads_weight", "bits"), [(False, 4), (True, None)])

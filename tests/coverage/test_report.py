@@ -10,19 +10,19 @@ MakeBert = Callable[..., BertForQuestionAnswering]
 
 
 def test_lists_every_operand_with_its_quantizer(small_bert: MakeBert) -> None:
-    config = OctavConfig(weight_bits=3, activation_bits=5, weight_clip="max", activation_gradient="ste")
+    config = OctavConfig(weight_bits=3, activation_bits=5, weight_clip="max", activation_gradient_estimator="ste")
     report = coverage_report(apply_octav(small_bert(), config))
     rows = {(row.module, row.operand): row for row in report}
     weight = rows["bert.encoder.layer.0.attention.self.query", "weight"]
-    assert (weight.bits, weight.clip, weight.gradient, weight.granularity, weight.signed) == (
+    assert (weight.bits, weight.clip, weight.gradient_estimator, weight.granularity, weight.signed) == (
         3,
         "max",
         "mad",
-        "row",
+        "channel",
         True,
     )
     probabilities = rows["bert.encoder.layer.1.attention.self", "probabilities"]
-    assert (probabilities.bits, probabilities.clip, probabilities.gradient) == (5, "octav", "ste")
+    assert (probabilities.bits, probabilities.clip, probabilities.gradient_estimator) == (5, "octav", "ste")
     assert (probabilities.granularity, probabilities.signed) == ("tensor", False)
     assert len(report.quantized("linear")) == 2 * (2 * 6 + 1)
     assert len(report.quantized("attention")) == 2 * 4

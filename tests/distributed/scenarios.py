@@ -19,6 +19,7 @@ from transformers import BertConfig, BertForQuestionAnswering, Trainer, Training
 
 import octav_hf
 from octav_hf import OctavConfig, apply_octav
+from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import FakeQuantize, SynchronizedFakeQuantize, WeightFakeQuantize
 
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -191,7 +192,7 @@ def forward(folder: Path, sizes: list[int], frozen: bool, **config: Any) -> dict
     if frozen:
         octav_hf.calibrate_octav(model, [part], progress_bar=False)
     with torch.inference_mode():
-        return {"output": model(part).clone(), "clips": model.octav_config.activation_clips}
+        return {"output": model(part).clone(), "clips": recorded_config(model).activation_clips}
 
 
 def calibrate(folder: Path, batches: int, **config: Any) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def calibrate(folder: Path, batches: int, **config: Any) -> dict[str, Any]:
     if rank_and_ranks()[0] == 0:
         with torch.no_grad():
             alone = model(**batch()).start_logits
-    return {"clips": model.octav_config.activation_clips, "alone": alone}
+    return {"clips": recorded_config(model).activation_clips, "alone": alone}
 
 
 def shard(model: torch.nn.Module) -> None:

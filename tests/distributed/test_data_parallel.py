@@ -16,7 +16,7 @@ Tensors = dict[str, torch.Tensor]
 
 SYNCHRONIZED = {"sync_activation_clips": True}
 TOKENS = {**dict.fromkeys(("input", "query", "key", "probabilities"), "token"), "value": "channel"}
-HEADS = {**dict.fromkeys(("query", "probabilities"), "head"), "key": "token", "value": "channel"}
+HEADS = {**dict.fromkeys(("query", "probabilities"), "attn_head"), "key": "token", "value": "channel"}
 
 
 def largest_error(gradients: Tensors, expected: Tensors) -> float:
@@ -44,8 +44,8 @@ def error_of_all(gradients: Tensors, expected: Tensors) -> float:
         {"config": {"activation_bits": 8, "activation_clip_options": {"max_iterations": 3}}, "checkpointing": True},
         {"config": {"activation_bits": 8, "activation_granularity": TOKENS}, "hidden_act": "relu"},
         {"config": {"activation_bits": 8, "activation_granularity": HEADS}},
-        {"config": {"activation_bits": 8, "shifted_activations": True}},
-        {"config": {"activation_bits": 8, "shifted_activations": True, "activation_granularity": TOKENS}},
+        {"config": {"activation_bits": 8, "asymmetric_activations": True}},
+        {"config": {"activation_bits": 8, "asymmetric_activations": True, "activation_granularity": TOKENS}},
         {"config": {"activation_bits": 8}, "distilled": True},
     ],
     ids=[
@@ -56,8 +56,8 @@ def error_of_all(gradients: Tensors, expected: Tensors) -> float:
         "checkpointing",
         "tokens",
         "heads",
-        "shifted",
-        "shifted_tokens",
+        "asymmetric",
+        "asymmetric_tokens",
         "distilled",
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from transformers import BertForQuestionAnswering
 
 from octav_hf import OctavConfig, pack_octav
+from octav_hf.conversion.record import recorded_config
 
 from .conftest import Run
 from .scenarios import batch, bert
@@ -79,7 +80,7 @@ def test_it_ends_as_one_process(
     assert torch.equal(weights_in(tmp_path / "two" / "run" / "checkpoint-3"), got)
 
     trained = BertForQuestionAnswering.from_pretrained(tmp_path / "two" / "trained")
-    assert trained.octav_config == OctavConfig(**config)
+    assert recorded_config(trained) == OctavConfig(**config)
     with torch.no_grad():
         logits = trained(**batch()).start_logits
         pack_octav(trained).save_pretrained(tmp_path / "packed")

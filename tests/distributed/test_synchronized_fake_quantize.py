@@ -86,8 +86,8 @@ def test_what_is_not_finite_on_one_rank_is_an_error_on_all(succeed: Run, ranks: 
 
 
 def test_it_shares_no_result_with_one_that_is_not_synchronized() -> None:
-    assert SynchronizedFakeQuantize(4).settings == SynchronizedFakeQuantize(4).settings
-    assert SynchronizedFakeQuantize(4).settings != FakeQuantize(4).settings
+    assert SynchronizedFakeQuantize(4).cache_key == SynchronizedFakeQuantize(4).cache_key
+    assert SynchronizedFakeQuantize(4).cache_key != FakeQuantize(4).cache_key
 
 
 def test_rules_for_all_ranks() -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import BertForQuestionAnswering
 
 from octav_hf import last_whole_checkpoint
+from octav_hf.conversion.record import recorded_config
 
 from .conftest import Run
 from .scenarios import batch
@@ -24,8 +25,8 @@ def test_two_processes_end_as_one(succeed: Run, tmp_path: Path) -> None:
     torch.testing.assert_close(first["logits"], alone["logits"])
     for form in forms:
         loaded = BertForQuestionAnswering.from_pretrained(tmp_path / "two" / form, dtype="auto")
-        assert loaded.octav_config.sync_activation_clips
-        assert loaded.octav_config.packed is (form == "packed")
+        assert recorded_config(loaded).sync_activation_clips
+        assert recorded_config(loaded).packed is (form == "packed")
         with torch.no_grad():  # not bit by bit, since the ranks' clips are of the batch of each
             torch.testing.assert_close(loaded(**batch()).start_logits, first["logits"])
     checkpoint = last_whole_checkpoint(tmp_path / "two" / "run")

@@ -33,18 +33,18 @@ def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         # The interpreter's time goes by programs and operations, hardly by elements.
         monkeypatch.setattr(cuda, "_PROGRAMS", 3)
         monkeypatch.setattr(cuda, "_BLOCK", 1 << 18)
-        monkeypatch.setattr(cpu, "SMALLEST", 1 << 62)
-        monkeypatch.setattr(fused, "SMALLEST", 1 << 62)
+        monkeypatch.setattr(cpu, "MIN_NUMEL", 1 << 62)
+        monkeypatch.setattr(fused, "MIN_NUMEL", 1 << 62)
 
 
 # The interpreter takes minutes for all of them; test_fixed_point.py has the tests for it.
 @pytest.fixture(params=[name for name in PATHS if name != "triton"], autouse=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """See ``PATHS``."""
-    monkeypatch.setattr(fixed_point, "SMALLEST", 1 << 62 if request.param == "recursion" else 1)
+    monkeypatch.setattr(fixed_point, "MIN_NUMEL", 1 << 62 if request.param == "recursion" else 1)
     monkeypatch.setattr(fixed_point, "_LONG_ROW", 64)
     monkeypatch.setattr(fixed_point, "_PIECE", 64)
-    monkeypatch.setattr(cpu, "SMALLEST", 1)
-    monkeypatch.setattr(fused, "SMALLEST", 500)
+    monkeypatch.setattr(cpu, "MIN_NUMEL", 1)
+    monkeypatch.setattr(fused, "MIN_NUMEL", 500)
     take_path(request.param, monkeypatch)
     return request.param

@@ -88,7 +88,7 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
             OctavConfig(
                 weight_granularity="tensor",
                 exclude_modules=["qa_outputs"],
-                module_overrides={"*.query": {"weight_bits": 5, "weight_granularity": "row"}},
+                module_overrides={"*.query": {"weight_bits": 5, "weight_granularity": "channel"}},
             ),
         )
     ),

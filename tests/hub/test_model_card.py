@@ -61,7 +61,7 @@ def test_it_says_what_the_config_says(small_bert: MakeBert, padded_batch: dict) 
         weight_bits=3,
         activation_bits=5,
         weight_clip="max",
-        weight_gradient="ste",
+        weight_gradient_estimator="ste",
         exclude_modules=["qa_outputs"],
         module_overrides={"*.query": {"weight_bits": 8}},
         activation_clip="percentile",
@@ -71,7 +71,7 @@ def test_it_says_what_the_config_says(small_bert: MakeBert, padded_batch: dict) 
     dynamic = model_card(model).text
     for fact in (
         "weights at 3 bits, activations at 5 bits",
-        "| weights | 3 bits, clip `max` per row |",
+        "| weights | 3 bits, clip `max` per channel |",
         "| activations | 5 bits, clip `percentile`, percentile=99.5 per tensor, recomputed at every forward pass |",
         "| embeddings | floating point |",
         "| gradients | `ste` for weights, `pwl` for activations |",

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BertForQuestionAnswering
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav, check_coverage, coverage_report, remove_octav
+from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import QuantizedLinear
 
 peft = pytest.importorskip("peft", reason="pip install --no-deps peft")
@@ -96,7 +97,7 @@ def test_a_model_that_has_adapters_is_quantized_with_them(
     assert {row.kind for row in coverage_report(model).left_in_float()} == {"embedding"}
     check = check_coverage(model, padded_batch)
     assert check == []
-    assert check.products == 2 * (6 + 2) + 1 + 2 * 13  # two for each of the 13 adapters
+    assert check.matmuls == 2 * (6 + 2) + 1 + 2 * 13  # two for each of the 13 adapters
     assert not torch.equal(logits(model, padded_batch), before)
     assert torch.equal(logits(remove_octav(model), padded_batch), before)
 
@@ -128,7 +129,7 @@ def test_frozen_clips_of_a_quantized_model_with_adapters_come_back(
     assert base.config.quantization_config.activation_clips
     assert all(row.frozen for row in coverage_report(model) if row.bits and row.operand != "weight")
     model.save_pretrained(tmp_path / "adapters")
-    again = apply_octav(small_bert(), base.octav_config)
+    again = apply_octav(small_bert(), recorded_config(base))
     loaded = peft.PeftModel.from_pretrained(again, tmp_path / "adapters")
     assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
 
@@ -141,9 +142,9 @@ def test_frozen_clips_of_a_quantized_model_with_adapters_come_back(
 def test_frozen_clips_of_quantized_adapters_come_back(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     model = apply_octav(peft.get_peft_model(small_bert(), lora()), OctavConfig())
     calibrate_octav(model, [padded_batch], progress_bar=False)
-    clips = model.octav_config.activation_clips
+    clips = recorded_config(model).activation_clips
     assert "base_model.model.qa_outputs.base_layer" in clips
     assert "base_model.model.qa_outputs.lora_A.default" in clips
     model.save_pretrained(tmp_path)
-    loaded = apply_octav(peft.PeftModel.from_pretrained(small_bert(), tmp_path), model.octav_config)
+    loaded = apply_octav(peft.PeftModel.from_pretrained(small_bert(), tmp_path), recorded_config(model))
     assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav, coverage_report, pack_octav
+from octav_hf.conversion.record import recorded_config
 from tests.question_answering import Spans, logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
@@ -160,7 +161,7 @@ def test_trainer_trains_saves_and_resumes_exactly(small_bert: MakeBert, padded_b
 def test_frozen_clips_are_saved_loaded_and_trained_on(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     other = {"input_ids": padded_batch["input_ids"][:, :7]}
     model = calibrate_octav(apply_octav(small_bert(), OctavConfig(**CONFIG)), [padded_batch, other], progress_bar=False)
-    clips = model.octav_config.activation_clips
+    clips = recorded_config(model).activation_clips
     model.save_pretrained(tmp_path / "first")
     written = json.loads((tmp_path / "first" / "config.json").read_text())["quantization_config"]
     assert written["activation_clips"] == clips

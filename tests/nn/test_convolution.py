@@ -105,8 +105,10 @@ def check(layer: nn.Module, x: torch.Tensor, case: dict[str, Any], signed: bool,
 def quantized(layer: nn.Module, signed: bool | None) -> nn.Module:
     """The layer with 4-bit quantizers, as ``apply_octav`` would give it."""
     cls = QuantizedConv1d if isinstance(layer, nn.Conv1d) else QuantizedConv2d
-    weight_quantizer = WeightFakeQuantize(BITS, gradient="mad", dim=cls.clip_dim)
-    cls.convert(layer, weight_quantizer, FakeQuantize(BITS, gradient="pwl", signed=signed))
+    weight_quantizer = WeightFakeQuantize(BITS, gradient_estimator="mad", dim=cls.clip_dim)
+    cls.convert(
+        layer, {"weight": weight_quantizer, "input": FakeQuantize(BITS, gradient_estimator="pwl", signed=signed)}
+    )
     assert type(layer) is cls
     return layer
 

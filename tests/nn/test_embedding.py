@@ -15,7 +15,7 @@ BITS = 4
 
 
 def quantized(embedding: nn.Embedding) -> nn.Embedding:
-    QuantizedEmbedding.convert(embedding, FakeQuantize(BITS, dim=QuantizedEmbedding.clip_dim))
+    QuantizedEmbedding.convert(embedding, {"weight": FakeQuantize(BITS, dim=QuantizedEmbedding.clip_dim)})
     return embedding
 
 
@@ -67,10 +67,11 @@ def test_one_clip_for_a_table_is_refused() -> None:
     net = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2))
     config = {"embedding_bits": 8, "weight_granularity": "tensor"}
     with pytest.raises(
-        ValueError, match=r"0: the weight of Embedding has one clip per row.*'weight_granularity': 'row'"
+        ValueError,
+        match=r"0: the weight of Embedding has one clip per channel \(row\).*'weight_granularity': 'channel'",
     ):
         apply_octav(net, OctavConfig(**config))
-    apply_octav(net, OctavConfig(**config, module_overrides={"0": {"weight_granularity": "row"}}))
+    apply_octav(net, OctavConfig(**config, module_overrides={"0": {"weight_granularity": "channel"}}))
     assert isinstance(net[0], QuantizedEmbedding)
     assert net[1].weight_quantizer.dim is None
 

@@ -10,7 +10,7 @@ from octav_hf.nn import FakeQuantize, QuantizedLinear
 
 def test_clips_with_its_rule_options_and_dim() -> None:
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-    quantizer = FakeQuantize(3, clip="percentile", clip_options={"percentile": 90.0}, gradient="ste", dim=1)
+    quantizer = FakeQuantize(3, clip="percentile", clip_options={"percentile": 90.0}, gradient_estimator="ste", dim=1)
     clip = percentile_clip(x, 3, dim=1, percentile=90.0)
     assert torch.equal(quantizer.compute_clip(x), clip)
     assert torch.equal(quantizer(x), fake_quantize(x, clip, 3, gradient="ste"))
@@ -27,7 +27,7 @@ def test_recomputes_the_clip_at_every_call() -> None:
 @pytest.mark.parametrize("place", [0, 1, -1], ids=["first value", "first sample", "last value"])
 def test_by_sign_one_negative_value_makes_it_signed(place: int) -> None:
     x = torch.rand(4, 25, generator=torch.Generator().manual_seed(0))
-    quantizer = FakeQuantize(4, gradient="pwl", signed=None)
+    quantizer = FakeQuantize(4, gradient_estimator="pwl", signed=None)
     unsigned = fake_quantize(x, octav_clip(x, 4, signed=False), 4, signed=False, gradient="pwl")
     assert torch.equal(quantizer(x), unsigned)
     assert unsigned.unique().numel() == 16
@@ -41,7 +41,7 @@ def test_by_sign_the_gradient_is_that_of_the_grid() -> None:
     x = torch.tensor([0.0, 0.5, 1.0, 30.0])
     for values, signed in ((x, False), (torch.cat([x, -x]), True)):
         values = values.clone().requires_grad_()
-        quantizer = FakeQuantize(4, gradient="mad", signed=None)
+        quantizer = FakeQuantize(4, gradient_estimator="mad", signed=None)
         clip = quantizer.compute_clip(values)
         quantizer(values).sum().backward()
         assert torch.equal(clip, octav_clip(values, 4, signed=signed))
@@ -64,7 +64,10 @@ def test_an_error_names_where_it_stands() -> None:
 
 def test_says_what_it_is() -> None:
     assert "4 bits [-8, 7] or [0, 15], clip=octav" in repr(FakeQuantize(4, signed=None))
-    assert repr(FakeQuantize(4, signed=False)) == "FakeQuantize(4 bits [0, 15], clip=octav per tensor, gradient=mad)"
+    assert (
+        repr(FakeQuantize(4, signed=False))
+        == "FakeQuantize(4 bits [0, 15], clip=octav per tensor, gradient_estimator=mad)"
+    )
 
 
 def test_linear_multiplies_quantized_operands() -> None:
@@ -72,7 +75,9 @@ def test_linear_multiplies_quantized_operands() -> None:
     linear = nn.Linear(16, 8)
     x = torch.randn(3, 5, 16)
     weight, bias = linear.weight, linear.bias
-    QuantizedLinear.convert(linear, FakeQuantize(4, dim=1), FakeQuantize(6, clip="max", gradient="pwl"))
+    QuantizedLinear.convert(
+        linear, {"weight": FakeQuantize(4, dim=1), "input": FakeQuantize(6, clip="max", gradient_estimator="pwl")}
+    )
     quantized_weight = fake_quantize(weight, octav_clip(weight, 4, dim=1), 4)
     quantized_input = fake_quantize(x, max_clip(x, 6), 6)
     assert torch.equal(linear(x), nn.functional.linear(quantized_input, quantized_weight, bias))
@@ -84,5 +89,5 @@ def test_linear_multiplies_quantized_operands() -> None:
 
 def test_linear_takes_an_empty_batch() -> None:
     linear = nn.Linear(4, 2)
-    QuantizedLinear.convert(linear, FakeQuantize(4, dim=1), FakeQuantize(4))
+    QuantizedLinear.convert(linear, {"weight": FakeQuantize(4, dim=1), "input": FakeQuantize(4)})
     assert linear(torch.empty(0, 4)).shape == (0, 2)

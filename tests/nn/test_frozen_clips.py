@@ -38,7 +38,7 @@ def x() -> Tensor:
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_takes_the_clip_of_its_use_whatever_the_data_are(x: Tensor, signed: bool) -> None:
-    quantizer = FakeQuantize(4, gradient="pwl", signed=None, frozen=FrozenClips(signed, (0.5, 1.7)))
+    quantizer = FakeQuantize(4, gradient_estimator="pwl", signed=None, frozen=FrozenClips(signed, (0.5, 1.7)))
     for scale in (0.1, 1.0, 30.0):
         for use, clip in enumerate((0.5, 1.7)):
             expected = round_to_grid(scale * x, torch.tensor(clip), 4, signed=signed)
@@ -48,12 +48,14 @@ def test_takes_the_clip_of_its_use_whatever_the_data_are(x: Tensor, signed: bool
 
 @pytest.mark.parametrize("signed", [True, False, None])
 def test_reads_no_statistics_off_the_data(x: Tensor, signed: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    dynamic = FakeQuantize(4, gradient="ste", signed=signed)
+    dynamic = FakeQuantize(4, gradient_estimator="ste", signed=signed)
     with Operations() as operations:
         dynamic(x)
     assert operations.names != ROUNDING
     assert operations.names[-4:] == ROUNDING
-    frozen = FakeQuantize(4, clip="refused", gradient="ste", signed=signed, frozen=FrozenClips(signed is True, (1.0,)))
+    frozen = FakeQuantize(
+        4, clip="refused", gradient_estimator="ste", signed=signed, frozen=FrozenClips(signed is True, (1.0,))
+    )
     monkeypatch.setitem(CLIP_RULES, "refused", lambda *args, **kwargs: pytest.fail("the clipping rule was called"))
     with Operations() as operations:
         frozen(x)
@@ -62,7 +64,7 @@ def test_reads_no_statistics_off_the_data(x: Tensor, signed: bool | None, monkey
 
 @pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
 def test_gradients_are_those_of_the_estimator(x: Tensor, gradient: str) -> None:
-    frozen = FakeQuantize(4, gradient=gradient, frozen=FrozenClips(True, (0.8,)))
+    frozen = FakeQuantize(4, gradient_estimator=gradient, frozen=FrozenClips(True, (0.8,)))
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     frozen(inputs[0]).square().sum().backward()
     fake_quantize(inputs[1], torch.tensor(0.8), 4, gradient=gradient).square().sum().backward()
@@ -86,12 +88,15 @@ def test_nan_stays_nan_without_an_error() -> None:
 
 def test_says_that_it_is_frozen() -> None:
     quantizer = FakeQuantize(4, signed=None, frozen=FrozenClips(False, (0.5, 1.25)))
-    assert repr(quantizer) == "FakeQuantize(4 bits [0, 15], clip=octav per tensor frozen at 0.5, 1.25, gradient=mad)"
+    assert (
+        repr(quantizer)
+        == "FakeQuantize(4 bits [0, 15], clip=octav per tensor frozen at 0.5, 1.25, gradient_estimator=mad)"
+    )
 
 
 def test_is_compiled_without_a_break(x: Tensor) -> None:
     torch.compiler.reset()
-    quantizer = FakeQuantize(4, gradient="pwl", frozen=FrozenClips(True, (0.5, 1.7)))
+    quantizer = FakeQuantize(4, gradient_estimator="pwl", frozen=FrozenClips(True, (0.5, 1.7)))
     compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=True)
     for values in (x, torch.cat([x, x]), torch.cat([x, x, x], dim=1)):  # the later ones with sizes left open
         inputs = [values.clone().requires_grad_() for _ in range(2)]
@@ -164,9 +169,9 @@ def test_each_use_has_its_own_mean() -> None:
         for use, clip in enumerate(clips):
             observer.record(use, {True: clip})
     assert observer.mean() == FrozenClips(True, (1.5, 25.0))
-    assert observer.uses == {2}
+    assert observer.call_counts == {2}
     observer.record(0, {True: 1.0})
-    assert observer.uses == {1, 2}
+    assert observer.call_counts == {1, 2}
 
 
 def test_the_mean_of_several_observations_is_over_all_of_them() -> None:

@@ -22,8 +22,14 @@ from octav_hf.nn import (
     SynchronizedFakeQuantize,
     quantized_scaled_dot_product_attention,
 )
-from octav_hf.nn.attention.products import find_product
-from octav_hf.nn.granularity import GRANULARITIES, frozen_dims, granularity_of, refusal, shared_dims
+from octav_hf.nn.attention.match_matmul import match_matmul
+from octav_hf.nn.granularity import (
+    ACTIVATION_GRANULARITIES,
+    frozen_dims,
+    granularity_of,
+    shared_dims,
+    unsupported_reason,
+)
 
 from ..bert_twin import clips_of_parts
 from ..twins import as_float64, gradient_twin, grid_twin, quantize_twin
@@ -32,16 +38,16 @@ from .attention.test_module import SPELLINGS, operands
 Tensor = torch.Tensor
 
 FINEST = {"query": "token", "key": "token", "probabilities": "token", "value": "channel"}
-HEADS = dict.fromkeys(ATTENTION_OPERANDS, "head")
+HEADS = dict.fromkeys(ATTENTION_OPERANDS, "attn_head")
 # Axes of [batch, heads, tokens, channels] that share a clip; a value's channel has all tokens.
-AXES = {"tensor": None, "token": (-1,), "head": (-2, -1), "channel": (-2,)}
+AXES = {"tensor": None, "token": (-1,), "attn_head": (-2, -1), "channel": (-2,)}
 
 
 def quantizer(operand: str, granularity: str, bits: int = 4, **settings: object) -> FakeQuantize:
     return FakeQuantize(
         bits,
         signed=operand != "probabilities",
-        gradient="pwl",
+        gradient_estimator="pwl",
         dim=shared_dims(granularity),
         frozen_dim=frozen_dims(granularity),
         name=f"layer {operand}",
@@ -75,7 +81,9 @@ def attention_twin(query: Tensor, key: Tensor, value: Tensor, granularities: dic
     return (p @ v) * (p_step * v_step)
 
 
-@pytest.mark.parametrize("granularities", [FINEST, HEADS, FINEST | {"query": "head", "value": "head"}], ids=str)
+@pytest.mark.parametrize(
+    "granularities", [FINEST, HEADS, FINEST | {"query": "attn_head", "value": "attn_head"}], ids=str
+)
 @pytest.mark.parametrize("attention", SPELLINGS)
 def test_integers_times_scales_are_the_product_however_it_is_called(
     attention: Callable, granularities: dict[str, str]
@@ -89,12 +97,12 @@ def test_integers_times_scales_are_the_product_however_it_is_called(
         assert (attention(*operands()) - output).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES["input"])
+@pytest.mark.parametrize("granularity", ACTIVATION_GRANULARITIES["input"])
 def test_integers_times_scales_are_what_a_linear_layer_computes(granularity: str) -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(8, 5, bias=False), operands()[0]
     weight = layer.weight.detach()
-    QuantizedLinear.convert(layer, FakeQuantize(4, dim=(1,)), quantizer("input", granularity))
+    QuantizedLinear.convert(layer, {"weight": FakeQuantize(4, dim=(1,)), "input": quantizer("input", granularity)})
     levels, step = twin(x, "input", granularity)
     w, w_step = twin(weight, "weight", "token")
     expected = (levels @ w.T) * (step * w_step.T)
@@ -102,8 +110,12 @@ def test_integers_times_scales_are_what_a_linear_layer_computes(granularity: str
 
 
 PAIRS = [
-    *((("query", "key"), (a, b)) for a in GRANULARITIES["query"] for b in GRANULARITIES["key"]),
-    *((("probabilities", "value"), (a, b)) for a in GRANULARITIES["probabilities"] for b in GRANULARITIES["value"]),
+    *((("query", "key"), (a, b)) for a in ACTIVATION_GRANULARITIES["query"] for b in ACTIVATION_GRANULARITIES["key"]),
+    *(
+        (("probabilities", "value"), (a, b))
+        for a in ACTIVATION_GRANULARITIES["probabilities"]
+        for b in ACTIVATION_GRANULARITIES["value"]
+    ),
 ]
 
 
@@ -128,12 +140,12 @@ def test_the_scale_of_every_allowed_pair_factors_out(names: tuple[str, str], gra
     assert all(len(level.unique()) > 4 for level in levels)
 
 
-@pytest.mark.parametrize("granularity", ["token", "head", "channel"])
+@pytest.mark.parametrize("granularity", ["token", "attn_head", "channel"])
 @pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
 def test_the_gradient_is_that_of_each_parts_clip(gradient: str, granularity: str) -> None:
     operand = "value" if granularity == "channel" else "query"
     modules = quantizers({operand: granularity})
-    modules[operand].gradient = gradient
+    modules[operand].gradient_estimator = gradient
     x = operands()[0].requires_grad_()
     others = operands(1)
     seen: dict[str, Tensor] = {}
@@ -211,15 +223,15 @@ def test_operands_come_as_batch_own_and_summed_dimensions(
 def test_the_reason_for_every_product_is_what_it_sums_over() -> None:
     """What is refused is a clip for each element of a summed dimension, and nothing else."""
     query, key, value = operands()
-    scores = find_product(torch.matmul, (query, key.mT), {})
-    attended = find_product(torch.matmul, (scores.call(query, key.mT), value), {})
-    summed = [dims.summed for product in (scores, attended) for dims in product.dims]
+    scores = match_matmul(torch.matmul, (query, key.mT), {})
+    attended = match_matmul(torch.matmul, (scores.call(query, key.mT), value), {})
+    summed = [dims.contracted for product in (scores, attended) for dims in product.dims]
     assert summed == [(-1,), (-2,), (-1,), (-2,)]
-    assert {pair for pair in ((o, g) for o in GRANULARITIES for g in AXES) if refusal(*pair)} == {
-        *(("input", "channel"), ("input", "head"), ("query", "channel"), ("key", "channel")),
+    assert {pair for pair in ((o, g) for o in ACTIVATION_GRANULARITIES for g in AXES) if unsupported_reason(*pair)} == {
+        *(("input", "channel"), ("input", "attn_head"), ("query", "channel"), ("key", "channel")),
         *(("probabilities", "channel"), ("value", "token")),
     }
-    for operand, allowed in GRANULARITIES.items():
+    for operand, allowed in ACTIVATION_GRANULARITIES.items():
         assert [granularity_of(operand, shared_dims(name)) for name in allowed] == list(allowed)
 
 
@@ -248,7 +260,8 @@ def observed(module: FakeQuantize, *calls: Tensor) -> FrozenClips | None:
 
 
 @pytest.mark.parametrize(
-    ("operand", "granularity"), [("query", "head"), ("value", "channel"), ("probabilities", "head"), ("key", "token")]
+    ("operand", "granularity"),
+    [("query", "attn_head"), ("value", "channel"), ("probabilities", "attn_head"), ("key", "token")],
 )
 def test_a_frozen_clip_is_the_mean_over_calls_and_batch_elements(operand: str, granularity: str) -> None:
     """Of parts that are there in every call; tokens are not, so that theirs is as that of the tensor."""
@@ -274,7 +287,7 @@ def test_a_frozen_clip_is_the_mean_over_calls_and_batch_elements(operand: str, g
 def test_without_a_batch_dimension_all_parts_stay() -> None:
     x = operands()[0][0, 0]
     assert len(observed(quantizer("value", "channel"), x, 2 * x).clips[0]) == 6
-    assert observed(quantizer("query", "head"), x) == observed(quantizer("query", "tensor"), x)
+    assert observed(quantizer("query", "attn_head"), x) == observed(quantizer("query", "tensor"), x)
 
 
 @pytest.mark.parametrize("module_class", [FakeQuantize, SynchronizedFakeQuantize])
@@ -290,16 +303,17 @@ def test_frozen_clips_of_another_shape_are_an_error(module_class: type[FakeQuant
 
 
 def test_parts_that_differ_between_calls_have_no_mean() -> None:
-    module = quantizer("query", "head")
+    module = quantizer("query", "attn_head")
     message = r"^layer query: clips of shape \(3,\), after those of shape \(4,\), so that they have no mean; calibrate"
     with pytest.raises(ValueError, match=message):
         observed(module, operands()[0], operands()[0][:, :3])
 
 
 def test_says_what_its_clips_are_for() -> None:
-    module = quantizer("query", "head", frozen=FrozenClips(True, ((0.5, 1.25),)))
+    module = quantizer("query", "attn_head", frozen=FrozenClips(True, ((0.5, 1.25),)))
     assert (
-        repr(module) == "FakeQuantize(4 bits [-8, 7], clip=octav over dim (-2, -1) frozen at 0.5 to 1.25, gradient=pwl)"
+        repr(module)
+        == "FakeQuantize(4 bits [-8, 7], clip=octav over dim (-2, -1) frozen at 0.5 to 1.25, gradient_estimator=pwl)"
     )
 
 

@@ -24,7 +24,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 CASES = [
     pytest.param(make, shape, granularity, id=f"{name}, {granularity}")
     for name, (make, shape) in LAYERS.items()
-    for granularity in ("row", "tensor")
+    for granularity in ("channel", "tensor")
 ]
 
 each_layer = pytest.mark.parametrize(("make", "shape", "granularity"), CASES)
@@ -76,13 +76,15 @@ def test_an_independent_reader_gets_the_weight(bits: int) -> None:
     model = quantized(lambda: nn.Linear(30, 7), weight_bits=bits)
     expected = model[0].weight_quantizer(model[0].weight).detach().numpy()
     state = {name: value.numpy() for name, value in pack(model).state_dict().items()}
-    rows = np.unpackbits(state["0.weight_quantizer.levels"].view(np.uint8).reshape(7, -1), axis=1, bitorder="little")
+    rows = np.unpackbits(
+        state["0.weight_quantizer.packed_data"].view(np.uint8).reshape(7, -1), axis=1, bitorder="little"
+    )
     fields = rows[:, : 30 * bits].reshape(7, 30, bits).astype(np.int64)
     places = 2 ** np.arange(bits)
     places[-1] *= -1
     levels = (fields * places).sum(-1).astype(np.float32)
     np.testing.assert_array_equal(levels * state["0.weight_quantizer.scale"][:, None], expected)
-    assert state["0.weight_quantizer.levels"].nbytes == 7 * -(-30 * bits // 8)
+    assert state["0.weight_quantizer.packed_data"].nbytes == 7 * -(-30 * bits // 8)
 
 
 def test_packed_rows_are_looked_up() -> None:
@@ -111,11 +113,11 @@ def test_the_scale_keeps_its_precision_whatever_the_model_is_moved_to() -> None:
 
 
 def test_unpacking_gives_back_a_parameter_in_its_place() -> None:
-    model = quantized(lambda: nn.Linear(30, 7), weight_bits=3, weight_gradient="ste")
+    model = quantized(lambda: nn.Linear(30, 7), weight_bits=3, weight_gradient_estimator="ste")
     names, before = [name for name, _ in model.named_parameters()], str(model)
     weight = pack(model)[0].weight
     assert [name for name, _ in model.named_parameters()] == ["0.bias"]
-    model[0].unpack(keep_clips=False)
+    model[0].unpack()
     assert [name for name, _ in model.named_parameters()] == names
     assert torch.equal(model[0].weight, weight)
     assert str(model) == before

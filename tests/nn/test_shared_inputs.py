@@ -32,7 +32,7 @@ def test_one_result_for_one_tensor(x: Tensor) -> None:
         FakeQuantize(8),
         FakeQuantize(4, clip="max"),
         FakeQuantize(4, clip_options={"max_iterations": 1}),
-        FakeQuantize(4, gradient="ste"),
+        FakeQuantize(4, gradient_estimator="ste"),
         FakeQuantize(4, signed=False),
         FakeQuantize(4, signed=None),
         FakeQuantize(4, dim=1),

@@ -18,6 +18,7 @@ from octav_hf import (
     remove_octav,
     unpack_octav,
 )
+from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import PackedLayer, QuantizedLayer
 from octav_hf.packing.pack import packed_layers
 from tests.question_answering import logits
@@ -58,14 +59,14 @@ def test_overrides_and_exclusions_are_packed_as_they_are(small_bert: MakeBert, p
     assert torch.equal(logits(model, padded_batch), expected)
     assert {layer.weight_quantizer.num_bits for layer in packed.values()} == {3, 4, 8}
     assert not any(name.endswith("key") or name == "qa_outputs" for name in packed)
-    assert packed["bert.encoder.layer.0.attention.self.query"].weight_quantizer.levels.dtype == torch.int8
+    assert packed["bert.encoder.layer.0.attention.self.query"].weight_quantizer.packed_data.dtype == torch.int8
 
 
 def test_the_config_says_packed_and_that_of_the_caller_stays_as_it_was(small_bert: MakeBert) -> None:
     config = OctavConfig(weight_bits=3)
     model = pack_octav(apply_octav(small_bert(), config))
     assert config.packed is False
-    for current in (model.config.quantization_config, model.hf_quantizer.quantization_config, model.octav_config):
+    for current in (model.config.quantization_config, model.hf_quantizer.quantization_config, recorded_config(model)):
         assert current.to_dict() == config.to_dict() | {"packed": True}
     unpack_octav(model)
     assert model.config.quantization_config.to_dict() == config.to_dict()
@@ -92,7 +93,7 @@ def test_embeddings_are_packed_when_asked(small_bert: MakeBert, padded_batch: di
     assert model.config.quantization_config.embedding_bits == 8
     words = model.bert.embeddings.word_embeddings
     assert isinstance(words, PackedLayer)
-    assert words.weight_quantizer.levels.dtype == torch.int8
+    assert words.weight_quantizer.packed_data.dtype == torch.int8
 
 
 def test_contradicting_embedding_bits_are_refused(small_bert: MakeBert) -> None:
@@ -128,7 +129,7 @@ def test_a_shared_table_cannot_be_packed(small_bert: MakeBert) -> None:
     with pytest.raises(ValueError, match=r"word_embeddings: other modules share this table of 100 rows"):
         pack_octav(model, embedding_bits=8)
     assert str(model) == before
-    assert model.octav_config.embedding_bits is None
+    assert recorded_config(model).embedding_bits is None
 
 
 def test_a_failure_changes_nothing(small_bert: MakeBert) -> None:

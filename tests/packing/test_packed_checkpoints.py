@@ -200,8 +200,8 @@ def edit_config(folder: Path, **fields: object) -> None:
 
 
 def test_a_newer_format_is_refused_with_the_version_it_needs(folder: Path) -> None:
-    edit_config(folder, format_version=2, octav_hf_version="7.1.0", something_new=True)
-    with pytest.raises(ValueError, match=r"format version 2, written by octav_hf 7\.1\.0;.*octav-hf>=7\.1\.0"):
+    edit_config(folder, format_version=3, octav_hf_version="7.1.0", something_new=True)
+    with pytest.raises(ValueError, match=r"format version 3, written by octav_hf 7\.1\.0;.*octav-hf>=7\.1\.0"):
         AutoModelForQuestionAnswering.from_pretrained(folder)
 
 

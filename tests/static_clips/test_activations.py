@@ -30,6 +30,7 @@ from octav_hf import (
     remove_octav,
     uncalibrate_octav,
 )
+from octav_hf.conversion.record import recorded_config
 from octav_hf.functional import CLIP_RULES, max_clip
 from octav_hf.nn import FakeQuantize, QuantizedAttention, QuantizedLayer
 from tests import twins
@@ -72,7 +73,7 @@ def activations_met(model: nn.Module, batches: list[dict[str, Tensor]]) -> Input
 def frozen_single_clips(model: nn.Module) -> dict[tuple[str, str], tuple[bool, float]]:
     """(module, operand) -> sign and clip, of a model whose operands have one each."""
     found = {}
-    for name, operands in model.octav_config.activation_clips.items():
+    for name, operands in recorded_config(model).activation_clips.items():
         for operand, frozen in operands.items():
             (clip,) = frozen["clips"]
             found[name, operand] = frozen["signed"], clip
@@ -175,7 +176,7 @@ def test_each_product_of_debertas_attention_has_its_own_clips(monkeypatch: pytes
         patch.setattr(torch, "bmm", noting_bmm)
         calibrate_octav(model, [ARCHITECTURES["DebertaV2"].batch()], progress_bar=False)
     content, to_position, from_position, attended = [[float(x.abs().max()) for x in pair] for pair in products]
-    clips = model.octav_config.activation_clips["deberta.encoder.layer.0.attention.self"]
+    clips = recorded_config(model).activation_clips["deberta.encoder.layer.0.attention.self"]
     scores = (content, to_position, from_position)
     assert clips == {
         "query": {"signed": True, "clips": [left for left, _ in scores]},
@@ -209,9 +210,8 @@ def test_the_config_that_was_passed_stays_as_it_was(small_bert: MakeBert, padded
     calibrated, other = (apply_octav(small_bert(), config) for _ in range(2))
     assert calibrate_octav(calibrated, [padded_batch], progress_bar=False) is calibrated
     assert config.to_dict() == before
-    assert other.octav_config is config
-    new = calibrated.octav_config
-    assert calibrated.config.quantization_config is new
+    assert recorded_config(other) == config
+    new = calibrated.config.quantization_config
     assert calibrated.hf_quantizer.quantization_config is new
     assert new.to_dict() == before | {"activation_clips": new.activation_clips}
     again = apply_octav(small_bert(), new)
@@ -232,7 +232,7 @@ def test_calibrating_again_replaces_the_clips(small_bert: MakeBert) -> None:
 def test_uncalibrated_is_dynamic(small_bert: MakeBert, padded_batch: dict) -> None:
     model, dynamic = (apply_octav(small_bert(), OctavConfig()) for _ in range(2))
     calibrate_octav(model, token_batches(), progress_bar=False)
-    frozen = model.octav_config
+    frozen = recorded_config(model)
     assert not torch.equal(logits(model, padded_batch), logits(dynamic, padded_batch))
     assert uncalibrate_octav(model) is model
     assert torch.equal(logits(model, padded_batch), logits(dynamic, padded_batch))
@@ -244,7 +244,7 @@ def test_uncalibrated_is_dynamic(small_bert: MakeBert, padded_batch: dict) -> No
 
 def test_removed_and_applied_again(small_bert: MakeBert, padded_batch: dict) -> None:
     model = calibrate_octav(apply_octav(small_bert(), OctavConfig()), token_batches(), progress_bar=False)
-    config, expected = model.octav_config, logits(model, padded_batch)
+    config, expected = recorded_config(model), logits(model, padded_batch)
     assert torch.equal(logits(remove_octav(model), padded_batch), logits(small_bert(), padded_batch))
     assert torch.equal(logits(apply_octav(model, config), padded_batch), expected)
 
@@ -276,8 +276,8 @@ def test_a_model_that_contains_quantized_ones(small_bert: MakeBert, padded_batch
     for seed, model in enumerate(pair.models):
         alone = apply_octav(small_bert(seed), OctavConfig(weight_bits=3))
         calibrate_octav(alone, [padded_batch], progress_bar=False)
-        assert model.octav_config.activation_clips == alone.octav_config.activation_clips
-        assert model.config.quantization_config is model.octav_config
+        assert recorded_config(model).activation_clips == recorded_config(alone).activation_clips
+        assert model.config.quantization_config == recorded_config(model)
     with pytest.raises(ValueError, match=r"BertModel is part of a model that apply_octav was called on.*that model"):
         calibrate_octav(pair.models[0].bert, [padded_batch])
 
@@ -371,7 +371,7 @@ def test_clips_of_generation_with_a_cache(name: str, monkeypatch: pytest.MonkeyP
     head.register_forward_pre_hook(lambda module, args: expected.append(twins.octav_clip_twin(args[0], 4)))
     dynamic.generate(**prompt, **arguments)
     assert met == [1] * 4  # one call each for four tokens
-    clip = model.octav_config.activation_clips["lm_head"]["input"]["clips"]
+    clip = recorded_config(model).activation_clips["lm_head"]["input"]["clips"]
     assert clip == [pytest.approx(sum(expected) / 4, rel=1e-4)]
     monkeypatch.setitem(CLIP_RULES, "octav", lambda *args, **kwargs: pytest.fail("the clipping rule was called"))
     assert model.generate(**prompt, **arguments).shape == tokens.shape
@@ -406,7 +406,7 @@ def test_a_compiled_model(own_loop: bool) -> None:
 def test_the_report_says_what_is_frozen(small_bert: MakeBert, padded_batch: dict) -> None:
     model = calibrate_octav(apply_octav(small_bert(), OctavConfig()), [padded_batch], progress_bar=False)
     cells = {row.clip_cell for row in coverage_report(model) if row.operand == "weight" and row.bits}
-    assert cells == {"octav per row"}
+    assert cells == {"octav per channel"}
     frozen = [row for row in coverage_report(model) if row.frozen]
     assert {row.clip_cell for row in frozen} == {"octav per tensor, frozen"}
     assert len(frozen) == 13 + 8
@@ -416,7 +416,7 @@ def test_the_report_says_what_is_frozen(small_bert: MakeBert, padded_batch: dict
     for training in (False, True):
         check = check_coverage(model.train(training), padded_batch)
         assert check == []
-        assert check.products == 2 * (6 + 2) + 1
+        assert check.matmuls == 2 * (6 + 2) + 1
 
 
 def test_what_no_batch_reached_stays_dynamic(caplog: pytest.LogCaptureFixture) -> None:
@@ -429,7 +429,7 @@ def test_what_no_batch_reached_stays_dynamic(caplog: pytest.LogCaptureFixture) -
     )
     rows = {(row.module, row.operand): row.frozen for row in coverage_report(net)}
     assert rows == {("0", "weight"): False, ("0", "input"): True, ("2", "weight"): False, ("2", "input"): False}
-    assert list(net.octav_config.activation_clips) == ["0"]
+    assert list(recorded_config(net).activation_clips) == ["0"]
 
 
 # Batches, and what is left alone.

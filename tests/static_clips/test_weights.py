@@ -24,6 +24,7 @@ from octav_hf import (
     unfreeze_weight_clips,
     unpack_octav,
 )
+from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import FrozenWeightFakeQuantize, QuantizedLayer
 from octav_hf.static_clips.weights import frozen_layers
 from tests import twins
@@ -93,7 +94,7 @@ def test_unfrozen_clips_follow_the_weights(frozen: BertForQuestionAnswering, pad
     train(frozen, padded_batch)
     held = logits(frozen, padded_batch)
     assert unfreeze_weight_clips(frozen) is frozen
-    assert not frozen.octav_config.frozen_weight_clips
+    assert not recorded_config(frozen).frozen_weight_clips
     assert not any(name.endswith(".clips") for name in frozen.state_dict())
     followed = logits(frozen, padded_batch)
     assert not torch.equal(followed, held)
@@ -111,10 +112,10 @@ def test_training_form_comes_back(small_bert: MakeBert, padded_batch: dict, tmp_
     model.save_pretrained(tmp_path)
     loaded = BertForQuestionAnswering.from_pretrained(tmp_path, dtype=dtype)
     assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
-    assert loaded.octav_config.frozen_weight_clips
+    assert recorded_config(loaded).frozen_weight_clips
     assert frozen_layers(loaded)[LAYER].weight_quantizer.clips.dtype == torch.float32
     assert str(coverage_report(loaded)) == str(coverage_report(model))
-    assert "per row, frozen" in str(coverage_report(loaded))
+    assert "per channel, frozen" in str(coverage_report(loaded))
     base = BertModel.from_pretrained(tmp_path, dtype=dtype, add_pooling_layer=False)  # without the prefix of the names
     expected = frozen_layers(model)[LAYER].weight_quantizer.clips
     assert torch.equal(base.encoder.layer[0].output.dense.weight_quantizer.clips, expected)
@@ -176,7 +177,7 @@ def test_float_model_comes_back(frozen: BertForQuestionAnswering) -> None:
 
 
 def test_the_card_says_so(frozen: BertForQuestionAnswering) -> None:
-    assert "clip `octav` per row, frozen" in str(model_card(frozen))
+    assert "clip `octav` per channel, frozen" in str(model_card(frozen))
 
 
 def test_files_without_a_clip_are_refused(frozen: BertForQuestionAnswering, tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_nothing_is_frozen_after_an_error(small_bert: MakeBert) -> None:
     with pytest.raises(ValueError, match="qa_outputs weight"):
         freeze_weight_clips(model)
     assert not frozen_layers(model)
-    assert not model.octav_config.frozen_weight_clips
+    assert not recorded_config(model).frozen_weight_clips
 
 
 def test_config_json_stays_small(frozen: BertForQuestionAnswering, tmp_path: Path) -> None:

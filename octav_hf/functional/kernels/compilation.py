@@ -14,7 +14,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _failed = False
 
 
-def may_serve(x: Tensor, device_types: tuple[str, ...]) -> bool:
+def can_compile(x: Tensor, device_types: tuple[str, ...]) -> bool:
     """Whether compiled code may serve ``x``: a plain tensor of a dtype and on a device that it knows."""
     return (
         not _failed
@@ -28,7 +28,7 @@ def may_serve(x: Tensor, device_types: tuple[str, ...]) -> bool:
     )
 
 
-def give_up(error: Exception) -> None:
+def disable_kernels(error: Exception) -> None:
     """Do without compiled code from now on, and say so once."""
     global _failed
     if _failed:
@@ -44,6 +44,6 @@ def give_up(error: Exception) -> None:
     )
 
 
-def given_up() -> bool:
+def kernels_disabled() -> bool:
     """Whether compilation has failed in this process."""
     return _failed

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..grid import gaussian_clip, noise_factor
-from .compilation import give_up, may_serve
+from .compilation import can_compile, disable_kernels
 
 # Elements from which it pays to compile or load the library (a second in each process), if nothing larger comes.
-SMALLEST = 1 << 12
+MIN_NUMEL = 1 << 12
 # More for the compiler, for tests of the code for other processors.
 FLAGS: tuple[str, ...] = ()
 
@@ -23,9 +23,9 @@ _SOURCES = ("octav_cpu.cpp", "mse_cpu.cpp")  # the second uses what the first de
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def serves(rows: Tensor) -> bool:
+def is_supported(rows: Tensor) -> bool:
     """Whether the functions below take ``rows``."""
-    return rows.numel() >= SMALLEST and may_serve(rows, ("cpu",))
+    return rows.numel() >= MIN_NUMEL and can_compile(rows, ("cpu",))
 
 
 def fixed_points(rows: Tensor, num_bits: int, signed: bool) -> Tensor | None:
@@ -61,7 +61,7 @@ def _call(function: str, rows: Tensor, num_bits: int, signed: bool, *more: int) 
     try:
         clips = _functions(FLAGS)[function]
     except Exception as error:  # of whatever kind: the compiler is missing, its cache cannot be written, …
-        give_up(error)
+        disable_kernels(error)
         return None
     rows = rows.contiguous().resolve_neg()
     result = torch.empty(rows.shape[0], dtype=torch.float32)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compilation import may_serve
+from .compilation import can_compile
 
 DEVICE_TYPES: tuple[str, ...] = ("cuda",)
 
@@ -15,9 +15,9 @@ _BLOCK = 2048
 _PROGRAMS = 1024
 
 
-def serves(x: Tensor) -> bool:
+def is_supported(x: Tensor) -> bool:
     """Whether the kernels take ``x``."""
-    return may_serve(x, DEVICE_TYPES) and _kernels() is not None
+    return can_compile(x, DEVICE_TYPES) and _kernels() is not None
 
 
 def sums(x: Tensor, thresholds: Tensor, signed: bool) -> Tensor:

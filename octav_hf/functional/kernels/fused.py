@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 
 from ..rows import memory_order
-from .compilation import give_up, given_up, may_serve
+from .compilation import can_compile, disable_kernels, kernels_disabled
 
 # Elements from which a compiled call (about 50 microseconds before the loop starts) costs less than it saves.
-SMALLEST = 1 << 15
+MIN_NUMEL = 1 << 15
 
 # dtypes, ranks, signs and whether tensors were made in inference mode: more than torch's limit of 8.
 _VARIANTS = 64
@@ -20,7 +20,7 @@ _VARIANTS = 64
 
 def fuses(x: Tensor) -> bool:
     """Whether work on ``x`` goes to compiled functions."""
-    return x.numel() >= SMALLEST and may_serve(x, ("cpu", "cuda"))
+    return x.numel() >= MIN_NUMEL and can_compile(x, ("cpu", "cuda"))
 
 
 class fused:
@@ -37,7 +37,7 @@ class fused:
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
-        if given_up():
+        if kernels_disabled():
             return self.plain(*arguments)
         if self._compiled is None:
             self._compiled = torch.compile(  # type: ignore[call-overload]  # its stubs lack recompile_limit
@@ -51,7 +51,7 @@ class fused:
             with _neutral(device):
                 return self._compiled(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            give_up(error)
+            disable_kernels(error)
             return self.plain(*arguments)
 
 

@@ -10,29 +10,30 @@ from torch.overrides import TorchFunctionMode
 from ...functional.rows import Dim
 from ..fake_quantize import FakeQuantize
 from ..granularity import ATTENTION_OPERANDS
+from .match_matmul import Matmul, UnsupportedMatmul, match_matmul
 from .operand_form import quantize_operand
 from .probabilities import SOFTMAX, keeps_probabilities
-from .products import Product, UnknownProduct, find_product
 from .scaled_dot_product_attention import OperandQuantizers, quantized_scaled_dot_product_attention
 
 
 class AttentionMatmuls(TorchFunctionMode):
     """While active, every attention matmul and ``scaled_dot_product_attention`` runs on quantized operands.
 
-    The operands are told apart by their place: before the softmax the first is the query and the second the key, also
-    where there are several such products, with positions for instance; the output of the softmax, through dropout and
-    changes of dtype or shape, is the probabilities, and what it is multiplied with is the value. Scores, masks, softmax
-    and the attention implementation stay as they are. Left alone are products that add nothing up, which masks are made
-    with, and those with a parameter of a layer inside the attention module: they are the layer's own.
+    The operands are identified by their position: before the softmax the left operand is the query and the right one
+    the key, also where there are several such matmuls, with positions for instance; the output of the softmax, through
+    dropout and changes of dtype or shape, is the probabilities, and what it is multiplied with is the value. Scores,
+    masks, softmax and the attention implementation stay as they are. Outer products, with which some models build their
+    masks, are left alone, and so are matmuls with a parameter of a layer inside the attention module: that layer
+    quantizes its own.
 
-    A quantizer is told which use of its operand each call is, counted from when this mode was made: each use has a
+    Each call of a quantizer gets its index among the calls for that operand since this mode was made: every index has a
     frozen clip of its own.
 
     Args:
         quantizers: modules named after ``ATTENTION_OPERANDS``. One with a ``dim``, the dimensions that share a clip,
-            gets its operand as ``[batch dimensions, own, summed]``, whatever the product is called through.
+            gets its operand as ``[batch dimensions, free, contracted]``, whichever function computes the matmul.
         name: the attention module's name, for error messages.
-        own_parameters: parameters of the attention module itself, none of which may be in a product.
+        own_parameters: parameters of the attention module itself, none of which may be in a matmul.
     """
 
     def __init__(self, quantizers: OperandQuantizers, name: str, own_parameters: Iterable[nn.Parameter] = ()):
@@ -41,23 +42,23 @@ class AttentionMatmuls(TorchFunctionMode):
         self._name = name
         self._own_parameters = list(own_parameters)
         self._probabilities: list[Tensor] = []
-        self._uses = dict.fromkeys(ATTENTION_OPERANDS, 0)
-        self._next_uses = {operand: _NextUse(self, operand) for operand in ATTENTION_OPERANDS}
+        self._call_counts = dict.fromkeys(ATTENTION_OPERANDS, 0)
+        self._next_calls = {operand: _NextCall(self, operand) for operand in ATTENTION_OPERANDS}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return quantized_scaled_dot_product_attention(self._next_uses, *args, **kwargs)
+            return quantized_scaled_dot_product_attention(self._next_calls, *args, **kwargs)
         try:
-            product = find_product(func, args, kwargs)
-        except UnknownProduct as error:
+            matmul = match_matmul(func, args, kwargs)
+        except UnsupportedMatmul as error:
             raise self._refusal(
                 f"multiplies with {error}, and only products of two tensors can be quantized"
             ) from error
-        if product is not None and self._is_attention(product):
-            return self._quantized_product(product)
+        if matmul is not None and self._is_attention(matmul):
+            return self._quantized_matmul(matmul)
         result = func(*args, **kwargs)
         if func in SOFTMAX or keeps_probabilities(func, args, kwargs, self._is_probabilities):
             self._probabilities.extend(result if isinstance(result, tuple | list) else [result])
@@ -68,7 +69,7 @@ class AttentionMatmuls(TorchFunctionMode):
 
         Where clips are frozen, as often as there are.
         """
-        missing = [operand for operand, uses in self._uses.items() if uses == 0]
+        missing = [operand for operand, calls in self._call_counts.items() if calls == 0]
         if missing:
             raise RuntimeError(
                 f"{self._name}: its forward ran without a matmul on the attention operand(s) {', '.join(missing)}, so "
@@ -76,15 +77,14 @@ class AttentionMatmuls(TorchFunctionMode):
                 "attn_implementation='sdpa' or 'eager'. If its probabilities do not come from a softmax, or are "
                 f"changed before they are multiplied, they are not recognised: {self._remedy}"
             )
+        for operand, calls in self._call_counts.items():
+            expected = self._frozen_calls(operand)
+            if expected is not None and calls < expected:
+                raise self._wrong_call_count(operand, f"{calls}", expected)
 
-        for operand, uses in self._uses.items():
-            expected = self._frozen_uses(operand)
-            if expected is not None and uses < expected:
-                raise self._wrong_uses(operand, f"{uses}", expected)
-
-    def _is_attention(self, product: Product) -> bool:
-        """Whether this is a matmul of activations, not of a layer's weight or of a mask."""
-        for operand in product.operands:
+    def _is_attention(self, matmul: Matmul) -> bool:
+        """Whether this is a matmul of activations, not with a layer's weight or for a mask."""
+        for operand in matmul.operands:
             parameter = operand if isinstance(operand, nn.Parameter) else None
             if parameter is not None and any(parameter is own for own in self._own_parameters):
                 raise self._refusal(
@@ -93,44 +93,44 @@ class AttentionMatmuls(TorchFunctionMode):
                 )
             if parameter is not None or not operand.is_floating_point():
                 return False
-        return product.inner_size != 1 or any(self._is_probabilities(operand) for operand in product.operands)
+        return matmul.inner_size != 1 or any(self._is_probabilities(operand) for operand in matmul.operands)
 
-    def _quantized_product(self, product: Product) -> Any:
-        attending = [self._is_probabilities(operand) for operand in product.operands]
+    def _quantized_matmul(self, matmul: Matmul) -> Any:
+        attending = [self._is_probabilities(operand) for operand in matmul.operands]
         if all(attending):
             raise self._refusal(
-                f"multiplies probabilities with probabilities, of shapes {tuple(product.operands[0].shape)} and "
-                f"{tuple(product.operands[1].shape)}, so that its operands cannot be told apart"
+                f"multiplies probabilities with probabilities, of shapes {tuple(matmul.operands[0].shape)} and "
+                f"{tuple(matmul.operands[1].shape)}, so that its operands cannot be told apart"
             )
         if any(attending):
             names = ("probabilities", "value") if attending[0] else ("value", "probabilities")
         else:
             names = ("query", "key")
         left, right = (
-            quantize_operand(self._next_uses[name], x, dims)
-            for name, x, dims in zip(names, product.operands, product.dims, strict=True)
+            quantize_operand(self._next_calls[name], x, dims)
+            for name, x, dims in zip(names, matmul.operands, matmul.dims, strict=True)
         )
-        return product.call(left, right)
+        return matmul.call(left, right)
 
     def quantize(self, operand: str, x: Tensor) -> Tensor:
-        """The quantized ``x``, which is the next use of ``operand``."""
-        use, expected, quantizer = self._uses[operand], self._frozen_uses(operand), self.quantizers[operand]
-        if expected is not None and use >= expected:
-            raise self._wrong_uses(operand, f"more than {expected}", expected)
-        self._uses[operand] += 1
-        return quantizer(x, use) if isinstance(quantizer, FakeQuantize) else quantizer(x)
+        """The quantized ``x``, as the next call for ``operand``."""
+        index, expected, quantizer = self._call_counts[operand], self._frozen_calls(operand), self.quantizers[operand]
+        if expected is not None and index >= expected:
+            raise self._wrong_call_count(operand, f"more than {expected}", expected)
+        self._call_counts[operand] += 1
+        return quantizer(x, index) if isinstance(quantizer, FakeQuantize) else quantizer(x)
 
-    def _frozen_uses(self, operand: str) -> int | None:
-        """How many uses of ``operand`` have a frozen clip; ``None`` where clips are dynamic."""
+    def _frozen_calls(self, operand: str) -> int | None:
+        """How many calls for ``operand`` have a frozen clip; ``None`` where clips are dynamic."""
         quantizer = self.quantizers[operand]
-        frozen = quantizer.frozen_now if isinstance(quantizer, FakeQuantize) else None
+        frozen = quantizer.active_frozen_clips if isinstance(quantizer, FakeQuantize) else None
         return None if frozen is None else len(frozen.clips)
 
-    def _wrong_uses(self, operand: str, uses: str, expected: int) -> RuntimeError:
+    def _wrong_call_count(self, operand: str, calls: str, expected: int) -> RuntimeError:
         return RuntimeError(
-            f"{self._name}: its forward multiplied the attention operand {operand} {uses} times, but {expected} frozen "
-            "clips were calibrated for it, one for each time; run it on batches of the kind it was calibrated with, "
-            f"calibrate it with batches of this kind, or leave it out: {self._remedy}"
+            f"{self._name}: its forward multiplied the attention operand {operand} {calls} times, but {expected} "
+            "frozen clips were calibrated for it, one for each time; run it on batches of the kind it was calibrated "
+            f"with, calibrate it with batches of this kind, or leave it out: {self._remedy}"
         )
 
     def _is_probabilities(self, tensor: Any) -> bool:
@@ -147,17 +147,17 @@ class AttentionMatmuls(TorchFunctionMode):
         )
 
 
-class _NextUse:
-    """The quantizer of an operand, of which each call is the next use."""
+class _NextCall:
+    """The quantizer of an operand; each call takes the next index."""
 
     def __init__(self, matmuls: AttentionMatmuls, operand: str):
         self._matmuls = matmuls
         self._operand = operand
 
     @property
-    def dim_now(self) -> Dim:
-        """As of the quantizer; ``None`` for an operand left in float."""
-        return getattr(self._matmuls.quantizers[self._operand], "dim_now", None)
+    def active_dim(self) -> Dim:
+        """The quantizer's; ``None`` for an operand left in float."""
+        return getattr(self._matmuls.quantizers[self._operand], "active_dim", None)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._matmuls.quantize(self._operand, x)

@@ -32,7 +32,7 @@ class QuantizedAttention(nn.Module):
         attention.__class__ = _quantized_class(base)
         assert isinstance(attention, QuantizedAttention)
         for operand, quantizer in quantizers.items():
-            setattr(attention, f"{operand}_quantizer", quantizer)
+            attention.add_module(f"{operand}_quantizer", quantizer)
         attention.attention_name = name
 
     @property

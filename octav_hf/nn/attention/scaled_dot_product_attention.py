@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .operand_form import has_parts, quantize_operand
-from .products import COLUMNS, ROWS, OperandDims
+from .match_matmul import COLUMNS, ROWS, OperandDims
+from .operand_form import is_granular, quantize_operand
 
 OperandQuantizers = Mapping[str, nn.Module] | nn.ModuleDict
 """The modules named ``query``, ``key``, ``probabilities`` and ``value``."""
@@ -69,7 +69,7 @@ def _quantized_for_heads(quantizer: Quantize, x: Tensor, heads: int | None, dims
         return quantize_operand(quantizer, x, dims)
     # Repeated first where heads have clips of their own: a model that repeats them itself, as Transformers' do where
     # there is a mask, then has the same frozen ones.
-    if has_parts(quantizer):
+    if is_granular(quantizer):
         return quantize_operand(quantizer, x.repeat_interleave(heads // x.shape[-3], dim=-3), dims)
     return quantizer(x).repeat_interleave(heads // x.shape[-3], dim=-3)
 

@@ -59,12 +59,12 @@ def test_methods_quantize_everything_as_the_paper_says(name: str, method: str) -
     assert not report.left_in_float()
     first, *between, last = [row for row in report if row.operand == "weight"]
     assert (first.bits, last.bits, {row.bits for row in between}) == (8, 8, {4})
-    assert (first.granularity, last.granularity) == ("row", "tensor")
+    assert (first.granularity, last.granularity) == ("channel", "tensor")
     assert {row.clip for row in report} == {"max" if method == "max" else "octav"}
     if method != "max":
         gradients = {"mph": ("mad", "pwl")}.get(method, (method, method))
-        assert {row.gradient for row in report if row.operand == "weight"} == {gradients[0]}
-        assert {row.gradient for row in report if row.operand == "input"} == {gradients[1]}
+        assert {row.gradient_estimator for row in report if row.operand == "weight"} == {gradients[0]}
+        assert {row.gradient_estimator for row in report if row.operand == "input"} == {gradients[1]}
 
 
 def test_mobilenet_averages_its_batch_statistics() -> None:

@@ -29,13 +29,24 @@ def test_float_is_the_default() -> None:
 def test_defaults_are_those_of_the_config() -> None:
     config = octav("--quantize").to_config()
     assert (config.weight_bits, config.activation_bits) == (4, 4)
-    assert (config.weight_clip, config.weight_gradient, config.activation_gradient) == ("octav", "mad", "pwl")
+    assert (config.weight_clip, config.weight_gradient_estimator, config.activation_gradient_estimator) == (
+        "octav",
+        "mad",
+        "pwl",
+    )
 
 
 def test_options_reach_the_config() -> None:
     config = octav(
         *("--quantize", "--weight_bits", "6", "--activation_bits", "none", "--weight_clip", "percentile"),
-        *("--weight_clip_options", '{"percentile": 99.5}', "--weight_gradient", "ste", "--activation_gradient", "mad"),
+        *(
+            "--weight_clip_options",
+            '{"percentile": 99.5}',
+            "--weight_gradient_estimator",
+            "ste",
+            "--activation_gradient_estimator",
+            "mad",
+        ),
         *("--exclude_modules", "qa_outputs", "bert.pooler", "--quantize_attention", "false"),
         *("--module_overrides", '{"bert.encoder": {"weight_bits": 8}}', "--activation_clip", "max"),
         *("--activation_granularity", '{"input": "token"}'),
@@ -44,7 +55,7 @@ def test_options_reach_the_config() -> None:
     assert config.activation_bits is None
     assert (config.weight_clip, config.activation_clip) == ("percentile", "max")
     assert config.weight_clip_options == {"percentile": 99.5}
-    assert (config.weight_gradient, config.activation_gradient) == ("ste", "mad")
+    assert (config.weight_gradient_estimator, config.activation_gradient_estimator) == ("ste", "mad")
     assert list(config.exclude_modules) == ["qa_outputs", "bert.pooler"]
     assert config.module_overrides == {"bert.encoder": {"weight_bits": 8}}
     assert config.activation_granularity == {"input": "token"}
@@ -65,7 +76,7 @@ def test_every_registered_clip_is_a_choice(rule: str) -> None:
         (["--quantize", "--weight_clip", "median"], "--weight_clip is one of .*octav.*, not .median"),
         (["--quantize", "--weight_clip_options", "{oops"], "--weight_clip_options is not JSON"),
         (["--quantize", "--module_overrides", "[1]"], "--module_overrides must be a JSON object"),
-        (["--quantize", "--activation_granularity", '{"value": "token"}'], "write 'channel' or 'head'"),
+        (["--quantize", "--activation_granularity", '{"value": "token"}'], "write 'channel' or 'attn_head'"),
         (["--dataset_name", "squad"], "either --dataset_name or"),
         (["--dataset_config_name", "plain"], "belongs to --dataset_name"),
         (["--null_score_diff_threshold", "1"], "only with --version_2_with_negative"),

@@ -83,15 +83,15 @@ def test_cells_differ_in_quantization_and_seed_alone(runs: list[list[str]], tmp_
     assert not options(runs[0]).keys() & (own - {"--output_dir", "--seed"})
     octav, percentile, ste = (options(runs[index]) for index in (2, 3, 4))
     assert (octav["--weight_bits"], octav["--activation_bits"], octav["--activation_clip"]) == ("8", "8", "octav")
-    assert (octav["--weight_gradient"], octav["--activation_gradient"]) == ("mad", "pwl")
+    assert (octav["--weight_gradient_estimator"], octav["--activation_gradient_estimator"]) == ("mad", "pwl")
     assert "--static_clip_batches" not in octav
     assert percentile["--static_clip_batches"] == "7"
     assert percentile["--weight_clip_options"] == percentile["--activation_clip_options"] == '{"percentile": 99.99}'
-    assert (ste["--weight_gradient"], ste["--activation_gradient"]) == ("ste", "ste")
+    assert (ste["--weight_gradient_estimator"], ste["--activation_gradient_estimator"]) == ("ste", "ste")
 
 
 def test_what_a_cell_may_have_on_top(runs: list[list[str]], tmp_path: Path) -> None:
-    cells = ["dynamic-mse-fine-shifted-distilled:4", "dynamic-octav-ste-fine:4", "dynamic-mse:4"]
+    cells = ["dynamic-mse-fine-asymmetric-distilled:4", "dynamic-octav-ste-fine:4", "dynamic-mse:4"]
     lines = study.main([*MODEL, "--cells", *cells, "--output_dir", str(tmp_path)])
     assert [line["fine"] for line in lines] == [False, True, True]
     names = [Path(options(command)["--output_dir"]).name for command in runs]
@@ -101,19 +101,19 @@ def test_what_a_cell_may_have_on_top(runs: list[list[str]], tmp_path: Path) -> N
         **dict.fromkeys(("input", "query", "key", "probabilities"), "token"),
         "value": "channel",
     }
-    assert (accurate["--shifted_activations"], accurate["--weight_clip"]) == ("true", "mse")
+    assert (accurate["--asymmetric_activations"], accurate["--weight_clip"]) == ("true", "mse")
     assert accurate["--distill_from"] == accurate["--model_name_or_path"]
     assert fine["--activation_granularity"] == accurate["--activation_granularity"]
-    assert not {"--shifted_activations", "--distill_from"} & {*fine, *plain}
+    assert not {"--asymmetric_activations", "--distill_from"} & {*fine, *plain}
     assert "--activation_granularity" not in plain
-    assert "dynamic MSE, fine clips, shifted, distilled" in (tmp_path / "tables.md").read_text()
+    assert "dynamic MSE, fine clips, asymmetric, distilled" in (tmp_path / "tables.md").read_text()
     assert (tmp_path / "recipes.svg").exists()
 
 
 def test_a_line_without_extras_is_still_read() -> None:
     line = {"mode": "dynamic", "clip": "octav", "percentile": None, "gradient": "mph", "bits": 4, "seed": 0, "x": 1}
     assert study.cell_of(line).name == "dynamic-octav-4bit-seed0"
-    assert study.cell_of({**line, "shifted": True}).name == "dynamic-octav-shifted-4bit-seed0"
+    assert study.cell_of({**line, "asymmetric": True}).name == "dynamic-octav-asymmetric-4bit-seed0"
 
 
 def test_the_default_grid_is_the_papers(runs: list[list[str]], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from octav_hf.functional.kernels import compilation, fused
 
 Tensor = torch.Tensor
 fake_quantize_module = sys.modules[fake_quantize.__module__]
-LARGE = fused.SMALLEST + 12_345
+LARGE = fused.MIN_NUMEL + 12_345
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "flat": lambda x: x,
@@ -197,12 +197,12 @@ def test_a_dispatch_mode_sees_the_operations() -> None:
 
 
 def test_small_tensors_and_the_switch_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fused.fuses(torch.zeros(fused.SMALLEST))
-    assert not fused.fuses(torch.zeros(fused.SMALLEST - 1))
-    assert not fused.fuses(torch.zeros(fused.SMALLEST, dtype=torch.float64))
-    assert not fused.fuses(torch.zeros(fused.SMALLEST, device="meta"))
+    assert fused.fuses(torch.zeros(fused.MIN_NUMEL))
+    assert not fused.fuses(torch.zeros(fused.MIN_NUMEL - 1))
+    assert not fused.fuses(torch.zeros(fused.MIN_NUMEL, dtype=torch.float64))
+    assert not fused.fuses(torch.zeros(fused.MIN_NUMEL, device="meta"))
     monkeypatch.setenv(compilation.SWITCH, "0")
-    assert not fused.fuses(torch.zeros(fused.SMALLEST))
+    assert not fused.fuses(torch.zeros(fused.MIN_NUMEL))
 
 
 def test_without_a_compiler_one_warning_and_the_plain_functions(tmp_path: Path) -> None:

@@ -31,7 +31,10 @@ def operands(seed: int = 0, heads: int = 4) -> tuple[torch.Tensor, torch.Tensor,
 
 def quantizers(bits: int = 4) -> nn.ModuleDict:
     return nn.ModuleDict(
-        {name: FakeQuantize(bits, signed=name != "probabilities", gradient="pwl") for name in ATTENTION_OPERANDS}
+        {
+            name: FakeQuantize(bits, signed=name != "probabilities", gradient_estimator="pwl")
+            for name in ATTENTION_OPERANDS
+        }
     )
 
 
@@ -177,7 +180,7 @@ def test_what_quantizers_multiply_is_not_taken_for_attention() -> None:
     """The weight's quantizer finds out by a product whether the weight has changed."""
     torch.manual_seed(0)
     linear = nn.Linear(8, 8)
-    QuantizedLinear.convert(linear, WeightFakeQuantize(4, dim=(1,)), FakeQuantize(4))
+    QuantizedLinear.convert(linear, {"weight": WeightFakeQuantize(4, dim=(1,)), "input": FakeQuantize(4)})
     x = torch.randn(2, 8)
     expected = linear(x)
     with AttentionMatmuls(quantizers(2), "layer") as matmuls:
@@ -288,7 +291,7 @@ def memory_efficient_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.T
 
 def test_products_of_a_replaced_linear_are_not_taken_for_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     module = LocalAttention(hidden=False)
-    QuantizedLinear.convert(module.out, FakeQuantize(4, dim=(1,)), FakeQuantize(4))
+    QuantizedLinear.convert(module.out, {"weight": FakeQuantize(4, dim=(1,)), "input": FakeQuantize(4)})
     QuantizedAttention.convert(module, quantizers(), "layer.attention")
     expected = module(*operands())
     monkeypatch.setattr(nn.functional, "linear", memory_efficient_linear)

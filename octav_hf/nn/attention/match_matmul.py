@@ -1,4 +1,4 @@
-"""Which torch functions multiply two tensors and add up, and where their operands are."""
+"""Which torch functions are matmuls of two tensors, and where their operands are."""
 
 import math
 from collections.abc import Callable
@@ -38,43 +38,42 @@ _PLACES: dict[Function, tuple[Place, Place]] = {
     **dict.fromkeys((torch.addbmm, Tensor.addbmm, Tensor.addbmm_), _BADDBMM),
 }
 
-# Functions that multiply and add up in a way of their own.
-_UNKNOWN: set[Function] = {
+# Functions that multiply and sum in another way.
+_UNSUPPORTED: set[Function] = {
     *(torch.tensordot, torch.inner, Tensor.inner, torch.mv, Tensor.mv, torch.addmv, Tensor.addmv, Tensor.addmv_),
     *(torch.dot, Tensor.dot, torch.vdot, Tensor.vdot, torch.linalg.vecdot, torch.linalg.multi_dot, torch.chain_matmul),
     *(torch.cdist, torch.bilinear, F.multi_head_attention_forward),
 }
 
-
-# Of them, those that add up over the batch too.
+# Matmuls that sum over the batch too.
 _SUMMING_BATCHES: set[Function] = {torch.addbmm, Tensor.addbmm, Tensor.addbmm_}
 
 
 class OperandDims(NamedTuple):
-    """Dimensions of an operand by their part in a product; the others, such as batch and heads, go along in both.
+    """Dimensions of an operand by their part in a matmul; the others, such as batch and heads, both operands have.
 
     Args:
-        own: those that only this operand brings into the result.
-        summed: those that are added up over, so that they are not in the result.
+        free: those that only this operand contributes to the result.
+        contracted: those that the matmul sums over, so that they are not in the result.
     """
 
-    own: tuple[int, ...]
-    summed: tuple[int, ...]
+    free: tuple[int, ...]
+    contracted: tuple[int, ...]
 
 
-ROWS = OperandDims(own=(-2,), summed=(-1,))
+ROWS = OperandDims(free=(-2,), contracted=(-1,))
 """Of the left operand of a matmul."""
-COLUMNS = OperandDims(own=(-1,), summed=(-2,))
+COLUMNS = OperandDims(free=(-1,), contracted=(-2,))
 """Of the right operand of a matmul."""
 
 
-class UnknownProduct(ValueError):
-    """A call that multiplies and adds up in another way than as a product of two tensors; says which."""
+class UnsupportedMatmul(ValueError):
+    """A call that multiplies and sums in another way than a matmul of two tensors; says which."""
 
 
 @dataclass(frozen=True)
-class Product:
-    """A call that multiplies two tensors and adds up.
+class Matmul:
+    """A call that multiplies two tensors and sums over the products of their elements.
 
     Args:
         operands: the left and the right one.
@@ -89,14 +88,14 @@ class Product:
     call: Callable[[Tensor, Tensor], Any]
 
 
-def find_product(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Product | None:
-    """The product that this call computes, or ``None`` if it computes none.
+def match_matmul(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Matmul | None:
+    """The matmul that this call computes, or ``None`` if it computes none.
 
     Raises:
-        UnknownProduct: the call multiplies in another way.
+        UnsupportedMatmul: the call multiplies in another way.
     """
-    if function in _UNKNOWN:
-        raise UnknownProduct(getattr(function, "__name__", str(function)))
+    if function in _UNSUPPORTED:
+        raise UnsupportedMatmul(getattr(function, "__name__", str(function)))
     if function is torch.einsum:
         return _einsum(*args)
     if function not in _PLACES:
@@ -114,7 +113,7 @@ def find_product(function: Function, args: tuple[Any, ...], kwargs: dict[str, An
         return function(*new_args, **new_kwargs)
 
     dims = _matmul_dims(operands[0], ROWS, function), _matmul_dims(operands[1], COLUMNS, function)
-    return Product(operands, dims, operands[0].shape[-1], call)
+    return Matmul(operands, dims, operands[0].shape[-1], call)
 
 
 def _get(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -123,17 +122,17 @@ def _get(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _matmul_dims(operand: Tensor, dims: OperandDims, function: Function) -> OperandDims:
     if operand.dim() < 2:
-        return OperandDims(own=(), summed=(-1,))
-    return dims._replace(summed=(-3, *dims.summed)) if function in _SUMMING_BATCHES else dims
+        return OperandDims(free=(), contracted=(-1,))
+    return dims._replace(contracted=(-3, *dims.contracted)) if function in _SUMMING_BATCHES else dims
 
 
-def _einsum(equation: str, *operands: Any) -> Product | None:
+def _einsum(equation: str, *operands: Any) -> Matmul | None:
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
     if len(operands) == 1:
         return None
     if len(operands) > 2:
-        raise UnknownProduct(f"einsum {equation!r}, of {len(operands)} operands")
+        raise UnsupportedMatmul(f"einsum {equation!r}, of {len(operands)} operands")
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     first, second = (_indices(part, operand.dim()) for part, operand in zip(inputs.split(","), operands, strict=True))
     letters = inputs.replace(",", "")
@@ -146,7 +145,7 @@ def _einsum(equation: str, *operands: Any) -> Product | None:
     dims = _einsum_dims(first, second, in_result), _einsum_dims(second, first, in_result)
     inner_size = math.prod(operands[0].shape[first.index(index)] for index in common)
     call: Function = lambda left, right: torch.einsum(equation, left, right)  # noqa: E731
-    return Product((operands[0], operands[1]), dims, inner_size, call)
+    return Matmul((operands[0], operands[1]), dims, inner_size, call)
 
 
 def _indices(letters: str, dims: int) -> list[str | int]:
@@ -161,10 +160,10 @@ def _indices(letters: str, dims: int) -> list[str | int]:
 
 def _einsum_dims(indices: list[str | int], others: list[str | int], in_result: set[str | int]) -> OperandDims:
     # What an ellipsis stands for are batch dimensions, even if the other operand has fewer.
-    own = (
+    free = (
         dim
         for dim, index in enumerate(indices)
         if isinstance(index, str) and index in in_result and index not in others
     )
-    summed = (dim for dim, index in enumerate(indices) if index not in in_result)
-    return OperandDims(tuple(own), tuple(summed))
+    contracted = (dim for dim, index in enumerate(indices) if index not in in_result)
+    return OperandDims(tuple(free), tuple(contracted))

@@ -1,4 +1,4 @@
-"""``shifted_activations``: the unsigned grid from a tensor's lowest value on, for inputs with few negative values."""
+"""``asymmetric_activations``: the unsigned grid from a tensor's lowest value on, for inputs with few negatives."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from octav_hf import (
     pack_octav,
     uncalibrate_octav,
 )
+from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import FakeQuantize, FrozenClips
 from tests import twins
 
@@ -31,33 +32,33 @@ def gelu_output(*shape: int, seed: int = 0) -> Tensor:
     return nn.functional.gelu(1.5 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))
 
 
-def shifted_twin(x: Any, clip: float, lowest: float, num_bits: int) -> np.ndarray:
-    return twins.quantize_twin(twins.as_float64(x) - lowest, clip, num_bits, signed=False) + lowest
+def asymmetric_twin(x: Any, clip: float, offset: float, num_bits: int) -> np.ndarray:
+    return twins.quantize_twin(twins.as_float64(x) - offset, clip, num_bits, signed=False) + offset
 
 
 def quantizer(**settings: Any) -> FakeQuantize:
-    return FakeQuantize(**{"num_bits": 4, "gradient": "pwl", "signed": None, "shifted": True} | settings)
+    return FakeQuantize(**{"num_bits": 4, "gradient_estimator": "pwl", "signed": None, "asymmetric": True} | settings)
 
 
 @pytest.mark.parametrize("num_bits", [2, 4, 8])
 def test_gelus_output_equals_the_twin(num_bits: int) -> None:
     x = gelu_output(6, 200)
-    lowest = float(x.min())
+    offset = float(x.min())
     clip = twins.octav_clip_twin(x - x.min(), num_bits, signed=False)
     out = quantizer(num_bits=num_bits)(x)
-    np.testing.assert_allclose(out.numpy(), shifted_twin(x, clip, lowest, num_bits), atol=2e-4)
-    assert float(out.min()) == lowest
+    np.testing.assert_allclose(out.numpy(), asymmetric_twin(x, clip, offset, num_bits), atol=2e-4)
+    assert float(out.min()) == offset
     # That is what it is for: an error far below that of the signed grid.
-    signed = quantizer(num_bits=num_bits, shifted=False)(x)
+    signed = quantizer(num_bits=num_bits, asymmetric=False)(x)
     assert (out - x).square().mean() < 0.6 * (signed - x).square().mean()
 
 
-def test_a_clip_per_token_and_one_shift() -> None:
+def test_a_clip_per_token_and_one_offset() -> None:
     x = gelu_output(3, 5, 60)
     out = quantizer(dim=-1)(x)
     for row, got in zip(x.flatten(0, 1), out.flatten(0, 1), strict=True):
         clip = twins.octav_clip_twin(row - x.min(), 4, signed=False)
-        np.testing.assert_allclose(got.numpy(), shifted_twin(row, clip, float(x.min()), 4), atol=1e-4)
+        np.testing.assert_allclose(got.numpy(), asymmetric_twin(row, clip, float(x.min()), 4), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -65,16 +66,16 @@ def test_a_clip_per_token_and_one_shift() -> None:
     [
         (torch.randn(4000, generator=torch.Generator().manual_seed(1)), "signed"),  # its tail below is clipped
         (torch.rand(4000, generator=torch.Generator().manual_seed(1)), "unsigned"),
-        (nn.functional.silu(2 * torch.randn(4000, generator=torch.Generator().manual_seed(1))), "shifted"),
-        (torch.rand(4000, generator=torch.Generator().manual_seed(1)) - 0.001, "shifted"),
+        (nn.functional.silu(2 * torch.randn(4000, generator=torch.Generator().manual_seed(1))), "asymmetric"),
+        (torch.rand(4000, generator=torch.Generator().manual_seed(1)) - 0.001, "asymmetric"),
     ],
     ids=["gaussian", "no_negative", "silu", "barely_negative"],
 )
 def test_which_grid_a_tensor_gets(x: Tensor, grid: str) -> None:
     found = quantizer().dynamic_grid(x)
-    assert (found.signed, found.lowest is not None) == (grid == "signed", grid == "shifted")
-    if grid != "shifted":
-        assert torch.equal(quantizer()(x), quantizer(shifted=False)(x))
+    assert (found.signed, found.offset is not None) == (grid == "signed", grid == "asymmetric")
+    if grid != "asymmetric":
+        assert torch.equal(quantizer()(x), quantizer(asymmetric=False)(x))
 
 
 def test_clips_decide_on_average() -> None:
@@ -82,20 +83,20 @@ def test_clips_decide_on_average() -> None:
     x = gelu_output(10, 200)
     x[3] *= 0.01
     assert -x.min() > twins.octav_clip_twin(x[3], 4)
-    assert quantizer(dim=-1).dynamic_grid(x).lowest is not None
+    assert quantizer(dim=-1).dynamic_grid(x).offset is not None
 
 
 def test_a_sign_that_is_given_is_kept() -> None:
     x = gelu_output(500)
     for signed in (True, False):
-        assert torch.equal(quantizer(signed=signed)(x), quantizer(signed=signed, shifted=False)(x))
+        assert torch.equal(quantizer(signed=signed)(x), quantizer(signed=signed, asymmetric=False)(x))
 
 
 @pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
 def test_the_gradient_is_that_of_the_unsigned_grid_on_the_difference(gradient: str) -> None:
     x = gelu_output(300).requires_grad_()
     incoming = torch.randn(300, generator=torch.Generator().manual_seed(2))
-    (quantizer(gradient=gradient)(x) * incoming).sum().backward()
+    (quantizer(gradient_estimator=gradient)(x) * incoming).sum().backward()
     difference = x.detach() - x.detach().min()
     clip = twins.octav_clip_twin(difference, 4, signed=False)
     expected = twins.gradient_twin(difference, clip, False, gradient) * incoming.numpy()
@@ -108,7 +109,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     out = quantizer()(x)
     assert out.dtype == dtype
     clip = twins.octav_clip_twin(x.double() - x.double().min(), 4, signed=False)
-    expected = shifted_twin(x.double(), clip, float(x.min()), 4)
+    expected = asymmetric_twin(x.double(), clip, float(x.min()), 4)
     np.testing.assert_allclose(out.double().numpy(), expected, atol=1e-2 if dtype is torch.bfloat16 else 2e-3)
 
 
@@ -121,14 +122,14 @@ def test_nothing_and_nan() -> None:
 def test_the_shift_factors_out_of_the_product() -> None:
     """Integers times integers, scaled, and one number for each output feature: what an integer kernel would compute."""
     torch.manual_seed(0)
-    layer = apply_octav(nn.Sequential(nn.Linear(64, 8)), OctavConfig(shifted_activations=True)).double()[0]
+    layer = apply_octav(nn.Sequential(nn.Linear(64, 8)), OctavConfig(asymmetric_activations=True)).double()[0]
     x = gelu_output(10, 64).double()
     grid = layer.input_quantizer.dynamic_grid(x)
-    assert grid.lowest is not None
+    assert grid.offset is not None
     step = float(grid.clip) / 16
-    levels = ((x - grid.lowest) / step).round().clamp(0, 15)
+    levels = ((x - grid.offset) / step).round().clamp(0, 15)
     weight = layer.weight_quantizer(layer.weight)
-    expected = step * (levels @ weight.T) + grid.lowest * weight.sum(dim=1) + layer.bias
+    expected = step * (levels @ weight.T) + grid.offset * weight.sum(dim=1) + layer.bias
     torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -144,11 +145,11 @@ def tokens(seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(seed))}
 
 
-CONFIGS = {"per_tensor": OctavConfig(shifted_activations=True), "accurate": OctavConfig.accurate()}
+CONFIGS = {"per_tensor": OctavConfig(asymmetric_activations=True), "accurate": OctavConfig.accurate()}
 
 
-def shifted_inputs(model: nn.Module) -> list[str]:
-    return [row.module for row in coverage_report(model) if row.bits is not None and row.cells()[3] == "shifted"]
+def asymmetric_inputs(model: nn.Module) -> list[str]:
+    return [row.module for row in coverage_report(model) if row.bits is not None and row.cells()[3] == "asymmetric"]
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
@@ -158,16 +159,16 @@ def test_a_model_calibrated_packed_saved_and_exported(config: OctavConfig, tmp_p
     assert {row.cells()[3] for row in coverage_report(model) if row.operand == "input"} == {"by range"}
     with torch.no_grad():
         dynamic = model(**tokens()).logits
-        plain = apply_octav(bert(), config.with_fields(shifted_activations=False))(**tokens()).logits
+        plain = apply_octav(bert(), config.with_fields(asymmetric_activations=False))(**tokens()).logits
     assert not torch.equal(dynamic, plain)
     calibrate_octav(model, [tokens(seed) for seed in range(3)], progress_bar=False)
     gelu_inputs = [f"bert.encoder.layer.{i}.output.dense" for i in range(2)]
-    assert set(gelu_inputs) <= set(shifted_inputs(model))
-    assert "bert.encoder.layer.0.intermediate.dense" not in shifted_inputs(model)
+    assert set(gelu_inputs) <= set(asymmetric_inputs(model))
+    assert "bert.encoder.layer.0.intermediate.dense" not in asymmetric_inputs(model)
     for name in gelu_inputs:
-        frozen = model.octav_config.activation_clips[name]["input"]
+        frozen = recorded_config(model).activation_clips[name]["input"]
         assert not frozen["signed"]
-        assert -0.18 < frozen["lowest"] < 0
+        assert -0.18 < frozen["offset"] < 0
     assert not check_coverage(model, tokens())
     pack_octav(model)
     model.save_pretrained(tmp_path)
@@ -178,13 +179,13 @@ def test_a_model_calibrated_packed_saved_and_exported(config: OctavConfig, tmp_p
         exported = torch.export.export(loaded, (), tokens(), strict=False).module()
         assert torch.equal(exported(**tokens()).logits, logits)
     uncalibrate_octav(loaded)
-    assert not shifted_inputs(loaded)
+    assert not asymmetric_inputs(loaded)
 
 
 def test_a_frozen_grid_is_the_mean_clip_from_the_lowest_value_of_all_calls() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4))
-    apply_octav(net, OctavConfig(shifted_activations=True))
+    apply_octav(net, OctavConfig(asymmetric_activations=True))
     x = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         hidden = [net[:2](part) for part in x]
@@ -192,53 +193,53 @@ def test_a_frozen_grid_is_the_mean_clip_from_the_lowest_value_of_all_calls() -> 
     frozen = net[2].input_quantizer.frozen
     clips = [twins.octav_clip_twin(h - h.min(), 4, signed=False) for h in hidden]
     assert frozen.clips == (pytest.approx(sum(clips) / 3, rel=1e-4),)
-    assert frozen.lowest == pytest.approx(min(float(h.min()) for h in hidden), rel=1e-6)
+    assert frozen.offset == pytest.approx(min(float(h.min()) for h in hidden), rel=1e-6)
     out = net[2].input_quantizer(hidden[0])
     np.testing.assert_allclose(
-        out.detach().numpy(), shifted_twin(hidden[0], frozen.clips[0], frozen.lowest, 4), atol=1e-5
+        out.detach().numpy(), asymmetric_twin(hidden[0], frozen.clips[0], frozen.offset, 4), atol=1e-5
     )
 
 
 def test_one_call_on_the_signed_grid_decides_for_it() -> None:
-    net = apply_octav(nn.Sequential(nn.Linear(8, 4)), OctavConfig(shifted_activations=True))
+    net = apply_octav(nn.Sequential(nn.Linear(8, 4)), OctavConfig(asymmetric_activations=True))
     both = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
     calibrate_octav(net, [gelu_output(20, 8), both], progress_bar=False)
     frozen = net[0].input_quantizer.frozen
-    assert (frozen.signed, frozen.lowest) == (True, 0.0)
+    assert (frozen.signed, frozen.offset) == (True, 0.0)
     expected = (twins.octav_clip_twin(gelu_output(20, 8), 4) + twins.octav_clip_twin(both, 4)) / 2
     assert frozen.clips == (pytest.approx(expected, rel=1e-4),)
 
 
-def test_a_convolutions_input_is_not_shifted() -> None:
+def test_a_convolutions_input_is_not_asymmetric() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.GELU(), nn.Conv2d(3, 2, 3, padding=1))
     plain = apply_octav(copy.deepcopy(net), OctavConfig())
-    shifted = apply_octav(copy.deepcopy(net), OctavConfig(shifted_activations=True))
+    asymmetric = apply_octav(copy.deepcopy(net), OctavConfig(asymmetric_activations=True))
     x = torch.randn(2, 2, 6, 6)
-    assert torch.equal(plain(x), shifted(x))
-    with pytest.raises(ValueError, match=r"2: the input of this Conv2d cannot be shifted, since the zeros"):
-        apply_octav(net, OctavConfig(module_overrides={"2": {"shifted_activations": True}}))
+    assert torch.equal(plain(x), asymmetric(x))
+    with pytest.raises(ValueError, match=r"2: the input of this Conv2d cannot be asymmetric, since the zeros"):
+        apply_octav(net, OctavConfig(module_overrides={"2": {"asymmetric_activations": True}}))
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"shifted_activations": 1}, "shifted_activations must be True or False, got 1"),
-        ({"shifted_activations": True, "unsigned_activations": False}, "needs unsigned_activations=True"),
+        ({"asymmetric_activations": 1}, "asymmetric_activations must be True or False, got 1"),
+        ({"asymmetric_activations": True, "unsigned_activations": False}, "needs unsigned_activations=True"),
         (
-            {"activation_clips": {"0": {"input": {"signed": True, "clips": [1.0], "lowest": -0.1}}}},
-            "lowest is where the unsigned grid of a layer's input begins",
+            {"activation_clips": {"0": {"input": {"signed": True, "clips": [1.0], "offset": -0.1}}}},
+            "offset is where the unsigned grid of a layer's input begins",
         ),
         (
-            {"activation_clips": {"0": {"input": {"signed": False, "clips": [1.0], "lowest": 0.1}}}},
+            {"activation_clips": {"0": {"input": {"signed": False, "clips": [1.0], "offset": 0.1}}}},
             "a finite number below 0, got 0.1",
         ),
         (
-            {"activation_clips": {"0": {"value": {"signed": True, "clips": [1.0], "lowest": -0.1}}}},
+            {"activation_clips": {"0": {"value": {"signed": True, "clips": [1.0], "offset": -0.1}}}},
             "got -0.1 for 'value'",
         ),
         (
-            {"activation_clips": {"0": {"input": {"signed": False, "clips": [1.0], "lowest": "low"}}}},
+            {"activation_clips": {"0": {"input": {"signed": False, "clips": [1.0], "offset": "low"}}}},
             "got 'low'",
         ),
     ],
@@ -250,11 +251,11 @@ def test_refuses_what_cannot_be(config: dict[str, Any], message: str) -> None:
 
 
 def test_frozen_clips_of_a_shifted_grid_need_the_field() -> None:
-    clips = {"0": {"input": {"signed": False, "clips": [1.0], "lowest": -0.1}}}
-    with pytest.raises(ValueError, match="is of a shifted grid, but shifted_activations is False there"):
+    clips = {"0": {"input": {"signed": False, "clips": [1.0], "offset": -0.1}}}
+    with pytest.raises(ValueError, match="is of an asymmetric grid, but asymmetric_activations is False there"):
         apply_octav(nn.Sequential(nn.Linear(3, 3)), OctavConfig(activation_clips=clips))
 
 
 def test_says_what_it_is() -> None:
-    assert "or shifted" in repr(quantizer())
+    assert "or asymmetric" in repr(quantizer())
     assert "from -0.17 on" in repr(quantizer(frozen=FrozenClips(False, (2.0,), -0.17)))

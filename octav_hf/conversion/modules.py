@@ -1,0 +1,52 @@
+"""The quantized modules of a converted model, by what they hold."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..nn import FakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
+
+
+def quantized_modules(model: nn.Module) -> Iterator[QuantizedLayer | QuantizedAttention]:
+    """The modules that are quantized."""
+    return (module for module in model.modules() if isinstance(module, QuantizedLayer | QuantizedAttention))
+
+
+def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]]:
+    """Full name of the module, operand and quantizer of every quantized activation."""
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedAttention):
+            quantizers = module.operand_quantizers
+        elif isinstance(module, QuantizedLayer):
+            operands = [operand for operand in module.operands if operand != "weight"]
+            quantizers = {operand: getattr(module, f"{operand}_quantizer") for operand in operands}
+        else:
+            continue
+        for operand, quantizer in quantizers.items():
+            if isinstance(quantizer, FakeQuantize):
+                yield path, operand, quantizer
+
+
+def layers_by_quantizer(model: nn.Module, quantizer_class: type[FakeQuantize]) -> dict[str, Any]:
+    """Full name -> layer whose weight's quantizer is of that class."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLayer) and isinstance(module.weight_quantizer, quantizer_class)
+    }
+
+
+def layers_to_freeze(model: nn.Module) -> dict[str, Any]:
+    """Full name -> layer whose weight has dynamic clips that can be frozen: not packed or frozen, and no embedding."""
+    return layers_by_quantizer(model, WeightFakeQuantize)
+
+
+def shared_weights(model: nn.Module) -> set[nn.Module]:
+    """The modules whose ``weight`` is another module's parameter too."""
+    owners: dict[int, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(module)
+    return {module for module in model.modules() if len(owners.get(id(module._parameters.get("weight")), ())) > 1}
