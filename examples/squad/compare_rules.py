@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clip_measurements import ErrorsOfClips, SeenTensor, row_errors
-from markdown_table import markdown_table
+from clip_measurements.measurements import ErrorsOfClips, SeenTensor, row_errors
 from measure_clips import seen_tensors, training_batch
-from run_environment import environment
-from script_options import fill_in, refuse_given
-from squad_features import Windows
+from reporting.markdown_table import markdown_table
+from reporting.run_environment import environment
+from reporting.script_options import fill_in, refuse_given
+from squad_task.features import Windows
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, set_seed
 

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clip_artefacts import write_artefacts
-from clip_measurements import SeenTensor, measure, sequences
-from clip_report import clip_ratio
-from run_environment import environment
+from clip_measurements.artefacts import write_artefacts
+from clip_measurements.measurements import SeenTensor, measure, sequences
+from clip_measurements.report import clip_ratio
+from reporting.run_environment import environment
+from reporting.script_options import fill_in, refuse_given
 from run_squad import sample
-from script_options import fill_in, refuse_given
-from squad_dataset import read_squad_file
-from squad_features import Windows, training_features
+from squad_task.dataset import read_squad_file
+from squad_task.features import Windows, training_features
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding, set_seed
 

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from squad_arguments import METRICS, DataArguments, ModelArguments, OctavArguments, OutputArguments
-from squad_dataset import load_squad_dataset, read_squad_file
-from squad_features import Windows, evaluation_features, training_features
-from squad_metric import SquadMetric
-from squad_predictions import predict_answers
-from squad_trainer import QuestionAnsweringTrainer, StepTimer, peak_memory_bytes
+from squad_task.arguments import METRICS, DataArguments, ModelArguments, OctavArguments, OutputArguments
+from squad_task.dataset import load_squad_dataset, read_squad_file
+from squad_task.features import Windows, evaluation_features, training_features
+from squad_task.metric import SquadMetric
+from squad_task.predictions import predict_answers
+from squad_task.trainer import QuestionAnsweringTrainer, StepTimer, peak_memory_bytes
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,

@@ -24,7 +24,7 @@ def tokenizer(minilm_path: str) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def dev_examples() -> Dataset:
-    from squad_dataset import read_squad_file
+    from squad_task.dataset import read_squad_file
 
     return read_squad_file(DATA / "dev.json")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from squad_dataset import FEATURES
+from squad_task.dataset import FEATURES
 
 CONTEXT = "The Nile flows north. Its mouth is near Alexandria, a port in Egypt."
 

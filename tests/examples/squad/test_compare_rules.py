@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_measurements import SeenTensor
+from clip_measurements.measurements import SeenTensor
 from compare_rules import error, lowest_error, made_tensors, main
 
 from octav_hf.functional import octav_clip

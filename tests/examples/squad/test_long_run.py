@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from squad_dataset import read_squad_file
-from squad_features import Windows, training_features
+from squad_task.dataset import read_squad_file
+from squad_task.features import Windows, training_features
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,

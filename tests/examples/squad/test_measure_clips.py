@@ -13,10 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clip_measurements import Eq6, ErrorsOfClips, SeenTensor, convergence, measure, second_minima, sequences, starts
-from clip_report import markdown_report
+from clip_measurements.measurements import (
+    Eq6,
+    ErrorsOfClips,
+    SeenTensor,
+    convergence,
+    measure,
+    second_minima,
+    sequences,
+    starts,
+)
+from clip_measurements.report import markdown_report
 from measure_clips import _rounded, main, seen_tensors, training_batch
-from squad_features import Windows
+from squad_task.features import Windows
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertForQuestionAnswering, PreTrainedTokenizerBase
 
 import octav_hf

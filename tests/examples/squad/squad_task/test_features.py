@@ -8,9 +8,9 @@ import pytest
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from squad_features import Windows, evaluation_features, training_features
 from squad_files import CONTEXT, examples
-from squad_metric import normalize
+from squad_task.features import Windows, evaluation_features, training_features
+from squad_task.metric import normalize
 from transformers import PreTrainedTokenizerBase
 
 SHORT = Windows(max_seq_length=128, doc_stride=32)

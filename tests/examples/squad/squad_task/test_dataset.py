@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from squad_dataset import FEATURES, load_squad_dataset, read_squad_file
 from squad_files import CONTEXT, examples, question, write_squad
+from squad_task.dataset import FEATURES, load_squad_dataset, read_squad_file
 
 
 def test_v1_file(tmp_path: Path) -> None:
