@@ -55,7 +55,7 @@ def training_features(examples: Dataset, tokenizer: PreTrainedTokenizerBase, win
     """Tokenize for training.
 
     Args:
-        examples: columns as in `squad_dataset`; the first answer of a question is the label.
+        examples: columns as in `squad_task.dataset`; the first answer of a question is the label.
 
     Returns:
         One row a window: the tokenizer's model inputs, and `start_positions`, `end_positions` (int): the first and
