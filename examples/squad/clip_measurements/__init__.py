@@ -1,1 +1,1 @@
-"""What `measure_clips.py` measures of the clips of a tensor, and the tables and plots drawn from that."""
+"""The parts of `measure_clips.py`: the tensors a model quantizes, measurements of their clips, tables and plots."""
