@@ -20,21 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clip_measurements import ErrorsOfClips, SeenTensor, row_errors
-from markdown_table import markdown_table
-from measure_clips import seen_tensors, training_batch
-from run_environment import environment
-from script_options import fill_in, refuse_given
-from squad_features import Windows
+from clip_measurements.measurements import REFERENCE_POINTS, ErrorsOfClips, row_errors
+from clip_measurements.tensors import SeenTensor, seen_tensors
+from reporting.markdown_table import markdown_table
+from reporting.run_environment import environment
+from reporting.script_options import fill_in, refuse_given
+from squad_task.features import Windows, training_batch
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, set_seed
 
 from octav_hf import OctavConfig, apply_octav
 from octav_hf.functional import CLIP_RULES, mse_sweep_clip
+from octav_hf.functional.grid import MAX_BITS, MIN_BITS
 
 RULES = ("octav", "mse")
-BITS = (2, 3, 4, 5, 6, 7, 8)
-POINTS = 1000
+BITS = range(MIN_BITS, MAX_BITS + 1)
 MADE = 10**6  # elements of a made tensor
 _ROWS = 64  # at a time, so that they stay in cache
 
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
             measured.append({"bits": bits, "tensor": seen.name, "kind": seen.kind, "mse": {**errors, "lowest": lowest}})
         print(f"{bits} bits done", flush=True)
     model = None if options.model_name_or_path is None else Path(options.model_name_or_path).name
-    settings = {"points": POINTS, "made_elements": options.made_elements, "seed": options.seed}
+    settings = {"points": REFERENCE_POINTS, "made_elements": options.made_elements, "seed": options.seed}
     return {"model": model, **settings, "command": list(command), "measured": measured, **about}
 
 
@@ -168,9 +168,9 @@ def lowest_error(seen: SeenTensor, bits: int) -> float:
     """That of the best clips of the sweep."""
     if seen.dim is None:
         peak = float(seen.values.abs().max() if seen.signed else seen.values.max())
-        clips = peak * torch.arange(1, POINTS + 1, dtype=torch.float64) / POINTS
+        clips = peak * torch.arange(1, REFERENCE_POINTS + 1, dtype=torch.float64) / REFERENCE_POINTS
         return float(ErrorsOfClips(seen.values, bits, seen.signed)(clips).min())
-    sweep = {"signed": seen.signed, "dim": seen.dim, "num_points": POINTS}
+    sweep = {"signed": seen.signed, "dim": seen.dim, "num_points": REFERENCE_POINTS}
     return sum(_error(part, mse_sweep_clip(part.values, bits, **sweep), bits) for part in _parts(seen))
 
 

@@ -17,8 +17,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from squad_names import ENDINGS, MIDDLES, MONTHS, NAME_WORDS, ONSETS
-from squad_templates import DOMAINS, Domain, Fact, Number, Phrase
+from squad_task.names import ENDINGS, MIDDLES, MONTHS, NAME_WORDS, ONSETS
+from squad_task.templates import DOMAINS, Domain, Fact, Number, Phrase
 
 QUESTIONS_PER_PARAGRAPH = 3
 DEV_WORDING_SHARE = 0.5

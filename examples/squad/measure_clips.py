@@ -15,25 +15,22 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from clip_artefacts import write_artefacts
-from clip_measurements import SeenTensor, measure, sequences
-from clip_report import clip_ratio
-from run_environment import environment
-from run_squad import sample
-from script_options import fill_in, refuse_given
-from squad_dataset import read_squad_file
-from squad_features import Windows, training_features
-from torch import Tensor, nn
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding, set_seed
+from clip_measurements.artefacts import write_artefacts
+from clip_measurements.measurements import measure, sequences
+from clip_measurements.report import clip_ratio
+from clip_measurements.tensors import SeenTensor, seen_tensors
+from reporting.run_environment import environment
+from reporting.script_options import fill_in, refuse_given
+from squad_task.features import Windows, training_batch
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer, set_seed
 
 from octav_hf import OctavConfig, apply_octav, remove_octav
 from octav_hf.functional.grid import MAX_BITS, MIN_BITS
-from octav_hf.nn import FakeQuantize, PackedLayer, QuantizedEmbedding
 
 DETAILED = ("weight", "input", "probabilities")
 _DIGITS = 7
@@ -132,63 +129,6 @@ def run(options: argparse.Namespace, command: list[str]) -> dict[str, Any]:
         "measured": measured,
         **about,
     }
-
-
-def training_batch(path: str, tokenizer: Any, windows: Windows, size: int, seed: int) -> dict[str, Tensor]:
-    """So many windows of questions drawn with `seed`, padded to the longest; answers are not needed."""
-    examples = sample(read_squad_file(path, allow_no_answer=True), size, seed)
-    features = sample(training_features(examples, tokenizer, windows), size, seed)
-    return dict(DataCollatorWithPadding(tokenizer)([features[i] for i in range(len(features))]))
-
-
-def seen_tensors(model: nn.Module, batch: Mapping[str, Tensor]) -> list[SeenTensor]:
-    """What the model's quantizers see in one forward pass in its present mode, in the order of the calls.
-
-    Layers that read the same tensor, as query, key and value projections do, quantize it once: it stands in the list
-    under the name of the first of them. Of a layer that runs several times, each input is in the list, the weight once.
-
-    Raises:
-        ValueError: no tensor of the model is quantized, or its weights are packed.
-    """
-    parents = dict(model.named_modules())
-    packed = [name for name, module in parents.items() if isinstance(module, PackedLayer)]
-    if packed:
-        raise ValueError(
-            f"{packed[0]} is packed: its weight lies on the grid already, and the one that its clips were computed "
-            "from is gone. Measure the training form, which save_pretrained wrote before pack_octav."
-        )
-    quantizers = {name: module for name, module in parents.items() if isinstance(module, FakeQuantize)}
-    if not quantizers:
-        raise ValueError(
-            f"{type(model).__name__} has no quantized tensor, so there are no clips to measure: call apply_octav, or "
-            "quantize weights or activations (weight_bits, activation_bits) in its quantization_config."
-        )
-    seen: list[SeenTensor] = []
-    calls: dict[str, list[Tensor]] = {name: [] for name in quantizers}
-
-    def note(name: str, quantizer: FakeQuantize, x: Tensor) -> None:
-        owner, _, attribute = name.rpartition(".")
-        operand = attribute.removesuffix("_quantizer")
-        kind = "embedding" if isinstance(parents[owner], QuantizedEmbedding) else operand
-        if any(x is known for known in calls[name]):
-            return
-        calls[name].append(x)
-        label = f"{owner} {operand}" if len(calls[name]) == 1 else f"{owner} {operand}, use {len(calls[name])}"
-        frozen = quantizer.active_frozen_clips
-        signed = quantizer.is_signed(x) if frozen is None else frozen.signed
-        seen.append(SeenTensor(label, kind, x.detach(), signed, quantizer.dim))
-
-    handles = [
-        quantizer.register_forward_pre_hook(lambda module, args, name=name: note(name, module, args[0]))
-        for name, quantizer in quantizers.items()
-    ]
-    try:
-        with torch.no_grad():
-            model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
 
 
 def measure_all(tensors: Sequence[SeenTensor], bits: int, repetitions: int) -> dict[str, Any]:

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from squad_arguments import METRICS, DataArguments, ModelArguments, OctavArguments, OutputArguments
-from squad_dataset import load_squad_dataset, read_squad_file
-from squad_features import Windows, evaluation_features, training_features
-from squad_metric import SquadMetric
-from squad_predictions import predict_answers
-from squad_trainer import QuestionAnsweringTrainer, StepTimer, peak_memory_bytes
+from squad_task.arguments import METRICS, DataArguments, ModelArguments, OctavArguments, OutputArguments
+from squad_task.dataset import load_squad_dataset, read_squad_file, sample
+from squad_task.features import Windows, evaluation_features, training_features
+from squad_task.metric import score_answers
+from squad_task.predictions import predict_answers
+from squad_task.trainer import QuestionAnsweringTrainer, StepTimer, peak_memory_bytes
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -332,25 +332,6 @@ def load_examples(data_args: DataArguments, split: str) -> Dataset:
         return load_squad_dataset(data_args.dataset_name, split, data_args.dataset_config_name, allow_no_answer)
     path = data_args.train_file if split == "train" else data_args.validation_file
     return read_squad_file(str(path), allow_no_answer)
-
-
-def sample(examples: Dataset, count: int | None, seed: int) -> Dataset:
-    """`count` rows drawn with `seed`, or all of them in their order when `count` is None or not smaller."""
-    if count is None or count >= len(examples):
-        return examples
-    return examples.shuffle(seed=seed).select(range(count))
-
-
-def score_answers(examples: Dataset, texts: dict[str, str], null_probability: dict[str, float]) -> dict[str, float]:
-    """Scores of `SquadMetric`: v2.0 when null probabilities are given, else v1.1."""
-    predictions: list[dict[str, Any]] = [{"id": i, "prediction_text": text} for i, text in texts.items()]
-    for prediction in predictions if null_probability else []:
-        prediction["no_answer_probability"] = null_probability[prediction["id"]]
-    references = [{"id": i, "answers": a} for i, a in zip(examples["id"], examples["answers"], strict=True)]
-    metric = SquadMetric(config_name="squad_v2" if null_probability else "squad")
-    scores = metric.compute(predictions=predictions, references=references)
-    assert scores is not None  # only for processes of a distributed metric, which this is not
-    return scores
 
 
 def report(trainer: QuestionAnsweringTrainer, split: str, metrics: dict[str, float]) -> None:

@@ -29,12 +29,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before an installed octav_hf of another version
 
-from clip_artefacts import write_artefacts
-from run_environment import environment
-from study_cells import CELL_ARGUMENTS, FP32, SYNTAX, Cell, cell_of, parse_cells
-from study_plots import write_plots
-from study_record import Line, append_line, read_lines
-from study_tables import markdown_tables
+from clip_measurements.artefacts import write_artefacts
+from reporting.run_environment import environment
+from squad_study.cells import CELL_ARGUMENTS, FP32, SYNTAX, Cell, cell_of, parse_cells
+from squad_study.plots import write_plots
+from squad_study.record import Line, append_line, read_lines
+from squad_study.tables import markdown_tables
 
 HERE = Path(__file__).resolve().parent
 CELLS = (

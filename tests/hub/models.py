@@ -73,10 +73,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, questions: int = 24) -> dict[str, float]:
     """F1 and EM on the first of the example's dev questions, by the example's own code."""
     sys.path.insert(0, str(SQUAD))
-    from run_squad import score_answers
-    from squad_dataset import read_squad_file
-    from squad_features import Windows, evaluation_features
-    from squad_predictions import predict_answers
+    from squad_task.dataset import read_squad_file
+    from squad_task.features import Windows, evaluation_features
+    from squad_task.metric import score_answers
+    from squad_task.predictions import predict_answers
 
     examples = read_squad_file(SQUAD / "data" / "dev.json").select(range(questions))
     features = evaluation_features(examples, tokenizer, Windows(max_seq_length=128, doc_stride=32))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from datasets import Dataset
+from squad_files import DATA
+from squad_task.dataset import read_squad_file
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering, PreTrainedTokenizerBase
-
-DATA = Path(__file__).resolve().parents[3] / "examples" / "squad" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +22,6 @@ def tokenizer(minilm_path: str) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def dev_examples() -> Dataset:
-    from squad_dataset import read_squad_file
-
     return read_squad_file(DATA / "dev.json")
 
 

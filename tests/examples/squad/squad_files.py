@@ -1,4 +1,4 @@
-"""Small SQuAD files and datasets that the tests build on."""
+"""The generated questions, and small SQuAD files and datasets that the tests build on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from squad_dataset import FEATURES
+from squad_task.dataset import FEATURES
 
+DATA = Path(__file__).resolve().parents[3] / "examples" / "squad" / "data"
 CONTEXT = "The Nile flows north. Its mouth is near Alexandria, a port in Egypt."
 
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_measurements import SeenTensor
+from clip_measurements.tensors import SeenTensor
 from compare_rules import error, lowest_error, made_tensors, main
+from squad_files import DATA
 
 from octav_hf.functional import octav_clip
 from tests import twins
-
-DATA = Path(__file__).resolve().parents[3] / "examples" / "squad" / "data"
 
 
 @pytest.mark.parametrize("num_bits", [2, 4, 8])

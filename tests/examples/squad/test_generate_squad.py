@@ -10,9 +10,9 @@ from typing import Any
 import generate_squad
 import pytest
 from generate_squad import generate
-from squad_dataset import read_squad_file
-from squad_names import MONTHS, NAME_WORDS
-from squad_templates import DOMAINS
+from squad_task.dataset import read_squad_file
+from squad_task.names import MONTHS, NAME_WORDS
+from squad_task.templates import DOMAINS
 
 DATA = Path(generate_squad.__file__).parent / "data"
 

@@ -11,8 +11,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from squad_dataset import read_squad_file
-from squad_features import Windows, training_features
+from squad_files import DATA
+from squad_task.dataset import read_squad_file
+from squad_task.features import Windows, training_features
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -25,7 +26,6 @@ from transformers import (
 
 from octav_hf import OctavConfig, apply_octav
 
-DATA = Path(__file__).resolve().parents[3] / "examples" / "squad" / "data"
 STEPS = 2000
 MIB = 1 << 20
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_cells import cell_of
-from study_record import read_lines
-from study_tables import cells_table, scores_table
+from squad_study.cells import cell_of
+from squad_study.record import read_lines
+from squad_study.tables import cells_table, scores_table
 
 FOLDER = Path(__file__).resolve().parents[3] / "examples" / "squad"
 RESULTS = FOLDER / "results"

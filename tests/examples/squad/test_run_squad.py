@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from huggingface_hub import ModelCard
-from run_squad import main, sample
+from run_squad import main
 from safetensors.torch import load_file
-from squad_files import question, write_squad
+from squad_files import DATA, question, write_squad
 from transformers import AutoTokenizer
 
 from tests.twins import octav_clip_twin
 
-DATA = Path(__file__).resolve().parents[3] / "examples" / "squad" / "data"
 SIZES = ["--max_seq_length", "128", "--doc_stride", "32", "--use_cpu"]
 
 
@@ -123,12 +121,6 @@ def test_quantized_run_and_reload(tiny_model: str, tmp_path: Path) -> None:
     assert again["eval_f1"] == metrics["eval_f1"]
     with pytest.raises(ValueError, match="quantized already"):
         main(arguments(str(folder), tmp_path / "twice", *words, "--quantize"))
-
-
-def test_sample_depends_on_the_seed_alone() -> None:
-    rows = Dataset.from_dict({"id": [str(i) for i in range(100)]})
-    assert sample(rows, 10, 0)["id"] == sample(rows, 10, 0)["id"] != sample(rows, 10, 1)["id"]
-    assert sample(rows, None, 0)["id"] == sample(rows, 100, 0)["id"] == rows["id"]
 
 
 def test_pack_writes_what_scores_the_same_and_a_card(tiny_model: str, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import study
-from study_cells import parse_cells
-from study_record import append_line, read_lines
-from study_tables import cells_table, scores_table
+from squad_study.cells import parse_cells
+from squad_study.record import append_line, read_lines
+from squad_study.tables import cells_table, scores_table
 
 MODEL = ["--model_name_or_path", "m"]
 ARTEFACTS = {"tables.md", "f1.png", "f1.svg", "convergence.png", "convergence.svg"}

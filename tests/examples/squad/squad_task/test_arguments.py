@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from run_squad import check_output_dir, checkpoint_to_resume, main, parse_arguments
-from squad_arguments import DataArguments, OctavArguments
+from squad_task.arguments import DataArguments, OctavArguments
 
 from octav_hf import OctavConfig
 from octav_hf.functional import CLIP_RULES

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clip_plots import write_plots
-from clip_report import markdown_report
+from clip_measurements.plots import write_plots
+from clip_measurements.report import markdown_report
 
 
 def write_artefacts(record: dict[str, Any], output_dir: Path) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from squad_dataset import FEATURES, load_squad_dataset, read_squad_file
 from squad_files import CONTEXT, examples, question, write_squad
+from squad_task.dataset import FEATURES, load_squad_dataset, read_squad_file, sample
 
 
 def test_v1_file(tmp_path: Path) -> None:
@@ -94,6 +94,12 @@ def test_named_dataset_with_other_columns(tmp_path: Path) -> None:
     Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match="no column id, context, question, answers"):
         load_squad_dataset(str(tmp_path), "train")
+
+
+def test_sample_depends_on_the_seed_alone() -> None:
+    rows = Dataset.from_dict({"id": [str(i) for i in range(100)]})
+    assert sample(rows, 10, 0)["id"] == sample(rows, 10, 0)["id"] != sample(rows, 10, 1)["id"]
+    assert sample(rows, None, 0)["id"] == sample(rows, 100, 0)["id"] == rows["id"]
 
 
 @pytest.mark.needs_shared

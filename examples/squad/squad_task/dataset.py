@@ -76,6 +76,13 @@ def load_squad_dataset(name: str, split: str, config_name: str | None = None, al
     return dataset
 
 
+def sample(examples: Dataset, count: int | None, seed: int) -> Dataset:
+    """`count` rows drawn with `seed`, or all of them in their order when `count` is None or not smaller."""
+    if count is None or count >= len(examples):
+        return examples
+    return examples.shuffle(seed=seed).select(range(count))
+
+
 def check_rows(rows: Iterable[Any], source: str, allow_no_answer: bool) -> None:
     """Raise `ValueError` for the first row that cannot be trained on or scored; `source` names the file in it."""
     seen: set[str] = set()

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from clip_measurements import REFERENCE_POINTS
-from clip_report import KINDS, Record, error_ratio
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from plot_files import STYLE, save
+from reporting.plot_files import STYLE, save
+
+from clip_measurements.measurements import REFERENCE_POINTS
+from clip_measurements.report import KINDS, Record, error_ratio
 
 COLOURS = {"octav": "#c1440e", "sweep": "#37618e", "max": "#8a8a8a"}
 LABELS = {"octav": "OCTAV", "sweep": "100-point sweep", "max": "max-scaling"}

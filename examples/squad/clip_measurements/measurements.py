@@ -6,15 +6,15 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clip_measurements.tensors import SeenTensor
 from octav_hf.functional import integer_range, max_clip, mse_sweep_clip, octav_clip, quantization_error, step_size
 from octav_hf.functional.grid import noise_factor
-from octav_hf.functional.rows import Dim, magnitude, to_rows
+from octav_hf.functional.rows import magnitude, to_rows
 
 REFERENCE_POINTS = 1000
 """Clips of the sweep that everything is compared with."""
@@ -36,25 +36,6 @@ _SETTLED = 1e-9
 _OCTAV_CALLS = 5  # a round; the sweep takes hundreds of times as long
 # Elements of several rows at a time: small enough that what is computed from them stays in a processor's cache.
 _PIECE = 1 << 16
-
-
-@dataclass(frozen=True)
-class SeenTensor:
-    """A tensor as a quantizer of the model saw it.
-
-    Attributes:
-        name: of the operand in the model.
-        kind: `weight`, `input`, `query`, `key`, `probabilities`, `value` or `embedding`.
-        values: floating point, any shape.
-        signed: the grid.
-        dim: the dimensions that share a clip; None for one clip for the whole tensor.
-    """
-
-    name: str
-    kind: str
-    values: Tensor
-    signed: bool
-    dim: Dim
 
 
 class ErrorsOfClips:

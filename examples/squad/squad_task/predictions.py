@@ -58,8 +58,8 @@ def predict_answers(
     """Turn logits into answers.
 
     Args:
-        examples: columns of `squad_dataset`, N rows.
-        features: `squad_features.evaluation_features(examples)`, F rows.
+        examples: columns as in `squad_task.dataset`, N rows.
+        features: `squad_task.features.evaluation_features(examples)`, F rows.
         start_logits, end_logits: (F, T), row by row those of `features`; columns beyond a feature's tokens are padding.
         n_best_size: number of candidates kept for each question.
         max_answer_length: longest answer, in tokens.

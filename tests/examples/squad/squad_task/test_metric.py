@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from squad_metric import SquadMetric, normalize
+from squad_task.metric import SquadMetric, normalize
 
 
 def score(config_name: str, cases: list[tuple[str, list[str]]], **options: Any) -> dict[str, float]:

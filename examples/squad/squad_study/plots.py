@@ -10,9 +10,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from plot_files import STYLE, save
-from study_cells import EXTRAS, Cell, cell_of
-from study_record import Line
+from reporting.plot_files import STYLE, save
+
+from squad_study.cells import EXTRAS, Cell, cell_of
+from squad_study.record import Line
 
 COLOURS = {"octav": "#c1440e", "mse": "#7a3fb5", "max": "#7a7a7a", "mse_sweep": "#37618e", "percentile": "#3c8d5a"}
 OTHER_COLOURS = ("#c06090", "#5b7f1e", "#6f6ad1")  # of rules of the user's own

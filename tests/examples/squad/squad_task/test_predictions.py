@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from squad_dataset import read_squad_file
-from squad_features import Windows, evaluation_features, training_features
-from squad_metric import SquadMetric
-from squad_predictions import Predictions, predict_answers
+from squad_task.dataset import read_squad_file
+from squad_task.features import Windows, evaluation_features, training_features
+from squad_task.metric import SquadMetric
+from squad_task.predictions import Predictions, predict_answers
 from transformers import PreTrainedTokenizerBase
 
 # one question, "abc def ghi jkl" in one window: CLS, question, SEP, four words, SEP, one column of batch padding

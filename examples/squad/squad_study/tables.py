@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from markdown_table import markdown_table
-from study_cells import cell_of
-from study_record import Line
+from reporting.markdown_table import markdown_table
+
+from squad_study.cells import cell_of
+from squad_study.record import Line
 
 _CELL_HEADER = (
     "method",

@@ -110,6 +110,20 @@ class SquadMetric(evaluate.Metric):
         return _scores_v2(texts, wanted, probabilities, no_answer_threshold)
 
 
+def score_answers(
+    examples: datasets.Dataset, texts: dict[str, str], null_probability: dict[str, float]
+) -> dict[str, float]:
+    """Scores of `SquadMetric`: v2.0 when null probabilities are given, else v1.1."""
+    predictions: list[dict[str, Any]] = [{"id": i, "prediction_text": text} for i, text in texts.items()]
+    for prediction in predictions if null_probability else []:
+        prediction["no_answer_probability"] = null_probability[prediction["id"]]
+    references = [{"id": i, "answers": a} for i, a in zip(examples["id"], examples["answers"], strict=True)]
+    metric = SquadMetric(config_name="squad_v2" if null_probability else "squad")
+    scores = metric.compute(predictions=predictions, references=references)
+    assert scores is not None  # only for processes of a distributed metric, which this is not
+    return scores
+
+
 def _by_id(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, dict[str, Any]]:
     table = {row["id"]: row for row in rows}
     if len(table) < len(rows):

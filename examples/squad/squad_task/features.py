@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from squad_task.dataset import read_squad_file, sample
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def training_features(examples: Dataset, tokenizer: PreTrainedTokenizerBase, win
     """Tokenize for training.
 
     Args:
-        examples: columns as in `squad_dataset`; the first answer of a question is the label.
+        examples: columns as in `squad_task.dataset`; the first answer of a question is the label.
 
     Returns:
         One row a window: the tokenizer's model inputs, and `start_positions`, `end_positions` (int): the first and
@@ -109,6 +112,15 @@ def evaluation_features(examples: Dataset, tokenizer: PreTrainedTokenizerBase, w
         return columns
 
     return examples.map(tokenize, batched=True, remove_columns=examples.column_names, desc="Tokenizing dev questions")
+
+
+def training_batch(
+    path: str, tokenizer: PreTrainedTokenizerBase, windows: Windows, size: int, seed: int
+) -> dict[str, Tensor]:
+    """`size` windows drawn with `seed`, padded to the longest; questions without an answer are allowed."""
+    examples = sample(read_squad_file(path, allow_no_answer=True), size, seed)
+    features = sample(training_features(examples, tokenizer, windows), size, seed)
+    return dict(DataCollatorWithPadding(tokenizer)([features[i] for i in range(len(features))]))
 
 
 def _encode(batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, windows: Windows) -> BatchEncoding:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from squad_features import Windows, evaluation_features, training_features
-from squad_files import CONTEXT, examples
-from squad_metric import normalize
+from squad_files import CONTEXT, DATA, examples
+from squad_task.features import Windows, evaluation_features, training_batch, training_features
+from squad_task.metric import normalize
 from transformers import PreTrainedTokenizerBase
 
 SHORT = Windows(max_seq_length=128, doc_stride=32)
@@ -107,3 +108,13 @@ def test_slow_tokenizer_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
 
     with pytest.raises(ValueError, match="Slow is not a fast tokenizer"):
         Windows().check(Slow())  # type: ignore[arg-type]
+
+
+def test_the_batch_is_drawn_with_the_seed(tokenizer: PreTrainedTokenizerBase) -> None:
+    batches = [
+        training_batch(str(DATA / "train.json"), tokenizer, Windows(64, 16, 32, False), 4, seed)["input_ids"]
+        for seed in (0, 0, 1)
+    ]
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    assert torch.equal(batches[0], batches[1])
+    assert not torch.equal(batches[0], batches[2])

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from clip_measurements import DEPTH, FAR, NEAR, PAPER_UPDATES, REFERENCE_POINTS, STARTS
-from markdown_table import markdown_table
+from reporting.markdown_table import markdown_table
+
+from clip_measurements.measurements import DEPTH, FAR, NEAR, PAPER_UPDATES, REFERENCE_POINTS, STARTS
 
 KINDS = {
     "weight": "weights",

@@ -46,7 +46,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Domain:
-    """Subjects of one kind. `name` is their pattern: `{w}` one of `squad_names.NAME_WORDS`, `{p}` a person."""
+    """Subjects of one kind. `name` is their pattern: `{w}` one of `squad_task.names.NAME_WORDS`, `{p}` a person."""
 
     title: str
     name: str

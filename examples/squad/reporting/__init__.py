@@ -1,0 +1,1 @@
+"""What the scripts have in common: options, tables, plots, and a description of the environment."""
