@@ -40,6 +40,8 @@ _CHOICES: dict[str, tuple[StrEnum, ...]] = {
     "weight_gradient_estimator": tuple(GradientEstimator),
     "activation_gradient_estimator": tuple(GradientEstimator),
 }
+WRITTEN_FIELDS = ("packed", "frozen_weight_clips", "activation_clips")
+"""What the modules of a model say, and its record with them: not for users to set."""
 _PATTERN_LISTS = ("exclude_modules", "target_modules", "attention_modules")
 
 
@@ -47,7 +49,7 @@ def _field(default: Any, help: str) -> Any:
     """A field of a config with its help, which the README's table and ``run_squad.py``'s arguments show too."""
     metadata = {"help": help}
     if isinstance(default, dict | list):
-        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+        return field(default_factory=type(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 

@@ -182,6 +182,48 @@ def test_refuses_what_cannot_be(fields: dict, message: str) -> None:
         OctavConfig(**fields)
 
 
+OLD = {
+    "weight_gradient": "ste",
+    "activation_gradient": "mad",
+    "shifted_activations": True,
+    "weight_granularity": "row",
+    "activation_granularity": {"query": "head", "value": "channel"},
+    "module_overrides": {"a": {"weight_gradient": "pwl", "activation_granularity": {"key": "head"}}},
+    "activation_clips": {"lowest": {"input": {"signed": False, "clips": [1.0], "lowest": -0.5}}},
+}
+
+
+@pytest.mark.parametrize("version", [{"format_version": 1}, {}], ids=["version 1", "before versions"])
+def test_names_of_version_1_are_read_from_checkpoints(version: dict) -> None:
+    config = OctavConfig.from_dict(OLD | version)
+    assert config == OctavConfig(
+        weight_gradient_estimator="ste",
+        activation_gradient_estimator="mad",
+        asymmetric_activations=True,
+        weight_granularity="channel",
+        activation_granularity={"query": "attn_head", "value": "channel"},
+        module_overrides={"a": {"weight_gradient_estimator": "pwl", "activation_granularity": {"key": "attn_head"}}},
+        activation_clips={"lowest": {"input": {"signed": False, "clips": [1.0], "offset": -0.5}}},
+    )
+
+
+@pytest.mark.parametrize("field", list(OLD))
+def test_names_of_version_1_are_refused_elsewhere(field: str) -> None:
+    for make in (lambda: OctavConfig(**{field: OLD[field]}), lambda: OctavConfig.from_dict({field: OLD[field]} | V2)):
+        with pytest.raises(ValueError, match=r"choose from|must be \{'signed'"):
+            make()
+
+
+V2 = {"format_version": 2}
+
+
+def test_a_config_keeps_nothing_of_what_it_is_made_from() -> None:
+    overrides = {"a": {"weight_bits": 8}}
+    config = OctavConfig(module_overrides=overrides)
+    overrides["a"]["weight_bits"] = 2
+    assert config.module_overrides == {"a": {"weight_bits": 8}}
+
+
 def test_another_methods_config_is_refused() -> None:
     with pytest.raises(ValueError, match="'gptq'"):
         OctavConfig.from_dict({"quant_method": "gptq"})

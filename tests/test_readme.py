@@ -10,6 +10,7 @@ from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
 
 import octav_hf
 from octav_hf import coverage_report
+from tests import config_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,6 +83,11 @@ def test_the_numerics_snippet_runs() -> None:
     assert names["clip"].shape == (1024, 1)
     assert names["y"].shape == names["x"].shape
     assert all(row.unique().numel() <= 16 for row in names["y"])
+
+
+def test_the_table_of_the_config_is_that_of_its_fields() -> None:
+    _, _, rest = README.partition(config_table.BEGIN)
+    assert rest.partition(config_table.END)[0] == config_table.render(), "run python -m tests.config_table"
 
 
 @pytest.mark.parametrize(

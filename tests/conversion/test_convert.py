@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering
 
-from octav_hf import OctavConfig, apply_octav, coverage_report, remove_octav
+from octav_hf import OctavConfig, apply_octav, check_coverage, coverage_report, remove_octav
 from octav_hf.nn import FakeQuantize, QuantizedAttention, QuantizedLinear
 from tests.question_answering import logits
 
@@ -36,6 +36,45 @@ def test_remove_gives_bit_identical_outputs(small_bert: MakeBert, padded_batch: 
     assert "quantization_config" not in model.config.to_dict()
     assert not model.is_quantized
     model.float()  # Transformers forbids this for a quantized model
+
+
+def test_without_a_config_it_is_the_default_one(small_bert: MakeBert, padded_batch: dict) -> None:
+    model, asked = apply_octav(small_bert()), apply_octav(small_bert(), OctavConfig())
+    assert torch.equal(logits(model, padded_batch), logits(asked, padded_batch))
+    assert model.config.quantization_config == OctavConfig()
+
+
+LAYER = "bert.encoder.layer.0"
+
+
+@pytest.mark.parametrize(
+    ("targets", "modules"),
+    [
+        (["query", "value"], {f"{LAYER[:-1]}{i}.attention.self.{name}" for i in (0, 1) for name in ("query", "value")}),
+        (["qa_outputs"], {"qa_outputs"}),
+        (["output.dense"], {f"{LAYER[:-1]}{i}.{part}output.dense" for i in (0, 1) for part in ("", "attention.")}),
+        ([f"{LAYER}.attention.self"], {f"{LAYER}.attention.self{name}" for name in ("", ".query", ".key", ".value")}),
+        (["*.1.attention.self.k*", "qa_outputs"], {f"{LAYER[:-1]}1.attention.self.key", "qa_outputs"}),
+    ],
+    ids=str,
+)
+def test_only_target_modules_are_quantized(
+    small_bert: MakeBert, padded_batch: dict, targets: list[str], modules: set[str]
+) -> None:
+    model = apply_octav(small_bert(), OctavConfig(target_modules=targets))
+    report = coverage_report(model)
+    assert {row.module for row in report if row.bits is not None} == modules
+    assert {row.reason for row in report.left_in_float()} == {"not in target_modules"}
+    assert not check_coverage(model, padded_batch).unexplained(report)
+
+
+def test_what_is_excluded_is_no_target(small_bert: MakeBert) -> None:
+    config = OctavConfig(target_modules=["query", "key"], exclude_modules=[LAYER])
+    report = coverage_report(apply_octav(small_bert(), config))
+    quantized = {row.module for row in report if row.bits is not None}
+    assert quantized == {f"{LAYER[:-1]}1.attention.self.{name}" for name in ("query", "key")}
+    reasons = {row.reason for row in report if row.module.endswith("0.attention.self.query")}
+    assert reasons == {f"excluded by {LAYER!r}"}
 
 
 def test_parameters_names_and_hooks_stay(small_bert: MakeBert, padded_batch: dict) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
 from octav_hf import OctavConfig
+from octav_hf.config import WRITTEN_FIELDS
 from octav_hf.functional import CLIP_RULES
 
 # HfArgumentParser reads the annotations at run time and takes `Optional` fields only in this form.
 # ruff: noqa: UP007, UP045
 METRICS = ("f1", "exact_match")
-_CONFIG_DEFAULT = "Not given: OctavConfig's default."
 
 
 @dataclass
@@ -74,70 +74,34 @@ class DataArguments:
                 raise ValueError(f"--{name} must be at least 1, not {value}.")
 
 
+def _config_argument(entry: Field[Any]) -> tuple[str, Any, Any]:
+    """Name, type and field of the argument for a field of `OctavConfig`."""
+    kind, prefix = Optional[str], ""
+    if entry.name.endswith("_bits"):
+        kind, prefix = Union[int, str, None], '"none" is None. '
+    elif entry.name in _JSON_FIELDS:
+        kind, prefix = Union[dict, str, None], "JSON object. "
+    elif entry.name.endswith("_modules"):
+        kind = Optional[list[str]]
+    elif isinstance(entry.default, bool):
+        kind = Optional[bool]
+    help = f"{prefix}{entry.metadata['help']} Not given: OctavConfig's default."
+    return entry.name, kind, field(default=None, metadata={"help": help})
+
+
+_CONFIG_FIELDS = [entry for entry in fields(OctavConfig) if entry.init and entry.name not in WRITTEN_FIELDS]
+_JSON_FIELDS = [entry.name for entry in _CONFIG_FIELDS if entry.default_factory is dict]
+_ConfigArguments = make_dataclass("_ConfigArguments", map(_config_argument, _CONFIG_FIELDS))
+
+
 @dataclass
-class OctavArguments:
-    """Fields of `octav_hf.OctavConfig`; only those that are given are passed on, so its defaults hold for the rest.
+class OctavArguments(_ConfigArguments):  # type: ignore[misc, valid-type]  # made of the config's fields
+    """The fields of `octav_hf.OctavConfig`; only those that are given are passed on, so its defaults hold for the rest.
 
     And whether to quantize at all, and with static clips.
     """
 
-    quantize: bool = field(default=False, metadata={"help": "Fine-tune with quantized matrix products."})
-    weight_bits: Union[int, str, None] = field(
-        default=None, metadata={"help": f'Bits of the weights, or "none" to leave them in float. {_CONFIG_DEFAULT}'}
-    )
-    activation_bits: Union[int, str, None] = field(
-        default=None, metadata={"help": f'Bits of the activations, or "none" for float. {_CONFIG_DEFAULT}'}
-    )
-    embedding_bits: Union[int, str, None] = field(
-        default=None, metadata={"help": f'Bits of the embedding tables, or "none" for float. {_CONFIG_DEFAULT}'}
-    )
-    weight_clip: Optional[str] = field(
-        default=None, metadata={"help": f"One of {', '.join(CLIP_RULES)}. {_CONFIG_DEFAULT}"}
-    )
-    activation_clip: Optional[str] = field(
-        default=None, metadata={"help": f"One of {', '.join(CLIP_RULES)}. {_CONFIG_DEFAULT}"}
-    )
-    weight_granularity: Optional[str] = field(
-        default=None, metadata={"help": f"A clip per row or per tensor. {_CONFIG_DEFAULT}"}
-    )
-    activation_granularity: Union[dict, str, None] = field(
-        default=None,
-        metadata={"help": f'JSON object: operand to what a clip is for, {{"input": "token"}}. {_CONFIG_DEFAULT}'},
-    )
-    weight_gradient_estimator: Optional[str] = field(
-        default=None, metadata={"help": f"ste, pwl or mad. {_CONFIG_DEFAULT}"}
-    )
-    activation_gradient_estimator: Optional[str] = field(
-        default=None, metadata={"help": f"ste, pwl or mad. {_CONFIG_DEFAULT}"}
-    )
-    weight_clip_options: Union[dict, str, None] = field(
-        default=None, metadata={"help": f"JSON object with options of --weight_clip. {_CONFIG_DEFAULT}"}
-    )
-    activation_clip_options: Union[dict, str, None] = field(
-        default=None, metadata={"help": f"JSON object with options of --activation_clip. {_CONFIG_DEFAULT}"}
-    )
-    unsigned_activations: Optional[bool] = field(
-        default=None,
-        metadata={"help": f"Quantize layer inputs without a negative value on the unsigned grid. {_CONFIG_DEFAULT}"},
-    )
-    asymmetric_activations: Optional[bool] = field(
-        default=None,
-        metadata={"help": f"Shift the grid of layer inputs with few negative values, as of GELU. {_CONFIG_DEFAULT}"},
-    )
-    exclude_modules: Optional[list[str]] = field(
-        default=None, metadata={"help": f"Modules to leave in float. {_CONFIG_DEFAULT}"}
-    )
-    module_overrides: Union[dict, str, None] = field(
-        default=None, metadata={"help": f"JSON object: module name to fields that differ there. {_CONFIG_DEFAULT}"}
-    )
-    quantize_attention: Optional[bool] = field(
-        default=None, metadata={"help": f"Quantize the attention's matrix products too. {_CONFIG_DEFAULT}"}
-    )
-    sync_activation_clips: Optional[bool] = field(
-        default=None,
-        metadata={"help": f"Compute activation clips from the batches of all processes. {_CONFIG_DEFAULT}"},
-    )
-
+    quantize: bool = field(default=False, metadata={"help": "Fine-tune with quantized matmuls."})
     static_clip_batches: Optional[int] = field(
         default=None,
         metadata={
@@ -160,15 +124,13 @@ class OctavArguments:
 
     def to_config(self) -> OctavConfig:
         """The configuration for `apply_octav`. Raises `ValueError` for values that cannot be used."""
-        own = ("quantize", "static_clip_batches")
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        values = {entry.name: getattr(self, entry.name) for entry in _CONFIG_FIELDS}
         values = {name: value for name, value in values.items() if value is not None}
-        for name in ("weight_bits", "activation_bits", "embedding_bits"):
-            if name in values:
-                values[name] = _bits(values[name], name)
-        for name in ("weight_clip_options", "activation_clip_options", "activation_granularity", "module_overrides"):
-            if isinstance(values.get(name), str):
-                values[name] = _json_object(values[name], name)
+        for name, value in values.items():
+            if name.endswith("_bits"):
+                values[name] = _bits(value, name)
+            elif name in _JSON_FIELDS and isinstance(value, str):
+                values[name] = _json_object(value, name)
         return OctavConfig(**values)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from run_squad import check_output_dir, checkpoint_to_resume, main, parse_argume
 from squad_task.arguments import DataArguments, OctavArguments
 
 from octav_hf import OctavConfig
+from octav_hf.config import WRITTEN_FIELDS
 from octav_hf.functional import CLIP_RULES
 
 BASE = ["--model_name_or_path", "m", "--train_file", "t.json", "--output_dir", "o", "--do_train"]
@@ -113,13 +113,17 @@ def test_json_file(tmp_path: Path) -> None:
     assert (training.learning_rate, data.max_seq_length, data.doc_stride) == (1e-3, 384, 128)
 
 
-def test_every_field_of_the_config_is_an_argument() -> None:
-    # The last three are what calibrate_octav, pack_octav and freeze_weight_clips write.
-    not_asked_for = {"unknown", "first_last_bits", "activation_clips", "packed", "frozen_weight_clips"}
-    known = set(inspect.signature(OctavConfig).parameters) - not_asked_for
-    assert {field.name for field in dataclasses.fields(OctavArguments)} - {"quantize", "static_clip_batches"} == known
+def test_every_field_of_the_config_is_an_argument_with_its_help() -> None:
+    asked_for = {field.name: field for field in dataclasses.fields(OctavConfig) if field.name not in WRITTEN_FIELDS}
+    arguments = {field.name: field for field in dataclasses.fields(OctavArguments)}
+    assert arguments.keys() - {"quantize", "static_clip_batches"} == asked_for.keys() - {"quant_method"}
+    assert all(
+        asked_for[name].metadata["help"] in arguments[name].metadata["help"] for name in arguments if name in asked_for
+    )
     words = ["--embedding_bits", "6", "--weight_granularity", "tensor", "--unsigned_activations", "false"]
-    config = octav("--quantize", *words, "--sync_activation_clips", "true").to_config()
+    lists = ["--target_modules", "query", "value", "--first_last_bits", "none"]
+    config = octav("--quantize", *words, "--sync_activation_clips", "true", *lists).to_config()
+    assert (config.target_modules, config.first_last_bits) == (["query", "value"], None)
     assert (config.embedding_bits, config.weight_granularity, config.unsigned_activations) == (6, "tensor", False)
     assert config.sync_activation_clips
 

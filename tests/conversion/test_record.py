@@ -1,0 +1,72 @@
+"""What is recorded of a model follows its modules, not the config that was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForQuestionAnswering
+
+from octav_hf import (
+    OctavConfig,
+    apply_octav,
+    calibrate_octav,
+    freeze_weight_clips,
+    pack_octav,
+    uncalibrate_octav,
+    unfreeze_weight_clips,
+    unpack_octav,
+)
+from octav_hf.conversion.record import recorded_config
+
+Step = Callable[[nn.Module], nn.Module]
+STEPS: dict[str, tuple[Step, Step, str]] = {
+    "packed": (pack_octav, unpack_octav, "packed"),
+    "calibrated": (
+        lambda net: calibrate_octav(net, [torch.randn(2, 4)], progress_bar=False),
+        uncalibrate_octav,
+        "activation_clips",
+    ),
+    "frozen": (freeze_weight_clips, unfreeze_weight_clips, "frozen_weight_clips"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_and_its_inverse(step: str) -> None:
+    do, undo, field = STEPS[step]
+    net = apply_octav(nn.Sequential(nn.Linear(4, 3)), OctavConfig(weight_bits=3))
+    asked = recorded_config(net)
+    assert not getattr(asked, field)
+    assert getattr(recorded_config(do(net)), field)
+    assert recorded_config(undo(net)) == asked == OctavConfig(weight_bits=3)
+
+
+def test_frozen_clips_of_weights_survive_packing() -> None:
+    net = freeze_weight_clips(apply_octav(nn.Sequential(nn.Linear(4, 3))))
+    clips = net[0].weight_quantizer.clips
+    assert recorded_config(pack_octav(net)).frozen_weight_clips
+    assert recorded_config(unpack_octav(net)).frozen_weight_clips
+    torch.testing.assert_close(net[0].weight_quantizer.clips, clips)
+
+
+def test_the_config_that_was_passed_is_neither_kept_nor_changed() -> None:
+    config = OctavConfig(weight_bits=3)
+    net = calibrate_octav(apply_octav(nn.Sequential(nn.Linear(4, 3)), config), [torch.randn(2, 4)], progress_bar=False)
+    assert config == OctavConfig(weight_bits=3)
+    config.weight_bits = 8
+    assert recorded_config(net).weight_bits == 3
+
+
+def test_models_that_share_a_config_are_saved_as_what_they_are(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    shared = BertConfig(vocab_size=40, max_position_embeddings=16, **sizes)
+    models = {bits: apply_octav(BertForQuestionAnswering(shared), OctavConfig(bits, bits)) for bits in (4, 6, 8)}
+    pack_octav(models[6])
+    for bits, model in models.items():
+        model.save_pretrained(tmp_path / str(bits))
+        written = json.loads((tmp_path / str(bits) / "config.json").read_text())["quantization_config"]
+        assert (written["weight_bits"], written["packed"]) == (bits, bits == 6)
