@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx2
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import httpx
 from transformers import PreTrainedModel, logging
 
 from ._utils.text_table import aligned
@@ -17,10 +16,8 @@ from .hub.model_card import bits_in_words
 from .hub.training_run import TrainingRun
 from .packing.pack import pack_octav, unpack_octav
 
-_FORESEEABLE = (
-    *(ValueError, OSError, NotImplementedError),
-    *(HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, httpx2.TransportError),
-)
+# HTTPError includes refusals by the Hub and failed connections; huggingface_hub exports the client that it uses.
+_EXPECTED_ERRORS = (ValueError, OSError, NotImplementedError, httpx.HTTPError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     try:
         options.run(options)
-    except _FORESEEABLE as error:
+    except _EXPECTED_ERRORS as error:
         print(f"octav-hf: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     finally:

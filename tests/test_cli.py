@@ -3,12 +3,13 @@
 import importlib.metadata
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, close_session, constants
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -207,6 +208,19 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(
     (trained / "config.json").write_text(json.dumps(newer))
     assert "format version 9" in error_of(capsys, "inspect", trained)
     assert "is not a folder" in error_of(capsys, "push", tmp_path / "nowhere", "me/x")
+
+
+def test_a_hub_that_cannot_be_reached(
+    trained: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "offline mode is enabled" in error_of(capsys, "push", trained, "me/x")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()  # the client reads the environment when it is made
+    with socket.socket() as not_listening:
+        not_listening.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{not_listening.getsockname()[1]}")
+        assert "refused" in error_of(capsys, "push", trained, "me/x")
 
 
 def test_an_interrupted_pack_leaves_no_folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,13 @@
-"""Which checkpoint folders of Transformers' Trainer are whole, found without unpickling anything.
+"""Find complete checkpoints of Transformers' Trainer without unpickling anything.
 
-Trainer writes ``checkpoint-N`` in place: the model first, then the optimizer, the scheduler and the states of the
-random number generators, and ``trainer_state.json`` last (``Trainer._save_checkpoint`` of Transformers 5.23). A run
-that is killed meanwhile leaves a folder that ``transformers.trainer_utils.get_last_checkpoint`` still returns. Of what
-is missing in it, ``Trainer.train`` skips the optimizer and the generators without a word.
+Trainer writes ``checkpoint-N`` in place: the model and ``training_args.bin``, then the optimizer, the scheduler and the
+states of the random number generators, and ``trainer_state.json`` last (``Trainer._save_checkpoint``). A run that is
+killed while it saves leaves an incomplete folder, which ``transformers.trainer_utils.get_last_checkpoint`` still
+returns. ``Trainer.train`` then silently starts with a new optimizer or new generators if their files are missing.
 """
 
 import json
 import logging
-import pickletools
 import re
 import zipfile
 from pathlib import Path
@@ -21,42 +20,47 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE, _ARGUMENTS = "trainer_state.json", "training_args.bin"
 _WEIGHTS, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
-_OPTIMIZER, _SCHEDULER, _SCALER, _RNG = "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth"
-_UNFINISHED = "checkpoint-is-incomplete.txt"  # of TrainingArguments.enable_jit_checkpoint, removed at the end
-# RuntimeError, and NotImplementedError with it: to zipfile it is an archive that is encrypted or of a later version.
-_DAMAGED_ARCHIVE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile)
-_NUMBERING = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")  # operations of a pickle
+_OPTIMIZER, _SCHEDULER, _RNG = "optimizer.pt", "scheduler.pt", "rng_state.pth"
+_PROGRESS = (_OPTIMIZER, _SCHEDULER, "scaler.pt", "rng_state*.pth")
+_UNFINISHED = "checkpoint-is-incomplete.txt"  # by TrainingArguments.enable_jit_checkpoint, which removes it at the end
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint of a training run that was written to its end.
+    """Return the newest complete checkpoint of a training run.
 
-    Each newer folder that is not whole is passed over with a warning that says why. Pass the result to
-    ``Trainer.train(resume_from_checkpoint=...)``; None there starts afresh.
+    Newer folders that are not complete are skipped, each with a warning that says why. Pass the result to
+    ``Trainer.train(resume_from_checkpoint=...)``, where None starts from the beginning.
 
-    A checkpoint is whole if
+    A checkpoint is complete if
 
-    - ``trainer_state.json`` is there and its ``global_step`` is the folder's N,
-    - the weights are there, as ``model.safetensors``, as shards with their index, or as adapters of PEFT, and every
-      such file has the length that its header says, and every tensor that the index lists,
-    - ``training_args.bin``, ``optimizer.pt``, ``scheduler.pt`` and ``rng_state.pth`` are there (after training in n
-      processes ``rng_state_0.pth`` to ``rng_state_{n-1}.pth``), and these and ``scaler.pt`` are complete zip archives,
-    - every other ``.json`` file in it, such as ``config.json``, is JSON.
+    - ``trainer_state.json`` exists and its ``global_step`` is the folder's N,
+    - the weights exist, as ``model.safetensors``, as shards with their index, or as PEFT adapters; each file has the
+      length that its header gives and contains every tensor that the index lists for it,
+    - ``training_args.bin``, ``optimizer.pt``, ``scheduler.pt`` and ``rng_state.pth`` exist (after training in several
+      processes ``rng_state_0.pth``, ``rng_state_1.pth`` and so on, without a gap), and these and ``scaler.pt`` are
+      complete zip archives,
+    - every other ``.json`` file in the folder, such as ``config.json``, is valid JSON.
 
-    A run with ``TrainingArguments.save_only_model`` saves no optimizer, scheduler or generators, so they are not looked
-    for. Its checkpoints are returned too, with a warning, since training goes on differently from them. That field and
-    n are read from ``training_args.bin`` by going through the operations of its pickle, none of which is carried out.
+    A folder without any optimizer, scheduler, scaler and generator state counts as saved with
+    ``TrainingArguments.save_only_model``. It is returned too, with a warning, since training does not continue from it
+    as it would have without the interruption.
 
-    Not seen are values that were altered in a file of the right length, and the lack of files that training does not go
-    on from (``config.json``, the tokenizer). Nor is it seen that the save of a run with other arguments was interrupted
-    in the folder of an older whole checkpoint, so remove those of later steps before training on from an earlier one.
-    Checkpoints by DeepSpeed and by sharded FSDP, which have other files, count as not whole.
+    Not seen are
+
+    - values changed in a file of the right length,
+    - missing files that training does not need (``config.json``, the tokenizer),
+    - missing generator states of the last ranks, after training in three or more processes: each process writes its
+      own, and their number is recorded only in the pickle in ``training_args.bin``,
+    - an interrupted save into the folder of an older complete checkpoint, if it left whole files only, some old and
+      some new; so delete the later checkpoints before you resume from an earlier one.
+
+    Checkpoints by DeepSpeed and by sharded FSDP, which consist of other files, count as incomplete.
 
     Args:
         output_dir: ``TrainingArguments.output_dir``, the folder of the ``checkpoint-N``; it need not exist.
 
     Returns:
-        The folder's path, or None where no checkpoint is whole.
+        The folder's path, or None if no checkpoint is complete.
 
     Raises:
         NotADirectoryError: ``output_dir`` is a file.
@@ -76,15 +80,15 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def check_checkpoint(checkpoint: str | Path) -> None:
-    """Raise an error unless a folder is a whole checkpoint, as `last_whole_checkpoint` defines it.
+    """Raise an error unless a folder is a complete checkpoint, as `last_whole_checkpoint` defines it.
 
-    A warning is logged if it was saved with ``save_only_model``.
+    A warning is logged if it has the model only, as ``save_only_model`` saves it.
 
     Args:
-        checkpoint: the folder. Only if its name is ``checkpoint-N`` has its ``global_step`` to be N.
+        checkpoint: the folder. Its ``global_step`` must be N if its name is ``checkpoint-N``; other names are allowed.
 
     Raises:
-        ValueError: something is missing or damaged; the message names the folder and the file.
+        ValueError: a file is missing or damaged; the message names the folder and the file.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -95,15 +99,14 @@ def check_checkpoint(checkpoint: str | Path) -> None:
         for path in sorted(folder.glob("*.json")):
             _read_json(path)
         _check_archive(folder / _ARGUMENTS)
-        model_only = _argument(folder / _ARGUMENTS, "save_only_model")
-        if not model_only:
-            _check_progress(folder)
+        has_progress = _check_progress(folder)
     except ValueError as error:
         raise ValueError(f"{folder} is not a whole checkpoint: {error}") from error
-    if model_only:
+    if not has_progress:
         logger.warning(
-            f"{folder} was saved with save_only_model: the optimizer, the learning rate's schedule and the random "
-            f"numbers start anew, so training ends with other weights than without the interruption"
+            f"{folder} has the model only, as if it was saved with save_only_model: the optimizer, the learning rate "
+            f"schedule and the random number generators start anew, so training ends with other weights than without "
+            f"the interruption"
         )
 
 
@@ -144,17 +147,16 @@ def _check_shards(folder: Path) -> None:
             raise ValueError(f"{shard} has no tensor {min(missing)}, which {_INDEX} lists")
 
 
-def _check_progress(folder: Path) -> None:
-    """Check the states of the optimizer, the schedule, the loss scaler if there is one, and the random numbers."""
-    _check_archive(folder / _OPTIMIZER)
-    _check_archive(folder / _SCHEDULER)
-    if (folder / _SCALER).exists():
-        _check_archive(folder / _SCALER)
-    processes = _argument(folder / _ARGUMENTS, "num_processes")
-    if processes is None:  # not recorded; at least there must be no gap
-        processes = len(list(folder.glob("rng_state_*.pth"))) or 1
-    for name in [_RNG] if processes == 1 else [f"rng_state_{process}.pth" for process in range(processes)]:
+def _check_progress(folder: Path) -> bool:
+    """Check the states of optimizer, scheduler, loss scaler and random number generators; False if there are none."""
+    present = {path.name for pattern in _PROGRESS for path in folder.glob(pattern)}
+    if not present:
+        return False
+    processes = len(list(folder.glob("rng_state_*.pth")))  # a single process writes no number
+    rng_states = [f"rng_state_{rank}.pth" for rank in range(max(processes, 2))] if processes else [_RNG]
+    for name in sorted(present.union([_OPTIMIZER, _SCHEDULER], rng_states)):
         _check_archive(folder / name)
+    return True
 
 
 def _read_json(path: Path) -> Any:
@@ -178,35 +180,13 @@ def _names_in_safetensors(path: Path) -> set[str]:
 
 
 def _check_archive(path: Path) -> None:
-    """Check a file by ``torch.save``, which is a zip archive with its directory at the end."""
+    """Check a file written by ``torch.save``, a zip archive with its directory at the end."""
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                if entry.compress_type != zipfile.ZIP_STORED:
-                    raise ValueError(f"{entry.filename} is compressed, which torch.save never does")
                 archive.open(entry).close()  # compares the entry's own header with the directory
     except FileNotFoundError as error:
         raise ValueError(f"{path.name} is missing") from error
-    except _DAMAGED_ARCHIVE as error:
+    # RuntimeError and its subclass NotImplementedError: the archive appears to be encrypted or of a later version.
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path.name} is cut off or no file by torch.save ({error})") from error
-
-
-def _argument(path: Path, name: str) -> bool | int | None:
-    """The bool or int of a name in pickled ``TrainingArguments``; None if there is none.
-
-    Raises:
-        ValueError: the file holds no pickle.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            (pickled,) = [entry for entry in archive.namelist() if entry.endswith("/data.pkl")]
-            operations = [(operation.name, value) for operation, value, _ in pickletools.genops(archive.read(pickled))]
-    except _DAMAGED_ARCHIVE as error:
-        raise ValueError(f"{path.name} is cut off or no file by torch.save ({error})") from error
-    # An attribute is its name and its value; operations between only number the name for later use.
-    following = iter(operations)
-    for _, value in following:
-        if value == name:
-            operation, value = next(step for step in following if step[0] not in _NUMBERING)
-            return {"NEWTRUE": True, "NEWFALSE": False}.get(operation, value if isinstance(value, int) else None)
-    return None

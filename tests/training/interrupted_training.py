@@ -1,6 +1,6 @@
 """Trains a small quantized BERT in processes that kill themselves, and resumes: run by ``test_interrupted.py``.
 
-    python -m tests.integrations.interrupted_training FOLDER
+    python -m tests.training.interrupted_training FOLDER
 
 FOLDER/kills.json says when the runs die, by name; how they went is written to FOLDER/outcomes.json. This process
 imports once and trains nothing itself; each run is a fork of it.
