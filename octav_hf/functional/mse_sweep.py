@@ -1,4 +1,4 @@
-"""The brute-force judge: try many clips, keep the one with the lowest measured error."""
+"""Brute-force search for the clip with the lowest measured error."""
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from .rows import Dim, check_floating, finite_range, magnitude, statistics_dtype
 def mse_sweep_clip(x: Tensor, num_bits: int, *, signed: bool = True, dim: Dim = None, num_points: int = 100) -> Tensor:
     """The best of the clips ``k / num_points * max|x|``, ``k = 1 ... num_points``, by measured error (Appendix E.3).
 
-    Arguments, result and errors as ``octav_clip``; of equal errors the smallest clip wins. Reads the tensor
-    ``num_points`` times: the paper measured OCTAV at a tenth of the cost (Table 6).
+    Arguments, result and errors as in ``octav_clip``; ties go to the smallest clip. Reads the tensor ``num_points``
+    times: the paper measured OCTAV at a tenth of the cost (Table 6).
 
     Args:
         num_points: number of candidates, at least 1; 100 in the paper.
