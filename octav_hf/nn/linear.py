@@ -1,4 +1,4 @@
-"""A linear layer whose weight and input pass through quantizers."""
+"""A quantized linear layer."""
 
 import torch
 from torch import Tensor, nn
@@ -7,8 +7,8 @@ from .granularity import ACTIVATION_GRANULARITIES
 from .quantized_layer import QuantizedLayer, register_quantized_layer
 from .shared_inputs import quantize_input
 
-# nn.functional.linear as PyTorch has it. DeepSpeed's ZeRO-3 puts a function in its place whose matmuls would be taken
-# for those of the attention module around the layer.
+# PyTorch's nn.functional.linear. DeepSpeed's ZeRO-3 replaces it by a function whose matmuls would be taken for
+# attention's.
 LINEAR = torch._C._nn.linear
 
 

@@ -1,22 +1,19 @@
-"""Refusing what records a model's operations where a quantizer cannot be recorded."""
+"""The error for tracing a quantizer with dynamic clips."""
 
 import torch
 from torch import Tensor, nn
 
 
 def refuse_recording(quantizer: nn.Module, x: Tensor, dynamic: bool) -> None:
-    """Raise unless a quantizer's call on ``x`` is run, compiled, or exported with clips that do not follow the data.
+    """Raise ``RuntimeError`` if the call ``quantizer(x)`` is being recorded, other than exported with frozen clips.
 
-    ``torch.jit.trace`` would record the clip's recursion as it went for this one tensor, and ``torch.fx`` and
-    ``torch.export`` stop at it with errors of their own, which do not say what to do.
+    ``torch.jit.trace`` would record the clip's recursion for this one tensor; ``torch.fx`` and ``torch.export`` would
+    fail with errors that do not say what to do.
 
     Args:
-        quantizer: for its ``name`` in the message. Read only there: a compiler would compile once for each name.
-        x: what it is called on.
-        dynamic: whether its clip is computed from ``x``.
-
-    Raises:
-        RuntimeError: the call is being recorded.
+        quantizer: for its ``name``, which is read only for the message: a compiler would recompile for each name.
+        x: the quantizer's argument.
+        dynamic: whether the clip is computed from ``x``.
     """
     if isinstance(x, torch.fx.Proxy):
         recorder = "torch.fx.symbolic_trace"

@@ -1,4 +1,4 @@
-"""Layers that read the same tensor, as query, key and value projections do, quantize it once."""
+"""Quantizing an input once for several layers, such as query, key and value projections."""
 
 import threading
 from collections.abc import Iterator
@@ -12,10 +12,8 @@ from .fake_quantize import FakeQuantize
 
 
 class _Entry(NamedTuple):
-    """An input, what its quantization depended on, and the result."""
-
     x: Tensor
-    state: tuple[object, ...]
+    state: tuple[object, ...]  # what the output depends on besides x
     output: Tensor
 
 
@@ -28,7 +26,7 @@ _scope = _Scope()
 
 @contextmanager
 def shared_inputs() -> Iterator[None]:
-    """While active, in this thread, ``quantize_input`` gives one result to quantizers with the same ``cache_key``."""
+    """Within it, in this thread, ``quantize_input`` shares results among quantizers with the same ``cache_key``."""
     before, _scope.entries = _scope.entries, []
     try:
         yield
@@ -37,8 +35,8 @@ def shared_inputs() -> Iterator[None]:
 
 
 def quantize_input(quantizer: nn.Module, x: Tensor) -> Tensor:
-    """``quantizer(x)``, or what an equal quantizer made of the same tensor within ``shared_inputs``."""
-    # A compiler finds the common work by itself.
+    """``quantizer(x)``, or an equal quantizer's result for the same tensor within ``shared_inputs``."""
+    # A compiler eliminates the repeated work itself.
     if torch.compiler.is_compiling() or _scope.entries is None or not isinstance(quantizer, FakeQuantize):
         return quantizer(x)
     version = None if x.is_inference() else x._version

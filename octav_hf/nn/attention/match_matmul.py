@@ -1,4 +1,4 @@
-"""Which torch functions are matmuls of two tensors, and where their operands are."""
+"""Recognizes calls of torch functions that are matmuls of two tensors."""
 
 import math
 from collections.abc import Callable
@@ -38,7 +38,7 @@ _PLACES: dict[Function, tuple[Place, Place]] = {
     **dict.fromkeys((torch.addbmm, Tensor.addbmm, Tensor.addbmm_), _BADDBMM),
 }
 
-# Functions that multiply and sum in another way.
+# Other functions that multiply and sum.
 _UNSUPPORTED: set[Function] = {
     *(torch.tensordot, torch.inner, Tensor.inner, torch.mv, Tensor.mv, torch.addmv, Tensor.addmv, Tensor.addmv_),
     *(torch.dot, Tensor.dot, torch.vdot, Tensor.vdot, torch.linalg.vecdot, torch.linalg.multi_dot, torch.chain_matmul),
@@ -50,50 +50,32 @@ _SUMMING_BATCHES: set[Function] = {torch.addbmm, Tensor.addbmm, Tensor.addbmm_}
 
 
 class OperandDims(NamedTuple):
-    """Dimensions of an operand by their part in a matmul; the others, such as batch and heads, both operands have.
+    """Dimensions of an operand by their role in a matmul; the others, such as batch and heads, are shared by both."""
 
-    Args:
-        free: those that only this operand contributes to the result.
-        contracted: those that the matmul sums over, so that they are not in the result.
-    """
-
-    free: tuple[int, ...]
-    contracted: tuple[int, ...]
+    free: tuple[int, ...]  # only this operand contributes them to the result
+    contracted: tuple[int, ...]  # summed over
 
 
-ROWS = OperandDims(free=(-2,), contracted=(-1,))
-"""Of the left operand of a matmul."""
-COLUMNS = OperandDims(free=(-1,), contracted=(-2,))
-"""Of the right operand of a matmul."""
+ROWS = OperandDims(free=(-2,), contracted=(-1,))  # of a left operand
+COLUMNS = OperandDims(free=(-1,), contracted=(-2,))  # of a right operand
 
 
 class UnsupportedMatmul(ValueError):
-    """A call that multiplies and sums in another way than a matmul of two tensors; says which."""
+    """A call that multiplies and sums, but is not a matmul of two tensors."""
 
 
 @dataclass(frozen=True)
 class Matmul:
-    """A call that multiplies two tensors and sums over the products of their elements.
+    """A call that multiplies two tensors and sums over the products of their elements."""
 
-    Args:
-        operands: the left and the right one.
-        dims: of the left and the right one.
-        inner_size: how many terms each sum has.
-        call: the same call on other operands.
-    """
-
-    operands: tuple[Tensor, Tensor]
+    operands: tuple[Tensor, Tensor]  # left and right
     dims: tuple[OperandDims, OperandDims]
-    inner_size: int
-    call: Callable[[Tensor, Tensor], Any]
+    inner_size: int  # terms of each sum
+    call: Callable[[Tensor, Tensor], Any]  # the same call with other operands
 
 
 def match_matmul(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Matmul | None:
-    """The matmul that this call computes, or ``None`` if it computes none.
-
-    Raises:
-        UnsupportedMatmul: the call multiplies in another way.
-    """
+    """The matmul that a call computes, or ``None`` if it is not one; raises ``UnsupportedMatmul``."""
     if function in _UNSUPPORTED:
         raise UnsupportedMatmul(getattr(function, "__name__", str(function)))
     if function is torch.einsum:
@@ -149,21 +131,17 @@ def _einsum(equation: str, *operands: Any) -> Matmul | None:
 
 
 def _indices(letters: str, dims: int) -> list[str | int]:
-    """What names each dimension of an operand of einsum: a letter, or a number below 0 for one that ``...`` stands for.
-
-    Those of an ellipsis are counted from its end, where the operands' are broadcast against each other.
-    """
+    """The indices of an einsum operand: letters, and for ``...`` negative numbers, which align from the right."""
     before, ellipsis, after = letters.partition("...")
     hidden = dims - len(before) - len(after) if ellipsis else 0
     return [*before, *range(-hidden, 0), *after]
 
 
 def _einsum_dims(indices: list[str | int], others: list[str | int], in_result: set[str | int]) -> OperandDims:
-    # What an ellipsis stands for are batch dimensions, even if the other operand has fewer.
-    free = (
-        dim
-        for dim, index in enumerate(indices)
-        if isinstance(index, str) and index in in_result and index not in others
+    # Dimensions of an ellipsis are batch dimensions, even if the other operand has fewer.
+    letters = {index for index in indices if isinstance(index, str)}
+    free = letters & (in_result - set(others))
+    return OperandDims(
+        tuple(dim for dim, index in enumerate(indices) if index in free),
+        tuple(dim for dim, index in enumerate(indices) if index not in in_result),
     )
-    contracted = (dim for dim, index in enumerate(indices) if index not in in_result)
-    return OperandDims(tuple(free), tuple(contracted))
