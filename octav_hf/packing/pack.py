@@ -1,4 +1,4 @@
-"""``pack_octav`` and ``unpack_octav``: a trained model's weights become integers and scales, and floats again."""
+"""``pack_octav`` and ``unpack_octav``: converting weights to integers and scales, and back."""
 
 import logging
 from collections.abc import Iterable
@@ -20,15 +20,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
-    """Store the quantized weights as integers of their own width and one scale per row, in place.
+    """Store the quantized weights as integers of their bit width and one scale per row, in place.
 
-    The outputs stay the same bit for bit: a packed layer makes its weight from the integers whenever it is needed. Of a
-    Transformers model ``save_pretrained`` and ``push_to_hub`` then write the packed form, and ``from_pretrained`` gives
-    it back. Packed weights are no parameters, and the other parameters are frozen (``requires_grad`` False): to train
-    on, call ``unpack_octav``; adapters added to the packed model can be trained as they are.
+    The outputs stay bitwise the same: a packed layer dequantizes its weight whenever it is used. For a Transformers
+    model ``save_pretrained`` and ``push_to_hub`` then write the packed form, which ``from_pretrained`` loads. Packed
+    weights are not parameters, and other parameters are frozen (``requires_grad`` False). To continue training call
+    ``unpack_octav``; adapters on the packed model can be trained without it.
 
-    A weight that several modules share, as a language-model head and the token embeddings often do, is stored in
-    floating point for all of them, and quantized when it is used, as in training; a warning names it.
+    A weight that several modules share, such as a language-model head and the token embeddings, stays in floating point
+    and is quantized when used, as in training; a warning names it.
 
     Args:
         model: quantized by ``apply_octav``.
@@ -63,11 +63,8 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
                 f"{table.name}: other modules share this table of {table.module.num_embeddings} rows, which has to "
                 "stay in floating point for them; leave embedding_bits out"
             )
-    packed = [
-        (layer, PackedWeight.pack(quantizer, layer.weight))
-        for layer, quantizer in quantized.values()
-        if layer not in shared
-    ]
+    unshared = (pair for pair in quantized.values() if pair[0] not in shared)
+    packed = [(layer, PackedWeight.pack(quantizer, layer.weight)) for layer, quantizer in unshared]
     if not packed:
         raise ValueError(f"{type(model).__name__} has no quantized weight of its own, so there is nothing to pack")
     for table in tables:
@@ -87,11 +84,10 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
 
 
 def unpack_octav(model: Model) -> Model:
-    """Undo ``pack_octav`` in place, for training: parameters again, whose values are the packed weights'.
+    """Undo ``pack_octav`` in place, for training: weights are parameters with the packed values.
 
-    Clips are computed from the weights again, unless ``freeze_weight_clips`` had frozen them. Those of values that are
-    on a grid already are not exactly the grid's own, so the outputs then differ a little from the packed model's. All
-    parameters get ``requires_grad`` True.
+    Unless ``freeze_weight_clips`` froze them, clips are recomputed from these values. They differ slightly from those
+    before packing, and so do the outputs. All parameters get ``requires_grad`` True.
 
     Returns:
         ``model``.
@@ -111,7 +107,7 @@ def unpack_octav(model: Model) -> Model:
 
 
 def prepare_packed(model: nn.Module, names: Iterable[str], frozen_weight_clips: bool) -> None:
-    """Give these layers of a model that was converted, and not loaded yet, packed weights to load into."""
+    """Give layers of a converted model empty packed weights, to load into."""
     quantized = quantized_weights(model)
     for name in names:
         layer, quantizer = quantized[name]
@@ -120,7 +116,7 @@ def prepare_packed(model: nn.Module, names: Iterable[str], frozen_weight_clips: 
 
 
 def quantized_weights(model: nn.Module) -> dict[str, tuple[Any, FakeQuantize]]:
-    """Name -> layer with a quantized float weight, and the weight's quantizer."""
+    """Name -> layer with a quantized float weight, and its quantizer."""
     return {
         name: (layer, layer.weight_quantizer)
         for name, layer in layers_by_quantizer(model, FakeQuantize).items()
@@ -129,7 +125,6 @@ def quantized_weights(model: nn.Module) -> dict[str, tuple[Any, FakeQuantize]]:
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
-    """The packed layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
 
 
