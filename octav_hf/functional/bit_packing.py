@@ -46,16 +46,7 @@ def pack_bits(levels: Tensor, num_bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, num_bits: int, row_length: int) -> Tensor:
-    """Undo ``pack_bits``.
-
-    Args:
-        packed: ``[..., packed_row_bytes(row_length, num_bits)]``, uint8, or int8 at 8 bits.
-        num_bits: 2 to 8.
-        row_length: number of integers in a row.
-
-    Returns:
-        int8, ``[..., row_length]``.
-    """
+    """Undo ``pack_bits``: int8, ``[..., row_length]``, from ``[..., bytes per row]``."""
     if num_bits == 8:
         return packed
     missing = -packed.shape[-1] % num_bits

@@ -25,16 +25,11 @@ def quantization_error(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool =
     """
     check_floating(x, "quantization_error")
     rows, shape = to_rows(x, dim)
-    return rows_error(rows, clip.reshape(-1), num_bits, signed).reshape(shape)
-
-
-def rows_error(rows: Tensor, clip: Tensor, num_bits: int, signed: bool) -> Tensor:
-    """``quantization_error`` of ``[rows, n]`` for one clip per row, ``[rows]``."""
-    return rows_errors(rows, clip[None], num_bits, signed)[0]
+    return rows_errors(rows, clip.reshape(1, -1), num_bits, signed)[0].reshape(shape)
 
 
 def rows_errors(rows: Tensor, clips: Tensor, num_bits: int, signed: bool, ranks: AllRanks | None = None) -> Tensor:
-    """``quantization_error`` of ``[rows, n]`` for k clips per row, ``[k, rows]``.
+    """``quantization_error`` of ``[rows, n]`` for ``clips``, ``[k, rows]``.
 
     With ``ranks``, of a single row that is distributed over the ranks; one collective.
     """
@@ -57,7 +52,7 @@ def rows_errors(rows: Tensor, clips: Tensor, num_bits: int, signed: bool, ranks:
 def lower_error(
     rows: Tensor, first: Tensor, second: Tensor, num_bits: int, signed: bool, ranks: AllRanks | None = None
 ) -> Tensor:
-    """Of two clips per row, the one with the lower measured error, or the smaller one; ``ranks`` as above."""
+    """Of two clips per row, the one with the lower measured error; the smaller if equal."""
     low, high = torch.minimum(first, second), torch.maximum(first, second)
     low_error, high_error = rows_errors(rows, torch.stack([low, high]), num_bits, signed, ranks)
     return torch.where(high_error < low_error, high, low)

@@ -22,7 +22,7 @@ _ROW_UPDATES = 7
 
 
 def is_worthwhile(x: Tensor) -> bool:
-    """Whether ``fixed_points`` pays off for ``x``, and its float32 arithmetic is precise enough."""
+    """Whether ``fixed_points`` is fast for ``x``, and precise enough with its float32 arithmetic."""
     return x.numel() >= MIN_NUMEL and x.dtype != torch.float64
 
 
@@ -62,7 +62,7 @@ def _long_row(x: Tensor, noise: float, signed: bool) -> float | None:
 
 
 def _sample(x: Tensor) -> Tensor:
-    """One element in 16, in runs."""
+    """One in 16 elements."""
     return x[: x.numel() // _PIECE * _PIECE].view(-1, _PIECE)[:, : _PIECE // 16].reshape(-1)
 
 

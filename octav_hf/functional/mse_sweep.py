@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .error import rows_error
+from .error import rows_errors
 from .grid import check_num_bits
 from .registry import register_clip_rule
 from .rows import Dim, check_floating, finite_range, magnitude, statistics_dtype, to_rows
@@ -33,7 +33,7 @@ def mse_sweep_clip(x: Tensor, num_bits: int, *, signed: bool = True, dim: Dim = 
     best_error = torch.full_like(best, torch.inf)
     for k in range(1, num_points + 1):
         candidate = peak * (k / num_points)
-        error = rows_error(rows, candidate, num_bits, signed)
+        error = rows_errors(rows, candidate[None], num_bits, signed)[0]
         best = torch.where(error < best_error, candidate, best)
         best_error = torch.minimum(error, best_error)
     return best.reshape(shape)

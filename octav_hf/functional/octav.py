@@ -76,11 +76,11 @@ def octav_clip(
         return _clip_of_all_ranks(rows, num_bits, signed, max_iterations, ranks).reshape(())
     clip = None if max_iterations is not None else _fast(rows, num_bits, signed)
     if clip is None:
-        low, high = finite_range(x, "octav_clip")
-        clip = _recursion(rows, num_bits, signed, max_iterations, low, high)
+        tail = TailSums(rows, signed, *finite_range(x, "octav_clip"))
+        clip = _recursion(tail, rows, num_bits, signed, max_iterations)
     elif (missing := clip.isnan()).any():
-        low, high = finite_range(x, "octav_clip")
-        clip[missing] = _recursion(rows[missing], num_bits, signed, None, low, high)
+        tail = TailSums(rows[missing], signed, *finite_range(x, "octav_clip"))
+        clip[missing] = _recursion(tail, rows[missing], num_bits, signed)
     return clip.reshape(shape)
 
 
@@ -92,46 +92,23 @@ def _fast(rows: Tensor, num_bits: int, signed: bool) -> Tensor | None:
     return clip
 
 
-def _recursion(
-    rows: Tensor, num_bits: int, signed: bool, max_iterations: int | None, low: float, high: float
-) -> Tensor:
-    """Eq. 6 for each row of ``[rows, n]``, with finite values from ``low`` to ``high``."""
-    tail = TailSums(rows, signed, low, high)
-    if max_iterations is None:
-        return _settle(tail, rows, num_bits, signed)
-    return _iterate(tail, noise_factor(num_bits, signed), max_iterations)
-
-
 def _clip_of_all_ranks(
     rows: Tensor, num_bits: int, signed: bool, max_iterations: int | None, ranks: AllRanks
 ) -> Tensor:
     """The clip, ``[1]``, of a row distributed over the ranks, whose part is ``rows``, ``[1, n]``."""
-    noise = noise_factor(num_bits, signed)
     if max_iterations is not None:
-        return _iterate(TailSumsOfAllRanks(rows, signed, ranks), noise, max_iterations)
+        return _recursion(TailSumsOfAllRanks(rows, signed, ranks), rows, num_bits, signed, max_iterations)
     # Each update is a collective, and few are needed from the mean of the ranks' own clips.
     tail = TailSumsOfAllRanks(rows, signed, ranks, guess=octav_clip(rows, num_bits, signed=signed))
     # Above every magnitude Eq. 6 would start over from 0.
     highest = max(-ranks.low if signed else 0.0, ranks.high) * (1 - 2.0**-20)
     clip = tail.guess.clamp(max=highest) * tail.unit
     for _ in range(_MAX_UPDATES_FROM_GUESS):
-        after = _update(tail, clip, noise)
+        after = _update(tail, clip, noise_factor(num_bits, signed))
         if bool((after - clip).abs() <= _TOLERANCE_IN_EPS * torch.finfo(clip.dtype).eps * clip):
             return after / tail.unit
         clip = after
-    return _settle(tail, rows, num_bits, signed, ranks)
-
-
-def _mean(tail: TailSums) -> Tensor:
-    """s_1 of Eq. 6."""
-    return tail.total / tail.nonzero.clamp(min=1)
-
-
-def _iterate(tail: TailSums, noise: float, updates: int) -> Tensor:
-    clip = _mean(tail)
-    for _ in range(updates):
-        clip = _update(tail, clip, noise)
-    return clip / tail.unit
+    return _recursion(tail, rows, num_bits, signed, ranks=ranks)
 
 
 def _update(tail: TailSums, clip: Tensor, noise: float) -> Tensor:
@@ -141,11 +118,23 @@ def _update(tail: TailSums, clip: Tensor, noise: float) -> Tensor:
     return torch.where(outside > 0, total / denominator.clamp(min=noise), clip)
 
 
-def _settle(tail: TailSums, rows: Tensor, num_bits: int, signed: bool, ranks: AllRanks | None = None) -> Tensor:
-    """Run Eq. 6 until each row converges or alternates; see ``octav_clip`` for the result."""
-    noise, start = noise_factor(num_bits, signed), _mean(tail)
-    tolerance = _TOLERANCE_IN_EPS * torch.finfo(start.dtype).eps
-    before, clip = torch.full_like(start, -1), start
+def _recursion(
+    tail: TailSums,
+    rows: Tensor,
+    num_bits: int,
+    signed: bool,
+    max_iterations: int | None = None,
+    ranks: AllRanks | None = None,
+) -> Tensor:
+    """Eq. 6 for each row, ``[rows]``, from s_1 on; see ``octav_clip`` for the result."""
+    noise = noise_factor(num_bits, signed)
+    clip = tail.total / tail.nonzero.clamp(min=1)
+    if max_iterations is not None:
+        for _ in range(max_iterations):
+            clip = _update(tail, clip, noise)
+        return clip / tail.unit
+    tolerance = _TOLERANCE_IN_EPS * torch.finfo(clip.dtype).eps
+    before = torch.full_like(clip, -1)
     for _ in range(_MAX_UPDATES):
         after = _update(tail, clip, noise)
         settled = (after - clip).abs() <= tolerance * clip

@@ -16,7 +16,7 @@ Rules that support a tensor distributed over several ranks also take ``ranks: Al
 """
 
 RULE_ARGUMENTS = ("x", "num_bits", "signed", "dim", "ranks")
-"""Arguments of a rule that are not options."""
+"""Arguments of rules that are not options."""
 
 
 def rules_for_all_ranks() -> list[str]:

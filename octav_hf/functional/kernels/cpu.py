@@ -26,16 +26,7 @@ def is_supported(rows: Tensor) -> bool:
 
 
 def fixed_points(rows: Tensor, num_bits: int, signed: bool) -> Tensor | None:
-    """The fixed point of Eq. 6 for each row, in one read of a large tensor.
-
-    Args:
-        rows: float32, bfloat16 or float16, ``[rows, n]`` with n > 0.
-        num_bits, signed: the grid.
-
-    Returns:
-        Clips, float32 ``[rows]``: 0 for a row of zeros, NaN where Eq. 6 cycles, values are not finite or sums overflow.
-        ``None`` if the library is not available.
-    """
+    """As ``fixed_point.fixed_points``, but 0 for a row of zeros; ``None`` if the library is not available."""
     return _call("octav_clips", rows, num_bits, signed)
 
 

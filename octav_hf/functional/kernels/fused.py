@@ -64,13 +64,9 @@ def _neutral(device: str) -> Iterator[None]:
 def elementwise(
     function: fused, tensors: tuple[Tensor, ...], parameters: tuple[Tensor, ...], *constants: Any
 ) -> tuple[Tensor, ...]:
-    """``function(*tensors, *parameters, *constants)``, as one loop in memory order if possible.
+    """``function(*tensors, *parameters, *constants)``, elementwise, as one loop in memory order if possible.
 
-    Args:
-        function: an elementwise function that returns a tuple of tensors.
-        tensors: of one shape, which is also that of the results.
-        parameters: tensors broadcastable against them.
-        constants: the function's other arguments.
+    ``tensors`` and the results have one shape, to which ``parameters`` are broadcastable.
     """
     first = tensors[0]
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)  # double backward
@@ -97,17 +93,10 @@ def _in_order(parameter: Tensor, order: list[int]) -> Tensor:
 
 
 def _loops(shape: torch.Size, parameters: list[Tensor]) -> tuple[list[int], list[Tensor]] | None:
-    """The fewest dimensions as which a contiguous tensor of ``shape`` and the parameters can be viewed.
+    """``shape``, of a contiguous tensor, and the parameters with as few dimensions as possible.
 
-    Merges neighbouring dimensions along which the parameters all vary or are all constant, so that few variants are
-    compiled.
-
-    Args:
-        shape: the tensor's.
-        parameters: 0-dim, or broadcastable to ``shape`` with as many dimensions.
-
-    Returns:
-        Sizes of the tensor's dimensions, and the parameters with as many; ``None`` if the parameters' shapes differ.
+    Merges neighbouring dimensions if the parameters, which are 0-dim or broadcastable to ``shape``, vary along all or
+    none of them, so that few variants are compiled. ``None`` if the parameters differ in this.
     """
     shapes = {parameter.shape for parameter in parameters if parameter.dim()}
     if len(shapes) > 1:
