@@ -5,15 +5,10 @@ from torch import Tensor, nn
 
 
 def refuse_recording(quantizer: nn.Module, x: Tensor, dynamic: bool) -> None:
-    """Raise ``RuntimeError`` if the call ``quantizer(x)`` is being recorded, other than exported with frozen clips.
+    """Raise ``RuntimeError`` if ``quantizer(x)`` is being recorded, except by ``torch.export`` without dynamic clips.
 
     ``torch.jit.trace`` would record the clip's recursion for this one tensor; ``torch.fx`` and ``torch.export`` would
     fail with errors that do not say what to do.
-
-    Args:
-        quantizer: for its ``name``, which is read only for the message: a compiler would recompile for each name.
-        x: the quantizer's argument.
-        dynamic: whether the clip is computed from ``x``.
     """
     if isinstance(x, torch.fx.Proxy):
         recorder = "torch.fx.symbolic_trace"
@@ -23,7 +18,7 @@ def refuse_recording(quantizer: nn.Module, x: Tensor, dynamic: bool) -> None:
         recorder = "torch.export"
     else:
         return
-    name = quantizer.name or "FakeQuantize"
+    name = quantizer.name or "FakeQuantize"  # not read before: a compiler would recompile for each name
     raise RuntimeError(
         f"{name}: {recorder} cannot record a quantizer that computes its clip from the data; call "
         "octav_hf.calibrate_octav(model, batches) and octav_hf.pack_octav(model), then torch.export.export(model, …)"

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +10,8 @@ from torch import Tensor, nn
 from .fake_quantize import FakeQuantize
 
 
-class _Entry(NamedTuple):
-    x: Tensor
-    state: tuple[object, ...]  # what the output depends on besides x
-    output: Tensor
-
-
 class _Scope(threading.local):
-    entries: list[_Entry] | None = None
+    entries: list[tuple[Tensor, tuple[object, ...], Tensor]] | None = None  # input, state, output
 
 
 _scope = _Scope()
@@ -41,9 +34,9 @@ def quantize_input(quantizer: nn.Module, x: Tensor) -> Tensor:
         return quantizer(x)
     version = None if x.is_inference() else x._version
     state = (version, torch.is_grad_enabled(), quantizer.cache_key)
-    for entry in _scope.entries:
-        if entry.x is x and entry.state == state:
-            return entry.output
+    for known_input, known_state, output in _scope.entries:
+        if known_input is x and known_state == state:
+            return output
     output = quantizer(x)
-    _scope.entries.append(_Entry(x, state, output))
+    _scope.entries.append((x, state, output))
     return output

@@ -12,18 +12,13 @@ from torch.nn import functional as F
 Function = Callable[..., Any]
 
 
-class Place(NamedTuple):
-    """Where a function takes an operand: position and keyword."""
+Place = tuple[int, str]  # position and keyword of an argument
 
-    position: int
-    keyword: str
-
-
-_MATMUL = Place(0, "input"), Place(1, "other")
-_METHOD = Place(0, "self"), Place(1, "other")
-_MM = Place(0, "input"), Place(1, "mat2")
-_ADDMM = Place(1, "mat1"), Place(2, "mat2")
-_BADDBMM = Place(1, "batch1"), Place(2, "batch2")
+_MATMUL = (0, "input"), (1, "other")
+_METHOD = (0, "self"), (1, "other")
+_MM = (0, "input"), (1, "mat2")
+_ADDMM = (1, "mat1"), (2, "mat2")
+_BADDBMM = (1, "batch1"), (2, "batch2")
 
 # Function -> places of the left and the right operand.
 _PLACES: dict[Function, tuple[Place, Place]] = {
@@ -82,24 +77,20 @@ def match_matmul(function: Function, args: tuple[Any, ...], kwargs: dict[str, An
         return _einsum(*args)
     if function not in _PLACES:
         return None
-    left, right = _PLACES[function]
-    operands = _get(left, args, kwargs), _get(right, args, kwargs)
+    places = _PLACES[function]
+    left, right = (args[position] if position < len(args) else kwargs[keyword] for position, keyword in places)
 
     def call(*replaced: Tensor) -> Any:
         new_args, new_kwargs = list(args), dict(kwargs)
-        for place, operand in zip((left, right), replaced, strict=True):
-            if place.position < len(args):
-                new_args[place.position] = operand
+        for (position, keyword), operand in zip(places, replaced, strict=True):
+            if position < len(args):
+                new_args[position] = operand
             else:
-                new_kwargs[place.keyword] = operand
+                new_kwargs[keyword] = operand
         return function(*new_args, **new_kwargs)
 
-    dims = _matmul_dims(operands[0], ROWS, function), _matmul_dims(operands[1], COLUMNS, function)
-    return Matmul(operands, dims, operands[0].shape[-1], call)
-
-
-def _get(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[place.position] if place.position < len(args) else kwargs[place.keyword]
+    dims = _matmul_dims(left, ROWS, function), _matmul_dims(right, COLUMNS, function)
+    return Matmul((left, right), dims, left.shape[-1], call)
 
 
 def _matmul_dims(operand: Tensor, dims: OperandDims, function: Function) -> OperandDims:

@@ -26,5 +26,5 @@ def quantize_operand(quantizer: Callable[[Tensor], Tensor], x: Tensor, dims: Ope
 
 
 def is_granular(quantizer: Any) -> bool:
-    """Whether ``quantizer`` has ``active_dim``, and with it clips for parts of a tensor at its next call."""
+    """Whether ``quantizer`` has separate clips for parts of a tensor at its next call."""
     return getattr(quantizer, "active_dim", None) is not None

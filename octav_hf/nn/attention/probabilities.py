@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Function = Callable[..., Any]
+from .match_matmul import Function
 
 SOFTMAX: set[Function] = {torch.softmax, torch.special.softmax, Tensor.softmax, F.softmax}
 
