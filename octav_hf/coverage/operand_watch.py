@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..functional.rows import to_rows
 from ..nn import FakeQuantize, PackedLayer, QuantizedEmbedding
 
 MATMULS: dict[str, tuple[int, ...]] = {
@@ -49,14 +50,13 @@ Origin = Literal["quantized", "parameter", "blank"]
 class FloatOperand:
     """An operand that was multiplied in floating point."""
 
-    module: str  # the innermost named module whose forward was running
-    operation: str  # PyTorch's name for it
-    position: int  # of the operand among the operation's arguments, from 0
+    module: str  # innermost named module whose forward was running
+    operation: str
+    position: int  # among the operation's arguments, from 0
     shape: tuple[int, ...]
     parameter: bool  # whether it is a parameter, or a view or copy of one
 
     def cells(self) -> tuple[str, ...]:
-        """The operand as a row of the printed result."""
         kind = "parameter" if self.parameter else "activation"
         return self.module or "(the model itself)", self.operation, str(self.position), kind, str(list(self.shape))
 
@@ -127,7 +127,7 @@ class OperandWatch(TorchDispatchMode):
             if not any(_is_float(x) for _, x in unquantized):
                 return
         else:
-            self._add(name, (argument for argument in enumerate(args) if self._is_read_past_its_quantizer(argument[1])))
+            self._add(name, (argument for argument in enumerate(args) if self._is_unquantized_table(argument[1])))
             return
         self.matmuls += 1
         self._add(name, unquantized)
@@ -139,7 +139,7 @@ class OperandWatch(TorchDispatchMode):
                 row = FloatOperand(module, name, position, tuple(x.shape), self.origin(x) == "parameter")
                 self.float_operands[row] = None
 
-    def _is_read_past_its_quantizer(self, x: Any) -> bool:
+    def _is_unquantized_table(self, x: Any) -> bool:
         """Whether this is the table of a quantized embedding, used by another module."""
         sharing = self._tables.get(_key(x), []) if isinstance(x, Tensor) else []
         return bool(sharing) and not any(module in sharing for module in self._running)
@@ -162,7 +162,7 @@ class OperandWatch(TorchDispatchMode):
         if base in _BLANKS:
             return "blank"
         tensors = [x for x in _tensors(args) if _is_float(x)]
-        if base == "copy" and name == "copy_":
+        if name == "copy_":
             whole = args[0].numel() * args[0].element_size() == args[0].untyped_storage().nbytes()
             tensors = [args[1]] if whole else [args[0], args[1]]
         elif base in _SCALINGS:
@@ -188,14 +188,8 @@ class OperandWatch(TorchDispatchMode):
 
 def on_grid(x: Tensor, quantizer: FakeQuantize) -> bool:
     """Whether ``x`` has no more different values per clip than the grid, judging by a sample."""
-    dim = quantizer.active_dim
-    if dim is None:
-        rows = x.reshape(-1)
-    else:
-        shared = [dim] if isinstance(dim, int) else list(dim)
-        rows = x.movedim(shared, list(range(-len(shared), 0))).flatten(-len(shared))
-    ordered = rows[..., :_SAMPLE].sort(dim=-1).values
-    distinct = (ordered[..., 1:] != ordered[..., :-1]).sum(dim=-1) + 1
+    ordered = to_rows(x, quantizer.active_dim)[0][:, :_SAMPLE].sort(dim=1).values
+    distinct = (ordered[:, 1:] != ordered[:, :-1]).sum(dim=1) + 1
     return bool((distinct <= 2**quantizer.num_bits).all())
 
 
@@ -207,7 +201,6 @@ def _name(func: Callable[..., Any]) -> tuple[str, str]:
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The arguments that an operator writes to."""
     if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
         for position, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:

@@ -37,12 +37,10 @@ class Operand:
     reason: str = ""  # why it is in float; empty if it is quantized
 
     def cells(self) -> tuple[str, ...]:
-        """The operand as a row of the printed report."""
         if self.bits is None:
             return self.module, self.operand, "float", "", "", "", self.reason
-        grid = {True: "signed", False: "asymmetric" if self.asymmetric else "unsigned", None: "by sign"}[self.signed]
-        if self.signed is None and self.asymmetric:
-            grid = "by range"
+        unsigned, unknown = ("asymmetric", "by range") if self.asymmetric else ("unsigned", "by sign")
+        grid = {True: "signed", False: unsigned, None: unknown}[self.signed]
         return self.module, self.operand, str(self.bits), grid, self.clip_cell, self.gradient_estimator, ""
 
     @property
@@ -119,8 +117,6 @@ def _name_in(root: str, name: str) -> str | None:
 
 
 class _Place:
-    """A module's name and its settings."""
-
     def __init__(self, name: str, roots: Mapping[str, OctavConfig]):
         self.name = name
         self._config: OctavConfig | None = None
