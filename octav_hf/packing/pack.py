@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .._utils.sharded_weights import sharded_shape
-from ..config import OctavConfig
 from ..conversion.convert import freeze_packed, release_packed
 from ..conversion.modules import layers_by_quantizer, shared_weights
 from ..conversion.plan import plan_new_layers
@@ -48,7 +47,12 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
         raise ValueError(f"{type(model).__name__} is packed already; save it as it is")
     tables: list[Any] = []  # plans of embeddings
     if embedding_bits is not None:
-        config = _with_embedding_bits(config, embedding_bits)
+        if config.embedding_bits not in (None, embedding_bits):
+            raise ValueError(
+                f"embedding_bits={embedding_bits}, but the model was trained with "
+                f"embedding_bits={config.embedding_bits}; leave it out"
+            )
+        config = config.with_fields(embedding_bits=embedding_bits)
         tables = [table for table in plan_new_layers(model, config) if isinstance(table.module, nn.Embedding)]
     quantized = quantized_weights(model)
     for table in tables:
@@ -126,15 +130,6 @@ def quantized_weights(model: nn.Module) -> dict[str, tuple[Any, FakeQuantize]]:
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
-
-
-def _with_embedding_bits(config: OctavConfig, embedding_bits: int) -> OctavConfig:
-    if config.embedding_bits not in (None, embedding_bits):
-        raise ValueError(
-            f"embedding_bits={embedding_bits}, but the model was trained with embedding_bits={config.embedding_bits}; "
-            "leave it out"
-        )
-    return config.with_fields(embedding_bits=embedding_bits)
 
 
 def _check_packable(name: str, layer: nn.Module) -> None:
