@@ -11,7 +11,7 @@ from .grid import gaussian_clip, noise_factor
 from .kernels import cuda
 from .rows import magnitude
 
-MIN_NUMEL = 1 << 15  # from which the search is worth its overhead
+MIN_NUMEL = 1 << 15  # elements from which the search is worth its overhead
 _LONG_ROW = 1 << 15  # elements of a row that is searched; on shorter ones, which stay in cache, Eq. 6 is run
 _PIECE = 1 << 12  # elements summed in float32, for a relative error of 1e-5 at worst, before float64 sums over pieces
 _PIECES_IN_CACHE = 64  # processed at once, so that temporaries stay in cache

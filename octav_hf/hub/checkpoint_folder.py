@@ -143,7 +143,7 @@ class CheckpointFolder:
         """Upload the checkpoint and its card in one commit; the repository is created if it does not exist.
 
         Pickles, Trainer's checkpoints and logs, and a packed form in ``packed/`` are left out. Arguments are those of
-        ``huggingface_hub``. Raises ``ValueError``, before uploading, if files are damaged.
+        ``huggingface_hub``. Raises ``ValueError`` if files are damaged, before uploading, or ``HfHubHTTPError``.
         """
         self.load()
         api = HfApi(token=token)

@@ -64,7 +64,7 @@ class PackedWeight(FullPrecisionBuffers, FakeQuantize):
         return packed
 
     def forward(self, x: Tensor, call_index: int = 0) -> Tensor:
-        """``x``, dequantized rows of the weight, unchanged."""
+        """``x``, dequantized rows of the weight, unchanged; ``RuntimeError`` if the call is being recorded."""
         refuse_recording(self, x, dynamic=False)
         return x
 

@@ -54,7 +54,7 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     Checkpoints by DeepSpeed and by sharded FSDP consist of other files and count as incomplete.
 
     Args:
-        output_dir: ``TrainingArguments.output_dir``; need not exist, but must not be a file.
+        output_dir: ``TrainingArguments.output_dir``; need not exist. ``NotADirectoryError`` if it is a file.
 
     Returns:
         The folder's path, or None if no checkpoint is complete.

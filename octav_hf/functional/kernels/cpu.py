@@ -14,7 +14,7 @@ from torch import Tensor
 from ..grid import gaussian_clip, noise_factor
 from .compilation import can_compile, disable_kernels
 
-MIN_NUMEL = 1 << 12  # from which loading the library pays off, which takes a second per process
+MIN_NUMEL = 1 << 12  # elements from which loading the library, which takes a second per process, is worthwhile
 FLAGS: tuple[str, ...] = ()  # extra compiler flags, for tests
 
 _SOURCES = ("octav_cpu.cpp", "mse_cpu.cpp")  # the second uses what the first defines

@@ -56,7 +56,7 @@ COLUMNS = OperandDims(free=(-1,), contracted=(-2,))  # of a right operand
 
 
 class UnsupportedMatmul(ValueError):
-    """A call that multiplies and sums, but is not a matmul of two tensors."""
+    """A call that multiplies and sums, but is not a matmul of two tensors; the message names it."""
 
 
 @dataclass(frozen=True)
