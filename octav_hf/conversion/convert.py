@@ -11,10 +11,11 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..config import OctavConfig
 from ..nn import FrozenWeightFakeQuantize, QuantizedLayer
-from .module_plan import ModulePlan
+from .layers import plan_layers
 from .modules import layers_to_freeze, quantized_modules, shared_weights
-from .plan import plan_conversion, plan_new_layers
+from .plan import plan_conversion
 from .record import has_frozen_weight_clips
+from .request import ModulePlan, Request
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -143,7 +144,7 @@ def _requantize_output_embeddings(model: PreTrainedModel, args: Any) -> None:
         "hf_quantizer"
     ].quantization_config  # which has the frozen clips of the head that was replaced
     frozen = has_frozen_weight_clips(model) and head not in shared_weights(model)
-    for module_plan in plan_new_layers(model, config):
+    for module_plan in plan_layers(Request.of(model, config)):
         if module_plan.module is head:
             module_plan.convert()
             for layer in layers_to_freeze(head).values() if frozen else ():

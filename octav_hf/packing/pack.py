@@ -9,9 +9,10 @@ from torch import nn
 from .._utils.sharded_weights import sharded_shape
 from ..config import OctavConfig
 from ..conversion.convert import freeze_packed, release_packed
+from ..conversion.layers import plan_layers
 from ..conversion.modules import layers_by_quantizer, shared_weights
-from ..conversion.plan import plan_new_layers
 from ..conversion.record import asked_config, is_packed, write_record
+from ..conversion.request import Request
 from ..nn import FakeQuantize, PackedLayer, PackedWeight, WeightFakeQuantize
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
     tables: list[Any] = []  # plans of embeddings
     if embedding_bits is not None:
         config = _with_embedding_bits(config, embedding_bits)
-        tables = [table for table in plan_new_layers(model, config) if isinstance(table.module, nn.Embedding)]
+        tables = [table for table in plan_layers(Request.of(model, config)) if isinstance(table.module, nn.Embedding)]
     quantized = quantized_weights(model)
     for table in tables:
         quantizer_class, init_kwargs = table.quantizers["weight"]
