@@ -1,5 +1,6 @@
 """What a converted model is quantized with: what was asked of it, and what its modules say, which is what is saved."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -57,8 +58,11 @@ def recorded_config(model: nn.Module) -> OctavConfig:
         if quantizer.frozen is not None:
             name = config_name(path, operand, quantizer.name)
             clips.setdefault(name, {})[operand] = frozen_fields(quantizer.frozen)
-    return asked_config(model, "recorded_config").with_fields(
-        packed=is_packed(model), frozen_weight_clips=has_frozen_weight_clips(model), activation_clips=clips
+    return replace(
+        asked_config(model, "recorded_config"),
+        packed=is_packed(model),
+        frozen_weight_clips=has_frozen_weight_clips(model),
+        activation_clips=clips,
     )
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -140,7 +141,7 @@ def _with_embedding_bits(config: OctavConfig, embedding_bits: int) -> OctavConfi
             f"embedding_bits={embedding_bits}, but the model was trained with embedding_bits={config.embedding_bits}; "
             "leave it out"
         )
-    return config.with_fields(embedding_bits=embedding_bits)
+    return replace(config, embedding_bits=embedding_bits)
 
 
 def _check_packable(name: str, layer: nn.Module) -> None:
