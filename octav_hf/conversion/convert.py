@@ -8,6 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from .._utils.torch_private import own_parameters
+from .._utils.transformers_compat import mark_as_float, unset_upload
 from ..config import OctavConfig
 from ..nn import FakeQuantize, FrozenWeightFakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
 from .layers import plan_layers
@@ -79,7 +81,7 @@ def remove_octav(model: Model) -> Model:
             quantizer = module.__dict__.get("hf_quantizer")
             if quantizer is not None:
                 quantizer.remove_quantization_config(module)
-            module.config._is_quantized = False
+            mark_as_float(module)
     return model
 
 
@@ -101,7 +103,7 @@ def restore_modules(model: nn.Module) -> None:
         if "octav_packed_hook" in module.__dict__:
             release_packed(module)
         module.__dict__.pop("octav_config", None)
-        module.__dict__.pop("_upload_modified_files", None)
+        unset_upload(module)
         hook = module.__dict__.pop("octav_output_embeddings_hook", None)
         if hook is not None:
             hook.remove()
@@ -169,10 +171,10 @@ def shared_weights(model: nn.Module) -> set[nn.Module]:
     """The modules whose ``weight`` is another module's parameter too."""
     owners: dict[int, set[nn.Module]] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
+        for parameter in own_parameters(module).values():
             if parameter is not None:
                 owners.setdefault(id(parameter), set()).add(module)
-    return {module for module in model.modules() if len(owners.get(id(module._parameters.get("weight")), ())) > 1}
+    return {module for module in model.modules() if len(owners.get(id(own_parameters(module).get("weight")), ())) > 1}
 
 
 def _check_not_quantized(model: nn.Module) -> None:
