@@ -1,4 +1,7 @@
-"""What is private to Transformers, or not documented, and used here, each with the reason."""
+"""What is private to Transformers, or not documented, and used here, each with the reason.
+
+Versions from 5.0 on differ in `save_by_own_names`, which does for all of them what none does by itself.
+"""
 
 import inspect
 from collections.abc import Mapping
@@ -26,6 +29,18 @@ def task_mapping() -> Mapping[str, Any]:
     from transformers.modelcard import TASK_MAPPING
 
     return TASK_MAPPING
+
+
+def save_by_own_names(model: PreTrainedModel) -> None:
+    """Have a model saved by the names in its state dict, not by the old ones that its file may have had.
+
+    Transformers saves ``LayerNorm.weight`` as ``LayerNorm.gamma`` again if it was loaded from that, as it is in BERT's
+    own files, and before 5.6 in any case. Trainer resumes by the names in the state dict, and leaves out the rest.
+    """
+    legacy = [each.source_patterns for each in conversion_mapping.get_checkpoint_conversion_mapping("legacy")]
+    used = getattr(model, "_weight_conversions", None)
+    if used:
+        model._weight_conversions = [each for each in used if each.source_patterns not in legacy]  # type: ignore[assignment]
 
 
 def is_tied(model: PreTrainedModel, parameter: str) -> bool:

@@ -14,6 +14,7 @@ from .._utils.transformers_compat import (
     is_tied,
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
+    save_by_own_names,
     set_upload,
 )
 from ..config import QUANT_METHOD, OctavConfig
@@ -71,6 +72,7 @@ class OctavQuantizer(HfQuantizer):
         self._renamings = ()
         if self.quantization_config.packed:
             freeze_packed(model)
+        save_by_own_names(model)
         set_upload(model, UploadWithCard(model))
         return model
 
