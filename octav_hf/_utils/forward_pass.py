@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .torch_private import uncompiled
+
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 """The forward's keyword arguments, its positional ones, or the only one."""
 
@@ -56,7 +58,7 @@ def without_trace(model: nn.Module) -> Iterator[nn.Module]:
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),
         ):
-            yield getattr(model, "_orig_mod", model)
+            yield uncompiled(model)
     finally:
         with torch.no_grad():
             for buffer, value in buffers:

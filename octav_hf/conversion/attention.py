@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator
 
 from torch import nn
 
+from .._utils.transformers_compat import attn_implementation
 from ..nn import ATTENTION_OPERANDS, QuantizedAttention, quantized_class_of
 from .attention_modules import attention_modules
 from .operands import activation_quantizer
@@ -66,7 +67,7 @@ def _check_reachable(model: nn.Module, name: str, module: nn.Module) -> None:
     if isinstance(module, nn.MultiheadAttention):
         raise ValueError(f"{name}: nn.MultiheadAttention fuses its matmuls; name it in exclude_modules")
     module_config = getattr(module, "config", getattr(model, "config", None))
-    implementation = getattr(module_config, "_attn_implementation", None)
+    implementation = attn_implementation(module_config)
     if implementation not in _REACHABLE_IMPLEMENTATIONS:
         raise ValueError(
             f"{name}: attn_implementation {implementation!r} hides the matmuls of this {type(module).__name__} in a "

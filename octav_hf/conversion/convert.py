@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from .._utils.transformers_compat import mark_as_float, unset_upload
 from ..config import OctavConfig
 from ..nn import FrozenWeightFakeQuantize, QuantizedLayer
 from .layers import plan_layers
@@ -81,7 +82,7 @@ def remove_octav(model: Model) -> Model:
             quantizer = module.__dict__.get("hf_quantizer")
             if quantizer is not None:
                 quantizer.remove_quantization_config(module)
-            module.config._is_quantized = False
+            mark_as_float(module)
     return model
 
 
@@ -103,7 +104,7 @@ def restore_modules(model: nn.Module) -> None:
         if "octav_packed_hook" in module.__dict__:
             release_packed(module)
         module.__dict__.pop("octav_config", None)
-        module.__dict__.pop("_upload_modified_files", None)
+        unset_upload(module)
         hook = module.__dict__.pop("octav_output_embeddings_hook", None)
         if hook is not None:
             hook.remove()

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from .._utils.torch_private import own_parameters
 from ..config import OctavConfig
 from ..nn import QuantizedLayer, quantized_class_of
 from ..nn.granularity import Granularity
@@ -43,7 +44,7 @@ def unknown_weights(module: nn.Module) -> list[str]:
     """Names of the weights of two or more dimensions in a module that is no registered layer and no norm."""
     if quantized_class_of(module) is not None or isinstance(module, _NORMS):
         return []
-    parameters = module._parameters.items()
+    parameters = own_parameters(module).items()
     return [name for name, value in parameters if "weight" in name and value is not None and value.dim() > 1]
 
 
@@ -116,7 +117,7 @@ def _check_convertible(name: str, module: nn.Module, quantized_class: type[Quant
     float_class = quantized_class.float_class
     remedy = "name it in exclude_modules to leave it in float"
     described = type(module).__name__
-    weight = module._parameters.get("weight")
+    weight = own_parameters(module).get("weight")
     if weight is not None:
         described += f" with weight of shape {tuple(weight.shape)}"
     if type(module) is not float_class:

@@ -1,15 +1,11 @@
 """A linear layer whose weight and input pass through quantizers."""
 
-import torch
 from torch import Tensor, nn
 
+from .._utils.torch_private import LINEAR
 from .granularity import ACTIVATION_GRANULARITIES
 from .quantized_layer import QuantizedLayer, register_quantized_layer
 from .shared_inputs import quantize_input
-
-# nn.functional.linear as PyTorch has it. DeepSpeed's ZeRO-3 puts a function in its place whose matmuls would be taken
-# for those of the attention module around the layer.
-LINEAR = torch._C._nn.linear
 
 
 @register_quantized_layer(nn.Linear)

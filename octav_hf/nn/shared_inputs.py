@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._utils.torch_private import version_counter
 from .fake_quantize import FakeQuantize
 
 
@@ -41,7 +42,7 @@ def quantize_input(quantizer: nn.Module, x: Tensor) -> Tensor:
     # A compiler finds the common work by itself.
     if torch.compiler.is_compiling() or _scope.entries is None or not isinstance(quantizer, FakeQuantize):
         return quantizer(x)
-    version = None if x.is_inference() else x._version
+    version = None if x.is_inference() else version_counter(x)
     state = (version, torch.is_grad_enabled(), quantizer.cache_key)
     for entry in _scope.entries:
         if entry.x is x and entry.state == state:

@@ -8,8 +8,13 @@ Its scales are ``<layer>.weight_scale``.
 from collections.abc import Iterable
 
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from .._utils.transformers_compat import (
+    WeightConverter,
+    WeightRenaming,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
 
 SCALE = "weight_scale"
 FROZEN_CLIPS = "weight_quantizer.clips"
@@ -25,8 +30,6 @@ class PackedNames(WeightRenaming):
         layers: names of the packed layers.
         base_model_prefix: of the model.
     """
-
-    __slots__ = ("_names",)
 
     def __init__(self, layers: Iterable[str], base_model_prefix: str):
         super().__init__("weight", "weight")  # patterns, which are not used

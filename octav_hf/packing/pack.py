@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .._utils.sharded_weights import sharded_shape
+from .._utils.torch_private import own_parameters
 from ..config import OctavConfig
 from ..conversion.convert import freeze_packed, release_packed
 from ..conversion.layers import plan_layers
@@ -145,7 +146,7 @@ def _with_embedding_bits(config: OctavConfig, embedding_bits: int) -> OctavConfi
 
 
 def _check_packable(name: str, layer: nn.Module) -> None:
-    weight = layer._parameters.get("weight")
+    weight = own_parameters(layer).get("weight")
     if weight is None:
         raise ValueError(f"{name}: its weight is not a parameter (it is parametrized?); make it one before packing")
     shape = sharded_shape(weight)

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers.utils.logging import tqdm
 
 from .._utils.forward_pass import Batch, check_batch, in_evaluation_mode, run_batch, without_trace
+from .._utils.torch_private import tree_map
 from ..conversion.modules import activation_quantizers, quantized_modules
 from ..conversion.record import config_name, write_record
 from ..nn import ClipObserver, FakeQuantize, FrozenClips

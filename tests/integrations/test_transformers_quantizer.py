@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForMaskedLM,
@@ -156,6 +157,28 @@ def test_trainer_trains_saves_and_resumes_exactly(small_bert: MakeBert, padded_b
 
     loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "straight" / "checkpoint-6")
     assert torch.equal(logits(loaded, padded_batch), logits(straight.model.eval(), padded_batch))
+
+
+@pytest.mark.parametrize("applied_after_loading", [True, False])
+def test_training_that_started_from_berts_old_names_resumes_exactly(
+    float_checkpoint: Path, tmp_path: Path, applied_after_loading: bool
+) -> None:
+    """As in BERT's own files; Trainer would not find them in its checkpoints."""
+    file = float_checkpoint / "model.safetensors"
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = {re.sub("|".join(old), lambda name: old[name[0]], name): x for name, x in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+
+    def load() -> nn.Module:
+        if applied_after_loading:
+            return apply_octav(AutoModelForQuestionAnswering.from_pretrained(float_checkpoint), OctavConfig())
+        return AutoModelForQuestionAnswering.from_pretrained(float_checkpoint, quantization_config=OctavConfig())
+
+    straight, resumed = load(), load()
+    trainer(straight, tmp_path).train()
+    trainer(resumed, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, straight.state_dict()[name]), name
 
 
 def test_frozen_clips_are_saved_loaded_and_trained_on(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from ..._utils.torch_private import current_dispatch_mode
 
 SWITCH = "OCTAV_HF_COMPILE"
 """Environment variable: ``0`` switches compilation off."""
@@ -24,7 +25,7 @@ def can_compile(x: Tensor, device_types: tuple[str, ...]) -> bool:
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()  # the caller's compiler fuses the plain function into its own graph
         and not torch.jit.is_tracing()
-        and _get_current_dispatch_mode() is None  # what counts or records operations wants to see them
+        and current_dispatch_mode() is None  # what counts or records operations wants to see them
     )
 
 

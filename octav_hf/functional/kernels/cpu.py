@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._utils.torch_private import load_cpp
 from ..grid import gaussian_clip, noise_factor
 from .compilation import can_compile, disable_kernels
 
@@ -84,12 +85,9 @@ def _call(function: str, rows: Tensor, num_bits: int, signed: bool, *more: int) 
 @functools.cache
 def _functions(flags: tuple[str, ...]) -> dict[str, Any]:
     """The functions of the C++, compiled and kept on disk as torch does with the code that it generates itself."""
-    # Not at the top: it costs a second that a program without large tensors need not spend.
-    from torch._inductor.codecache import CppCodeCache
-
     folder = Path(__file__).parent
     source = "".join((folder / name).read_text(encoding="utf-8") for name in _SOURCES)
-    library = CppCodeCache.load(source, extra_flags=flags)
+    library = load_cpp(source, flags)
     more = {"octav_clips": [], "mse_clips": [ctypes.c_void_p, ctypes.c_void_p]}
     functions = {name: getattr(library, name) for name in more}
     for name, function in functions.items():

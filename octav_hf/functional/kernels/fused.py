@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 
+from ..._utils.torch_private import compilation_errors, function_mode_stack, without_innermost_function_mode
 from ..rows import memory_order
 from .compilation import can_compile, disable_kernels, kernels_disabled
 
@@ -43,14 +43,11 @@ class fused:
             self._compiled = torch.compile(  # type: ignore[call-overload]  # its stubs lack recompile_limit
                 self.plain, dynamic=True, fullgraph=True, recompile_limit=_VARIANTS
             )
-        # Not at the top: it costs a second that a program without large tensors need not spend.
-        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-
         device = arguments[0].device.type
         try:
             with _neutral(device):
                 return self._compiled(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        except compilation_errors() as error:
             disable_kernels(error)
             return self.plain(*arguments)
 
@@ -61,8 +58,8 @@ def _neutral(device: str) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device, enabled=False))
-        for _ in range(len(_get_current_function_mode_stack())):
-            stack.enter_context(_pop_mode_temporarily())
+        for _ in range(len(function_mode_stack())):
+            stack.enter_context(without_innermost_function_mode())
         yield
 
 
