@@ -14,6 +14,8 @@ from octav_hf import OctavConfig, pack_octav
 from .conftest import Run
 from .scenarios import batch, bert
 
+pytestmark = pytest.mark.slow
+
 FSDP = {
     "fsdp": True,
     "fsdp_config": {"state_dict_type": "FULL_STATE_DICT", "transformer_layer_cls_to_wrap": ["BertLayer"]},

@@ -22,6 +22,8 @@ from tests.bomb import Bomb
 
 from .interrupted_training import SAVE_STEPS, STEPS, make_trainer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 # In the order in which they are written.
