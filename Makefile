@@ -1,4 +1,4 @@
-# Both set-up commands of the README. They need Python 3.11 or newer with venv; PYTHON chooses another one.
+# The set-up commands of the README. They need Python 3.11 or newer with venv; PYTHON chooses another one.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
