@@ -237,6 +237,7 @@ def test_comes_back_from_a_checkpoint_bit_for_bit(
     assert torch.equal(logits(copy.deepcopy(loaded), padded_batch), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_frozen_packed_and_exported(small_bert: MakeBert, padded_batch: dict, implementation: str) -> None:
     granularity = FINEST | {"query": "attn_head"}

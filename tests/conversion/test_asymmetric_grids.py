@@ -153,6 +153,7 @@ def asymmetric_inputs(model: nn.Module) -> list[str]:
     return [row.module for row in coverage_report(model) if row.bits is not None and row.cells()[3] == "asymmetric"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
 def test_a_model_calibrated_packed_saved_and_exported(config: OctavConfig, tmp_path: Path) -> None:
     model = apply_octav(bert(), config)

@@ -107,6 +107,7 @@ def test_dequantize_gives_the_float_model(small_bert: MakeBert, padded_batch: di
     assert "quantization_config" not in model.config.to_dict()
 
 
+@pytest.mark.slow
 def test_loads_in_a_new_process_with_one_import(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     model = apply_octav(small_bert(), OctavConfig())
     model.save_pretrained(tmp_path)
@@ -226,6 +227,7 @@ def test_trainer_puts_biases_and_norms_outside_weight_decay(small_bert: MakeBert
     assert "qa_outputs.bias" not in decayed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_weights(
     small_bert: MakeBert, tmp_path: Path, use_reentrant: bool

@@ -162,6 +162,7 @@ AutoModelForQuestionAnswering.from_pretrained(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_without_the_plugin_a_packed_model_does_not_load(folder: Path) -> None:
     for bits in (4, 8):
         if bits == 8:
@@ -176,6 +177,7 @@ def test_without_the_plugin_a_packed_model_does_not_load(folder: Path) -> None:
         assert run.stderr.rstrip().splitlines()[-1].startswith("RuntimeError")
 
 
+@pytest.mark.slow
 def test_without_the_plugin_a_training_form_is_the_float_model(
     small_bert: MakeBert, padded_batch: dict, tmp_path: Path
 ) -> None:

@@ -377,6 +377,7 @@ def test_clips_of_generation_with_a_cache(name: str, monkeypatch: pytest.MonkeyP
     assert model.generate(**prompt, **arguments).shape == tokens.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_loop", [False, True])
 def test_a_compiled_model(own_loop: bool) -> None:
     """Nothing is compiled for the calibration of it, and what is compiled afterwards takes the frozen clips."""

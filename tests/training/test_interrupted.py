@@ -21,6 +21,8 @@ from tests.bomb import Bomb
 
 from .interrupted_training import SAVE_STEPS, STEPS, make_trainer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 # In the order in which they are written.
