@@ -1,7 +1,7 @@
 """``apply_octav`` and ``remove_octav``: a float model becomes a quantized one, in place, and a float one again."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from .._utils.transformers_compat import mark_as_float, unset_upload
 from ..config import OctavConfig
-from ..nn import FrozenWeightFakeQuantize, QuantizedLayer
+from ..nn import FrozenWeightFakeQuantize, QuantizedLayer, quantized_class_of
 from .layers import plan_layers
 from .modules import layers_to_freeze, quantized_modules, shared_weights
 from .plan import plan_conversion
@@ -86,11 +86,12 @@ def remove_octav(model: Model) -> Model:
     return model
 
 
-def convert_modules(model: nn.Module, config: OctavConfig, plan: Iterable[ModulePlan]) -> None:
+def convert_modules(model: nn.Module, config: OctavConfig, plan: Sequence[ModulePlan]) -> None:
     """Carry out the ``plan`` that ``plan_conversion`` made for a float ``model`` and ``config``, in place."""
     for module_plan in plan:
         module_plan.convert()
-    model.octav_config = config  # type: ignore[assignment]
+    layers = [module_plan.name for module_plan in plan if quantized_class_of(module_plan.module) is not None]
+    model.__dict__.update(octav_config=config, octav_layers=layers)
     if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), QuantizedLayer):
         handle = model.register_forward_pre_hook(_requantize_output_embeddings)
         model.octav_output_embeddings_hook = handle  # type: ignore[assignment]
@@ -103,7 +104,8 @@ def restore_modules(model: nn.Module) -> None:
     for module in model.modules():
         if "octav_packed_hook" in module.__dict__:
             release_packed(module)
-        module.__dict__.pop("octav_config", None)
+        for name in ("octav_config", "octav_layers"):
+            module.__dict__.pop(name, None)
         unset_upload(module)
         hook = module.__dict__.pop("octav_output_embeddings_hook", None)
         if hook is not None:

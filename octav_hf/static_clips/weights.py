@@ -20,10 +20,10 @@ def freeze_weight_clips(model: Model) -> Model:
     """Freeze the clips of all weights at their present values, in place; training no longer changes them.
 
     Called before training together with ``calibrate_octav``, this is the paper's static quantization (Appendix E.3).
-    The clips are buffers, ``<layer>.weight_quantizer.clips``, ``[rows, 1, ...]`` (0-dim for one clip per tensor), float32,
-    or float64 for a float64 weight; they are saved with the weights, and ``pack_octav`` uses them. Embedding tables,
-    whose rows are quantized when they are looked up, keep dynamic clips, and so do weights that several modules share,
-    such as a head tied to the token embeddings; a warning names those.
+    The clips are buffers, ``<layer>.weight_quantizer.clips``, ``[rows, 1, ...]`` (0-dim for one clip per tensor),
+    float32, or float64 for a float64 weight; they are saved with the weights, and ``pack_octav`` uses them. Embedding
+    tables, whose rows are quantized when they are looked up, keep dynamic clips, and so do weights that several modules
+    share, such as a head tied to the token embeddings; a warning names those.
 
     Args:
         model: quantized by ``apply_octav``, not packed and not sharded.
