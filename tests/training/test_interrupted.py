@@ -270,6 +270,7 @@ def test_two_processes(runs: Path, tmp_path: Path) -> None:
         path.write_bytes(content)
 
 
+@pytest.mark.versions
 def test_a_run_that_saves_the_model_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_trainer(tmp_path, max_steps=1, save_steps=1, save_only_model=True).train()
     assert not (tmp_path / "checkpoint-1" / "optimizer.pt").exists()
