@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo study test test-fast
+.PHONY: setup demo study test test-fast versions
 
 setup: $(VENV)/ready
 
@@ -39,3 +39,13 @@ test-fast: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(PYTEST) -m "not slow" --ignore tests/examples
+
+# Tests marked "versions", with the lowest and the newest version of Transformers, in folders in front of the environment.
+versions: $(VENV)/lowest/ready $(VENV)/newest/ready
+	PYTHONPATH=$(CURDIR)/$(VENV)/lowest $(BIN)/pytest -m versions
+	PYTHONPATH=$(CURDIR)/$(VENV)/newest $(BIN)/pytest -m versions
+
+$(VENV)/%/ready: tests/versions/%.txt $(VENV)/ready
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --no-deps --target $(@D) --requirement $<
+	touch $@

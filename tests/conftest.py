@@ -15,6 +15,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
+import transformers
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -26,6 +27,11 @@ from transformers import (
 
 ROOT = Path(__file__).parent.parent
 SHARED_SQUAD = ROOT.parent / "shared" / "squad"
+
+
+def pytest_report_header() -> str:
+    """The versions that the tests run with."""
+    return f"torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

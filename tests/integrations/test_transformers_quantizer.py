@@ -36,6 +36,7 @@ def float_checkpoint(small_bert: MakeBert, tmp_path: Path) -> Path:
     return tmp_path / "float"
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_from_pretrained_equals_apply_octav(float_checkpoint: Path, padded_batch: dict, implementation: str) -> None:
     load = {"attn_implementation": implementation}
@@ -50,6 +51,7 @@ def test_from_pretrained_equals_apply_octav(float_checkpoint: Path, padded_batch
     assert loaded.config.to_dict() == applied.config.to_dict()
 
 
+@pytest.mark.versions
 def test_saved_and_loaded_gives_bit_identical_logits(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     model = apply_octav(small_bert(), OctavConfig(**CONFIG))
     model.save_pretrained(tmp_path)
@@ -60,6 +62,7 @@ def test_saved_and_loaded_gives_bit_identical_logits(small_bert: MakeBert, padde
     assert set(load_file(tmp_path / "model.safetensors")) == set(small_bert().state_dict())
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("by_name", [True, False])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_state_dict_that_is_given_is_what_is_saved(
@@ -101,6 +104,7 @@ def test_a_wrong_config_is_refused_before_loading(float_checkpoint: Path) -> Non
         )
 
 
+@pytest.mark.versions
 def test_dequantize_gives_the_float_model(small_bert: MakeBert, padded_batch: dict) -> None:
     model = apply_octav(small_bert(), OctavConfig()).dequantize()
     assert torch.equal(logits(model, padded_batch), logits(small_bert(), padded_batch))
@@ -145,6 +149,7 @@ def trainer(model: nn.Module, output_dir: Path, **arguments: object) -> Trainer:
     )
 
 
+@pytest.mark.versions
 def test_trainer_trains_saves_and_resumes_exactly(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     straight = trainer(apply_octav(small_bert(), OctavConfig()), tmp_path / "straight")
     straight.train()
@@ -160,6 +165,7 @@ def test_trainer_trains_saves_and_resumes_exactly(small_bert: MakeBert, padded_b
     assert torch.equal(logits(loaded, padded_batch), logits(straight.model.eval(), padded_batch))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("applied_after_loading", [True, False])
 def test_training_that_started_from_berts_old_names_resumes_exactly(
     float_checkpoint: Path, tmp_path: Path, applied_after_loading: bool
@@ -182,6 +188,7 @@ def test_training_that_started_from_berts_old_names_resumes_exactly(
         assert torch.equal(value, straight.state_dict()[name]), name
 
 
+@pytest.mark.versions
 def test_frozen_clips_are_saved_loaded_and_trained_on(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     other = {"input_ids": padded_batch["input_ids"][:, :7]}
     model = calibrate_octav(apply_octav(small_bert(), OctavConfig(**CONFIG)), [padded_batch, other], progress_bar=False)
@@ -219,6 +226,7 @@ def test_frozen_clips_of_another_model_are_refused(
         AutoModelForMaskedLM.from_pretrained(float_checkpoint)
 
 
+@pytest.mark.versions
 def test_trainer_puts_biases_and_norms_outside_weight_decay(small_bert: MakeBert, tmp_path: Path) -> None:
     model = apply_octav(small_bert(), OctavConfig())
     decayed = set(trainer(model, tmp_path).get_decay_parameter_names(model))
