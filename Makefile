@@ -1,9 +1,9 @@
-# Both set-up commands of the README. They need Python 3.11 or newer with venv; PYTHON chooses another one.
+# The set-up commands of the README. They need Python 3.11 or newer with venv; PYTHON chooses another one.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo study test
+.PHONY: setup demo study test test-fast versions
 
 setup: $(VENV)/ready
 
@@ -24,9 +24,28 @@ study: setup
 		--cells fp32 dynamic-octav:4 dynamic-max:4 static-octav:4 static-percentile99.9:4 dynamic-octav-ste:4 \
 		--max_train_samples 96 --max_eval_samples 48 --num_train_epochs 1 --logging_steps 2
 
-# Lint, format, types, tests.
+# A file goes to one worker, which makes once what its tests share; conftest.py sorts files with long tests to the front.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Lint, format, types, tests; and which of these were the slowest.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(PYTEST) --durations=20
+
+# For while one works: no types, none of the examples' tests, and none that is marked slow.
+test-fast: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(PYTEST) -m "not slow" --ignore tests/examples
+
+# Tests marked "versions", with the lowest and the newest version of Transformers, in folders in front of the environment.
+versions: $(VENV)/lowest/ready $(VENV)/newest/ready
+	PYTHONPATH=$(CURDIR)/$(VENV)/lowest $(BIN)/pytest -m versions
+	PYTHONPATH=$(CURDIR)/$(VENV)/newest $(BIN)/pytest -m versions
+
+$(VENV)/%/ready: tests/versions/%.txt $(VENV)/ready
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --no-deps --target $(@D) --requirement $<
+	touch $@

@@ -32,7 +32,10 @@ QUANT_METHOD = "octav"
 FORMAT_VERSION = 2
 """Of checkpoints: their config, tensor names and layout. A later version reads the earlier ones."""
 
-_SIDES = ("weight", "activation", "embedding")
+# What None means for the bits.
+_BITS = dict.fromkeys(("weight_bits", "activation_bits", "embedding_bits"), "to leave it in float") | {
+    "first_last_bits": "to treat those layers as the others"
+}
 
 # Closed choices; clip rules can be registered.
 _CHOICES: dict[str, tuple[StrEnum, ...]] = {
@@ -264,37 +267,27 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
         """The fields, and by which version of the format and of this package they were written."""
         return _plain(super().to_dict()) | {"format_version": FORMAT_VERSION, "octav_hf_version": __version__}
 
-    def with_fields(self, **fields: Any) -> "OctavConfig":
-        """A copy with those fields."""
-        return OctavConfig.from_dict(self.to_dict() | fields)
-
     def validate(self) -> None:
         """Check every field. ``apply_octav`` does so again, since fields can be assigned.
 
         Raises:
             ValueError: see ``OctavConfig``.
         """
-        settings = {name: getattr(self, name) for name in MODULE_FIELDS}
-        _validate_settings(settings, "OctavConfig")
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}
+        _validate(values, "OctavConfig")
         for name, choices in _CHOICES.items():
-            setattr(self, name, type(choices[0])(getattr(self, name)))
-        _validate_bits("OctavConfig: first_last_bits", self.first_last_bits, "to treat those layers as the others")
-        if not any(settings[f"{side}_bits"] for side in _SIDES) and not self.module_overrides:
-            raise ValueError(
-                "weight_bits, activation_bits and embedding_bits are all None, so nothing would be quantized; set one"
-            )
-        for name in ("packed", "frozen_weight_clips", "sync_activation_clips"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        self._check_rule_for_all_ranks(settings, "OctavConfig")
+            setattr(self, name, type(choices[0])(values[name]))
         for name in _PATTERN_LISTS:
-            patterns = getattr(self, name)
-            if patterns is None and name != "exclude_modules":
-                continue
-            if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+            patterns = values[name]
+            is_list = isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns)
+            if not is_list and (patterns is not None or name == "exclude_modules"):
                 raise ValueError(f"{name} must be a list of name patterns, got {patterns!r}")
         if not isinstance(self.module_overrides, dict):
             raise ValueError(f"module_overrides must map name patterns to fields, got {self.module_overrides!r}")
+        if not (self.weight_bits or self.activation_bits or self.embedding_bits or self.module_overrides):
+            raise ValueError(
+                "weight_bits, activation_bits and embedding_bits are all None, so nothing would be quantized; set one"
+            )
         for pattern, override in self.module_overrides.items():
             where = f"module_overrides[{pattern!r}]"
             if not isinstance(override, dict):
@@ -302,17 +295,8 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
             unknown = [name for name in override if name not in MODULE_FIELDS]
             if unknown:
                 raise ValueError(_unknown(f"{where} cannot set", unknown, MODULE_FIELDS))
-            _validate_settings(settings | override, where)
-            self._check_rule_for_all_ranks(settings | override, where)
+            _validate(values | override, where)
         validate_activation_clips(self.activation_clips)
-
-    def _check_rule_for_all_ranks(self, settings: dict[str, Any], where: str) -> None:
-        supported, clip = rules_for_all_ranks(), settings["activation_clip"]
-        if self.sync_activation_clips and settings["activation_bits"] is not None and clip not in supported:
-            raise ValueError(
-                f"{where}: sync_activation_clips is for the activation clips {', '.join(map(repr, supported))}, not "
-                f"for {clip!r}, which each process can only compute from its own batch; change one of the two"
-            )
 
     def left_out(self, module_names: Iterable[str]) -> dict[str, str]:
         """Full name -> reason, of the modules that ``exclude_modules`` and ``target_modules`` leave in float."""
@@ -420,37 +404,51 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, StrEnum) else value
 
 
-def _validate_settings(settings: dict[str, Any], where: str) -> None:
-    for side in _SIDES:
-        _validate_bits(f"{where}: {side}_bits", settings[f"{side}_bits"], "to leave it in float")
+def _validate(values: dict[str, Any], where: str) -> None:
+    """Check all fields but the patterns, overrides and frozen clips."""
+    for entry in fields(OctavConfig):
+        if isinstance(entry.default, bool) and not isinstance(values[entry.name], bool):
+            raise ValueError(f"{where}: {entry.name} must be True or False, got {values[entry.name]!r}")
+    for name, none in _BITS.items():
+        bits = values[name]
+        if bits is not None and (type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS):
+            raise ValueError(
+                f"{where}: {name} must be an integer from {MIN_BITS} to {MAX_BITS}, or None {none}; got {bits!r}"
+            )
     for side in ("weight", "activation"):
-        clip = settings[f"{side}_clip"]
-        if not isinstance(clip, str) or clip not in CLIP_RULES:
-            raise ValueError(_unknown(f"{where}: {side}_clip cannot be", [clip], CLIP_RULES))
-        options = settings[f"{side}_clip_options"]
-        if not isinstance(options, dict):
-            raise ValueError(f"{where}: {side}_clip_options must be a dict of keyword arguments, got {options!r}")
-        accepted = [name for name in inspect.signature(CLIP_RULES[clip]).parameters if name not in RULE_ARGUMENTS]
-        unknown = [name for name in options if name not in accepted]
-        if unknown:
-            problem = f"{where}: {side}_clip_options: the clip {clip!r} has no option"
-            raise ValueError(_unknown(problem, unknown, accepted))
-        try:
-            # On the CPU whatever the default device: from_pretrained builds models on meta.
-            CLIP_RULES[clip](torch.ones(1, device="cpu"), settings[f"{side}_bits"] or MAX_BITS, **options)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{where}: {side}_clip_options: {error}") from error
+        _validate_clip(
+            values[f"{side}_clip"], values[f"{side}_clip_options"], values[f"{side}_bits"], f"{where}: {side}_clip"
+        )
     for name, choices in _CHOICES.items():
-        if settings[name] not in choices:
-            raise ValueError(_unknown(f"{where}: {name} cannot be", [settings[name]], map(str, choices)))
-    _validate_activation_granularity(settings["activation_granularity"], f"{where}: activation_granularity")
-    for name in ("unsigned_activations", "asymmetric_activations", "quantize_attention"):
-        if not isinstance(settings[name], bool):
-            raise ValueError(f"{where}: {name} must be True or False, got {settings[name]!r}")
-    if settings["asymmetric_activations"] and not settings["unsigned_activations"]:
+        if values[name] not in choices:
+            raise ValueError(_unknown(f"{where}: {name} cannot be", [values[name]], map(str, choices)))
+    _validate_activation_granularity(values["activation_granularity"], f"{where}: activation_granularity")
+    if values["asymmetric_activations"] and not values["unsigned_activations"]:
         raise ValueError(
             f"{where}: asymmetric_activations=True needs unsigned_activations=True: an asymmetric grid is unsigned"
         )
+    clip, supported = values["activation_clip"], rules_for_all_ranks()
+    if values["sync_activation_clips"] and values["activation_bits"] is not None and clip not in supported:
+        raise ValueError(
+            f"{where}: sync_activation_clips is for the activation clips {', '.join(map(repr, supported))}, not for "
+            f"{clip!r}, which each process can only compute from its own batch; change one of the two"
+        )
+
+
+def _validate_clip(clip: Any, options: Any, bits: int | None, where: str) -> None:
+    if not isinstance(clip, str) or clip not in CLIP_RULES:
+        raise ValueError(_unknown(f"{where} cannot be", [clip], CLIP_RULES))
+    if not isinstance(options, dict):
+        raise ValueError(f"{where}_options must be a dict of keyword arguments, got {options!r}")
+    accepted = [name for name in inspect.signature(CLIP_RULES[clip]).parameters if name not in RULE_ARGUMENTS]
+    unknown = [name for name in options if name not in accepted]
+    if unknown:
+        raise ValueError(_unknown(f"{where}_options: the clip {clip!r} has no option", unknown, accepted))
+    try:
+        # On the CPU whatever the default device: from_pretrained builds models on meta.
+        CLIP_RULES[clip](torch.ones(1, device="cpu"), bits or MAX_BITS, **options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}_options: {error}") from error
 
 
 def _validate_activation_granularity(granularities: Any, where: str) -> None:
@@ -469,11 +467,6 @@ def _validate_activation_granularity(granularities: Any, where: str) -> None:
             instead = " or ".join(repr(str(name)) for name in allowed[::-1])
             raise ValueError(f"{where} of {operand!r} cannot be {granularity!r}: {reason}; write {instead}")
         raise ValueError(_unknown(f"{where} of {operand!r} cannot be", [granularity], map(str, allowed)))
-
-
-def _validate_bits(field: str, bits: Any, none: str) -> None:
-    if bits is not None and (type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS):
-        raise ValueError(f"{field} must be an integer from {MIN_BITS} to {MAX_BITS}, or None {none}; got {bits!r}")
 
 
 def _unknown(problem: str, names: Iterable[Any], known: Iterable[str]) -> str:

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# For the processes that tests start; ``one_thread`` says why. OpenMP reads it when it is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
+import transformers
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -25,8 +29,18 @@ ROOT = Path(__file__).parent.parent
 SHARED_SQUAD = ROOT.parent / "shared" / "squad"
 
 
+def pytest_report_header() -> str:
+    """The versions that the tests run with."""
+    return f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs the real SQuAD files where they are not there."""
+    """Skip what needs the real SQuAD files where they are not there, and put files with slow tests first.
+
+    So no worker is left with a long one when the other is done.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if not SHARED_SQUAD.is_dir():
         for item in items:
             if item.get_closest_marker("needs_shared"):

@@ -19,6 +19,8 @@ from octav_hf.functional.kernels import compilation, cpu, fused
 from tests.question_answering import Spans
 from tests.seeded_training import train
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -131,6 +131,7 @@ def make_transformers(request: pytest.FixtureRequest, small_resnet: MakeModel, s
     return small_mobilenet if request.param == "mobilenet" else lambda: small_resnet(layer_type=request.param)
 
 
+@pytest.mark.slow
 def test_trains_from_scratch_and_comes_back_bit_identical(make_transformers: MakeModel, tmp_path: Path) -> None:
     model = apply_octav(make_transformers(), OctavConfig(**EIGHT_BIT_EDGES))
     train(model, tmp_path)
@@ -143,6 +144,7 @@ def test_trains_from_scratch_and_comes_back_bit_identical(make_transformers: Mak
     assert loaded.config.quantization_config.first_last_bits == 8
 
 
+@pytest.mark.slow
 def test_retrains_from_a_float_checkpoint(make_transformers: MakeModel, tmp_path: Path) -> None:
     make_transformers().save_pretrained(tmp_path / "float")
     config = OctavConfig(**EIGHT_BIT_EDGES)

@@ -39,6 +39,7 @@ def bert_inputs(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_frozen_and_packed_model_is_exported_exactly(small_bert: MakeBert, implementation: str) -> None:
     model = apply_octav(small_bert(attn_implementation=implementation), OctavConfig())

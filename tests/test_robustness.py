@@ -109,6 +109,7 @@ def test_the_error_says_when() -> None:
         model(gaussian(3, 8))
 
 
+@pytest.mark.slow
 def test_trainer_stops_at_a_diverged_model_with_the_reason(small_bert: MakeBert, tmp_path: Path) -> None:
     """A float model would train on with a loss of NaN, to the last step."""
     run = trainer(apply_octav(small_bert(), OctavConfig()), tmp_path, learning_rate=1e38, max_grad_norm=0.0)
@@ -117,6 +118,7 @@ def test_trainer_stops_at_a_diverged_model_with_the_reason(small_bert: MakeBert,
     assert 0 < run.state.global_step < 6
 
 
+@pytest.mark.slow
 def test_trainer_stops_at_a_bad_checkpoint_before_a_step(small_bert: MakeBert, tmp_path: Path) -> None:
     model = apply_octav(small_bert(), OctavConfig())
     model.bert.encoder.layer[0].output.dense.weight.data[3, 3] = math.nan
@@ -297,6 +299,7 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("gradient", ["pwl", "mad"])
 @pytest.mark.parametrize("dim", [None, -1])

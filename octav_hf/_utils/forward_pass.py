@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .torch_private import uncompiled
+
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 """Keyword arguments of a forward, positional ones, or a single one."""
 
@@ -55,7 +57,7 @@ def without_trace(model: nn.Module) -> Iterator[nn.Module]:
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),
         ):
-            yield getattr(model, "_orig_mod", model)
+            yield uncompiled(model)
     finally:
         with torch.no_grad():
             for buffer, value in buffers:

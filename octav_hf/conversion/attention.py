@@ -1,54 +1,42 @@
 """Deciding which attention module gets quantizers, with every check that could fail."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
-from ..config import ModuleSettings, OctavConfig
+from .._utils.transformers_compat import attn_implementation
 from ..nn import ATTENTION_OPERANDS, QuantizedAttention, quantized_class_of
 from .attention_modules import attention_modules
-from .module_plan import ModulePlan
 from .operands import activation_quantizer
+from .request import ModulePlan, Request
 
 # Attention implementations whose matmuls run as functions that can be seen; None: the module does not ask for one.
 _REACHABLE_IMPLEMENTATIONS = ("eager", "sdpa", None)
 
 
-def plan_attention(
-    model: nn.Module,
-    config: OctavConfig,
-    modules: Mapping[str, nn.Module],
-    settings: Mapping[str, ModuleSettings],
-    left_out: Collection[str],
-) -> Iterator[ModulePlan]:
+def plan_attention(request: Request) -> Iterator[ModulePlan]:
     """The plans of the attention modules.
-
-    Args:
-        model: for its config.
-        config: what is asked.
-        modules: full name -> module, all of them.
-        settings: full name -> settings, of the same.
-        left_out: the names that ``exclude_modules`` and ``target_modules`` leave in float.
 
     Raises:
         ValueError: the matmuls of one cannot be reached; the message names it and what to write instead.
     """
-    attention = attention_modules(modules, config.attention_modules)
+    model, config = request.model, request.config
+    attention = attention_modules(request.modules, config.attention_modules)
     for name, module in attention.items():
         if config.attention_modules is not None:
             _check_named(name, module, attention)
-        if name in left_out or not settings[name].quantize_attention or settings[name].activation_bits is None:
+        settings = request.settings[name]
+        if name in request.left_out or not settings.quantize_attention or settings.activation_bits is None:
             continue
         _check_reachable(model, name, module)
         quantizers = {
             operand: activation_quantizer(
-                config,
-                settings[name],
-                settings[name].activation_bits,
+                request,
                 name,
                 operand,
+                settings.activation_bits,
                 signed=operand != "probabilities",
-                granularity=settings[name].granularity(operand),
+                granularity=settings.granularity(operand),
             )
             for operand in ATTENTION_OPERANDS
         }
@@ -79,7 +67,7 @@ def _check_reachable(model: nn.Module, name: str, module: nn.Module) -> None:
     if isinstance(module, nn.MultiheadAttention):
         raise ValueError(f"{name}: nn.MultiheadAttention fuses its matmuls; name it in exclude_modules")
     module_config = getattr(module, "config", getattr(model, "config", None))
-    implementation = getattr(module_config, "_attn_implementation", None)
+    implementation = attn_implementation(module_config)
     if implementation not in _REACHABLE_IMPLEMENTATIONS:
         raise ValueError(
             f"{name}: attn_implementation {implementation!r} hides the matmuls of this {type(module).__name__} in a "

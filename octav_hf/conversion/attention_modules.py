@@ -24,7 +24,7 @@ def attention_modules(modules: Mapping[str, nn.Module], patterns: Iterable[str] 
         return {name: module for name, module in modules.items() if any(fnmatchcase(name, p) for p in patterns)}
     classes = {name: _own_class(module) for name, module in modules.items()}
     calling = {name for name, cls in classes.items() if _calls_attention_interface(cls)}
-    called = {name for name, cls in classes.items() if modules[name]._modules and _is_called_attention(cls)}
+    called = {name for name, cls in classes.items() if _is_called_attention(cls) and list(modules[name].children())}
     # A helper inside attention may be called attention too.
     found = calling | {name for name in called if calling.isdisjoint(_ancestors(name))}
     containers = {ancestor for name in found for ancestor in _ancestors(name)}

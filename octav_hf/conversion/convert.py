@@ -1,7 +1,7 @@
 """``apply_octav`` and ``remove_octav``: a float model becomes a quantized one, in place, and a float one again."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -9,12 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from .._utils.transformers_compat import mark_as_float, unset_upload
 from ..config import OctavConfig
-from ..nn import FrozenWeightFakeQuantize, QuantizedLayer
-from .module_plan import ModulePlan
+from ..nn import FrozenWeightFakeQuantize, QuantizedLayer, quantized_class_of
+from .layers import plan_layers
 from .modules import layers_to_freeze, quantized_modules, shared_weights
-from .plan import plan_conversion, plan_new_layers
+from .plan import plan_conversion
 from .record import has_frozen_weight_clips
+from .request import ModulePlan, Request
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -80,15 +82,16 @@ def remove_octav(model: Model) -> Model:
             quantizer = module.__dict__.get("hf_quantizer")
             if quantizer is not None:
                 quantizer.remove_quantization_config(module)
-            module.config._is_quantized = False
+            mark_as_float(module)
     return model
 
 
-def convert_modules(model: nn.Module, config: OctavConfig, plan: Iterable[ModulePlan]) -> None:
+def convert_modules(model: nn.Module, config: OctavConfig, plan: Sequence[ModulePlan]) -> None:
     """Carry out the ``plan`` that ``plan_conversion`` made for a float ``model`` and ``config``, in place."""
     for module_plan in plan:
         module_plan.convert()
-    model.octav_config = config  # type: ignore[assignment]
+    layers = [module_plan.name for module_plan in plan if quantized_class_of(module_plan.module) is not None]
+    model.__dict__.update(octav_config=config, octav_layers=layers)
     if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), QuantizedLayer):
         handle = model.register_forward_pre_hook(_requantize_output_embeddings)
         model.octav_output_embeddings_hook = handle  # type: ignore[assignment]
@@ -101,8 +104,9 @@ def restore_modules(model: nn.Module) -> None:
     for module in model.modules():
         if "octav_packed_hook" in module.__dict__:
             release_packed(module)
-        module.__dict__.pop("octav_config", None)
-        module.__dict__.pop("_upload_modified_files", None)
+        for name in ("octav_config", "octav_layers"):
+            module.__dict__.pop(name, None)
+        unset_upload(module)
         hook = module.__dict__.pop("octav_output_embeddings_hook", None)
         if hook is not None:
             hook.remove()
@@ -143,7 +147,7 @@ def _requantize_output_embeddings(model: PreTrainedModel, args: Any) -> None:
         "hf_quantizer"
     ].quantization_config  # which has the frozen clips of the head that was replaced
     frozen = has_frozen_weight_clips(model) and head not in shared_weights(model)
-    for module_plan in plan_new_layers(model, config):
+    for module_plan in plan_layers(Request.of(model, config)):
         if module_plan.module is head:
             module_plan.convert()
             for layer in layers_to_freeze(head).values() if frozen else ():

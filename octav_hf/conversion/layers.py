@@ -1,130 +1,96 @@
 """Deciding which layer with a weight gets which quantizers; the layers are those registered in ``nn``."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
-from ..config import ModuleSettings, OctavConfig
+from .._utils.torch_private import own_parameters
+from ..config import OctavConfig
 from ..nn import QuantizedLayer, quantized_class_of
 from ..nn.granularity import Granularity
 from .first_last import first_and_last
-from .module_plan import ModulePlan
 from .operands import activation_quantizer, weight_quantizer
+from .request import ModulePlan, Request
 
 # A norm multiplies element by element, whatever the shape of its weight.
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
-def plan_layers(
-    model: nn.Module,
-    config: OctavConfig,
-    modules: Mapping[str, nn.Module],
-    settings: Mapping[str, ModuleSettings],
-    left_out: Collection[str],
-) -> Iterator[ModulePlan]:
+def plan_layers(request: Request) -> Iterator[ModulePlan]:
     """The plans of the layers with a weight that are not quantized yet.
-
-    Args:
-        model: for ``first_last_bits``.
-        config: what is asked.
-        modules: full name -> module, all of them.
-        settings: full name -> settings, of the same.
-        left_out: the names that ``exclude_modules`` and ``target_modules`` leave in float.
 
     Raises:
         ValueError: a layer cannot be quantized; the message names it and what to write instead.
     """
-    edges = () if config.first_last_bits is None else first_and_last(model, config)
-    for name, module in modules.items():
-        if isinstance(module, QuantizedLayer) or name in left_out:
+    config = request.config
+    edges = () if config.first_last_bits is None else first_and_last(request.model, config)
+    for name, module in request.modules.items():
+        if isinstance(module, QuantizedLayer) or name in request.left_out:
             continue
-        quantized_class = quantized_class_of(module)
-        if quantized_class is not None:
-            plan = _plan_layer(name, module, quantized_class, config, settings[name], is_edge=name in edges)
-            if plan is not None:
-                yield plan
-        elif settings[name].weight_bits or settings[name].activation_bits:
-            _check_holds_no_weight(name, module)
+        layer_class, settings = quantized_class_of(module), request.settings[name]
+        if layer_class is None:
+            if settings.weight_bits or settings.activation_bits:
+                _check_holds_no_weight(name, module)
+            continue
+        bits = {operand: getattr(settings, field) for operand, field in layer_class.operands.items()}
+        if name in edges:
+            bits = _first_last_bits(bits, name, config)
+        if any(bits.values()):
+            yield _plan_layer(request, name, module, layer_class, bits)
 
 
 def unknown_weights(module: nn.Module) -> list[str]:
     """Names of the weights of two or more dimensions in a module that is no registered layer and no norm."""
     if quantized_class_of(module) is not None or isinstance(module, _NORMS):
         return []
-    parameters = module._parameters.items()
+    parameters = own_parameters(module).items()
     return [name for name, value in parameters if "weight" in name and value is not None and value.dim() > 1]
 
 
 def _plan_layer(
-    name: str,
-    module: nn.Module,
-    quantized_class: type[QuantizedLayer],
-    config: OctavConfig,
-    settings: ModuleSettings,
-    is_edge: bool,
-) -> ModulePlan | None:
-    bits = {operand: getattr(settings, field) for operand, field in quantized_class.operands.items()}
-    if is_edge:
-        bits = _first_last_bits(bits, name, config)
-    if not any(bits.values()):
-        return None
-    _check_convertible(name, module, quantized_class)
-    if settings.weight_granularity not in quantized_class.weight_granularities:
+    request: Request, name: str, module: nn.Module, layer_class: type[QuantizedLayer], bits: dict[str, int | None]
+) -> ModulePlan:
+    settings = request.settings[name]
+    _check_convertible(name, module, layer_class)
+    if settings.weight_granularity not in layer_class.weight_granularities:
         raise ValueError(
             f"{name}: the weight of {type(module).__name__} has one clip per channel (row), not per "
             f"{settings.weight_granularity}; write module_overrides={{{name!r}: {{'weight_granularity': 'channel'}}}}"
         )
-    quantizers = {"weight": weight_quantizer(settings, bits["weight"], name, quantized_class)}
+    quantizers = {"weight": weight_quantizer(request, name, bits["weight"], layer_class)}
     if "input" in bits:
+        _check_override(request.config.module_overrides.get(name, {}), name, module, layer_class)
+        granularity = settings.granularity("input")
         quantizers["input"] = activation_quantizer(
-            config,
-            settings,
-            bits["input"],
+            request,
             name,
             "input",
+            bits["input"],
             signed=None if settings.unsigned_activations else True,
-            asymmetric=_is_asymmetric(name, module, quantized_class, config, settings),
-            granularity=_input_granularity(name, module, quantized_class, config, settings),
+            # What linear layers have, convolutions among them need not support.
+            asymmetric=settings.asymmetric_activations and layer_class.supports_asymmetric_input,
+            granularity=granularity if granularity in layer_class.input_granularities else Granularity.TENSOR,
         )
-    return ModulePlan(name, module, quantized_class, quantizers)
+    return ModulePlan(name, module, layer_class, quantizers)
 
 
-def _input_granularity(
-    name: str, module: nn.Module, quantized_class: type[QuantizedLayer], config: OctavConfig, settings: ModuleSettings
-) -> str:
-    """What one clip of this layer's input is for; the tensor for a convolution, whatever linear layers have.
-
-    Raises:
-        ValueError: the config asks this very layer for another one.
-    """
-    granularity = settings.granularity("input")
-    if granularity in quantized_class.input_granularities:
-        return granularity
-    if config.module_overrides.get(name, {}).get("activation_granularity", {}).get("input") == granularity:
+def _check_override(
+    override: Mapping[str, Any], name: str, module: nn.Module, layer_class: type[QuantizedLayer]
+) -> None:
+    """Refuse what an override asks of this very layer's input and the layer does not support."""
+    granularity = override.get("activation_granularity", {}).get("input", Granularity.TENSOR)
+    if granularity not in layer_class.input_granularities:
         raise ValueError(
             f"{name}: the input of this {type(module).__name__} has one clip per tensor, not per {granularity}: the "
             "layer sums over positions, so the scale of one does not factor out; write "
             f"module_overrides={{{name!r}: {{'activation_granularity': {{'input': 'tensor'}}}}}}, or leave it out"
         )
-    return Granularity.TENSOR
-
-
-def _is_asymmetric(
-    name: str, module: nn.Module, quantized_class: type[QuantizedLayer], config: OctavConfig, settings: ModuleSettings
-) -> bool:
-    """Whether the grid of this layer's input may be asymmetric; not for a convolution, whatever linear layers have.
-
-    Raises:
-        ValueError: the config asks it of this very layer.
-    """
-    if quantized_class.supports_asymmetric_input:
-        return settings.asymmetric_activations
-    if config.module_overrides.get(name, {}).get("asymmetric_activations"):
+    if override.get("asymmetric_activations") and not layer_class.supports_asymmetric_input:
         raise ValueError(
             f"{name}: the input of this {type(module).__name__} cannot be asymmetric, since the zeros that it is "
             f"padded with have no offset; leave asymmetric_activations out of module_overrides[{name!r}]"
         )
-    return False
 
 
 def _first_last_bits(bits: dict[str, int | None], name: str, config: OctavConfig) -> dict[str, int | None]:
@@ -151,7 +117,7 @@ def _check_convertible(name: str, module: nn.Module, quantized_class: type[Quant
     float_class = quantized_class.float_class
     remedy = "name it in exclude_modules to leave it in float"
     described = type(module).__name__
-    weight = module._parameters.get("weight")
+    weight = own_parameters(module).get("weight")
     if weight is not None:
         described += f" with weight of shape {tuple(weight.shape)}"
     if type(module) is not float_class:

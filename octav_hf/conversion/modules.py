@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from .._utils.torch_private import own_parameters
 from ..nn import FakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
 
 
@@ -46,7 +47,7 @@ def shared_weights(model: nn.Module) -> set[nn.Module]:
     """The modules whose ``weight`` is another module's parameter too."""
     owners: dict[int, set[nn.Module]] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
+        for parameter in own_parameters(module).values():
             if parameter is not None:
                 owners.setdefault(id(parameter), set()).add(module)
-    return {module for module in model.modules() if len(owners.get(id(module._parameters.get("weight")), ())) > 1}
+    return {module for module in model.modules() if len(owners.get(id(own_parameters(module).get("weight")), ())) > 1}

@@ -9,7 +9,7 @@ from ..config import OctavConfig, matches, targets
 from ..nn import QUANTIZED_LAYERS, quantized_class_of
 from .attention import plan_attention
 from .layers import plan_layers
-from .module_plan import ModulePlan
+from .request import ModulePlan, Request
 
 _PATTERN_FIELDS: dict[str, Callable[[str, str], bool]] = {
     "exclude_modules": matches,
@@ -26,16 +26,12 @@ def plan_conversion(model: nn.Module, config: OctavConfig) -> list[ModulePlan]:
         ValueError: the model cannot be quantized as asked; the message names the module and what to write instead.
     """
     config.validate()
-    modules = dict(model.named_modules())
-    _check_patterns(model, config, modules)
-    if not any(quantized_class_of(module) for module in modules.values()):
+    request = Request.of(model, config)
+    _check_patterns(request)
+    if not any(quantized_class_of(module) for module in request.modules.values()):
         kinds = ", ".join(float_class.__name__ for float_class in QUANTIZED_LAYERS)
         raise ValueError(f"{type(model).__name__} has no layer that can be quantized ({kinds})")
-    settings, left_out = config.settings_for(modules), config.left_out(modules)
-    plan = [
-        *plan_attention(model, config, modules, settings, left_out),
-        *plan_layers(model, config, modules, settings, left_out),
-    ]
+    plan = [*plan_attention(request), *plan_layers(request)]
     if not plan:
         raise ValueError("the config leaves every layer and attention matmul in float; exclude less")
     for module_plan in plan:
@@ -49,23 +45,13 @@ def plan_conversion(model: nn.Module, config: OctavConfig) -> list[ModulePlan]:
     return plan
 
 
-def plan_new_layers(model: nn.Module, config: OctavConfig) -> list[ModulePlan]:
-    """What ``config`` asks of the layers of a converted ``model`` that are not quantized yet.
-
-    Raises:
-        ValueError: as ``plan_conversion``.
-    """
-    modules = dict(model.named_modules())
-    return list(plan_layers(model, config, modules, config.settings_for(modules), config.left_out(modules)))
-
-
-def _check_patterns(model: nn.Module, config: OctavConfig, modules: dict[str, nn.Module]) -> None:
+def _check_patterns(request: Request) -> None:
     for field, is_match in _PATTERN_FIELDS.items():
-        for pattern in getattr(config, field) or ():
-            if not any(name and is_match(pattern, name) for name in modules):
+        for pattern in getattr(request.config, field) or ():
+            if not any(name and is_match(pattern, name) for name in request.modules):
                 raise ValueError(
-                    f"{field}: {pattern!r} matches no module of {type(model).__name__}; write a full dotted name, or a "
-                    "pattern for it: print([name for name, _ in model.named_modules()]) lists them"
+                    f"{field}: {pattern!r} matches no module of {type(request.model).__name__}; write a full dotted "
+                    "name, or a pattern for it: print([name for name, _ in model.named_modules()]) lists them"
                 )
 
 

@@ -1,8 +1,10 @@
 """What a converted model is quantized with: what was asked of it, and what its modules say, which is what is saved."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..config import OctavConfig
 from ..nn import FrozenWeightFakeQuantize, PackedLayer, QuantizedLayer
@@ -50,6 +52,20 @@ def config_name(path: str, operand: str, quantizer_name: str) -> str:
     return name if quantizer_name == f"{name} {operand}" else path
 
 
+def _replaced_layers(model: nn.Module) -> list[str]:
+    """The layers that were converted and that a float module has replaced since; not one that an adapter wraps."""
+    modules = dict(model.named_modules())
+    # A resized head is quantized again in the next forward pass.
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return [
+        name
+        for name in model.__dict__["octav_layers"]
+        if name in modules
+        and modules[name] is not head
+        and not any(isinstance(module, QuantizedLayer) for module in modules[name].modules())
+    ]
+
+
 def recorded_config(model: nn.Module) -> OctavConfig:
     """What ``config.json`` says of a converted model: what was asked, with the state that its modules are in now."""
     clips: ActivationClips = {}
@@ -57,8 +73,13 @@ def recorded_config(model: nn.Module) -> OctavConfig:
         if quantizer.frozen is not None:
             name = config_name(path, operand, quantizer.name)
             clips.setdefault(name, {})[operand] = frozen_fields(quantizer.frozen)
-    return asked_config(model, "recorded_config").with_fields(
-        packed=is_packed(model), frozen_weight_clips=has_frozen_weight_clips(model), activation_clips=clips
+    asked = asked_config(model, "recorded_config")
+    return replace(
+        asked,
+        exclude_modules=[*asked.exclude_modules, *_replaced_layers(model)],
+        packed=is_packed(model),
+        frozen_weight_clips=has_frozen_weight_clips(model),
+        activation_clips=clips,
     )
 
 

@@ -12,9 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from .._utils.torch_private import OpOverload, TorchDispatchMode, schema, storage_id, tree_leaves
 from ..functional.rows import to_rows
 from ..nn import FakeQuantize, PackedLayer, QuantizedEmbedding
 
@@ -102,7 +101,7 @@ class OperandWatch(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         name, namespace = _name(func)
-        is_view = isinstance(func, torch._ops.OpOverload) and func.is_view
+        is_view = isinstance(func, OpOverload) and func.is_view
         if not is_view and not any(isinstance(module, FakeQuantize) for module in self._running):
             self._record(name, namespace, args, kwargs)
         origin = self._origin_of_result(name, args)
@@ -195,14 +194,14 @@ def on_grid(x: Tensor, quantizer: FakeQuantize) -> bool:
 
 def _name(func: Callable[..., Any]) -> tuple[str, str]:
     """Name and namespace of an operator; a higher-order one has no namespace."""
-    if isinstance(func, torch._ops.OpOverload):
-        return func._schema.name.partition("::")[2], func.namespace
+    if isinstance(func, OpOverload):
+        return schema(func).name.partition("::")[2], func.namespace
     return str(func), ""
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
-        for position, argument in enumerate(func._schema.arguments):
+    if isinstance(func, OpOverload) and schema(func).is_mutable:
+        for position, argument in enumerate(schema(func).arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 yield from _tensors(args[position] if position < len(args) else kwargs.get(argument.name))
 
@@ -216,4 +215,4 @@ def _is_float(x: Tensor) -> bool:
 
 
 def _key(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
+    return storage_id(x)

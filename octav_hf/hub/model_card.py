@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from .._utils.transformers_compat import task_mapping
 from ..config import OctavConfig
 from ..coverage.report import CoverageReport, Operand, coverage_report
 from ..nn.granularity import ACTIVATION_GRANULARITIES
@@ -124,12 +125,8 @@ def _metadata(
 
 
 def _task(model: PreTrainedModel) -> str | None:
-    # Imported here because it takes a seventh of a second.
-    from transformers.modelcard import TASK_MAPPING
-
     architecture = type(model).__name__
-    tasks: Mapping[str, Any] = TASK_MAPPING
-    for task, names in tasks.items():
+    for task, names in task_mapping().items():
         if any(architecture in ([name] if isinstance(name, str) else name) for name in names.values()):
             return task
     return None

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .._utils.transformers_compat import upload
 from .model_card import model_card, write_card
 
 
@@ -20,7 +21,7 @@ class UploadWithCard:
         model = self._model()
         assert model is not None
         write_card(Path(working_dir), model_card(model, name=repo_id))
-        return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
+        return upload(model, working_dir, repo_id, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._model(),)

@@ -1,11 +1,10 @@
 """Saving a model whose weights are sharded."""
 
-import inspect
-
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .._utils.sharded_weights import sharded_shape
+from .._utils.transformers_compat import argument_of_save_pretrained
 
 
 def given_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
@@ -17,7 +16,7 @@ def given_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
     Raises:
         NotImplementedError: a weight is sharded and neither gathered nor sharded by Transformers itself.
     """
-    given = _argument_of_save_pretrained("state_dict")
+    given = argument_of_save_pretrained("state_dict")
     if getattr(model.config, "distributed_config", None) is None:
         for name, weight in dict(model.named_parameters()).items() if given is None else given.items():
             shape = sharded_shape(weight)
@@ -32,11 +31,3 @@ def given_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
                     "state_dict=state_dict)"
                 )
     return given
-
-
-def _argument_of_save_pretrained(name: str) -> dict[str, Tensor] | None:
-    """A local variable of the innermost ``save_pretrained`` on the stack; ``None`` outside of one."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not inspect.unwrap(PreTrainedModel.save_pretrained).__code__:
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals.get(name)

@@ -3,9 +3,9 @@
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from .._utils.torch_private import LINEAR
 from ..nn import QuantizedLayer, register_quantized_layer
 from ..nn.granularity import ACTIVATION_GRANULARITIES
-from ..nn.linear import LINEAR
 from ..nn.shared_inputs import quantize_input
 
 

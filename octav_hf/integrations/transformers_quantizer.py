@@ -6,11 +6,17 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from .._utils.transformers_compat import (
+    has_adapters,
+    is_tied,
+    remove_tied_weights_from_state_dict,
+    revert_weight_conversion,
+    save_by_own_names,
+    set_upload,
+)
 from ..config import QUANT_METHOD, OctavConfig
 from ..conversion.convert import convert_modules, freeze_packed, restore_modules
 from ..conversion.modules import layers_to_freeze
@@ -35,6 +41,7 @@ class OctavQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: OctavConfig
+    _renamings: tuple[PackedNames, ...] = ()  # of the model whose weights are being loaded
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -64,9 +71,11 @@ class OctavQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self._renamings = ()
         if self.quantization_config.packed:
             freeze_packed(model)
-        model._upload_modified_files = UploadWithCard(model)  # type: ignore[assignment]
+        save_by_own_names(model)
+        set_upload(model, UploadWithCard(model))
         return model
 
     def _prepare_packed(self, model: PreTrainedModel, names: Iterable[str]) -> None:
@@ -74,20 +83,21 @@ class OctavQuantizer(HfQuantizer):
         layers = quantized_weights(model)
         packed = layers_in_files(names, layers, model)
         for name, (layer, _) in layers.items():
-            if name not in packed and not _is_tied(model, name):
+            if name not in packed and not is_tied(model, f"{name}.weight"):
                 raise ValueError(
                     f"{name}: this packed checkpoint has no packed weight of shape {tuple(layer.weight.shape)} for "
                     f"{type(model).__name__}. Load it with the model class that it was saved from (architectures in "
                     "config.json), and call unpack_octav before giving it another head"
                 )
         prepare_packed(model, packed, self.quantization_config.frozen_weight_clips)
+        self._renamings = (PackedNames(packed_layers(model), model.base_model_prefix),)
 
     def _prepare_frozen(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         """Prepare the layers that have clips in the files. Others must be tied, or theirs would be random."""
         layers = layers_to_freeze(model)
         frozen = layers_in_files(names, layers, model, FROZEN_CLIPS)
         for name, layer in layers.items():
-            if name not in frozen and not _is_tied(model, name):
+            if name not in frozen and not is_tied(model, f"{name}.weight"):
                 raise ValueError(
                     f"{name}: this checkpoint has no clips for its weight of shape {tuple(layer.weight.shape)}, which "
                     "should be frozen. Load it with the model class that it was saved from (architectures in "
@@ -95,9 +105,9 @@ class OctavQuantizer(HfQuantizer):
                 )
         prepare_frozen(model, frozen)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        layers = packed_layers(model)
-        return [*weight_conversions, PackedNames(layers, model.base_model_prefix)] if layers else weight_conversions
+    def get_weight_conversions(self) -> list[Any]:
+        # Not update_weight_conversions, which Transformers has had since 5.8, and with the model since 5.21.
+        return list(self._renamings)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The state dict to save, ``None`` for the model's own, and the files' metadata.
@@ -107,7 +117,7 @@ class OctavQuantizer(HfQuantizer):
         """
         given = given_weights(model)
         write_record(model)  # Transformers writes the config after this
-        if not is_packed(model) or getattr(model, "_hf_peft_config_loaded", False):
+        if not is_packed(model) or has_adapters(model):
             return given, {}
         weights = model.state_dict() if given is None else given
         names = PackedNames(packed_layers(model), model.base_model_prefix).reverse_transform()
@@ -147,8 +157,3 @@ def _tensor_names(files: Iterable[str]) -> set[str]:
         with safe_open(file, framework="pt") as opened:
             names.update(opened.keys())
     return names
-
-
-def _is_tied(model: PreTrainedModel, layer: str) -> bool:
-    """Whether the layer shares its weight with another one."""
-    return f"{layer}.weight" in {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}

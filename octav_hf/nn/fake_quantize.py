@@ -27,19 +27,6 @@ class Grid(NamedTuple):
     offset: Tensor | None = None
 
 
-_INIT_KWARGS = (
-    "num_bits",
-    "clip",
-    "clip_options",
-    "gradient_estimator",
-    "signed",
-    "asymmetric",
-    "dim",
-    "frozen_dim",
-    "name",
-)
-
-
 class FakeQuantize(nn.Module):
     """Quantizes one operand: computes its clip from the data at every call, or takes a frozen one, then rounds.
 
@@ -289,6 +276,9 @@ class FakeQuantize(nn.Module):
         frozen = "" if self.frozen is None else f" frozen at {', '.join(map(_described, self.frozen.clips))}"
         clip = f"clip={self.clip} {scalars}{frozen}"
         return f"{self.num_bits} bits {grid}, {clip}, gradient_estimator={self.gradient_estimator}"
+
+
+_INIT_KWARGS = ("num_bits", *(name for name in FakeQuantize.__init__.__kwdefaults__ or () if name != "frozen"))
 
 
 def _described(clip: Clip) -> str:

@@ -62,10 +62,9 @@ class ClipObserver:
         Args:
             call_index: which multiplication of the operand in one forward pass of its module, from 0; a 0 begins the
                 next forward pass.
-            clips: signed (True) or not -> the clip on that grid: each grid that is possible as far as this tensor
-                goes. A number, or the sum of ``count`` observations as a float64 tensor. None for a tensor without
-                values, which says nothing about clips.
-            count: how many observations, one for each batch element.
+            clips: signed -> the clip on that grid, for each grid that this tensor allows: a number, or the sum of
+                ``count`` clips as a float64 tensor. Empty for an empty tensor.
+            count: the number of batch elements in those sums.
             offset: where the unsigned grid begins.
 
         Raises:

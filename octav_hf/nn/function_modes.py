@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
+from .._utils.torch_private import without_function_modes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -14,7 +14,7 @@ def outside_function_modes(function: Function) -> Function:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._C.DisableTorchFunction():
+        with without_function_modes():
             return function(*args, **kwargs)
 
     return run  # type: ignore[return-value]

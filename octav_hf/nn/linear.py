@@ -1,15 +1,11 @@
 """A quantized linear layer."""
 
-import torch
 from torch import Tensor, nn
 
+from .._utils.torch_private import LINEAR
 from .granularity import ACTIVATION_GRANULARITIES
 from .quantized_layer import QuantizedLayer, register_quantized_layer
 from .shared_inputs import quantize_input
-
-# PyTorch's nn.functional.linear. DeepSpeed's ZeRO-3 replaces it by a function whose matmuls would be taken for
-# attention's.
-LINEAR = torch._C._nn.linear
 
 
 @register_quantized_layer(nn.Linear)

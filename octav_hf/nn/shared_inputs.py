@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .._utils.torch_private import version_counter
 from .fake_quantize import FakeQuantize
 
 
@@ -32,7 +33,7 @@ def quantize_input(quantizer: nn.Module, x: Tensor) -> Tensor:
     # A compiler eliminates the repeated work itself.
     if torch.compiler.is_compiling() or _scope.entries is None or not isinstance(quantizer, FakeQuantize):
         return quantizer(x)
-    version = None if x.is_inference() else x._version
+    version = None if x.is_inference() else version_counter(x)
     state = (version, torch.is_grad_enabled(), quantizer.cache_key)
     for known_input, known_state, output in _scope.entries:
         if known_input is x and known_state == state:

@@ -7,8 +7,13 @@ shape instead of initializing the weight randomly. Its scales are ``<layer>.weig
 from collections.abc import Iterable
 
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from .._utils.transformers_compat import (
+    WeightConverter,
+    WeightRenaming,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
 
 SCALE = "weight_scale"
 FROZEN_CLIPS = "weight_quantizer.clips"
@@ -19,8 +24,6 @@ _IN_MODEL = {"weight": "weight_quantizer.packed_data", SCALE: "weight_quantizer.
 
 class PackedNames(WeightRenaming):
     """Renames the tensors of packed ``layers`` from files to the model, as a step of Transformers' loading."""
-
-    __slots__ = ("_names",)
 
     def __init__(self, layers: Iterable[str], base_model_prefix: str):
         super().__init__("weight", "weight")  # unused patterns

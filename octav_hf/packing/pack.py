@@ -2,15 +2,18 @@
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
 
 from .._utils.sharded_weights import sharded_shape
+from .._utils.torch_private import own_parameters
 from ..conversion.convert import freeze_packed, release_packed
+from ..conversion.layers import plan_layers
 from ..conversion.modules import layers_by_quantizer, shared_weights
-from ..conversion.plan import plan_new_layers
 from ..conversion.record import asked_config, is_packed, write_record
+from ..conversion.request import Request
 from ..nn import FakeQuantize, PackedLayer, PackedWeight, WeightFakeQuantize
 
 logger = logging.getLogger(__name__)
@@ -52,8 +55,8 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
                 f"embedding_bits={embedding_bits}, but the model was trained with "
                 f"embedding_bits={config.embedding_bits}; leave it out"
             )
-        config = config.with_fields(embedding_bits=embedding_bits)
-        tables = [table for table in plan_new_layers(model, config) if isinstance(table.module, nn.Embedding)]
+        config = replace(config, embedding_bits=embedding_bits)
+        tables = [table for table in plan_layers(Request.of(model, config)) if isinstance(table.module, nn.Embedding)]
     quantized = quantized_weights(model)
     for table in tables:
         quantizer_class, init_kwargs = table.quantizers["weight"]
@@ -133,7 +136,7 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
 
 
 def _check_packable(name: str, layer: nn.Module) -> None:
-    weight = layer._parameters.get("weight")
+    weight = own_parameters(layer).get("weight")
     if weight is None:
         raise ValueError(f"{name}: its weight is not a parameter (it is parametrized?); make it one before packing")
     shape = sharded_shape(weight)

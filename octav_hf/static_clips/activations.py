@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers.utils.logging import tqdm
 
 from .._utils.forward_pass import Batch, check_batch, in_evaluation_mode, run_batch, without_trace
+from .._utils.torch_private import tree_map
 from ..conversion.modules import activation_quantizers, quantized_modules
 from ..conversion.record import config_name, write_record
 from ..nn import ClipObserver, FakeQuantize, FrozenClips
@@ -22,41 +22,37 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def calibrate_octav(model: Model, batches: Iterable[Batch], *, progress_bar: bool = True) -> Model:
-    """Freeze the clips of all activations, layer inputs and attention operands, at their mean over ``batches``.
+    """Freeze the clips of all activations (layer inputs and attention operands) at their mean over ``batches``.
 
-    The model runs on each batch in evaluation mode, with dynamic clips even where some are frozen already. Each frozen
-    clip is the mean of the dynamic clips of all calls, in float64; a call on an empty tensor does not count. A layer's
-    input has one; an attention operand has one for each time that the module's forward multiplies it, since DeBERTa,
-    for instance, multiplies content and positions in turn. An activation whose grid goes by its sign gets the unsigned
-    grid if no tensor had a negative value. Weights keep their dynamic clips. From then on, in training too, no
-    statistics of activations are computed.
+    The model runs on each batch in evaluation mode, with dynamic clips. A frozen clip is the mean, in float64, of the
+    dynamic clips of all calls on tensors that are not empty. An attention operand has one for each matmul that it is in
+    within one forward pass of its module: DeBERTa multiplies content and positions in turn. An activation that may be
+    signed or unsigned gets the unsigned grid if no tensor had a negative value. From then on, in training too, no
+    statistics of activations are computed. Weights keep their dynamic clips.
 
-    With ``activation_granularity`` clips of heads and channels stay such: each is the mean over all calls and batch
-    elements, so that an operand ``[batch, heads, tokens, channels]`` has one for each head, or for each channel of each
-    head. Where a module has batch and heads in one dimension, as DeBERTa does, the mean is over both. Tokens come and
-    go, so that an operand with a clip per token gets one for all of them: that of the whole tensor, as with
-    ``"tensor"``. ``coverage_report`` says what each has, and ``uncalibrate_octav`` brings back what was asked for.
+    With ``activation_granularity``, clips per attention head or channel are means over all calls and batch elements
+    (and heads, where a module merges them with the batch, as DeBERTa does). Tokens have no identity across batches, so
+    an operand with a clip per token gets one for the whole tensor. ``coverage_report`` shows what each operand has.
 
-    The clips are in the config that the model now has, as ``activation_clips``, so that ``save_pretrained`` writes them
-    and ``from_pretrained`` brings them back; the config object that was passed to ``apply_octav`` is left as it is.
-    Where several processes train one model, give each the same batches; or, with ``sync_activation_clips``, each its
-    own, as many as the others: the clips are then those of the batches of all, and equal in all.
+    A Transformers model saves the clips in ``config.json``; ``from_pretrained`` brings them back. Where several
+    processes train one model, give each the same batches, or, with ``sync_activation_clips``, each its own batches, as
+    many as the others; the clips are then equal in all processes.
 
     Args:
-        model: one that ``apply_octav`` quantized, or that contains such a model. Its mode, its buffers and the random
-            state are as before afterwards.
+        model: one that ``apply_octav`` quantized, or that contains such a model. Its mode, buffers and the random state
+            are restored.
         batches: any iterable, such as a DataLoader. Each batch is a mapping of the forward's keyword arguments, a tuple
-            or list of positional ones, or a tensor, the only one; tensors in it are moved to the model's device.
-        progress_bar: whether to show one, as far as ``transformers.utils.logging`` does.
+            or list of positional ones, or a single tensor; its tensors are moved to the model's device.
+        progress_bar: whether to show one, where ``transformers.utils.logging`` allows it.
 
     Returns:
         ``model``. Activations that no batch reached stay dynamic, and a warning names them.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``, or ``batches`` or one of them is none of those.
-        ValueError: there is no batch, the model has no quantized activation, or an attention module used an operand
-            more often in one forward pass than in another, or with another number of heads or channels. The model is
-            then as it was.
+        TypeError: ``model`` is not an ``nn.Module``, or ``batches`` or a batch has another type.
+        ValueError: there is no batch or no quantized activation, or an attention module multiplied an operand more
+            often in one forward pass than in another, or with another number of heads or channels. The model is then as
+            it was.
     """
     if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
         raise TypeError(
@@ -77,21 +73,19 @@ def calibrate_octav(model: Model, batches: Iterable[Batch], *, progress_bar: boo
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """``calibrate_octav`` for an evaluation loop of your own: what the model runs within it is what clips come from.
-
-    ::
+    """``calibrate_octav`` around an evaluation loop of your own::
 
         model.eval()
         with torch.no_grad(), octav_hf.calibrating(model):
             for batch in batches:
                 model.generate(**batch)
 
-    Mode, gradients and random state are the loop's own business. Within it clips are dynamic; at its end they are
-    frozen. If it raises, the model is as it was.
+    Clips are dynamic inside and frozen at the end; after an error the model is as it was. Mode, gradients and random
+    state are up to the loop.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: as ``calibrate_octav``, or nothing ran, or the model is being calibrated already.
+        ValueError: as ``calibrate_octav``; or nothing ran, or the model is being calibrated already.
     """
     operands = _activations(model, "calibrate_octav")
     if any(operand.quantizer.observer for operand in operands):
@@ -100,7 +94,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     for operand, observer in zip(operands, observers, strict=True):
         operand.quantizer.observer = observer
     try:
-        with torch.compiler.set_stance("force_eager"):  # observers would have it all compiled anew, for this once
+        with torch.compiler.set_stance("force_eager"):  # observers would trigger a recompilation
             yield
     finally:
         for operand in operands:

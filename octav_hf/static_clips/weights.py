@@ -1,4 +1,4 @@
-"""``freeze_weight_clips`` and ``unfreeze_weight_clips``: clips of weights that are stored, or follow them again."""
+"""``freeze_weight_clips`` and ``unfreeze_weight_clips``: static and dynamic clips of weights."""
 
 import logging
 from collections.abc import Iterable
@@ -17,14 +17,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def freeze_weight_clips(model: Model) -> Model:
-    """Store the clips of all weights as they are now, in place; they no longer follow the weights in training.
+    """Freeze the clips of all weights at their present values, in place; training no longer changes them.
 
-    With ``calibrate_octav`` for the activations this is the paper's static quantization (Appendix E.3): call both
-    before training. The clips are buffers, ``<layer>.weight_quantizer.clips``, ``[rows, 1, ...]`` (0-dim if there is
-    one for the tensor), in float32, or float64 for a float64 weight. They are saved and loaded with the weights, and
-    ``pack_octav`` takes them. Embedding tables, whose rows are quantized as they are looked up, keep dynamic clips. So
-    do weights that several modules share, as a language-model head and the token embeddings often do; a warning names
-    them.
+    Called before training together with ``calibrate_octav``, this is the paper's static quantization (Appendix E.3).
+    The clips are buffers, ``<layer>.weight_quantizer.clips``, ``[rows, 1, ...]`` (0-dim for one clip per tensor),
+    float32, or float64 for a float64 weight; they are saved with the weights, and ``pack_octav`` uses them. Embedding
+    tables, whose rows are quantized when they are looked up, keep dynamic clips, and so do weights that several modules
+    share, such as a head tied to the token embeddings; a warning names those.
 
     Args:
         model: quantized by ``apply_octav``, not packed and not sharded.
@@ -85,7 +84,7 @@ def unfreeze_weight_clips(model: Model) -> Model:
 
 
 def prepare_frozen(model: nn.Module, names: Iterable[str]) -> None:
-    """Give these layers of a model that was converted, and not loaded yet, clips to load into."""
+    """Give these layers of a converted model buffers to load their clips into."""
     layers = layers_to_freeze(model)
     for name in names:
         layers[name].weight_quantizer = FrozenWeightFakeQuantize.to_load(

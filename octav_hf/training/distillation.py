@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from .._utils.forward_pass import in_evaluation_mode
+from .._utils.torch_private import forward_hooks, is_replica
+from .._utils.transformers_compat import LOSS_MAPPING, ForCausalLMLoss
 
 # Logits of question answering, whose last dimension is tokens; that of all others is classes.
 _OF_TOKENS = ("start_logits", "end_logits")
@@ -68,7 +69,7 @@ def distill(model: nn.Module, teacher: nn.Module, *, weight: float = 1.0, temper
             f"distill: the teacher shares parameters with {type(model).__name__}, whose training would change it; load "
             "it a second time, or take copy.deepcopy(model) before apply_octav, which works in place"
         )
-    if any(isinstance(hook, _Distillation) for module in model.modules() for hook in module._forward_hooks.values()):
+    if any(isinstance(hook, _Distillation) for module in model.modules() for hook in forward_hooks(module)):
         raise ValueError(
             f"distill: {type(model).__name__} is distilled already; call remove() of the handle that distill returned"
         )
@@ -89,7 +90,7 @@ class _Distillation:
         if not model.training or not torch.is_grad_enabled():
             return None
         name = type(model).__name__
-        if getattr(model, "_is_replica", False):
+        if is_replica(model):
             raise RuntimeError(
                 f"{name} is distilled, and nn.DataParallel has one teacher for several devices; start a process for "
                 "each device with torchrun or accelerate launch"

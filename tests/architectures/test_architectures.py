@@ -29,20 +29,32 @@ KINDS = ("linear", "convolution", "attention")
 
 Record = Callable[[str, object], None]
 
-each = pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+# One of each kind, an encoder, a decoder and convolutions, is left where the slow ones are.
+QUICK = ("Bert", "GPT-2", "ResNet")
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [] if name in QUICK else [pytest.mark.slow]
+
+
+each = pytest.mark.parametrize(
+    "architecture", [pytest.param(a, id=name, marks=marks(name)) for name, a in ARCHITECTURES.items()]
+)
 each_implementation = pytest.mark.parametrize(
     ("architecture", "implementation"),
     [
-        pytest.param(architecture, implementation, id=f"{name}-{implementation}")
+        pytest.param(architecture, implementation, id=f"{name}-{implementation}", marks=marks(name))
         for name, architecture in ARCHITECTURES.items()
         for implementation in architecture.implementations
     ],
 )
 each_with_both_implementations = pytest.mark.parametrize(
-    "architecture", [pytest.param(a, id=name) for name, a in ARCHITECTURES.items() if a.implementations_agree]
+    "architecture",
+    [pytest.param(a, id=name, marks=marks(name)) for name, a in ARCHITECTURES.items() if a.implementations_agree],
 )
 each_that_generates = pytest.mark.parametrize(
-    "architecture", [pytest.param(a, id=name) for name, a in ARCHITECTURES.items() if a.generates]
+    "architecture",
+    [pytest.param(a, id=name, marks=marks(name)) for name, a in ARCHITECTURES.items() if a.generates],
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,7 @@ def test_comes_back_from_a_checkpoint_bit_for_bit(
     assert torch.equal(logits(copy.deepcopy(loaded), padded_batch), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_frozen_packed_and_exported(small_bert: MakeBert, padded_batch: dict, implementation: str) -> None:
     granularity = FINEST | {"query": "attn_head"}
@@ -257,7 +259,7 @@ def test_frozen_clips_of_an_older_config_have_one_number(small_bert: MakeBert, p
     loaded = apply_octav(small_bert(), OctavConfig.from_dict(json.loads(json.dumps(config))))
     assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
     # Whatever granularity dynamic clips have, such a frozen one is for the tensor, and said to be.
-    finer = apply_octav(small_bert(), recorded_config(model).with_fields(activation_granularity=FINEST))
+    finer = apply_octav(small_bert(), replace(recorded_config(model), activation_granularity=FINEST))
     assert torch.equal(logits(finer, padded_batch), logits(model, padded_batch))
     assert cells(finer) == cells(model)
 
@@ -268,7 +270,7 @@ def test_clips_for_parts_that_the_granularity_does_not_have_are_refused(small_be
         rf"activation_clips\['{ATTENTION}'\]\['query'\] has clips of shape \(4,\).* 'token' there.*calibrate_octav"
     )
     with pytest.raises(ValueError, match=message):
-        apply_octav(small_bert(), recorded_config(model).with_fields(activation_granularity=FINEST))
+        apply_octav(small_bert(), replace(recorded_config(model), activation_granularity=FINEST))
 
 
 def test_frozen_clips_of_another_model_name_the_operand_and_both_shapes(

@@ -56,7 +56,7 @@ LAYER = "bert.encoder.layer.0"
         ([f"{LAYER}.attention.self"], {f"{LAYER}.attention.self{name}" for name in ("", ".query", ".key", ".value")}),
         (["*.1.attention.self.k*", "qa_outputs"], {f"{LAYER[:-1]}1.attention.self.key", "qa_outputs"}),
     ],
-    ids=str,
+    ids=["last part", "full name", "last parts", "with what is below", "patterns"],
 )
 def test_only_target_modules_are_quantized(
     small_bert: MakeBert, padded_batch: dict, targets: list[str], modules: set[str]

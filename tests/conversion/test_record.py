@@ -22,6 +22,7 @@ from octav_hf import (
     unpack_octav,
 )
 from octav_hf.conversion.record import recorded_config
+from tests.question_answering import logits
 
 Step = Callable[[nn.Module], nn.Module]
 STEPS: dict[str, tuple[Step, Step, str]] = {
@@ -59,6 +60,26 @@ def test_the_config_that_was_passed_is_neither_kept_nor_changed() -> None:
     assert config == OctavConfig(weight_bits=3)
     config.weight_bits = 8
     assert recorded_config(net).weight_bits == 3
+
+
+def test_a_layer_that_was_replaced_comes_back_as_what_runs(
+    small_bert: Callable[..., BertForQuestionAnswering], padded_batch: dict, tmp_path: Path
+) -> None:
+    model = apply_octav(small_bert(), OctavConfig(module_overrides={"qa_outputs": {"weight_bits": 8}}))
+    model.qa_outputs = nn.Linear(32, 2)
+    calibrate_octav(model, [padded_batch], progress_bar=False)
+    assert model.config.quantization_config.exclude_modules == ["qa_outputs"]
+    model.save_pretrained(tmp_path)
+    loaded = BertForQuestionAnswering.from_pretrained(tmp_path)
+    assert type(loaded.qa_outputs) is nn.Linear
+    assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
+
+
+def test_layers_that_were_added_or_removed_are_none_of_the_records_business() -> None:
+    net = apply_octav(nn.ModuleDict({"first": nn.Linear(4, 4), "last": nn.Linear(4, 4)}))
+    net["added"] = nn.Linear(4, 2)
+    del net["last"]
+    assert recorded_config(net) == OctavConfig()
 
 
 def test_models_that_share_a_config_are_saved_as_what_they_are(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ class Broken(FakeQuantize):
         return x + 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [nn.Identity(), Broken(4), Broken(8)], ids=["none", "4 bits", "8 bits"])
 @pytest.mark.parametrize(
     ("place", "row"),

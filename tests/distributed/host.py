@@ -7,6 +7,7 @@ Reads one request a line from its input, ``{"scenario": NAME, "ranks": N, "folde
 the exception that it raises, is in FOLDER/RANK.pt. This process imports once and computes nothing itself.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -20,6 +21,9 @@ import torch
 import torch.distributed as dist
 
 from . import scenarios
+
+with contextlib.suppress(ImportError):
+    import deepspeed  # noqa: F401  # Accelerate would import it in every fork
 
 # Seconds after which a rank gives up waiting for another, and after which it is killed whatever it does.
 TIMEOUT, LIMIT = 20, 60

@@ -12,6 +12,8 @@ from octav_hf import OctavConfig, apply_octav
 from .conftest import Run
 from .scenarios import batch, bert
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, torch.Tensor]
 
 SYNCHRONIZED = {"sync_activation_clips": True}

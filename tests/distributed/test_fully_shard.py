@@ -14,6 +14,8 @@ from octav_hf.conversion.record import recorded_config
 from .conftest import Run
 from .scenarios import batch, bert
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("embedding_bits", [None, 8])
 def test_it_trains_as_a_whole_model(succeed: Run, embedding_bits: int | None) -> None:

@@ -15,6 +15,8 @@ from octav_hf.conversion.record import recorded_config
 from .conftest import Run
 from .scenarios import batch, bert
 
+pytestmark = pytest.mark.slow
+
 FSDP = {
     "fsdp": True,
     "fsdp_config": {"state_dict_type": "FULL_STATE_DICT", "transformer_layer_cls_to_wrap": ["BertLayer"]},

@@ -15,6 +15,8 @@ from ..twins import max_clip_twin, octav_clip_twin
 from .conftest import Run
 from .scenarios import tensors
 
+pytestmark = pytest.mark.slow
+
 
 def clip_twin(x: torch.Tensor, signed: bool, clip: str = "octav", clip_options: dict[str, Any] | None = None) -> float:
     return octav_clip_twin(x, 4, signed, **(clip_options or {})) if clip == "octav" else max_clip_twin(x, signed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import BertForQuestionAnswering
 
@@ -12,6 +13,8 @@ from octav_hf.conversion.record import recorded_config
 
 from .conftest import Run
 from .scenarios import batch
+
+pytestmark = pytest.mark.slow
 
 
 def test_two_processes_end_as_one(succeed: Run, tmp_path: Path) -> None:

@@ -37,8 +37,22 @@ def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fused, "MIN_NUMEL", 1 << 62)
 
 
+def params(*names: str) -> list[object]:
+    """Parameters for the fixture ``path``; what is the same mathematics in a slower form is left to the full run."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in ("triton", "portable") else []) for name in names]
+
+
+def only(*names: str) -> pytest.MarkDecorator:
+    """Mark for tests of what is the same code on several paths: those that it can tell apart, or any one."""
+    return pytest.mark.parametrize("path", params(*names), indirect=True)
+
+
+any_path = only("compiled")
+both_roundings = only("search", "compiled")
+
+
 # The interpreter takes minutes for all of them; test_fixed_point.py has the tests for it.
-@pytest.fixture(params=[name for name in PATHS if name != "triton"], autouse=True)
+@pytest.fixture(params=params(*(name for name in PATHS if name != "triton")), autouse=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """See ``PATHS``."""
     monkeypatch.setattr(fixed_point, "MIN_NUMEL", 1 << 62 if request.param == "recursion" else 1)

@@ -5,6 +5,10 @@ import torch
 
 from octav_hf.functional.bit_packing import pack_bits, packed_row_bytes, unpack_bits
 
+from .conftest import any_path
+
+pytestmark = any_path
+
 BITS = range(2, 9)
 LENGTHS = (1, 2, 3, 5, 7, 8, 9, 16, 100)
 

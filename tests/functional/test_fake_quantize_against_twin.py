@@ -11,6 +11,10 @@ import torch
 from octav_hf.functional import fake_quantize
 from tests import twins
 
+from .conftest import both_roundings
+
+pytestmark = both_roundings
+
 Tensor = torch.Tensor
 
 SIGNS = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])

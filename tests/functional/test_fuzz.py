@@ -29,6 +29,8 @@ from octav_hf.functional.bit_packing import pack_bits, packed_row_bytes, unpack_
 from octav_hf.functional.rows import statistics_dtype, to_rows
 from tests import twins
 
+from .conftest import any_path, both_roundings
+
 CASES = 150
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The fixture of the paths is one for all examples of a test, and may be.
@@ -134,6 +136,7 @@ OTHER_RULES: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., float]]]
 }
 
 
+@any_path
 @pytest.mark.parametrize("rule", OTHER_RULES)
 @fuzz
 @given(tensors(), bits, signs)
@@ -145,6 +148,7 @@ def test_max_and_percentile_equal_the_twins(rule: str, sample: Sample, num_bits:
         assert got == pytest.approx(twin(row, num_bits, signed), rel=1e-6, abs=1e-44)
 
 
+@any_path
 @settings(parent=fuzz, max_examples=50)
 @given(tensors(kinds=("heavy", "few", "outlier", "zeros")), bits, signs)
 def test_no_clip_of_the_sweep_is_better_than_the_one_it_gives(sample: Sample, num_bits: int, signed: bool) -> None:
@@ -202,6 +206,7 @@ def test_rows_do_not_depend_on_each_other_nor_on_order(
             assert error == pytest.approx(twins.mse_twin(row, clip.item(), num_bits, signed), rel=1e-4)
 
 
+@any_path
 @fuzz
 @given(tensors(), bits, signs)
 def test_rounding_equals_the_twin_and_keeps_the_laws_of_a_grid(sample: Sample, num_bits: int, signed: bool) -> None:
@@ -211,7 +216,9 @@ def test_rounding_equals_the_twin_and_keeps_the_laws_of_a_grid(sample: Sample, n
     assert rounded.dtype == statistics_dtype(sample.x.dtype)
     assert torch.equal(round_to_grid(rounded, clip, num_bits, signed=signed), rounded)  # idempotent
     low, high = integer_range(num_bits, signed)
-    for row, values, one in zip(sample.rows(), to_rows(rounded, sample.dim)[0], clip.flatten(), strict=True):
+    # A tensor as one row is in the order of memory, which is not the same for an expanded one and its copy.
+    rows, rounded_rows = (to_rows(x.contiguous(), sample.dim)[0] for x in (sample.x, rounded))
+    for row, values, one in zip(rows, rounded_rows, clip.flatten(), strict=True):
         step = step_size(one, num_bits, signed)
         assert values.unique().numel() <= 2**num_bits
         assert (values >= low * step).all()
@@ -225,6 +232,7 @@ def test_rounding_equals_the_twin_and_keeps_the_laws_of_a_grid(sample: Sample, n
             torch.testing.assert_close(values.double()[far], expected[far], rtol=1e-6, atol=0)
 
 
+@both_roundings
 @pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
 @fuzz
 @given(tensors(), bits, signs)
@@ -246,6 +254,7 @@ def test_fake_quantization_rounds_and_passes_its_gradient(
     torch.testing.assert_close(x.grad.double()[normal], expected[normal], rtol=tolerance, atol=0)
 
 
+@any_path
 @fuzz
 @given(tensors(kinds=("heavy", "few", "outlier", "no negatives", "constant", "zeros")), bits, signs)
 def test_the_measured_error_is_the_twins(sample: Sample, num_bits: int, signed: bool) -> None:
@@ -284,6 +293,7 @@ def test_max_scaling_is_an_upper_bound_of_the_modelled_error(sample: Sample, num
         assert modelled_error(row, one, num_bits, signed) <= largest * (1 + 1e-4)
 
 
+@any_path
 @fuzz
 @given(bits, st.integers(0, 5), st.integers(0, 40), st.integers(0, 2**32 - 1))
 def test_packed_integers_come_back(num_bits: int, rows: int, length: int, seed: int) -> None:
@@ -295,6 +305,7 @@ def test_packed_integers_come_back(num_bits: int, rows: int, length: int, seed: 
     assert torch.equal(unpack_bits(packed, num_bits, length), levels)
 
 
+@any_path
 def test_a_registered_rule_is_known_by_its_name_and_no_name_is_taken_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "CLIP_RULES", dict(registry.CLIP_RULES))
 

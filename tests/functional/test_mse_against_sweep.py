@@ -13,6 +13,11 @@ from octav_hf.functional import mse_clip, octav_clip
 from octav_hf.functional.kernels import cpu
 from tests import twins
 
+from .conftest import only
+
+# Where OCTAV's clip, from which the search starts, is found by the recursion, all else is as after the search for it.
+pytestmark = only("search", "compiled", "portable")
+
 Array = np.ndarray
 SIZE = 20_000
 
@@ -83,6 +88,7 @@ def test_its_error_is_nearly_the_lowest(name: str, num_bits: int) -> None:
     assert twins.mse_twin(x, float(clip), num_bits, signed) <= limit * lowest_error(name, num_bits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_bits", [2, 4, 8])
 @pytest.mark.parametrize(("signed", "dim"), [(True, 1), (False, 0), (True, (1, 2))], ids=str)
 def test_rows(num_bits: int, signed: bool, dim: int | tuple[int, ...]) -> None:
@@ -130,6 +136,7 @@ def lowest_error_of_rows(name: str, num_bits: int) -> float:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_bits", [4, 5, 6, 7, 8])
 @pytest.mark.parametrize("name", ROWS)
 def test_short_rows(name: str, num_bits: int) -> None:
@@ -149,6 +156,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert twins.mse_twin(x, float(clip), 4) <= 1.02 * twins.best_sweep_mse(x, 4)
 
 
+@pytest.mark.slow
 def test_a_large_tensor_is_judged_by_its_outliers_too() -> None:
     """Twenty outliers in a million elements, which a sample would not meet: OCTAV's minimum, and not the other one."""
     x = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
@@ -162,6 +170,7 @@ def test_a_large_tensor_is_judged_by_its_outliers_too() -> None:
         assert ours <= octav
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [256, 384, 1000, 1024, 4096])
 def test_the_sample_of_a_large_tensor_follows_no_period(columns: int) -> None:
     """A few columns are a hundred times as large as the others, wherever they are."""

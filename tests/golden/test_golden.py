@@ -21,6 +21,7 @@ def test_every_case_of_this_version_is_kept() -> None:
     assert [folder.name for folder in FOLDERS if folder.parent.name == f"v{FORMAT_VERSION}"] == sorted(CASES)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
 def test_it_is_read_as_it_was_meant(folder: Path) -> None:
     written = (folder / "expected.json").read_text(encoding="utf-8")

@@ -6,14 +6,19 @@ import itertools
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from .conftest import ADA, run_script
 from .loopback_hub import LoopbackHub
 
+pytestmark = pytest.mark.slow
+
+# The bits change what is in a packed weight and nothing else: all of them with one form, the ends with each.
 CASES = [
     {"bits": bits, "dtype": dtype, "frozen": frozen}
     for bits, dtype, frozen in itertools.product(range(2, 9), ("float32", "bfloat16"), (False, True))
+    if bits in (2, 8) or (dtype, frozen) == ("float32", False)
 ]
 
 PUSH = """
@@ -51,7 +56,7 @@ def test_pushed_and_loaded_in_a_new_process_with_an_empty_cache(hub: LoopbackHub
     run_script(hub, tmp_path / "first", PUSH, json.dumps(CASES), pushed, token=ADA)
     run_script(hub, tmp_path / "second", LOAD, len(CASES), loaded)
     before, after = torch.load(pushed), torch.load(loaded)
-    assert len(before) == len(after) == 28
+    assert len(before) == len(after) == 13
     for case, saved, got in zip(CASES, before, after, strict=True):
         assert got["case"] == case
         assert got["packed"] == "PackedLinear"

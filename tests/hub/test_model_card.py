@@ -39,6 +39,7 @@ RUN = TrainingRun(
 )
 
 
+@pytest.mark.versions
 def test_metadata_can_be_read_back(small_bert: MakeBert, tmp_path: Path) -> None:
     model = apply_octav(small_bert(), OctavConfig())
     model_card(model, RUN, name="me/bert-4bit", license="apache-2.0").save(tmp_path / "README.md")
@@ -199,6 +200,7 @@ def test_a_local_path_is_not_published(small_bert: MakeBert, tmp_path: Path) -> 
     assert model_card(model).data.base_model == "me/bert"
 
 
+@pytest.mark.versions
 def test_uploading_belongs_to_the_model_and_its_copies_and_keeps_none_alive(small_bert: MakeBert) -> None:
     model = apply_octav(small_bert(), OctavConfig())
     for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

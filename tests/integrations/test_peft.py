@@ -56,6 +56,7 @@ def test_adapters_on_a_quantized_model_stay_in_float_and_are_listed(
     assert reason == "it was added after apply_octav"
 
 
+@pytest.mark.versions
 def test_adapters_on_a_quantized_model_train_and_come_back(
     small_bert: MakeBert, padded_batch: dict, tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def test_a_model_that_has_adapters_is_quantized_with_them(
     assert torch.equal(logits(remove_octav(model), padded_batch), before)
 
 
+@pytest.mark.versions
 def test_a_quantized_model_that_has_adapters_comes_back(
     small_bert: MakeBert, padded_batch: dict, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForMaskedLM,
@@ -35,6 +36,7 @@ def float_checkpoint(small_bert: MakeBert, tmp_path: Path) -> Path:
     return tmp_path / "float"
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_from_pretrained_equals_apply_octav(float_checkpoint: Path, padded_batch: dict, implementation: str) -> None:
     load = {"attn_implementation": implementation}
@@ -49,6 +51,7 @@ def test_from_pretrained_equals_apply_octav(float_checkpoint: Path, padded_batch
     assert loaded.config.to_dict() == applied.config.to_dict()
 
 
+@pytest.mark.versions
 def test_saved_and_loaded_gives_bit_identical_logits(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     model = apply_octav(small_bert(), OctavConfig(**CONFIG))
     model.save_pretrained(tmp_path)
@@ -59,6 +62,7 @@ def test_saved_and_loaded_gives_bit_identical_logits(small_bert: MakeBert, padde
     assert set(load_file(tmp_path / "model.safetensors")) == set(small_bert().state_dict())
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("by_name", [True, False])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_state_dict_that_is_given_is_what_is_saved(
@@ -100,12 +104,14 @@ def test_a_wrong_config_is_refused_before_loading(float_checkpoint: Path) -> Non
         )
 
 
+@pytest.mark.versions
 def test_dequantize_gives_the_float_model(small_bert: MakeBert, padded_batch: dict) -> None:
     model = apply_octav(small_bert(), OctavConfig()).dequantize()
     assert torch.equal(logits(model, padded_batch), logits(small_bert(), padded_batch))
     assert "quantization_config" not in model.config.to_dict()
 
 
+@pytest.mark.slow
 def test_loads_in_a_new_process_with_one_import(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     model = apply_octav(small_bert(), OctavConfig())
     model.save_pretrained(tmp_path)
@@ -143,6 +149,7 @@ def trainer(model: nn.Module, output_dir: Path, **arguments: object) -> Trainer:
     )
 
 
+@pytest.mark.versions
 def test_trainer_trains_saves_and_resumes_exactly(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     straight = trainer(apply_octav(small_bert(), OctavConfig()), tmp_path / "straight")
     straight.train()
@@ -158,6 +165,30 @@ def test_trainer_trains_saves_and_resumes_exactly(small_bert: MakeBert, padded_b
     assert torch.equal(logits(loaded, padded_batch), logits(straight.model.eval(), padded_batch))
 
 
+@pytest.mark.versions
+@pytest.mark.parametrize("applied_after_loading", [True, False])
+def test_training_that_started_from_berts_old_names_resumes_exactly(
+    float_checkpoint: Path, tmp_path: Path, applied_after_loading: bool
+) -> None:
+    """As in BERT's own files; Trainer would not find them in its checkpoints."""
+    file = float_checkpoint / "model.safetensors"
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = {re.sub("|".join(old), lambda name: old[name[0]], name): x for name, x in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+
+    def load() -> nn.Module:
+        if applied_after_loading:
+            return apply_octav(AutoModelForQuestionAnswering.from_pretrained(float_checkpoint), OctavConfig())
+        return AutoModelForQuestionAnswering.from_pretrained(float_checkpoint, quantization_config=OctavConfig())
+
+    straight, resumed = load(), load()
+    trainer(straight, tmp_path).train()
+    trainer(resumed, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, straight.state_dict()[name]), name
+
+
+@pytest.mark.versions
 def test_frozen_clips_are_saved_loaded_and_trained_on(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     other = {"input_ids": padded_batch["input_ids"][:, :7]}
     model = calibrate_octav(apply_octav(small_bert(), OctavConfig(**CONFIG)), [padded_batch, other], progress_bar=False)
@@ -195,6 +226,7 @@ def test_frozen_clips_of_another_model_are_refused(
         AutoModelForMaskedLM.from_pretrained(float_checkpoint)
 
 
+@pytest.mark.versions
 def test_trainer_puts_biases_and_norms_outside_weight_decay(small_bert: MakeBert, tmp_path: Path) -> None:
     model = apply_octav(small_bert(), OctavConfig())
     decayed = set(trainer(model, tmp_path).get_decay_parameter_names(model))
@@ -203,6 +235,7 @@ def test_trainer_puts_biases_and_norms_outside_weight_decay(small_bert: MakeBert
     assert "qa_outputs.bias" not in decayed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_weights(
     small_bert: MakeBert, tmp_path: Path, use_reentrant: bool

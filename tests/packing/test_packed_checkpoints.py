@@ -79,6 +79,7 @@ def test_the_file_holds_integers_scales_and_what_was_not_quantized(small_bert: M
     assert {name for name in tensors if not name.endswith(".weight_scale")} == set(floats)
 
 
+@pytest.mark.versions
 def test_sharded_and_with_a_device_map(packed: nn.Module, padded_batch: dict, tmp_path: Path) -> None:
     packed.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
@@ -96,6 +97,7 @@ def test_another_dtype_rounds_the_weights_and_not_the_scales(folder: Path, packe
         assert torch.equal(layer.weight, original.weight.to(torch.bfloat16))
 
 
+@pytest.mark.versions
 def test_with_quantized_embeddings(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     model = pack_octav(apply_octav(small_bert(), OctavConfig()), embedding_bits=8)
     model.save_pretrained(tmp_path)
@@ -104,6 +106,7 @@ def test_with_quantized_embeddings(small_bert: MakeBert, padded_batch: dict, tmp
     assert tensors_in(tmp_path)["bert.embeddings.word_embeddings.weight"].dtype == torch.int8
 
 
+@pytest.mark.versions
 def test_a_tied_head_comes_back_tied(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = pack_octav(apply_octav(BertForMaskedLM(small_bert().config).eval(), OctavConfig()))
@@ -119,6 +122,7 @@ def test_the_base_model_can_be_loaded_from_it(folder: Path, packed: nn.Module, p
     assert torch.equal(base(**padded_batch).last_hidden_state, expected)
 
 
+@pytest.mark.versions
 def test_the_whole_model_can_be_loaded_from_the_base_model(small_bert: MakeBert, tmp_path: Path) -> None:
     base = pack_octav(apply_octav(small_bert().bert, OctavConfig()))
     base.save_pretrained(tmp_path)
@@ -127,11 +131,13 @@ def test_the_whole_model_can_be_loaded_from_the_base_model(small_bert: MakeBert,
     assert AutoModel.from_pretrained(tmp_path, add_pooling_layer=False)
 
 
+@pytest.mark.versions
 def test_another_head_is_refused_not_initialised(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"no packed weight of shape .* for BertForSequenceClassification"):
         AutoModelForSequenceClassification.from_pretrained(folder)
 
 
+@pytest.mark.versions
 def test_unpacked_it_can_be_saved_and_trained_on(folder: Path, padded_batch: dict, tmp_path: Path) -> None:
     model = unpack_octav(AutoModelForQuestionAnswering.from_pretrained(folder))
     model.save_pretrained(tmp_path / "unpacked")
@@ -162,6 +168,8 @@ AutoModelForQuestionAnswering.from_pretrained(sys.argv[1])
 """
 
 
+@pytest.mark.slow
+@pytest.mark.versions
 def test_without_the_plugin_a_packed_model_does_not_load(folder: Path) -> None:
     for bits in (4, 8):
         if bits == 8:
@@ -176,6 +184,7 @@ def test_without_the_plugin_a_packed_model_does_not_load(folder: Path) -> None:
         assert run.stderr.rstrip().splitlines()[-1].startswith("RuntimeError")
 
 
+@pytest.mark.slow
 def test_without_the_plugin_a_training_form_is_the_float_model(
     small_bert: MakeBert, padded_batch: dict, tmp_path: Path
 ) -> None:

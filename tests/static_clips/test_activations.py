@@ -355,7 +355,7 @@ def test_an_operand_multiplied_another_number_of_times_is_an_error() -> None:
         model(**batch)
 
 
-@pytest.mark.parametrize("name", ["T5", "GPT-2"])
+@pytest.mark.parametrize("name", ["T5", pytest.param("GPT-2", marks=pytest.mark.versions)])
 def test_clips_of_generation_with_a_cache(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     architecture = ARCHITECTURES[name]
     prompt = {key: value for key, value in architecture.batch().items() if key != "labels"}
@@ -377,6 +377,7 @@ def test_clips_of_generation_with_a_cache(name: str, monkeypatch: pytest.MonkeyP
     assert model.generate(**prompt, **arguments).shape == tokens.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_loop", [False, True])
 def test_a_compiled_model(own_loop: bool) -> None:
     """Nothing is compiled for the calibration of it, and what is compiled afterwards takes the frozen clips."""

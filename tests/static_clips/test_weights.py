@@ -121,6 +121,7 @@ def test_training_form_comes_back(small_bert: MakeBert, padded_batch: dict, tmp_
     assert torch.equal(base.encoder.layer[0].output.dense.weight_quantizer.clips, expected)
 
 
+@pytest.mark.versions
 def test_packed_form_has_them_and_gives_them_back(
     frozen: BertForQuestionAnswering, padded_batch: dict, tmp_path: Path
 ) -> None:
@@ -180,6 +181,7 @@ def test_the_card_says_so(frozen: BertForQuestionAnswering) -> None:
     assert "clip `octav` per channel, frozen" in str(model_card(frozen))
 
 
+@pytest.mark.versions
 def test_files_without_a_clip_are_refused(frozen: BertForQuestionAnswering, tmp_path: Path) -> None:
     frozen.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"

@@ -6,6 +6,7 @@ FOLDER/kills.json says when the runs die, by name; how they went is written to F
 imports once and trains nothing itself; each run is a fork of it.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -23,6 +24,9 @@ from transformers.trainer_callback import TrainerState
 
 from octav_hf import OctavConfig, apply_octav, last_whole_checkpoint
 from tests.question_answering import Spans
+
+with contextlib.suppress(ImportError):
+    import deepspeed  # noqa: F401  # Accelerate would import it in every fork
 
 STEPS, SAVE_STEPS = 6, 2
 

@@ -273,6 +273,7 @@ def train(model: nn.Module, folder: Path, data: Any, **arguments: Any) -> Traine
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_trainer_is_the_loop_written_out(tmp_path: Path, micro_batches: int) -> None:
     student, teacher = (make(BertForQuestionAnswering, seed) for seed in range(2))
@@ -319,6 +320,7 @@ class Sentences(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(12) < index, -100)}
 
 
+@pytest.mark.slow
 def test_micro_batches_count_by_their_labels(tmp_path: Path) -> None:
     """A causal language model's losses are sums over `num_items_in_batch`, and Trainer divides by nothing."""
     student, teacher = (make(LlamaForCausalLM, seed) for seed in range(2))
@@ -345,6 +347,7 @@ def test_micro_batches_count_by_their_labels(tmp_path: Path) -> None:
         train(student, tmp_path, data, label_smoothing_factor=0.1, max_steps=1)
 
 
+@pytest.mark.slow
 def test_trainer_in_bfloat16_with_calibrated_clips(small_bert: MakeBert, tmp_path: Path) -> None:
     student, teacher = apply_octav(small_bert(), OctavConfig()), small_bert(seed=1)
     distill(student, teacher)

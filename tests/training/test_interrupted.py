@@ -21,6 +21,8 @@ from tests.bomb import Bomb
 
 from .interrupted_training import SAVE_STEPS, STEPS, make_trainer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 # In the order in which they are written.
@@ -304,6 +306,7 @@ def test_a_part_of_the_states_is_no_save_of_the_model_only(
     assert "is missing" in passed_over(copy, caplog)
 
 
+@pytest.mark.versions
 def test_a_run_that_saves_the_model_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_trainer(tmp_path, max_steps=1, save_steps=1, save_only_model=True).train()
     assert not (tmp_path / "checkpoint-1" / "optimizer.pt").exists()

@@ -5,7 +5,8 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from ..._utils.torch_private import current_dispatch_mode
 
 SWITCH = "OCTAV_HF_COMPILE"
 """Environment variable: ``0`` switches compilation off."""
@@ -24,7 +25,7 @@ def can_compile(x: Tensor, device_types: tuple[str, ...]) -> bool:
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()  # the plain function is fused into the caller's graph
         and not torch.jit.is_tracing()
-        and _get_current_dispatch_mode() is None  # modes that count or record operations must see them
+        and current_dispatch_mode() is None  # modes that count or record operations must see them
     )
 
 

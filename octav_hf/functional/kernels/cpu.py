@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._utils.torch_private import load_cpp
 from ..grid import gaussian_clip, noise_factor
 from .compilation import can_compile, disable_kernels
 
@@ -60,12 +61,9 @@ def _call(function: str, rows: Tensor, num_bits: int, signed: bool, *more: int) 
 @functools.cache
 def _functions(flags: tuple[str, ...]) -> dict[str, Any]:
     """The C++ functions, compiled and cached on disk by torch's own means."""
-    # Imported here because it takes a second.
-    from torch._inductor.codecache import CppCodeCache
-
     folder = Path(__file__).parent
     source = "".join((folder / name).read_text(encoding="utf-8") for name in _SOURCES)
-    library = CppCodeCache.load(source, extra_flags=flags)
+    library = load_cpp(source, flags)
     octav, mse = library.octav_clips, library.mse_clips
     octav.restype = mse.restype = None
     octav.argtypes = [c_void_p, c_int, c_int64, c_int64, c_int, c_int, c_double, c_double, c_int, c_void_p]

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 
+from ..._utils.torch_private import compilation_errors, function_mode_stack, without_innermost_function_mode
 from ..rows import memory_order
 from .compilation import can_compile, disable_kernels, kernels_disabled
 
@@ -39,13 +39,10 @@ class fused:
             self._compiled = torch.compile(  # type: ignore[call-overload]  # its stubs lack recompile_limit
                 self.plain, dynamic=True, fullgraph=True, recompile_limit=_RECOMPILE_LIMIT
             )
-        # Imported here because it takes a second.
-        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-
         try:
             with _neutral(arguments[0].device.type):
                 return self._compiled(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        except compilation_errors() as error:
             disable_kernels(error)
             return self.plain(*arguments)
 
@@ -56,8 +53,8 @@ def _neutral(device: str) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device, enabled=False))
-        for _ in range(len(_get_current_function_mode_stack())):
-            stack.enter_context(_pop_mode_temporarily())
+        for _ in range(len(function_mode_stack())):
+            stack.enter_context(without_innermost_function_mode())
         yield
 
 

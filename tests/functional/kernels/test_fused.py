@@ -106,6 +106,7 @@ PARTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("gradient", ["pwl", "mad"])
 def test_clips_of_parts_are_compiled_and_equal_plain_bit_for_bit(
@@ -205,6 +206,7 @@ def test_small_tensors_and_the_switch_compile_nothing(monkeypatch: pytest.Monkey
     assert not fused.fuses(torch.zeros(fused.MIN_NUMEL))
 
 
+@pytest.mark.slow
 def test_without_a_compiler_one_warning_and_the_plain_functions(tmp_path: Path) -> None:
     script = (
         "import torch, warnings\n"
