@@ -24,6 +24,7 @@ class AllRanks:
     """The range and size of the tensor whose parts are the ranks' ``x``, and sums over all parts.
 
     The constructor and ``sum`` are collectives. Results are bitwise equal on all ranks, so all take the same branches.
+    NaN or Inf in a part raises ``ValueError`` on every rank, so that none waits for another.
 
     Args:
         x: this rank's part, floating point, any shape; may be empty.
@@ -32,9 +33,6 @@ class AllRanks:
     Attributes:
         low, high: lowest and highest value; 0 if all parts are empty.
         numel: total number of elements across ranks.
-
-    Raises:
-        ValueError: a part holds NaN or Inf. Raised on every rank, so that none waits for another.
     """
 
     def __init__(self, x: Tensor, operation: str):

@@ -20,18 +20,11 @@ def packed_row_bytes(row_length: int, num_bits: int) -> int:
 
 
 def pack_bits(levels: Tensor, num_bits: int) -> Tensor:
-    """Pack signed integers without gaps between their bits.
+    """Pack signed integers, int8 ``[rows, n]``, into ``[rows, bytes per row]``, uint8, or int8 at 8 bits.
 
     Integer ``i`` of a row, in two's complement, takes bits ``i * num_bits`` to ``(i + 1) * num_bits - 1`` of the row's
     bytes, counted from the lowest bit of each byte: at 4 bits the first integer is the low half of the first byte.
-    Unused bits of the last byte are zero. At 8 bits each byte is an integer.
-
-    Args:
-        levels: int8, ``[rows, n]``, within ``integer_range(num_bits, signed=True)``.
-        num_bits: 2 to 8.
-
-    Returns:
-        ``[rows, packed_row_bytes(n, num_bits)]``, uint8, or int8 at 8 bits.
+    Unused bits of the last byte are zero.
     """
     row_bytes = packed_row_bytes(levels.shape[1], num_bits)
     if num_bits == 8:

@@ -38,16 +38,13 @@ def sums(x: Tensor, thresholds: Tensor, signed: bool) -> Tensor:
 
 
 def row_updates(rows: Tensor, noise: float, start: float, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Updates of Eq. 6 for each row, in one read.
+    """Updates of Eq. 6 for each row, in one read: the last three clips, float32 ``[rows]``; NaN where undefined.
 
     Args:
         rows: float32, bfloat16 or float16, ``[rows, n]``, contiguous, n less than 2^15.
         noise: noise factor of Eq. 4.
         start: first clip, in units of the row's mean magnitude.
         signed: whether magnitudes are ``|x|`` or ``max(x, 0)``.
-
-    Returns:
-        The last three clips, float32 ``[rows]`` each; NaN where undefined.
     """
     count, length = rows.shape
     block = 1 << max(4, (length - 1).bit_length())
