@@ -12,26 +12,14 @@ FILE_NAME = "octav_run.json"
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Facts about a training run; unknown ones are left out of the card.
+    """Facts about a training run; the card leaves out unknown ones. ``ValueError`` for a metric that is not finite."""
 
-    Args:
-        base_model: repository or folder of the model that training started from.
-        dataset: name of the dataset.
-        dataset_split: split that the metrics were computed on.
-        recipe: hyperparameter -> value.
-        metrics: identifier of a metric, such as ``f1`` -> value for the quantized model.
-        fp32_metrics: the same for a model trained in floating point with this recipe.
-
-    Raises:
-        ValueError: a metric is not a finite number.
-    """
-
-    base_model: str | None = None
+    base_model: str | None = None  # repository or folder of the model that training started from
     dataset: str | None = None
-    dataset_split: str | None = None
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    fp32_metrics: Mapping[str, float] = field(default_factory=dict)
+    dataset_split: str | None = None  # that the metrics were computed on
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # hyperparameter -> value
+    metrics: Mapping[str, float] = field(default_factory=dict)  # identifier, such as "f1" -> value when quantized
+    fp32_metrics: Mapping[str, float] = field(default_factory=dict)  # of a model trained in float with this recipe
 
     def __post_init__(self) -> None:
         for name in ("metrics", "fp32_metrics"):

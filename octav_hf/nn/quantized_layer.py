@@ -15,27 +15,19 @@ class QuantizedLayer(nn.Module):
     """Mixin in front of a float layer's class; each operand has a quantizer ``<operand>_quantizer``.
 
     ``convert`` makes one from a float layer by changing its class in place: parameters, their names, hooks and
-    references to the module stay as they are.
-
-    Attributes:
-        kind: the layer's kind in reports.
-        operands: operand -> the setting with its bits. The quantizer of an operand in float is an ``nn.Identity``.
-        clip_dim: dimensions that share a clip in the tensor that ``weight_quantizer`` gets, for one clip per row.
-        weight_quantizer_class: class of ``weight_quantizer``.
-        weight_granularities: supported granularities of the weight's clips.
-        input_granularities: those of ``ACTIVATION_GRANULARITIES["input"]`` whose scales factor out of the layer's sums.
-        supports_asymmetric_input: whether the input's offset factors out, as one number per output feature.
-        float_class: the layer's class before conversion, set by ``register_quantized_layer``.
+    references to the module stay as they are. An operand in float has an ``nn.Identity`` as its quantizer.
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[str]  # in reports
+    # Operand -> the setting with its bits.
     operands: ClassVar[Mapping[str, str]] = {"weight": "weight_bits", "input": "activation_bits"}
-    clip_dim: ClassVar[tuple[int, ...]]
+    clip_dim: ClassVar[tuple[int, ...]]  # that share a clip in the tensor that weight_quantizer gets
     weight_quantizer_class: ClassVar[type[FakeQuantize]] = WeightFakeQuantize
     weight_granularities: ClassVar[tuple[Granularity, ...]] = WEIGHT_GRANULARITIES
+    # Those of ACTIVATION_GRANULARITIES["input"] whose scales factor out of the layer's sums.
     input_granularities: ClassVar[tuple[Granularity, ...]] = (Granularity.TENSOR,)
-    supports_asymmetric_input: ClassVar[bool] = False
-    float_class: ClassVar[type[nn.Module]]
+    supports_asymmetric_input: ClassVar[bool] = False  # whether the offset factors out, as a number per output feature
+    float_class: ClassVar[type[nn.Module]]  # before conversion, set by register_quantized_layer
 
     weight_quantizer: nn.Module
     input_quantizer: nn.Module

@@ -35,17 +35,10 @@ def describe_tensors(tensors: Mapping[str, Tensor], config: OctavConfig) -> dict
 
 
 def check_files(files: Iterable[str | Path], config: OctavConfig) -> dict[str, TensorRecord]:
-    """Read all files of a packed model and compare them with their record.
+    """Read all files of a packed model, compare them with their record and return it, by the names of tensors.
 
-    Args:
-        files: the model's shards.
-        config: from the ``config.json`` beside them.
-
-    Returns:
-        The record of each tensor by name.
-
-    Raises:
-        ValueError: a file or tensor is damaged, missing or not in the record, or the config differs.
+    Raises ``ValueError`` if a file or tensor is damaged, missing or not in the record, or ``config``, from the
+    ``config.json`` in the same folder, differs.
     """
     paths = [Path(file) for file in files]
     record: dict[str, TensorRecord] | None = None
