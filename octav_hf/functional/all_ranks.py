@@ -37,12 +37,12 @@ class AllRanks:
 
     def __init__(self, x: Tensor, operation: str):
         self._device = x.device
-        own = torch.stack(torch.aminmax(x)).tolist() if x.numel() else [math.inf, -math.inf]  # NaN propagates
-        lows, highs, sizes = self._gather(torch.tensor([*own, x.numel()], dtype=torch.float64)).unbind(dim=1)
-        wrong = (sizes > 0) & ~(lows.isfinite() & highs.isfinite())
-        if wrong.any():
+        local = torch.stack(torch.aminmax(x)).tolist() if x.numel() else [math.inf, -math.inf]  # NaN propagates
+        lows, highs, sizes = self._gather(torch.tensor([*local, x.numel()], dtype=torch.float64)).unbind(dim=1)
+        invalid = (sizes > 0) & ~(lows.isfinite() & highs.isfinite())
+        if invalid.any():
             finite_range(x, operation)  # raises where the values are
-            ranks = ", ".join(map(str, wrong.nonzero().flatten().tolist()))
+            ranks = ", ".join(map(str, invalid.nonzero().flatten().tolist()))
             raise ValueError(
                 f"{operation}: the part of x on rank {ranks} holds NaN or Inf, so that there is no clipping scalar "
                 "of all ranks; the error on that rank says more"

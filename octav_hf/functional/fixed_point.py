@@ -17,7 +17,7 @@ _PIECE = 1 << 12  # elements summed in float32, for a relative error of 1e-5 at 
 _PIECES_IN_CACHE = 64  # processed at once, so that temporaries stay in cache
 _LARGE = 1 << 19  # elements from which reads are expensive: start from a sample's clip, stop at a larger tolerance
 _TOLERANCE, _LARGE_TOLERANCE = 1e-6, 5e-5
-_MOST_READS = 12
+_MAX_READS = 12
 _ROW_UPDATES = 7
 
 
@@ -159,7 +159,7 @@ def _search(magnitudes: _Magnitudes, tail: _Tail) -> float | None:
     tolerance = _LARGE_TOLERANCE if magnitudes.numel >= _LARGE else _TOLERANCE
     clip = magnitudes.update(tail)
     spread = _error(clip, tail)
-    for _ in range(_MOST_READS):
+    for _ in range(_MAX_READS):
         spread = min(max(spread, 1e-6), 0.5)
         below, above = magnitudes.tails(clip * (1 - spread), clip * (1 + spread))
         if not below.threshold < above.threshold:

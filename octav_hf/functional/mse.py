@@ -24,9 +24,9 @@ _COARSE = {
     7: (0.96, 1.0, 1.03, 1.07, 1.11, 1.16, 1.22),
     8: (0.97, 1.0, 1.03, 1.06, 1.1, 1.16, 1.22),
 }
-# Candidates above them, up to the largest magnitude, are spaced by _STEP, or wider to stay within _MOST_STEPS; then
+# Candidates above them, up to the largest magnitude, are spaced by _STEP, or wider to stay within _MAX_STEPS; then
 # some between them, in steps from the best.
-_STEP, _MOST_STEPS, _BETWEEN_STEPS = 1.5, 8, (-0.5, -0.25, 0.25, 0.5)
+_STEP, _MAX_STEPS, _BETWEEN_STEPS = 1.5, 8, (-0.5, -0.25, 0.25, 0.5)
 # Then candidates in units of the best so far.
 _FINE = ((0.9, 0.95, 1.05, 1.1), (0.97, 0.985, 1.015, 1.03))
 
@@ -98,7 +98,7 @@ def _search(rows: Tensor, octav: Tensor, num_bits: int, signed: bool, ranks: All
     start = torch.where(octav > 0, octav, 1)  # a row of zeros stays one
     last, top = start * _COARSE[num_bits][-1], peak * (levels / (levels - 1))
     gap = (top / last).clamp(min=1).log()
-    steps = (gap / math.log(_STEP)).ceil().clamp(1, _MOST_STEPS)
+    steps = (gap / math.log(_STEP)).ceil().clamp(1, _MAX_STEPS)
     candidates = [start * factor for factor in _COARSE[num_bits]]
     candidates += [last * (gap * (k / steps).clamp(max=1)).exp() for k in range(1, int(steps.max()))]
     candidates.append(top)

@@ -26,7 +26,7 @@ from .training_run import TrainingRun
 
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # neither downloaded nor uploaded: loading one can run any code
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "config.json"]
-_OF_TRAINER = ["trainer_state.json", "*_results.json", "*_predictions.json", "*_null_odds.json"]
+_TRAINER_FILES = ["trainer_state.json", "*_results.json", "*_predictions.json", "*_null_odds.json"]
 _NOT_UPLOADED = [*PICKLES, "trainer_state.json", "checkpoint-*/*", "runs/*", "packed/*"]
 
 
@@ -163,7 +163,7 @@ class CheckpointFolder:
     def copy_companions(self, folder: Path) -> None:
         """Copy the tokenizer, the card and other files, except weights, pickles and Trainer's, into ``folder``."""
         for path in sorted(self.path.iterdir()):
-            if path.is_file() and not any(path.match(pattern) for pattern in (*_WEIGHTS, *_OF_TRAINER, *PICKLES)):
+            if path.is_file() and not any(path.match(pattern) for pattern in (*_WEIGHTS, *_TRAINER_FILES, *PICKLES)):
                 shutil.copy(path, folder / path.name)
 
 

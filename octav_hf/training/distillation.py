@@ -17,7 +17,7 @@ from .._utils.torch_private import forward_hooks, is_replica
 from .._utils.transformers_compat import LOSS_MAPPING, ForCausalLMLoss
 
 # Logits of question answering, whose last dimension is tokens; that of all others is classes.
-_OF_TOKENS = ("start_logits", "end_logits")
+_TOKEN_LOGITS = ("start_logits", "end_logits")
 _IGNORED = -100  # label that losses ignore
 
 
@@ -113,7 +113,7 @@ class _Distillation:
         losses = []
         for field, values in logits.items():
             mask = _mask(model, field, values, inputs)
-            losses.append(_divergence(targets[field], values, self.temperature, field in _OF_TOKENS, mask))
+            losses.append(_divergence(targets[field], values, self.temperature, field in _TOKEN_LOGITS, mask))
         loss = self.weight * self.temperature**2 * _share(model, inputs) * torch.stack(losses).mean()
         if self.weight < 1:
             loss = loss + (1 - self.weight) * output.loss
@@ -159,7 +159,7 @@ def _logits(model: nn.Module, output: Any, name: str) -> dict[str, Tensor]:
     if problem in ("regression", "multi_label_classification"):
         raise ValueError(f"distill compares probabilities of classes, and {name} is for {problem}")
     for field, values in found.items():
-        if values.ndim < 2 or (values.shape[-1] < 2 and field not in _OF_TOKENS):
+        if values.ndim < 2 or (values.shape[-1] < 2 and field not in _TOKEN_LOGITS):
             raise ValueError(
                 f"distill compares probabilities of classes, and {field} of {name}, of shape {tuple(values.shape)}, "
                 "are not of two or more classes"
@@ -170,25 +170,25 @@ def _logits(model: nn.Module, output: Any, name: str) -> dict[str, Tensor]:
 def _mask(model: nn.Module, field: str, logits: Tensor, inputs: dict[str, Any]) -> Tensor | None:
     """Which tokens are not padding, ``[batch, tokens]``; ``None`` if unknown."""
     mask = inputs.get("attention_mask")
-    if field not in _OF_TOKENS and _has_decoder(model):
+    if field not in _TOKEN_LOGITS and _has_decoder(model):
         mask, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
         if mask is None and isinstance(labels, Tensor):
             mask = labels != _IGNORED
-    tokens = logits.shape[-1:] if field in _OF_TOKENS else logits.shape[1:-1]
+    tokens = logits.shape[-1:] if field in _TOKEN_LOGITS else logits.shape[1:-1]
     fits = isinstance(mask, Tensor) and mask.shape == (*logits.shape[:1], *tokens)
     return mask.to(logits.device).bool() if fits else None  # type: ignore[union-attr]
 
 
-def _divergence(teacher: Tensor, student: Tensor, temperature: float, of_tokens: bool, mask: Tensor | None) -> Tensor:
+def _divergence(teacher: Tensor, student: Tensor, temperature: float, over_tokens: bool, mask: Tensor | None) -> Tensor:
     """Mean KL(teacher || student) over all positions before the last dimension."""
     teacher, student = (x.to(torch.promote_types(x.dtype, torch.float32)) / temperature for x in (teacher, student))
-    if of_tokens and mask is not None:
+    if over_tokens and mask is not None:
         padded = ~mask.reshape(len(mask), *(1,) * (student.ndim - 2), -1)
         # Not -inf, whose differences are NaN.
         teacher, student = (x.masked_fill(padded, torch.finfo(x.dtype).min) for x in (teacher, student))
     log_targets = teacher.log_softmax(dim=-1)
     divergence = F.kl_div(student.log_softmax(dim=-1), log_targets, reduction="none", log_target=True).sum(dim=-1)
-    if of_tokens or mask is None:
+    if over_tokens or mask is None:
         return divergence.mean()
     return divergence.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
