@@ -7,8 +7,9 @@ config, and dtype, shape and SHA-256 of each tensor of all shards. Its own SHA-2
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,8 @@ _RECORD, _DIGEST = "octav_hf", "octav_hf_sha256"
 _OTHER_METADATA = {"format": "pt"}  # by Transformers
 
 
-class TensorRecord(NamedTuple):
+@dataclass(frozen=True)
+class TensorRecord:
     dtype: str
     shape: list[int]
     sha256: str
@@ -28,7 +30,7 @@ class TensorRecord(NamedTuple):
 
 def describe_tensors(tensors: Mapping[str, Tensor], config: OctavConfig) -> dict[str, str]:
     """The metadata of each file of a model with these ``tensors``."""
-    records = {name: _tensor_record(tensor)._asdict() for name, tensor in tensors.items()}
+    records = {name: vars(_tensor_record(tensor)) for name, tensor in tensors.items()}
     record = {"quantization_config": config.to_dict(), "tensors": records}
     text = json.dumps(record, sort_keys=True, separators=(",", ":"))
     return {_RECORD: text, _DIGEST: _sha256(text.encode())}
