@@ -36,7 +36,7 @@ class PackedLayer(QuantizedLayer):
     def unpack(self) -> None:
         """The quantized layer again, in place: the parameter ``weight`` starts from the packed values."""
         weight, quantizer = self.weight, self.weight_quantizer_class(**self.weight_quantizer.init_kwargs)
-        if self.weight_quantizer.keeps_clips:
+        if self.weight_quantizer.is_frozen:
             quantizer = FrozenWeightFakeQuantize(quantizer, self.weight_quantizer.compute_clip(weight))
         self.__class__ = type(self).__bases__[1]
         self.weight_quantizer = quantizer  # type: ignore[assignment]
