@@ -16,18 +16,14 @@ from .hub.model_card import bits_in_words
 from .hub.training_run import TrainingRun
 from .packing.pack import pack_octav, unpack_octav
 
-# HTTPError includes refusals by the Hub and failed connections; huggingface_hub exports the client that it uses.
+# HTTPError covers errors of the Hub and failed connections; huggingface_hub exports the client that it uses.
 _EXPECTED_ERRORS = (ValueError, OSError, NotImplementedError, httpx.HTTPError)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command.
+    """Run the command with ``argv``, by default the process's, and return the exit status.
 
-    Args:
-        argv: arguments; ``None`` takes the process's own.
-
-    Returns:
-        The exit status: 0, or 1 after an error, of which stderr has one line.
+    It is 1 after an error, which is printed to stderr in one line.
     """
     options = _parser().parse_args(argv)
     had_progress_bar = logging.is_progress_bar_enabled()
@@ -134,14 +130,10 @@ def _inspect(options: argparse.Namespace) -> None:
     print(f"activations: {bits_in_words(config.activation_bits)}, clip {config.activation_clip} per tensor, {frozen}")
     print(f"embeddings: {bits_in_words(config.embedding_bits)}")
     header = ("layer", "bits", "shape", "stored as", "bytes", "in float32")
-    rows = [
-        (
-            layer["name"],
-            *(str(layer[field]) for field in ("bits", "shape", "stored")),
-            *(f"{layer[field]:,}" for field in ("bytes", "float32_bytes")),
-        )
-        for layer in facts["layers"]
-    ]
+    rows = []
+    for layer in facts["layers"]:
+        sizes = (f"{layer[field]:,}" for field in ("bytes", "float32_bytes"))
+        rows.append((layer["name"], str(layer["bits"]), str(layer["shape"]), layer["stored"], *sizes))
     print("\n".join(aligned([header, *rows])))
     print(_sizes(facts))
     print("every tensor is as it was saved" if config.packed else "every weight is there (values are not recorded)")

@@ -1,4 +1,4 @@
-"""Running a model on a batch, whatever form that has, and leaving the model as it was."""
+"""Running a model on a batch without changing the model."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from .torch_private import uncompiled
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
-"""The forward's keyword arguments, its positional ones, or the only one."""
+"""Keyword arguments of a forward, positional ones, or a single one."""
 
 
 def check_batch(batch: Any, caller: str) -> None:
-    """Raise ``TypeError`` unless ``batch`` has one of the forms of ``Batch``; ``caller`` is for the message."""
+    """Raise ``TypeError`` unless ``batch`` is a ``Batch``; ``caller`` begins the message."""
     if not isinstance(batch, Mapping | tuple | list | Tensor):
         raise TypeError(
             f"{caller} a batch as a mapping of keyword arguments, such as {{'input_ids': …}}, a tuple of "
@@ -23,7 +23,6 @@ def check_batch(batch: Any, caller: str) -> None:
 
 
 def run_batch(model: nn.Module, batch: Batch) -> None:
-    """Run the forward of ``model`` once on ``batch``."""
     if isinstance(batch, Mapping):
         model(**batch)
     else:
@@ -32,7 +31,7 @@ def run_batch(model: nn.Module, batch: Batch) -> None:
 
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in evaluation mode; each of its modules then has the mode it had before."""
+    """Context with the model in evaluation mode; afterwards each module has its former mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -44,10 +43,10 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_trace(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it no gradient is recorded and nothing compiled; random state and buffers are then as they were before.
+    """Context without gradients and compilation, after which random state and buffers are restored.
 
     Yields:
-        The module to run: ``model``, or what ``torch.compile`` wrapped in it.
+        The module to run: ``model``, or the one inside if ``torch.compile`` wrapped it.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}

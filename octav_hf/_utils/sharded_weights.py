@@ -1,4 +1,4 @@
-"""Which weights are in other processes too, so that what is here of them is only a part."""
+"""Recognizing weights that are sharded over processes."""
 
 from torch import Tensor
 from torch.distributed.fsdp import FlatParameter
@@ -6,10 +6,10 @@ from torch.distributed.tensor import DTensor
 
 
 def sharded_shape(weight: Tensor) -> tuple[int, ...] | None:
-    """The whole shape of a weight of which only a part, or nothing, is in this process; ``None`` for one that is whole.
+    """The full shape of a sharded weight; ``None`` for one that is complete in this process.
 
-    FSDP2 shards into a ``DTensor``; DeepSpeed's ZeRO-3 leaves an empty tensor, and notes the shape, while the weight is
-    not in use.
+    FSDP2 shards into a ``DTensor``; DeepSpeed's ZeRO-3 leaves an empty tensor with ``ds_shape`` while the weight is not
+    in use.
     """
     if isinstance(weight, DTensor | FlatParameter):
         return tuple(weight.shape)

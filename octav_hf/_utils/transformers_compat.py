@@ -1,6 +1,6 @@
-"""What is private to Transformers, or not documented, and used here, each with the reason.
+"""The private or undocumented names of Transformers that this package uses, with reasons.
 
-Versions from 5.0 on differ in `save_by_own_names`, which does for all of them what none does by itself.
+Only `save_by_own_names` is about differences between versions from 5.0 on.
 """
 
 import inspect
@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel, conversion_mapping, core_model_loading, modeling_utils
 from transformers.loss import loss_utils
 
-# How names and tensors in files become a model's, and back. Nothing documented tells which layers come packed, nor by
-# which names packed weights will be written, which their record is about.
+# Conversion of names and tensors between files and a model. No documented function tells which layers are packed in
+# files, or by which names packed weights will be saved, which their record needs.
 WeightConverter = core_model_loading.WeightConverter
 WeightRenaming = core_model_loading.WeightRenaming
 get_model_conversion_mapping = conversion_mapping.get_model_conversion_mapping
@@ -19,23 +19,23 @@ remove_tied_weights_from_state_dict = modeling_utils.remove_tied_weights_from_st
 rename_source_key = core_model_loading.rename_source_key
 revert_weight_conversion = core_model_loading.revert_weight_conversion
 
-# Whether a model's loss shifts the labels, so that distillation counts them alike, shows in which function this gives.
+# A model's loss function, which shows whether it shifts the labels. Distillation has to count them in the same way.
 LOSS_MAPPING, ForCausalLMLoss = loss_utils.LOSS_MAPPING, loss_utils.ForCausalLMLoss
 
 
 def task_mapping() -> Mapping[str, Any]:
-    """Names of model classes by task, for the model card; ``pipelines``, the public list, imports every model."""
-    # Not at the top: it costs every import of the package a seventh of a second.
+    """Task -> names of model classes, for the model card; ``pipelines``, the public list, imports every model."""
+    # Imported here because it takes a seventh of a second.
     from transformers.modelcard import TASK_MAPPING
 
     return TASK_MAPPING
 
 
 def save_by_own_names(model: PreTrainedModel) -> None:
-    """Have a model saved by the names in its state dict, not by the old ones that its file may have had.
+    """Save a model by the names in its state dict instead of legacy names of the file it was loaded from.
 
-    Transformers saves ``LayerNorm.weight`` as ``LayerNorm.gamma`` again if it was loaded from that, as it is in BERT's
-    own files, and before 5.6 in any case. Trainer resumes by the names in the state dict, and leaves out the rest.
+    Transformers saves ``LayerNorm.weight`` as ``LayerNorm.gamma`` if it was loaded from that, as in BERT's own files,
+    and always before 5.6. Trainer resumes by the names in the state dict, and skips others.
     """
     legacy = [each.source_patterns for each in conversion_mapping.get_checkpoint_conversion_mapping("legacy")]
     used = getattr(model, "_weight_conversions", None)
@@ -44,27 +44,27 @@ def save_by_own_names(model: PreTrainedModel) -> None:
 
 
 def is_tied(model: PreTrainedModel, parameter: str) -> bool:
-    """Whether Transformers gives a parameter another one's values, or its own to another one; not documented."""
+    """Whether Transformers ties a parameter to another one, which is undocumented."""
     return parameter in {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
-    """Whether Transformers' own ``add_adapter`` put PEFT's adapters in; asking in public raises an error if not."""
+    """Whether ``add_adapter`` of Transformers added PEFT adapters; the public query raises an error if not."""
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
 def attn_implementation(config: Any) -> str | None:
-    """What a model computes attention with; a config takes it as a public argument, but has it under this name."""
+    """A config's attention implementation, which is a public argument but a private attribute."""
     return getattr(config, "_attn_implementation", None)
 
 
 def mark_as_float(model: PreTrainedModel) -> None:
-    """Say of a model that it is not quantized, after ``remove_quantization_config``, which leaves its config's mark."""
+    """Mark a model as not quantized, which ``remove_quantization_config`` does not do in its config."""
     model.config._is_quantized = False
 
 
 def argument_of_save_pretrained(name: str) -> Any:
-    """An argument of the innermost ``save_pretrained`` on the stack, which tells its quantizer nothing; or ``None``."""
+    """An argument of the innermost ``save_pretrained`` on the stack, not passed on to quantizers; else ``None``."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not inspect.unwrap(PreTrainedModel.save_pretrained).__code__:
         frame = frame.f_back
@@ -72,7 +72,7 @@ def argument_of_save_pretrained(name: str) -> Any:
 
 
 def set_upload(model: PreTrainedModel, upload: Any) -> None:
-    """Have ``push_to_hub`` and ``save_pretrained`` end with ``upload``; no documented hook comes before the upload."""
+    """Replace the upload of ``push_to_hub`` and ``save_pretrained``; there is no documented hook before it."""
     model._upload_modified_files = upload  # type: ignore[method-assign]
 
 
@@ -82,5 +82,5 @@ def unset_upload(model: Any) -> None:
 
 
 def upload(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """What Transformers itself ends those methods with."""
+    """Transformers' own upload."""
     return type(model)._upload_modified_files(model, *args, **kwargs)

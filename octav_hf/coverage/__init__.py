@@ -1,1 +1,1 @@
-"""What of a model is quantized: as its modules say, and as a forward pass shows."""
+"""What is quantized in a model: a report from its modules, and a check by a forward pass."""

@@ -1,4 +1,4 @@
-"""The coverage check: one forward pass, and every matmul in it that had an operand in floating point."""
+"""The coverage check: a forward pass that finds matmuls with operands in floating point."""
 
 from collections.abc import Iterable
 
@@ -11,11 +11,11 @@ from .report import CoverageReport, Operand
 
 
 class CoverageCheck(list[FloatOperand]):
-    """What ``check_coverage`` found: empty if every operand of every matmul was quantized; ``print`` shows a table.
+    """The operands in float; empty if every operand of every matmul was quantized. ``print`` shows a table.
 
     Attributes:
-        matmuls: how many matmuls and convolutions ran, on quantized operands or not.
-        description: what the operands in it have in common.
+        matmuls: number of matmuls and convolutions that ran, quantized or not.
+        description: common to the operands, for the table.
     """
 
     def __init__(self, rows: Iterable[FloatOperand], matmuls: int, description: str = "in float"):
@@ -24,10 +24,10 @@ class CoverageCheck(list[FloatOperand]):
         self.description = description
 
     def unexplained(self, report: CoverageReport) -> "CoverageCheck":
-        """Those that ``coverage_report`` of the same model does not list as left in float.
+        """The operands that ``coverage_report`` of the same model does not list as left in float.
 
-        A row belongs to the innermost module that contains it and is in the report; its weight is
-        explained by a weight left in float, and its input by an input.
+        Each belongs to the innermost module around it that is in the report. A weight in float explains weights, an
+        input in float inputs.
         """
         listed: dict[str, list[Operand]] = {}
         for operand in report:
@@ -48,34 +48,32 @@ def _explained(row: FloatOperand, listed: dict[str, list[Operand]]) -> bool:
     names = (".".join(parts[:end]) for end in range(len(parts), -1, -1))
     operands = next((listed[name] for name in names if name in listed), [])
     weight = row.parameter or row.position == MATMULS.get(row.operation, (None,))[-1]
-    of_its_kind = [operand for operand in operands if (operand.operand == "weight") is weight]
-    # Of an attention module the report lists no weight, of a layer that is never quantized nothing else.
-    return any(operand.bits is None for operand in of_its_kind or operands)
+    same_kind = [operand for operand in operands if (operand.operand == "weight") is weight]
+    # The report lists no weights of attention modules, and only weights of layers that cannot be quantized.
+    return any(operand.bits is None for operand in same_kind or operands)
 
 
 def check_coverage(model: nn.Module, batch: Batch) -> CoverageCheck:
     """Run the model once on ``batch`` and list every operand that was multiplied in floating point.
 
-    Independent of how the model was quantized: the operations that PyTorch dispatches are watched, below modules and
-    functions, and an operand counts as quantized if a quantizer made it (views, copies, changes of dtype, concatenation
-    and multiplication by one number included) and its values are no more than the levels of the quantizer's grid. All
-    operands of a fused kernel, such as torch's own ``scaled_dot_product_attention``, count as floating point, and so
-    do those of any operator from outside PyTorch, and a quantized embedding's table wherever a model uses its
-    ``weight`` without calling it. An outer product (inner dimension 1) is no matmul, unless it is with a
-    parameter. Works for any model, a float one included.
+    The check observes the operations that PyTorch dispatches, however the model was quantized. An operand counts as
+    quantized if a quantizer returned it (also after views, copies, changes of dtype, concatenation and multiplication
+    by a number) with no more different values than its grid has. Operands of fused kernels, such as torch's own
+    ``scaled_dot_product_attention``, and of operators from outside PyTorch count as floating point, and so does the
+    ``weight`` of a quantized embedding if the model uses it without calling the module. An outer product (inner
+    dimension 1) is a matmul only with a parameter. Works for any model, also a float one.
 
     Args:
-        model: in training or evaluation mode, which is kept. Its buffers and the random state are as before afterwards.
-        batch: a mapping of the forward's keyword arguments, as a tokenizer or a data collator returns; a tuple or list
-            of positional ones; or a tensor, the only one. On the model's device. A key-value cache in it is extended,
-            as by any forward pass.
+        model: in training or evaluation mode, which is kept. Buffers and random state are restored.
+        batch: a mapping of the forward's keyword arguments, such as a tokenizer or data collator returns, a tuple or
+            list of positional ones, or a single tensor; on the model's device. A key-value cache in it is extended.
 
     Returns:
-        The operands in the order in which they were met, each once; empty means that nothing ran in float.
+        The operands in the order of first use, without duplicates; empty if nothing ran in float.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``, or ``batch`` none of those.
-        ValueError: the model ran without any matmul, so that nothing was checked.
+        TypeError: ``model`` is not an ``nn.Module``, or ``batch`` has another type.
+        ValueError: no matmul ran.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"check_coverage takes a model (an nn.Module), got {type(model).__name__}")

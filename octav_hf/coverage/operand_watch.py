@@ -1,7 +1,7 @@
-"""Watching a forward pass below the level that quantization works on: which matmuls ran, and on what.
+"""Observing the matmuls of a forward pass and their operands below the level at which quantization works.
 
-Everything here is read off the operations that PyTorch dispatched and the data they were given. All it knows of this
-package is what a quantizer is, and it takes no quantizer's word: a result counts as quantized if its values show it.
+This reads only the operations that PyTorch dispatches and their data. Of this package it knows just the quantizers,
+and checks the values of their results.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from .._utils.torch_private import OpOverload, TorchDispatchMode, schema, storage_id, tree_leaves
+from ..functional.rows import to_rows
 from ..nn import FakeQuantize, PackedLayer, QuantizedEmbedding
 
 MATMULS: dict[str, tuple[int, ...]] = {
@@ -24,53 +25,50 @@ MATMULS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("_cdist_forward", "_euclidean_dist"), (0, 1)),
     "_trilinear": (0, 1, 2),
 }
-"""Operation -> positions of the operands that are multiplied; a layer's weight comes last. Linear, matmul, einsum and
-attention written out arrive as these."""
+"""Operation -> positions of the operands that are multiplied, a layer's weight last; others decompose into these."""
 
-# Operations that multiply inside, where no operand can be quantized.
+# Fused operations, some of whose operands cannot be quantized.
 _FUSED = {"mkldnn_rnn_layer", "_cudnn_rnn", "_transformer_encoder_layer_fwd"}
-# Operations whose result holds values of their arguments, and perhaps zeros, which are on every grid.
+# Operations whose result consists of values of their arguments, and zeros, which are on every grid.
 _COPIES = {
     *("clone", "_to_copy", "contiguous", "copy", "cat", "stack", "repeat", "repeat_interleave", "flip", "roll"),
     *("index", "index_select", "gather", "take", "embedding", "masked_select", "constant_pad_nd", "masked_fill"),
     *("reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d"),
 }
-# Operations whose result holds nothing yet, or zeros: it becomes what is copied into it.
+# Operations whose result is uninitialized or zero, until values are copied into it.
 _BLANKS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like", "new_zeros"}
-# Where a number is filled in, its position; it must be zero.
+# Position of a number that is filled in, which must be zero.
 _FILLED = {"constant_pad_nd": 2, "masked_fill": 2}
 _SCALINGS = {"mul", "div", "neg"}
-# Values of each clip's share that are looked at.
-_SAMPLE = 4096
+_SAMPLE = 4096  # values checked per clip
 
 Origin = Literal["quantized", "parameter", "blank"]
 
 
 @dataclass(frozen=True)
 class FloatOperand:
-    """An operand that was multiplied in floating point, by a matmul that ran once or more often."""
+    """An operand that was multiplied in floating point."""
 
-    module: str  # the innermost named module whose forward was running
-    operation: str  # PyTorch's name for it
-    position: int  # of the operand among the operation's arguments, from 0
+    module: str  # innermost named module whose forward was running
+    operation: str
+    position: int  # among the operation's arguments, from 0
     shape: tuple[int, ...]
-    parameter: bool  # whether it is a parameter, through views and copies, or else an activation
+    parameter: bool  # whether it is a parameter, or a view or copy of one
 
     def cells(self) -> tuple[str, ...]:
-        """The operand as a row of the printed result."""
         kind = "parameter" if self.parameter else "activation"
         return self.module or "(the model itself)", self.operation, str(self.position), kind, str(list(self.shape))
 
 
 class OperandWatch(TorchDispatchMode):
-    """While active, and within ``watching()``, collects the matmuls that run on unquantized operands.
+    """Collects the unquantized operands of the matmuls that run within ``watching()``.
 
     Attributes:
-        float_operands: in the order in which they were first met, as the keys of a dictionary.
-        matmuls: how many matmuls and convolutions ran.
+        float_operands: as the keys of a dictionary, in the order of first use.
+        matmuls: number of matmuls and convolutions that ran.
     """
 
-    supports_higher_order_operators = True  # such as flex attention, which must be seen too
+    supports_higher_order_operators = True  # such as flex attention
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -78,7 +76,7 @@ class OperandWatch(TorchDispatchMode):
         self.matmuls = 0
         self._names = {module: name for name, module in model.named_modules()}
         self._running: list[nn.Module] = []
-        # By storage, so that views need no rule. The tensor is kept: no later storage can then have the same address.
+        # By storage, so that views share it. Keeping the tensor keeps its storage's address from being reused.
         self._origins: dict[int, tuple[Origin, Tensor]] = {}
         for parameter in model.parameters():
             self._mark(parameter, "parameter")
@@ -89,7 +87,6 @@ class OperandWatch(TorchDispatchMode):
 
     @contextmanager
     def watching(self) -> Iterator["OperandWatch"]:
-        """Active while the context lasts, in every module that runs in it."""
         before = register_module_forward_pre_hook(lambda module, args: self._running.append(module))
         after = register_module_forward_hook(self._leave, always_call=True)
         try:
@@ -129,7 +126,7 @@ class OperandWatch(TorchDispatchMode):
             if not any(_is_float(x) for _, x in unquantized):
                 return
         else:
-            self._add(name, (argument for argument in enumerate(args) if self._is_read_past_its_quantizer(argument[1])))
+            self._add(name, (argument for argument in enumerate(args) if self._is_unquantized_table(argument[1])))
             return
         self.matmuls += 1
         self._add(name, unquantized)
@@ -141,30 +138,30 @@ class OperandWatch(TorchDispatchMode):
                 row = FloatOperand(module, name, position, tuple(x.shape), self.origin(x) == "parameter")
                 self.float_operands[row] = None
 
-    def _is_read_past_its_quantizer(self, x: Any) -> bool:
-        """Whether this is an embedding table that is not looked up in, but whose ``weight`` is used as it is."""
+    def _is_unquantized_table(self, x: Any) -> bool:
+        """Whether this is the table of a quantized embedding, used by another module."""
         sharing = self._tables.get(_key(x), []) if isinstance(x, Tensor) else []
         return bool(sharing) and not any(module in sharing for module in self._running)
 
     def _is_outer_product(self, name: str, operands: list[Tensor]) -> bool:
-        """Whether nothing is added up, so that this is no more a matmul than any elementwise multiplication."""
+        """Whether this sums over one term and has no parameter, as an elementwise multiplication."""
         inner_size_one = name in ("mm", "bmm", "matmul", "baddbmm", "addmm") and operands[0].shape[-1] == 1
         return inner_size_one and not any(self.origin(x) == "parameter" for x in operands)
 
     def origin(self, x: Tensor) -> Origin | None:
-        """Where the values of ``x`` come from, if they come unchanged from one of those."""
+        """Where the values of ``x`` come from; ``None`` if they were computed otherwise."""
         return self._origins[_key(x)][0] if _key(x) in self._origins else None
 
     def _mark(self, x: Tensor, origin: Origin) -> None:
         self._origins[_key(x)] = origin, x
 
     def _origin_of_result(self, name: str, args: tuple[Any, ...]) -> Origin | None:
-        """The origin of a result that holds the arguments' values, or multiples of them by one number."""
+        """The origin of a result that consists of the arguments' values, or multiples of them by a number."""
         base = name.removesuffix("_")
         if base in _BLANKS:
             return "blank"
         tensors = [x for x in _tensors(args) if _is_float(x)]
-        if base == "copy" and name == "copy_":
+        if name == "copy_":
             whole = args[0].numel() * args[0].element_size() == args[0].untyped_storage().nbytes()
             tensors = [args[1]] if whole else [args[0], args[1]]
         elif base in _SCALINGS:
@@ -189,27 +186,20 @@ class OperandWatch(TorchDispatchMode):
 
 
 def on_grid(x: Tensor, quantizer: FakeQuantize) -> bool:
-    """Whether the values of ``x`` that share a clip (some of them are looked at) are no more than the levels."""
-    dim = quantizer.active_dim
-    if dim is None:
-        rows = x.reshape(-1)
-    else:
-        shared = [dim] if isinstance(dim, int) else list(dim)
-        rows = x.movedim(shared, list(range(-len(shared), 0))).flatten(-len(shared))
-    ordered = rows[..., :_SAMPLE].sort(dim=-1).values
-    distinct = (ordered[..., 1:] != ordered[..., :-1]).sum(dim=-1) + 1
+    """Whether ``x`` has no more different values per clip than the grid, judging by a sample."""
+    ordered = to_rows(x, quantizer.active_dim)[0][:, :_SAMPLE].sort(dim=1).values
+    distinct = (ordered[:, 1:] != ordered[:, :-1]).sum(dim=1) + 1
     return bool((distinct <= 2**quantizer.num_bits).all())
 
 
 def _name(func: Callable[..., Any]) -> tuple[str, str]:
-    """Name and namespace of an operator; a higher-order one is in none."""
+    """Name and namespace of an operator; a higher-order one has no namespace."""
     if isinstance(func, OpOverload):
         return schema(func).name.partition("::")[2], func.namespace
     return str(func), ""
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The arguments that an operator writes to."""
     if isinstance(func, OpOverload) and schema(func).is_mutable:
         for position, argument in enumerate(schema(func).arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:

@@ -22,27 +22,25 @@ from ..nn.granularity import granularity_of
 
 @dataclass(frozen=True)
 class Operand:
-    """One operand of one module. ``reason`` says why it is left in float; it is empty for a quantized operand."""
+    """One operand of one module."""
 
     module: str
     kind: str  # "linear", "convolution", "embedding", "attention" or the class of another module with a weight matrix
     operand: str  # "weight", another parameter's name, "input", "query", "key", "probabilities" or "value"
     bits: int | None = None
-    signed: bool | None = True  # None: as the tensor's values are, at every forward pass
-    asymmetric: bool = False  # whether the unsigned grid begins below 0, or may do so
+    signed: bool | None = True  # None: depends on the tensor at every forward pass
+    asymmetric: bool = False  # whether the unsigned grid may begin below 0
     clip: str = ""
     gradient_estimator: str = ""
-    granularity: str = "tensor"  # what one clip is for; one of nn.granularity.Granularity
-    frozen: bool = False  # whether the clip is that of a calibration, whatever the tensor's values are
-    reason: str = ""
+    granularity: str = "tensor"  # one of nn.granularity.Granularity
+    frozen: bool = False  # whether the clip comes from calibration
+    reason: str = ""  # why it is in float; empty if it is quantized
 
     def cells(self) -> tuple[str, ...]:
-        """The operand as a row of the printed report."""
         if self.bits is None:
             return self.module, self.operand, "float", "", "", "", self.reason
-        grid = {True: "signed", False: "asymmetric" if self.asymmetric else "unsigned", None: "by sign"}[self.signed]
-        if self.signed is None and self.asymmetric:
-            grid = "by range"
+        unsigned, unknown = ("asymmetric", "by range") if self.asymmetric else ("unsigned", "by sign")
+        grid = {True: "signed", False: unsigned, None: unknown}[self.signed]
         return self.module, self.operand, str(self.bits), grid, self.clip_cell, self.gradient_estimator, ""
 
     @property
@@ -51,24 +49,22 @@ class Operand:
 
 
 class CoverageReport(list[Operand]):
-    """The operands of a model in the order of its modules; ``print`` shows a table, ``summary`` a few lines."""
+    """The operands of a model in the order of its modules. ``print`` shows a table."""
 
     def quantized(self, kind: str) -> list[Operand]:
-        """The quantized operands of one kind: such as ``"linear"`` or ``"attention"``."""
+        """The quantized operands of one kind, such as ``"linear"`` or ``"attention"``."""
         return [row for row in self if row.kind == kind and row.bits is not None]
 
     def left_in_float(self) -> list[Operand]:
-        """The operands that are not quantized."""
         return [row for row in self if row.bits is None]
 
     def summary(self) -> str:
-        """Counts, and what is left in float for which reason."""
-        kinds = dict.fromkeys(["linear", "attention", *(layer.kind for layer in QUANTIZED_LAYERS.values())])
+        """Counts per kind, and the operands in float by reason, as lines of text."""
         lines = []
-        for kind in kinds:
-            of_kind = sum(row.kind == kind for row in self)
-            if of_kind:
-                lines.append(f"{len(self.quantized(kind))} of {of_kind} {kind} operands quantized")
+        for kind in dict.fromkeys(["linear", "attention", *(layer.kind for layer in QUANTIZED_LAYERS.values())]):
+            total = sum(row.kind == kind for row in self)
+            if total:
+                lines.append(f"{len(self.quantized(kind))} of {total} {kind} operands quantized")
         reasons: dict[str, list[str]] = {}
         for row in self.left_in_float():
             reasons.setdefault(row.reason, []).append(f"{row.module} {row.operand}")
@@ -84,14 +80,14 @@ def coverage_report(model: nn.Module) -> CoverageReport:
     """List every operand of the model's layers and attention matmuls, and every other weight matrix.
 
     Args:
-        model: the module that ``apply_octav`` was called on; for any other, what is left in float has no known reason.
+        model: the model that ``apply_octav`` was called on, or one that contains it, such as PEFT's. For others the
+            reasons are unknown.
 
     Returns:
-        One ``Operand`` each: two for a linear layer or convolution, four for an attention module, one for an embedding
-        and for any other module with a weight of two or more dimensions.
+        Two operands for a linear layer or convolution, four for an attention module, one for an embedding, and the
+        weights with two or more dimensions of other modules.
     """
     modules = dict(model.named_modules())
-    # The quantized model may stand inside another, such as PEFT's.
     roots = {
         name: module.__dict__["octav_config"] for name, module in modules.items() if "octav_config" in module.__dict__
     }
@@ -102,28 +98,25 @@ def coverage_report(model: nn.Module) -> CoverageReport:
 
 
 def _attention(modules: Mapping[str, nn.Module], roots: Mapping[str, OctavConfig]) -> set[str]:
-    """The names of the attention modules: those that a root's config names, elsewhere those that are found."""
+    """The names of the attention modules: those that a root's config lists, or else those that are found."""
     found = set(attention_modules(modules))
     for root, config in roots.items():
         if config.attention_modules is not None:
-            inside = {name: module for name, module in modules.items() if _name_in(root, name) is not None}
-            named = attention_modules(
-                {str(_name_in(root, name)): inside[name] for name in inside}, config.attention_modules
-            )
-            found = (found - inside.keys()) | {name for name in inside if _name_in(root, name) in named}
+            inside = {name: local for name in modules if (local := _name_in(root, name)) is not None}
+            by_local_name = {local: modules[name] for name, local in inside.items()}
+            listed = attention_modules(by_local_name, config.attention_modules)
+            found = (found - inside.keys()) | {name for name, local in inside.items() if local in listed}
     return found
 
 
 def _name_in(root: str, name: str) -> str | None:
-    """The name that a module has in ``root``; ``None`` for one that is not in it."""
+    """A module's name relative to ``root``; ``None`` if it is outside."""
     if not root or name == root or name.startswith(f"{root}."):
         return name[len(root) :].removeprefix(".")
     return None
 
 
 class _Place:
-    """A module's name, and what the config asks of the module."""
-
     def __init__(self, name: str, roots: Mapping[str, OctavConfig]):
         self.name = name
         self._config: OctavConfig | None = None
@@ -133,7 +126,7 @@ class _Place:
                 self._config, self._name_in_root = config, name_in_root
 
     def reason(self, *needed: Iterable[str], otherwise: str = "it was added after apply_octav") -> str:
-        """Why an operand is in float for which the config has to set a field of each of the ``needed`` groups."""
+        """Why an operand is in float, which is quantized if the config sets a field of each group in ``needed``."""
         if self._config is None:
             return "apply_octav was not called on this model"
         left_out = self._config.left_out([self._name_in_root])

@@ -1,4 +1,4 @@
-"""A tensor of which each rank of the default process group has a part: what a clip needs to know of the whole."""
+"""Statistics of a tensor that is distributed over the ranks of the default process group."""
 
 import math
 
@@ -15,38 +15,34 @@ def several_ranks() -> bool:
 
 
 def check_whole(dim: Dim, operation: str) -> None:
-    """Refuse clips of several rows of a tensor of which each rank has a part."""
+    """Raise ``ValueError`` unless ``dim`` is ``None``: ranks share one clip for the whole tensor."""
     if dim is not None:
         raise ValueError(f"{operation}: with ranks there is one clip for the whole tensor; pass dim=None, not {dim!r}")
 
 
 class AllRanks:
-    """The range and size of the tensor that the ranks' tensors ``x`` are parts of, and sums over all parts.
+    """The range and size of the tensor whose parts are the ranks' ``x``, and sums over all parts.
 
-    To make one and to call ``sum`` are collectives: every rank of the default process group has to, in the same order.
-    What comes back is the same on each rank, bit for bit, so that all take the same decisions.
+    The constructor and ``sum`` are collectives. Results are bitwise equal on all ranks, so all take the same branches.
+    NaN or Inf in a part raises ``ValueError`` on every rank, so that none waits for another.
 
     Args:
-        x: this rank's part, floating point, of any shape; it may be empty.
-        operation: who asks, for the error message.
+        x: this rank's part, floating point, any shape; may be empty.
+        operation: the caller, for error messages.
 
     Attributes:
-        low, high: lowest and highest value; 0 where all parts are empty.
-        numel: number of elements of all parts.
-
-    Raises:
-        ValueError: a part holds NaN or Inf; on every rank, so that none waits for another.
+        low, high: lowest and highest value; 0 if all parts are empty.
+        numel: total number of elements across ranks.
     """
 
     def __init__(self, x: Tensor, operation: str):
         self._device = x.device
-        own = torch.stack(torch.aminmax(x)).tolist() if x.numel() else [math.inf, -math.inf]  # NaN propagates
-        lows, highs, sizes = self._gather(torch.tensor([*own, x.numel()], dtype=torch.float64)).unbind(dim=1)
-        holds_values = sizes > 0
-        wrong = holds_values & ~(lows.isfinite() & highs.isfinite())
-        if wrong.any():
+        local = torch.stack(torch.aminmax(x)).tolist() if x.numel() else [math.inf, -math.inf]  # NaN propagates
+        lows, highs, sizes = self._gather(torch.tensor([*local, x.numel()], dtype=torch.float64)).unbind(dim=1)
+        invalid = (sizes > 0) & ~(lows.isfinite() & highs.isfinite())
+        if invalid.any():
             finite_range(x, operation)  # raises where the values are
-            ranks = ", ".join(map(str, wrong.nonzero().flatten().tolist()))
+            ranks = ", ".join(map(str, invalid.nonzero().flatten().tolist()))
             raise ValueError(
                 f"{operation}: the part of x on rank {ranks} holds NaN or Inf, so that there is no clipping scalar "
                 "of all ranks; the error on that rank says more"
@@ -55,12 +51,12 @@ class AllRanks:
         self.low, self.high = (float(lows.min()), float(highs.max())) if self.numel else (0.0, 0.0)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of each of ``values`` (floating point, any shape) over the ranks, added up in float64."""
+        """The elementwise sum of ``values`` (floating point, any shape) over the ranks, accumulated in float64."""
         return self._gather(values.flatten().double()).sum(dim=0).to(values).view_as(values)
 
     def _gather(self, values: Tensor) -> Tensor:
         """``values``, ``[k]``, of each rank: ``[ranks, k]`` on the CPU."""
-        # Gathered instead of reduced: minima, maxima and sums in one collective, and added up in one order everywhere.
+        # Not reduced: one collective gives minima, maxima and sums, and every rank adds in the same order.
         values = values.to(self._device)
         gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, values)

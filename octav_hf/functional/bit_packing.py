@@ -1,4 +1,4 @@
-"""Integers of 2 to 8 bits in bytes: rows of levels become rows of bytes, each row for itself."""
+"""Packing integers of 2 to 8 bits into bytes, row by row."""
 
 import math
 
@@ -7,31 +7,24 @@ from torch import Tensor, nn
 
 from .grid import check_num_bits
 
-# Eight levels fill num_bits bytes. They are moved apart and together in one 64-bit integer, whose lowest byte, on the
-# little-endian machines that PyTorch runs on, is the first.
+# Eight integers fill num_bits bytes. They are spread and gathered within one 64-bit integer, whose lowest byte comes
+# first on the little-endian machines that PyTorch runs on.
 _GROUP = 8
-_INTEGERS = {2: torch.int16, 4: torch.int32}  # integers of as many bytes
+_INTEGERS = {2: torch.int16, 4: torch.int32}  # bytes -> dtype of that size
 
 
 def packed_row_bytes(row_length: int, num_bits: int) -> int:
-    """How many bytes ``pack_bits`` makes of a row of ``row_length`` levels."""
+    """Number of bytes of a packed row of ``row_length`` integers."""
     check_num_bits(num_bits)
     return math.ceil(row_length * num_bits / 8)
 
 
 def pack_bits(levels: Tensor, num_bits: int) -> Tensor:
-    """Pack signed integers as densely as bits allow.
+    """Pack signed integers, int8 ``[rows, n]``, into ``[rows, bytes per row]``, uint8, or int8 at 8 bits.
 
-    Level ``i`` of a row, in two's complement, is in the bits ``i * num_bits`` to ``(i + 1) * num_bits - 1`` of the
-    row's bytes, the lowest bit of a byte first, so at 4 bits the first level is the low half of the first byte. What is
-    left of the last byte is zero. At 8 bits a byte is a level.
-
-    Args:
-        levels: int8, ``[rows, n]``, within ``integer_range(num_bits, signed=True)``.
-        num_bits: 2 to 8.
-
-    Returns:
-        ``[rows, packed_row_bytes(n, num_bits)]``, uint8, or int8 at 8 bits.
+    Integer ``i`` of a row, in two's complement, takes bits ``i * num_bits`` to ``(i + 1) * num_bits - 1`` of the row's
+    bytes, counted from the lowest bit of each byte: at 4 bits the first integer is the low half of the first byte.
+    Unused bits of the last byte are zero.
     """
     row_bytes = packed_row_bytes(levels.shape[1], num_bits)
     if num_bits == 8:
@@ -46,22 +39,13 @@ def pack_bits(levels: Tensor, num_bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, num_bits: int, row_length: int) -> Tensor:
-    """The levels that ``pack_bits`` packed.
-
-    Args:
-        packed: ``[..., packed_row_bytes(row_length, num_bits)]``, uint8, or int8 at 8 bits.
-        num_bits: 2 to 8.
-        row_length: levels in a row.
-
-    Returns:
-        int8, ``[..., row_length]``.
-    """
+    """Undo ``pack_bits``: int8, ``[..., row_length]``, from ``[..., bytes per row]``."""
     if num_bits == 8:
         return packed
     missing = -packed.shape[-1] % num_bits
     packed = (nn.functional.pad(packed, (0, missing)) if missing else packed.contiguous()).unflatten(-1, (-1, num_bits))
     if num_bits in _INTEGERS:
-        fields = packed.view(_INTEGERS[num_bits]).to(torch.int64)  # bits above the group's may be 1, and are masked
+        fields = packed.view(_INTEGERS[num_bits]).to(torch.int64)  # sign extension sets higher bits, masked below
     else:
         fields = nn.functional.pad(packed, (0, _GROUP - num_bits)).view(torch.int64)
     for width, lane in _lanes(num_bits):
@@ -73,7 +57,7 @@ def unpack_bits(packed: Tensor, num_bits: int, row_length: int) -> Tensor:
 
 
 def _lanes(num_bits: int) -> list[tuple[int, int]]:
-    """How a group's fields move apart, by halves: bits of half a lane's fields, and bits of the lane."""
+    """The steps in which a group is spread, each halving the lanes: bits of half a lane's fields, bits of a lane."""
     return [(num_bits * fields // 2, 8 * fields) for fields in (8, 4, 2)]
 
 

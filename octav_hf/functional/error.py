@@ -1,4 +1,4 @@
-"""The error that a clip really gives: measured with the two's-complement grid, not modelled."""
+"""The quantization error of a clip, measured with the two's-complement grid instead of modelled."""
 
 import torch
 from torch import Tensor
@@ -10,34 +10,28 @@ from .rows import Dim, check_floating, magnitude, to_rows
 
 @torch.no_grad()
 def quantization_error(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True, dim: Dim = None) -> Tensor:
-    """Measured mean squared error of quantizing ``x`` with ``clip``, relative to the square of its largest magnitude.
+    """Measured mean squared error of quantizing ``x`` with ``clip``, relative to ``max|x|^2``.
 
-    Being relative it neither overflows nor underflows: ``mean(((x - Q(x)) / max|x|)^2)``. Multiply by ``max|x|^2`` for
-    the MSE itself.
+    ``mean(((x - Q(x)) / max|x|)^2)`` neither overflows nor underflows; multiply by ``max|x|^2`` for the MSE itself.
 
     Args:
         x: floating point, any shape, finite.
-        clip: clipping scalar(s), of the shape that a clipping rule returns for the same ``dim``.
+        clip: clipping scalar(s), shaped as a clipping rule returns them for the same ``dim``.
         num_bits, signed: the grid.
-        dim: the dimension(s) averaged over; ``None`` for all.
+        dim: dimension(s) averaged over; ``None`` for all.
 
     Returns:
-        float32 (float64 for float64 input), the shape of ``clip``; 0 where ``x`` is all zero or empty.
+        float32 (float64 for float64 input), shape of ``clip``; 0 where ``x`` is all zero or empty.
     """
     check_floating(x, "quantization_error")
     rows, shape = to_rows(x, dim)
-    return rows_error(rows, clip.reshape(-1), num_bits, signed).reshape(shape)
-
-
-def rows_error(rows: Tensor, clip: Tensor, num_bits: int, signed: bool) -> Tensor:
-    """``quantization_error`` of ``[rows, n]`` for one clip a row, ``[rows]``."""
-    return rows_errors(rows, clip[None], num_bits, signed)[0]
+    return rows_errors(rows, clip.reshape(1, -1), num_bits, signed)[0].reshape(shape)
 
 
 def rows_errors(rows: Tensor, clips: Tensor, num_bits: int, signed: bool, ranks: AllRanks | None = None) -> Tensor:
-    """``quantization_error`` of ``[rows, n]`` for k clips a row, ``[k, rows]``.
+    """``quantization_error`` of ``[rows, n]`` for ``clips``, ``[k, rows]``.
 
-    With ``ranks`` those of one row, ``[1, n]``, of which each rank has a part; a collective, of one message.
+    With ``ranks``, of a single row that is distributed over the ranks; one collective.
     """
     if ranks is not None:
         peak = torch.full_like(clips[0], max(-ranks.low, ranks.high))[:, None]
@@ -58,10 +52,7 @@ def rows_errors(rows: Tensor, clips: Tensor, num_bits: int, signed: bool, ranks:
 def lower_error(
     rows: Tensor, first: Tensor, second: Tensor, num_bits: int, signed: bool, ranks: AllRanks | None = None
 ) -> Tensor:
-    """For each of ``[rows, n]`` that of the two clips with the lower measured error; of equal ones the smaller.
-
-    With ``ranks`` for one row, ``[1, n]``, of which each rank has a part; a collective.
-    """
+    """Of two clips per row, the one with the lower measured error; the smaller if equal."""
     low, high = torch.minimum(first, second), torch.maximum(first, second)
     low_error, high_error = rows_errors(rows, torch.stack([low, high]), num_bits, signed, ranks)
     return torch.where(high_error < low_error, high, low)

@@ -1,4 +1,4 @@
-"""Fake quantization: values on the grid in the forward pass, an estimator of its gradient in the backward pass."""
+"""Fake quantization: rounding to the grid in the forward pass, a gradient estimator in the backward pass."""
 
 from enum import StrEnum
 from typing import Any
@@ -12,7 +12,7 @@ from .rows import check_floating, statistics_dtype
 
 
 class GradientEstimator(StrEnum):
-    """What the backward pass takes for the derivative of rounding and clipping; see ``fake_quantize``."""
+    """The derivative of rounding and clipping that the backward pass uses; see ``fake_quantize``."""
 
     STE = "ste"
     PWL = "pwl"
@@ -32,9 +32,9 @@ def fake_quantize(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True
     ``mad`` 1               ``clip / |x|`` (Eq. 10) ``clip / x`` above, 0 below zero
     ======= =============== ======================= =====================
 
-    where inside means ``|x| <= clip``, or ``0 <= x <= clip`` unsigned. MAD reads clipping as the attenuation
-    ``clip(x) = a x`` with ``a`` held constant; a negative value on an unsigned grid has ``a = 0``. There is no gradient
-    into ``clip``: it is recomputed from the data, never learned.
+    where inside means ``|x| <= clip``, or ``0 <= x <= clip`` unsigned. MAD treats clipping as the attenuation
+    ``clip(x) = a x`` with constant ``a``, which is 0 for a negative value on an unsigned grid. ``clip`` gets no
+    gradient: it is recomputed from the data, not learned.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape.
@@ -44,8 +44,8 @@ def fake_quantize(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True
         gradient: ``"ste"``, ``"pwl"`` or ``"mad"``.
 
     Returns:
-        Shape and dtype of ``x``; the arithmetic is float32 or better. 0 where ``clip`` is 0, NaN where ``x`` is NaN.
-        For the backward pass ``ste`` keeps nothing, ``pwl`` one byte an element and ``mad`` refers to ``x``.
+        Shape and dtype of ``x``, computed in float32 or better. 0 where ``clip`` is 0, NaN where ``x`` is NaN.
+        For the backward pass ``ste`` saves nothing, ``pwl`` one byte per element and ``mad`` a reference to ``x``.
 
     Raises:
         TypeError: ``x`` or ``clip`` is not floating point.
@@ -109,7 +109,7 @@ class _MagnitudeAware(torch.autograd.Function):
 
 
 def _grid(x: Tensor, clip: Tensor, num_bits: int, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Step, lowest and highest integer, in the arithmetic's dtype; as tensors, for numbers would be compiled in."""
+    """Step, lowest and highest integer, as tensors: numbers would be compiled in as constants."""
     step = step_size(clip.to(statistics_dtype(x.dtype)), num_bits, signed)
     low, high = integer_range(num_bits, signed)
     return step, step.new_full((), low), step.new_full((), high)
@@ -128,9 +128,9 @@ def _round(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor]:
 def _round_and_compare(
     x: Tensor, step: Tensor, low: Tensor, high: Tensor, bottom: Tensor, top: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``x`` on the grid, and 1 for each value inside the clip, 0 outside, as bytes."""
+    """``x`` on the grid, and 1 inside the clip, 0 outside, as bytes."""
     value = x.to(step.dtype)
-    # By way of floats: a compiler makes vector instructions of that, but not of a comparison's result stored as such.
+    # By way of floats, which is vectorized; storing the comparison's result directly is not.
     inside = torch.where((value >= bottom) & (value <= top), 1.0, 0.0)
     return round_to_step(x, step, low, high).to(x.dtype), inside.to(torch.uint8)
 
@@ -144,7 +144,7 @@ def _keep(grad: Tensor, inside: Tensor) -> tuple[Tensor]:
 @fused
 def _attenuate(grad: Tensor, x: Tensor, clip: Tensor, signed: bool) -> tuple[Tensor]:
     """MAD: the gradient times ``clip / |x|`` outside the clip."""
-    # Inside, the divisor is the clip itself and the factor exactly 1; 0 / 0 is a zero inside a clip of zero.
+    # Inside, the divisor is the clip itself, so the factor is exactly 1; 0 / 0 is a zero inside a zero clip.
     factor = (clip / torch.maximum(x.to(clip.dtype).abs(), clip)).nan_to_num(nan=1.0)
     if not signed:
         factor = torch.where(x < 0, 0, factor)

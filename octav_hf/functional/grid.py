@@ -1,4 +1,4 @@
-"""The quantization grid: bits and sign give the step, the integer range and the rounding (Eq. 2 and 3, footnote 2)."""
+"""The quantization grid: step, integer range and rounding for a bit width and sign (Eq. 2 and 3, footnote 2)."""
 
 import math
 
@@ -11,7 +11,6 @@ MIN_BITS, MAX_BITS = 2, 8
 
 
 def check_num_bits(num_bits: int) -> None:
-    """Raise ``ValueError`` unless ``num_bits`` is an integer from 2 to 8."""
     if not isinstance(num_bits, int) or isinstance(num_bits, bool) or not MIN_BITS <= num_bits <= MAX_BITS:
         raise ValueError(f"num_bits must be an integer from {MIN_BITS} to {MAX_BITS}, got {num_bits!r}")
 
@@ -29,22 +28,22 @@ def step_size(clip: Tensor, num_bits: int, signed: bool) -> Tensor:
 
 
 def noise_factor(num_bits: int, signed: bool) -> float:
-    """Rounding noise of a value inside the clip over ``s^2`` (Eq. 4): ``4^-B / 3``, or ``4^-B / 12`` unsigned."""
+    """Rounding noise inside the clip, divided by ``s^2`` (Eq. 4): ``4^-B / 3``, or ``4^-B / 12`` unsigned."""
     check_num_bits(num_bits)
     return 4.0**-num_bits / (3 if signed else 12)
 
 
 def gaussian_clip(noise: float) -> float:
-    """Nearly the minimum of Eq. 4 with that noise factor for Gaussian data, in units of its mean magnitude."""
+    """Approximate minimizer of Eq. 4 with this noise factor for Gaussian data, in units of its mean magnitude."""
     return (math.sqrt(-2 * math.log(noise)) - 1.05) * math.sqrt(math.pi / 2)
 
 
 def round_to_grid(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True) -> Tensor:
-    """Quantize and dequantize: the nearest level of the grid, ties to the even integer.
+    """Quantize and dequantize: round to the nearest grid value, ties to the even integer.
 
     Args:
         x: floating point, any shape.
-        clip: clipping scalar(s) ``s >= 0``, broadcastable against ``x``. Where it is 0 every level is 0.
+        clip: clipping scalar(s) ``s >= 0``, broadcastable against ``x``. The result is 0 where it is 0.
         num_bits: 2 to 8.
         signed: two's complement, or unsigned (a negative ``x`` becomes 0).
 
@@ -58,8 +57,7 @@ def round_to_grid(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True
 
 def round_to_step(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """``round_to_grid`` with the grid given by its step, in the dtype of the result, and its integer range."""
-    # A 0-dim step would not raise the arithmetic to its own dtype.
-    x = x.to(step.dtype)
-    # A zero step (all-zero data, or a clip below the smallest float) must not divide: 0 / 0 would be NaN.
-    levels = x / torch.where(step > 0, step, 1)
+    # The cast is explicit because a 0-dim step does not promote x. A zero step (all-zero data, or a clip below the
+    # smallest float) must not divide: 0 / 0 would be NaN.
+    levels = x.to(step.dtype) / torch.where(step > 0, step, 1)
     return levels.round_().clamp_(low, high).mul_(step)

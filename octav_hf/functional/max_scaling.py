@@ -1,4 +1,4 @@
-"""Max-scaling: the clip that clips nothing."""
+"""Max-scaling: the largest magnitude as the clip."""
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from .rows import Dim, check_floating, finite_range, magnitude, statistics_dtype
 def max_clip(
     x: Tensor, num_bits: int, *, signed: bool = True, dim: Dim = None, ranks: AllRanks | None = None
 ) -> Tensor:
-    """``s = max|x|`` (section 2), or ``max(x, 0)`` unsigned. Arguments, result and errors as ``octav_clip``.
+    """``s = max|x|`` (section 2), or ``max(x, 0)`` unsigned. Arguments, result and errors as in ``octav_clip``.
 
-    The result does not depend on ``num_bits``, which is checked all the same.
+    ``num_bits`` is checked, but does not change the result.
     """
     check_floating(x, "max_clip")
     check_num_bits(num_bits)

@@ -1,9 +1,9 @@
-"""The brute-force judge: try many clips, keep the one with the lowest measured error."""
+"""Brute-force search for the clip with the lowest measured error."""
 
 import torch
 from torch import Tensor
 
-from .error import rows_error
+from .error import rows_errors
 from .grid import check_num_bits
 from .registry import register_clip_rule
 from .rows import Dim, check_floating, finite_range, magnitude, statistics_dtype, to_rows
@@ -14,8 +14,8 @@ from .rows import Dim, check_floating, finite_range, magnitude, statistics_dtype
 def mse_sweep_clip(x: Tensor, num_bits: int, *, signed: bool = True, dim: Dim = None, num_points: int = 100) -> Tensor:
     """The best of the clips ``k / num_points * max|x|``, ``k = 1 ... num_points``, by measured error (Appendix E.3).
 
-    Arguments, result and errors as ``octav_clip``; of equal errors the smallest clip wins. Reads the tensor
-    ``num_points`` times: the paper measured OCTAV at a tenth of the cost (Table 6).
+    Arguments, result and errors as in ``octav_clip``; ties go to the smallest clip. Reads the tensor ``num_points``
+    times: the paper measured OCTAV at a tenth of the cost (Table 6).
 
     Args:
         num_points: number of candidates, at least 1; 100 in the paper.
@@ -33,7 +33,7 @@ def mse_sweep_clip(x: Tensor, num_bits: int, *, signed: bool = True, dim: Dim = 
     best_error = torch.full_like(best, torch.inf)
     for k in range(1, num_points + 1):
         candidate = peak * (k / num_points)
-        error = rows_error(rows, candidate, num_bits, signed)
+        error = rows_errors(rows, candidate[None], num_bits, signed)[0]
         best = torch.where(error < best_error, candidate, best)
         best_error = torch.minimum(error, best_error)
     return best.reshape(shape)

@@ -12,12 +12,9 @@ from .registry import register_clip_rule
 from .rows import Dim, check_floating, finite_range, statistics_dtype, to_rows
 from .tail_sums import TailSums, TailSumsOfAllRanks
 
-# Updates after which a recursion that has neither settled nor alternated is taken to run in a longer cycle.
-_LONGEST_RECURSION = 100
-# From near the fixed point the recursion either settles soon or alternates.
-_MOST_UPDATES_OF_A_GUESS = 8
-# Relative change at which it has settled, in units of the last place.
-_TOLERANCE_IN_EPS = 8
+_MAX_UPDATES = 100  # after which the recursion counts as a cycle of more than two values
+_MAX_UPDATES_FROM_GUESS = 8  # near the fixed point it converges soon, or alternates
+_TOLERANCE_IN_EPS = 8  # relative change at convergence
 
 
 @register_clip_rule("octav")
@@ -38,29 +35,28 @@ def octav_clip(
                        {c \sum 1\{0 < |x| \le s_n\} + \sum 1\{|x| > s_n\}},
         \qquad s_1 = \frac{\sum |x|}{\sum 1\{|x| > 0\}}, \qquad c = 4^{-B}/3 \ (\text{unsigned: } 4^{-B}/12)
 
-    Exact zeros carry no noise and are left out. On an unsigned grid a negative value becomes zero whatever the clip is,
-    so it counts as a zero.
+    Exact zeros carry no noise and are left out, and so are negative values on an unsigned grid, which become zero.
 
-    The derivative that the recursion drives to zero, :math:`h(s) = c s \sum 1\{0<|x|\le s\} - \sum (|x|-s) 1\{|x|>s\}`,
-    increases with s, so there is one place where its sign changes. Usually that is the recursion's fixed point. Where
-    many elements share one magnitude, h can jump over zero there, and the recursion alternates between one value on
-    either side: then the one with the lower measured error (``quantization_error``) is returned, the smaller of two
-    equal ones. In the rare longer cycles, the magnitude at which h changes sign is returned.
+    The derivative of the modelled error, :math:`h(s) = c s \sum 1\{0<|x|\le s\} - \sum (|x|-s) 1\{|x|>s\}`, increases
+    with s, so its sign changes once, usually at the recursion's fixed point. Where many elements share one magnitude, h
+    can jump over zero there, and the recursion alternates between a value below and one above: then the one with the
+    lower measured error (``quantization_error``) is returned, or the smaller one. In the rare longer cycles, the
+    magnitude at which h changes sign is returned.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape, any strides, any device.
         num_bits: bits B, 2 to 8.
-        signed: the two's-complement grid, or the unsigned one.
-        dim: the dimension(s) reduced to one scalar; ``None`` for one scalar for the whole tensor.
-        ranks: ``AllRanks(x, ...)``, for the clip of the tensor that the ranks' ``x`` are parts of, the same on each
-            rank; a collective of about five small messages. Only with ``dim=None``.
-        max_iterations: the number of updates applied to s_1 (the paper runs 10, which at 8 bits stops about 0.4 %
-            short); ``None`` runs to the fixed point, to within 5e-5 of it at the worst (``fixed_point.py``).
+        signed: two's-complement or unsigned grid.
+        dim: dimension(s) that share a scalar; ``None`` for one scalar for the whole tensor.
+        ranks: ``AllRanks(x, ...)``, for the clip of the tensor whose parts are the ranks' ``x``; about five small
+            collectives. Only with ``dim=None``.
+        max_iterations: number of updates from s_1 (10 in the paper, which at 8 bits stops about 0.4 % short); ``None``
+            runs to the fixed point, to within 5e-5 at worst (``fixed_point.py``).
 
     Returns:
-        The clip s >= 0 in the units of ``x``, float32 (float64 for float64 input), no gradient; 0-dim for
-        ``dim=None``, otherwise the shape of ``x`` with the reduced dimensions of size 1. A row of zeros and an empty
-        row give 0; a row whose nonzero values share one magnitude gives that magnitude to rounding.
+        The clip s >= 0 in the units of ``x``, float32 (float64 for float64 input), without gradient; 0-dim for
+        ``dim=None``, otherwise the shape of ``x`` with ``dim`` of size 1. Rows that are empty or all zero give 0; a row
+        whose nonzero values share one magnitude gives that magnitude up to rounding.
 
     Raises:
         TypeError: ``x`` is not floating point.
@@ -80,104 +76,82 @@ def octav_clip(
         return _clip_of_all_ranks(rows, num_bits, signed, max_iterations, ranks).reshape(())
     clip = None if max_iterations is not None else _fast(rows, num_bits, signed)
     if clip is None:
-        low, high = finite_range(x, "octav_clip")
-        clip = _recursion(rows, num_bits, signed, max_iterations, low, high)
+        tail = TailSums(rows, signed, *finite_range(x, "octav_clip"))
+        clip = _recursion(tail, rows, num_bits, signed, max_iterations)
     elif (missing := clip.isnan()).any():
-        low, high = finite_range(x, "octav_clip")
-        clip[missing] = _recursion(rows[missing], num_bits, signed, None, low, high)
+        tail = TailSums(rows[missing], signed, *finite_range(x, "octav_clip"))
+        clip[missing] = _recursion(tail, rows[missing], num_bits, signed)
     return clip.reshape(shape)
 
 
 def _fast(rows: Tensor, num_bits: int, signed: bool) -> Tensor | None:
-    """The fixed points by the fastest way there is; NaN where it finds none, ``None`` if there is none for ``rows``."""
+    """The fixed points by kernels or by search, NaN where they prove none; ``None`` if they do not support ``rows``."""
     clip = cpu.fixed_points(rows, num_bits, signed) if cpu.is_supported(rows) else None
     if clip is None and fixed_point.is_worthwhile(rows):
         clip = fixed_point.fixed_points(rows, num_bits, signed)
     return clip
 
 
-def _recursion(
-    rows: Tensor, num_bits: int, signed: bool, max_iterations: int | None, low: float, high: float
-) -> Tensor:
-    """Eq. 6 as it is written, for each row of ``[rows, n]`` with finite values from ``low`` to ``high``."""
-    noise = noise_factor(num_bits, signed)
-    tail = TailSums(rows, signed, low, high)
-    if max_iterations is None:
-        return _settle(tail, _mean(tail), noise, rows, num_bits, signed) / tail.unit
-    return _iterate(tail, noise, max_iterations) / tail.unit
-
-
 def _clip_of_all_ranks(
     rows: Tensor, num_bits: int, signed: bool, max_iterations: int | None, ranks: AllRanks
 ) -> Tensor:
-    """The clip, ``[1]``, of one row of which each rank has the part ``rows``, ``[1, n]``."""
-    noise = noise_factor(num_bits, signed)
+    """The clip, ``[1]``, of a row distributed over the ranks, whose part is ``rows``, ``[1, n]``."""
     if max_iterations is not None:
-        tail = TailSumsOfAllRanks(rows, signed, ranks)
-        return _iterate(tail, noise, max_iterations) / tail.unit
-    # From the mean of the ranks' own clips few updates are left, each of which is a message.
-    own = octav_clip(rows, num_bits, signed=signed)
-    tail = TailSumsOfAllRanks(rows, signed, ranks, guess=own)
-    # From above every magnitude Eq. 6 would start over from 0.
+        return _recursion(TailSumsOfAllRanks(rows, signed, ranks), rows, num_bits, signed, max_iterations)
+    # Each update is a collective, and few are needed from the mean of the ranks' own clips.
+    tail = TailSumsOfAllRanks(rows, signed, ranks, guess=octav_clip(rows, num_bits, signed=signed))
+    # Above every magnitude Eq. 6 would start over from 0.
     highest = max(-ranks.low if signed else 0.0, ranks.high) * (1 - 2.0**-20)
     clip = tail.guess.clamp(max=highest) * tail.unit
-    for _ in range(_MOST_UPDATES_OF_A_GUESS):
-        after = _update(tail, clip, noise)
+    for _ in range(_MAX_UPDATES_FROM_GUESS):
+        after = _update(tail, clip, noise_factor(num_bits, signed))
         if bool((after - clip).abs() <= _TOLERANCE_IN_EPS * torch.finfo(clip.dtype).eps * clip):
             return after / tail.unit
         clip = after
-    return _settle(tail, _mean(tail), noise, rows, num_bits, signed, ranks) / tail.unit
-
-
-def _mean(tail: TailSums) -> Tensor:
-    """s_1 of Eq. 6."""
-    return tail.total / tail.nonzero.clamp(min=1)
-
-
-def _iterate(tail: TailSums, noise: float, updates: int) -> Tensor:
-    """So many updates of s_1."""
-    clip = _mean(tail)
-    for _ in range(updates):
-        clip = _update(tail, clip, noise)
-    return clip
+    return _recursion(tail, rows, num_bits, signed, ranks=ranks)
 
 
 def _update(tail: TailSums, clip: Tensor, noise: float) -> Tensor:
-    """One step of Eq. 6 for each row. A clip with nothing above it stays: Eq. 6 would turn it into 0."""
+    """One step of Eq. 6 for each row. A clip with nothing above it, which Eq. 6 would turn into 0, stays."""
     total, outside = tail.above(clip)
     denominator = noise * (tail.nonzero - outside) + outside
     return torch.where(outside > 0, total / denominator.clamp(min=noise), clip)
 
 
-def _settle(
+def _recursion(
     tail: TailSums,
-    start: Tensor,
-    noise: float,
     rows: Tensor,
     num_bits: int,
     signed: bool,
+    max_iterations: int | None = None,
     ranks: AllRanks | None = None,
 ) -> Tensor:
-    """Run Eq. 6 from ``start`` until each row settles or alternates; see ``octav_clip`` for what is returned."""
-    tolerance = _TOLERANCE_IN_EPS * torch.finfo(start.dtype).eps
-    before, clip = torch.full_like(start, -1), start
-    for _ in range(_LONGEST_RECURSION):
+    """Eq. 6 for each row, ``[rows]``, from s_1 on; see ``octav_clip`` for the result."""
+    noise = noise_factor(num_bits, signed)
+    clip = tail.total / tail.nonzero.clamp(min=1)
+    if max_iterations is not None:
+        for _ in range(max_iterations):
+            clip = _update(tail, clip, noise)
+        return clip / tail.unit
+    tolerance = _TOLERANCE_IN_EPS * torch.finfo(clip.dtype).eps
+    before = torch.full_like(clip, -1)
+    for _ in range(_MAX_UPDATES):
         after = _update(tail, clip, noise)
         settled = (after - clip).abs() <= tolerance * clip
         alternates = ~settled & ((after - before).abs() <= tolerance * clip)
         done = settled | alternates
         if done.all():
             break
-        # A row that is done keeps its last two values, whatever the others still do.
+        # Rows that are done keep their last two values.
         before, clip = torch.where(done, before, clip), torch.where(done, clip, after)
     if alternates.any():
         first, second = clip[alternates] / tail.unit, after[alternates] / tail.unit
         after[alternates] = lower_error(rows[alternates], first, second, num_bits, signed, ranks) * tail.unit
-    return after if done.all() else torch.where(done, after, _sign_change(tail, noise))
+    return (after if done.all() else torch.where(done, after, _sign_change(tail, noise))) / tail.unit
 
 
 def _sign_change(tail: TailSums, noise: float) -> Tensor:
-    """Where an update stops raising the clip, by bisection: the sign change of the modelled error's derivative."""
+    """The sign change of the modelled error's derivative, where updates stop raising the clip, by bisection."""
     low, high = torch.zeros_like(tail.total), tail.total
     while True:
         middle = (low + high) / 2

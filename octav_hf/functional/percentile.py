@@ -1,4 +1,4 @@
-"""Percentile clipping: the magnitude that a given share of the elements does not exceed."""
+"""Percentile clipping: a percentile of the magnitudes as the clip."""
 
 import math
 
@@ -17,9 +17,9 @@ def percentile_clip(
 ) -> Tensor:
     """The nearest-rank percentile of the magnitudes, zeros included (the inverted empirical distribution function).
 
-    Arguments, result and errors as ``octav_clip``; the paper's static variants use 99.9, 99.99 and 99.999. The result
-    is 0, and everything is quantized to 0, where at least that share of the elements is 0. It does not depend on
-    ``num_bits``, which is checked all the same.
+    Arguments, result and errors as in ``octav_clip``; the paper's static variants use 99.9, 99.99 and 99.999. If at
+    least this share of the elements is 0, so is the clip, and everything is quantized to 0. ``num_bits`` is checked,
+    but does not change the result.
 
     Args:
         percentile: above 0, at most 100; 100 is max-scaling.
@@ -32,6 +32,6 @@ def percentile_clip(
     rows, shape = to_rows(x, dim)
     if rows.numel() == 0:
         return torch.zeros(shape, dtype=statistics_dtype(x.dtype), device=x.device)
-    # 99.9 % of 1000 is 999.0000000000001 in floating point: the rank must not become 1000.
+    # 99.9 % of 1000 is 999.0000000000001 in floating point; its rank is 999.
     rank = max(1, math.ceil(percentile / 100 * rows.shape[1] - 1e-6))
     return magnitude(rows, signed).kthvalue(rank, dim=1).values.reshape(shape)

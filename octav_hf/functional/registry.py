@@ -10,22 +10,21 @@ ClipRule = Callable[..., Tensor]
 Rule = TypeVar("Rule", bound=ClipRule)
 
 CLIP_RULES: dict[str, ClipRule] = {}
-"""Name -> rule. A rule has the signature ``rule(x, num_bits, *, signed=True, dim=None, **options) -> clip``.
+"""Name -> ``rule(x, num_bits, *, signed=True, dim=None, **options) -> clip``.
 
-One that can compute the clip of a tensor that is spread over several ranks also has ``ranks: AllRanks | None = None``.
+Rules that support a tensor distributed over several ranks also take ``ranks: AllRanks | None = None``.
 """
 
 RULE_ARGUMENTS = ("x", "num_bits", "signed", "dim", "ranks")
-"""What is no option of a rule."""
+"""Arguments of rules that are not options."""
 
 
 def rules_for_all_ranks() -> list[str]:
-    """The names of the rules that take ``ranks``."""
     return sorted(name for name, rule in CLIP_RULES.items() if "ranks" in inspect.signature(rule).parameters)
 
 
 def register_clip_rule(name: str) -> Callable[[Rule], Rule]:
-    """Decorator: make a clipping rule known by ``name``, to the config too. A name that is taken raises."""
+    """Decorator: register a clipping rule under ``name``, for the config too; ``ValueError`` if it is taken."""
 
     def register(rule: Rule) -> Rule:
         if name in CLIP_RULES:

@@ -1,4 +1,4 @@
-"""What every clipping rule starts from: the tensor as rows, its magnitudes, and a check that they are finite."""
+"""Shared by the clipping rules: a tensor as rows, its magnitudes, its range, and checks."""
 
 import math
 
@@ -9,7 +9,7 @@ Dim = int | tuple[int, ...] | None
 
 
 def check_floating(x: Tensor, operation: str) -> None:
-    """Refuse integer, boolean and complex tensors, naming the operation and the tensor."""
+    """Raise ``TypeError`` for an integer, boolean or complex tensor."""
     if not x.is_floating_point():
         raise TypeError(
             f"{operation}: x of shape {tuple(x.shape)} has dtype {x.dtype}; pass a floating-point tensor (x.float())"
@@ -17,11 +17,7 @@ def check_floating(x: Tensor, operation: str) -> None:
 
 
 def finite_range(x: Tensor, operation: str) -> tuple[float, float]:
-    """Lowest and highest value of ``x``, ``(0, 0)`` if it is empty; one read of the tensor.
-
-    Raises:
-        ValueError: ``x`` holds NaN or Inf: one such value would spread through the clip to every other.
-    """
+    """Lowest and highest value of ``x``, ``(0, 0)`` if it is empty; ``ValueError`` if it holds NaN or Inf."""
     if x.numel() == 0:
         return 0.0, 0.0
     low, high = torch.stack(torch.aminmax(x)).tolist()  # NaN propagates
@@ -36,18 +32,14 @@ def finite_range(x: Tensor, operation: str) -> tuple[float, float]:
 
 
 def to_rows(x: Tensor, dim: Dim) -> tuple[Tensor, tuple[int, ...]]:
-    """View ``x`` as ``[rows, n]``, one row per clipping scalar, with the reduced dimensions flattened into ``n``.
-
-    Args:
-        x: any shape.
-        dim: the dimension(s) reduced; ``None`` reduces them all into a single row.
+    """View ``x`` as ``[rows, n]``, one row per clipping scalar, with the dimensions ``dim`` flattened into ``n``.
 
     Returns:
-        The rows (a view wherever strides allow), and the shape that makes one value per row broadcastable against
-        ``x``: reduced dimensions are kept with size 1; ``()`` for ``dim=None``.
+        The rows (a view if strides allow), and the shape in which one value per row broadcasts against ``x``: reduced
+        dimensions have size 1; ``()`` for ``dim=None``, which reduces all.
     """
     if dim is None:
-        # Order is of no matter here; in memory order a transposed tensor (an attention key) flattens without a copy.
+        # In memory order a transposed tensor, such as an attention key, flattens without a copy.
         return x.permute(memory_order(x)).reshape(1, -1), ()
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     for d in dims:
@@ -69,10 +61,7 @@ def memory_order(x: Tensor) -> list[int]:
 
 
 def magnitude(x: Tensor, signed: bool) -> Tensor:
-    """``|x|``, or ``max(x, 0)`` on an unsigned grid, where a negative value becomes zero whatever the clip is.
-
-    float16 and bfloat16 come back as float32, so that statistics never accumulate below it.
-    """
+    """``|x|``, or ``max(x, 0)`` for an unsigned grid, in ``statistics_dtype``."""
     x = x.to(statistics_dtype(x.dtype))
     return x.abs() if signed else x.clamp(min=0)
 

@@ -1,4 +1,4 @@
-"""Checkpoints as folders: reading what one is without loading its weights, and writing one whole or not at all."""
+"""Folders of checkpoints: inspecting, loading, uploading, and writing atomically."""
 
 import json
 import shutil
@@ -24,21 +24,20 @@ from ..nn import FakeQuantize
 from .model_card import model_card, write_card
 from .training_run import TrainingRun
 
-# Which nobody should have to trust.
-PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl"]
+PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # neither downloaded nor uploaded: loading one can run any code
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "config.json"]
-_OF_TRAINER = ["trainer_state.json", "*_results.json", "*_predictions.json", "*_null_odds.json"]
+_TRAINER_FILES = ["trainer_state.json", "*_results.json", "*_predictions.json", "*_null_odds.json"]
 _NOT_UPLOADED = [*PICKLES, "trainer_state.json", "checkpoint-*/*", "runs/*", "packed/*"]
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """A layer with a quantized weight, as it is in a checkpoint."""
+    """A layer with a quantized weight in a checkpoint."""
 
     name: str
     bits: int
     shape: list[int]
-    stored: str  # "packed", or the dtype of the float weight; "shared" if it is stored under another layer's name
+    stored: str  # "packed", the dtype of a float weight, or "shared" if stored under another layer's name
     bytes: int
     float32_bytes: int
 
@@ -47,10 +46,10 @@ class CheckpointFolder:
     """A checkpoint of a quantized model, in training form or packed.
 
     Args:
-        source: a folder, or the id of a repository on the Hub, which is downloaded into the client's cache.
+        source: a folder, or the id of a repository on the Hub, which is downloaded into the cache.
 
     Raises:
-        ValueError: there is no quantized model in it; the message says what there is.
+        ValueError: it contains no quantized model.
         OSError: it cannot be found or read.
     """
 
@@ -77,28 +76,20 @@ class CheckpointFolder:
 
     @property
     def weight_files(self) -> list[Path]:
-        """The safetensors files of the model.
-
-        Raises:
-            ValueError: there are none, or the index names one that is missing.
-        """
+        """The model's safetensors files; ``ValueError`` if one is missing."""
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = [self.path / name for name in sorted(set(weight_map.values()))]
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         else:
-            files = [self.path / "model.safetensors"]
+            names = {"model.safetensors"}
+        files = [self.path / name for name in sorted(names)]
         missing = [str(file) for file in files if not file.is_file()]
         if missing:
             raise ValueError(f"{missing[0]} is missing ({len(missing)} in all)")
         return files
 
     def load(self) -> PreTrainedModel:
-        """The model with its weights; packed files are compared with their record.
-
-        Raises:
-            ValueError: a file or weight is missing, cut off, altered or of another shape; the message names it.
-        """
+        """The model with its weights; ``ValueError`` if a file or weight is missing, damaged or of another shape."""
         files = ", ".join(map(str, self.weight_files))
         try:
             loaded: Any = self.model_class.from_pretrained(self.path, output_loading_info=True)
@@ -131,20 +122,12 @@ class CheckpointFolder:
             weight = module.get_parameter("weight")
             dtype, size = stored.get(f"{name}.weight", ("shared", 0))
             _, scale_size = stored.get(f"{name}.weight_scale", ("", 0))
-            layers.append(
-                StoredLayer(
-                    name=name,
-                    bits=module.weight_quantizer.num_bits,
-                    shape=list(weight.shape),
-                    stored="packed" if scale_size else dtype,
-                    bytes=size + scale_size,
-                    float32_bytes=4 * weight.numel(),
-                )
-            )
+            form, bits, shape = "packed" if scale_size else dtype, module.weight_quantizer.num_bits, list(weight.shape)
+            layers.append(StoredLayer(name, bits, shape, form, size + scale_size, 4 * weight.numel()))
         return layers
 
     def write_card(self, name: str) -> None:
-        """Write the card into the folder, unless somebody has written one; ``name`` is what its example loads."""
+        """Write the model card unless a person has written one; ``name`` is what its example loads."""
         write_card(self.path, model_card(self.structure, TrainingRun.load(self.path), name=name))
 
     def push(
@@ -157,14 +140,10 @@ class CheckpointFolder:
         create_pr: bool = False,
         token: str | None = None,
     ) -> CommitInfo:
-        """Upload the checkpoint in the form that it has, in one commit, with its card; make the repository if need be.
+        """Upload the checkpoint and its card in one commit; the repository is created if it does not exist.
 
-        Pickles stay, and of a Trainer's output its checkpoints, logs and packed form. Arguments as for
-        ``huggingface_hub``.
-
-        Raises:
-            ValueError: the files are damaged; nothing was uploaded.
-            HfHubHTTPError: the Hub refused.
+        Pickles, Trainer's checkpoints and logs, and a packed form in ``packed/`` are left out. Arguments are those of
+        ``huggingface_hub``. Raises ``ValueError`` if files are damaged, before uploading, or ``HfHubHTTPError``.
         """
         self.load()
         api = HfApi(token=token)
@@ -182,21 +161,17 @@ class CheckpointFolder:
         )
 
     def copy_companions(self, folder: Path) -> None:
-        """Copy what belongs to the model beside its weights into ``folder``: the tokenizer, the card, facts of the run.
-
-        No subfolders, no pickles, and nothing of Trainer's.
-        """
+        """Copy the tokenizer, the card and other files, except weights, pickles and Trainer's, into ``folder``."""
         for path in sorted(self.path.iterdir()):
-            if path.is_file() and not any(path.match(pattern) for pattern in (*_WEIGHTS, *_OF_TRAINER, *PICKLES)):
+            if path.is_file() and not any(path.match(pattern) for pattern in (*_WEIGHTS, *_TRAINER_FILES, *PICKLES)):
                 shutil.copy(path, folder / path.name)
 
 
 @contextmanager
 def atomic_output_dir(output: Path) -> Iterator[Path]:
-    """A new folder beside ``output``, which takes its place if all goes well, and vanishes otherwise.
+    """A temporary folder that is renamed to ``output`` at the end, and removed after an error.
 
-    Raises:
-        FileExistsError: ``output`` exists and is not an empty folder.
+    Raises ``FileExistsError`` if ``output`` exists and is not an empty folder.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists already; choose another output")
@@ -214,7 +189,7 @@ def atomic_output_dir(output: Path) -> Iterator[Path]:
 
 
 def summary(folder: CheckpointFolder) -> dict[str, Any]:
-    """What ``octav-hf inspect`` shows, for JSON."""
+    """The facts that ``octav-hf inspect`` shows, for JSON."""
     layers = folder.layers()
     return {
         "form": "packed" if folder.config.packed else "training",

@@ -1,4 +1,4 @@
-"""What a model card says about a training run, kept as a file beside the model."""
+"""Facts about a training run for the model card, stored in a file beside the model."""
 
 import json
 import math
@@ -12,26 +12,14 @@ FILE_NAME = "octav_run.json"
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Facts of a run, as far as they are known; a card leaves out what is not.
+    """Facts about a training run; the card leaves out unknown ones. ``ValueError`` for a metric that is not finite."""
 
-    Args:
-        base_model: repository of the model that training started from, or its folder.
-        dataset: name of the data.
-        dataset_split: name of the part that the metrics are of.
-        recipe: hyperparameter -> value.
-        metrics: metric, by its identifier such as ``f1`` -> value, of the quantized model.
-        fp32_metrics: the same of a model that was trained in floating point with this recipe.
-
-    Raises:
-        ValueError: a metric is no finite number.
-    """
-
-    base_model: str | None = None
+    base_model: str | None = None  # repository or folder of the model that training started from
     dataset: str | None = None
-    dataset_split: str | None = None
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    fp32_metrics: Mapping[str, float] = field(default_factory=dict)
+    dataset_split: str | None = None  # that the metrics were computed on
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # hyperparameter -> value
+    metrics: Mapping[str, float] = field(default_factory=dict)  # identifier, such as "f1" -> value when quantized
+    fp32_metrics: Mapping[str, float] = field(default_factory=dict)  # of a model trained in float with this recipe
 
     def __post_init__(self) -> None:
         for name in ("metrics", "fp32_metrics"):
@@ -40,17 +28,13 @@ class TrainingRun:
                     raise ValueError(f"TrainingRun: {name}[{metric!r}] must be a finite number, got {value!r}")
 
     def save(self, folder: str | Path) -> None:
-        """Write the facts to ``octav_run.json`` in ``folder``, which exists."""
+        """Write ``octav_run.json`` into an existing folder."""
         text = json.dumps(asdict(self), indent=2, sort_keys=True)
         (Path(folder) / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> "TrainingRun":
-        """The facts that ``save`` wrote in ``folder``; none if there is no such file.
-
-        Raises:
-            ValueError: the file is not of this form.
-        """
+        """Read ``octav_run.json``; no facts if it does not exist, ``ValueError`` if it has another form."""
         path = Path(folder) / FILE_NAME
         if not path.is_file():
             return cls()

@@ -1,4 +1,4 @@
-"""Uploading a quantized model by Transformers' own methods, with a card that says what the model is."""
+"""The model card in uploads by Transformers' own methods."""
 
 import weakref
 from pathlib import Path
@@ -11,19 +11,15 @@ from .model_card import model_card, write_card
 
 
 class UploadWithCard:
-    """Takes the place of a model's ``_upload_modified_files``, with which ``push_to_hub`` and ``save_pretrained`` end.
-
-    Args:
-        model: is referred to weakly, so that nothing but its user keeps it alive.
-    """
+    """Replaces a model's ``_upload_modified_files``, the last step of ``push_to_hub`` and ``save_pretrained``."""
 
     def __init__(self, model: PreTrainedModel):
-        self._model = weakref.ref(model)
+        self._model = weakref.ref(model)  # which has this as an attribute
 
     def __call__(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Write the card among the files of ``working_dir``, unless somebody has written another, and upload them."""
+        """Write the card into ``working_dir``, unless a person has written one, and upload its files."""
         model = self._model()
-        assert model is not None  # of which this is an attribute
+        assert model is not None
         write_card(Path(working_dir), model_card(model, name=repo_id))
         return upload(model, working_dir, repo_id, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Saving a model whose weights are sharded: what was gathered of them is what is written."""
+"""Saving a model whose weights are sharded."""
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -8,14 +8,13 @@ from .._utils.transformers_compat import argument_of_save_pretrained
 
 
 def given_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """The ``state_dict`` that the ``save_pretrained`` which is running was given, ``None`` if it was given none.
+    """The argument ``state_dict`` of the running ``save_pretrained``, or ``None``.
 
-    Trainer and Accelerate pass the gathered weights in that way where FSDP or DeepSpeed's ZeRO-3 have sharded them. For
-    a quantized model ``save_pretrained`` asks its quantizer what to write, without telling it, so that is read off the
-    call itself.
+    Trainer and Accelerate pass weights there that they gathered from FSDP or DeepSpeed's ZeRO-3. ``save_pretrained``
+    does not pass it on to the quantizer of a quantized model, so it is read from the call stack.
 
     Raises:
-        NotImplementedError: a weight is sharded, and Transformers, which did not shard it, will not gather it.
+        NotImplementedError: a weight is sharded and neither gathered nor sharded by Transformers itself.
     """
     given = argument_of_save_pretrained("state_dict")
     if getattr(model.config, "distributed_config", None) is None:

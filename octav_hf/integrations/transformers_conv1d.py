@@ -1,4 +1,4 @@
-"""Transformers' ``Conv1D``, the linear layer of GPT-2 and its relatives, which holds its weight transposed."""
+"""Transformers' ``Conv1D``, the linear layer of GPT-2, which stores its weight transposed."""
 
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D

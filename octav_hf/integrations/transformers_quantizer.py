@@ -1,4 +1,4 @@
-"""The Transformers quantizer: ``from_pretrained`` rebuilds a quantized model, Trainer accepts it, saving keeps it."""
+"""The Transformers quantizer, for loading, training and saving quantized models."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -34,10 +34,9 @@ from .gathered_weights import given_weights
 class OctavQuantizer(HfQuantizer):
     """Converts a model's modules before its weights are loaded.
 
-    A checkpoint in training form holds the full-precision weights under their usual names, and the ``OctavConfig`` in
-    ``config.json``: clips are recomputed from the data, or frozen, those of activations in the config and those of
-    weights as tensors. In packed form, after ``pack_octav``, the weights are integers of another shape under the same
-    names, so that Transformers without this package stops at them instead of loading them; see ``packing``.
+    A checkpoint in training form has the full-precision weights under their usual names and the ``OctavConfig`` in
+    ``config.json``. Frozen clips of activations are in the config, those of weights are tensors. In packed form, after
+    ``pack_octav``, weights are integers of another shape under the same names; see ``packing.names``.
     """
 
     requires_calibration = False
@@ -80,7 +79,7 @@ class OctavQuantizer(HfQuantizer):
         return model
 
     def _prepare_packed(self, model: PreTrainedModel, names: Iterable[str]) -> None:
-        """Pack the layers that come packed in files with those tensors. Others must be tied: they would be random."""
+        """Prepare the layers that are packed in the files. Others must be tied, or they would be random."""
         layers = quantized_weights(model)
         packed = layers_in_files(names, layers, model)
         for name, (layer, _) in layers.items():
@@ -94,7 +93,7 @@ class OctavQuantizer(HfQuantizer):
         self._renamings = (PackedNames(packed_layers(model), model.base_model_prefix),)
 
     def _prepare_frozen(self, model: PreTrainedModel, names: Iterable[str]) -> None:
-        """Give clips to load to the layers that have some in the files. Others must be tied: theirs would be random."""
+        """Prepare the layers that have clips in the files. Others must be tied, or theirs would be random."""
         layers = layers_to_freeze(model)
         frozen = layers_in_files(names, layers, model, FROZEN_CLIPS)
         for name, layer in layers.items():
@@ -107,17 +106,14 @@ class OctavQuantizer(HfQuantizer):
         prepare_frozen(model, frozen)
 
     def get_weight_conversions(self) -> list[Any]:
-        """How names of packed tensors in files become those in the model, after what is done for the float model."""
         # Not update_weight_conversions, which Transformers has had since 5.8, and with the model since 5.21.
         return list(self._renamings)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """The state dict to save, ``None`` for the model's own; of a packed model by the names of its files, with their
-        metadata.
+        """The state dict to save, ``None`` for the model's own, and the files' metadata.
 
         Raises:
-            NotImplementedError: weights are sharded, or Transformers stores weights of this architecture merged or
-                split.
+            NotImplementedError: weights are sharded, or packed ones are stored merged or split by Transformers.
         """
         given = given_weights(model)
         write_record(model)  # Transformers writes the config after this
@@ -126,7 +122,7 @@ class OctavQuantizer(HfQuantizer):
         weights = model.state_dict() if given is None else given
         names = PackedNames(packed_layers(model), model.base_model_prefix).reverse_transform()
         state = {names.rename_source_key(name)[0]: tensor for name, tensor in weights.items()}
-        # Transformers will do this to what is returned; the record is about what then comes to be in the files.
+        # As Transformers will do: the record is about the tensors in the files.
         stored = revert_weight_conversion(model, remove_tied_weights_from_state_dict(dict(state), model))
         kept = {id(tensor) for tensor in state.values()}
         for name, tensor in stored.items():
@@ -143,17 +139,15 @@ class OctavQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """Always: the state dict is the float model's, or the packed form's."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Always: Trainer asks this for evaluation too. Training a packed model is refused at its first step."""
+        """True, since Trainer asks for evaluation too. Training a packed model fails at its first step."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Always: all weights are trained, in full precision."""
         return True
 
 

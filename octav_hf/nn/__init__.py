@@ -1,4 +1,4 @@
-"""Modules: the quantizer, and the layers whose operands pass through it. Needs nothing but torch."""
+"""The quantizer module, and layers and attention modules with quantized operands. Depends on torch only."""
 
 from .attention.matmuls import AttentionMatmuls
 from .attention.module import QuantizedAttention

@@ -1,4 +1,4 @@
-"""Convolutions whose weight and input pass through quantizers."""
+"""Quantized convolutions."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,9 @@ from .shared_inputs import quantize_input
 
 
 class QuantizedConvolution(QuantizedLayer):
-    """What the convolutions have in common, grouped, dilated, strided and padded alike.
+    """Base class, with one weight clip per output channel (Appendix E.2: row of the K × CRS matrix).
 
-    One weight clip per output channel (Appendix E.2: the row of the K × CRS matrix). The input is quantized before it
-    is padded: padding with zeros adds a value that is on every grid, and the other modes repeat quantized values.
+    The input is quantized before padding, which is exact: zero is on every grid, and the other modes repeat values.
     """
 
     kind = "convolution"

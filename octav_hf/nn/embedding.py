@@ -1,4 +1,4 @@
-"""An embedding table whose rows pass through a quantizer when they are looked up."""
+"""A quantized embedding."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -14,10 +14,8 @@ from .quantized_layer import QuantizedLayer, register_quantized_layer
 class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
     """``nn.Embedding`` with ``weight_quantizer``; one clip per row (token).
 
-    A row's clip depends on that row alone, so quantizing the rows that are looked up gives what looking up in the
-    quantized table would, gradients included, at the price of the batch and not of the vocabulary. It is also how a
-    linear head whose weight is tied to the table quantizes it: row by row. A model that reads ``weight`` itself,
-    without calling the module, gets it in float.
+    Only the rows that are looked up are quantized, with the same result and gradients as for the whole table. A linear
+    head with a tied weight quantizes it per row too. A model that reads ``weight`` itself gets it in float.
     """
 
     kind = "embedding"
@@ -28,7 +26,7 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
 
     @classmethod
     def unsupported_reason(cls, layer: nn.Module) -> str:
-        """A row that is rounded after ``max_norm`` was applied may be longer than that."""
+        """As in ``QuantizedLayer``: rounding may lengthen a row beyond ``max_norm``."""
         if layer.max_norm is None:
             return ""
         return f"its max_norm={layer.max_norm} would not hold for the quantized rows; set max_norm to None"

@@ -1,4 +1,4 @@
-"""The quantizer of a weight whose clips no longer follow it."""
+"""The quantizer of a weight with frozen clips."""
 
 import torch
 from torch import Tensor
@@ -11,16 +11,11 @@ from .recording import refuse_recording
 
 
 class FrozenWeightFakeQuantize(FullPrecisionBuffers, FakeQuantize):
-    """``FakeQuantize`` with stored clips, replacing a weight's quantizer, whose settings it keeps.
-
-    The weight is not read: NaN stays NaN, without an error.
+    """``FakeQuantize`` with stored clips, which replaces a weight's quantizer. NaN in the weight stays NaN.
 
     Args:
-        quantizer: the weight's quantizer.
-        clips: as the clipping rule gives them for the weight: ``[rows, 1, ...]``, or 0-dim.
-
-    Attributes:
-        clips: buffer, of the dtype that it was given, whatever dtype the model is moved to.
+        quantizer: the weight's quantizer, whose settings are kept.
+        clips: as the clipping rule gives them for the weight, ``[rows, 1, ...]`` or 0-dim; a buffer.
     """
 
     clips: Tensor
@@ -31,34 +26,24 @@ class FrozenWeightFakeQuantize(FullPrecisionBuffers, FakeQuantize):
 
     @classmethod
     def of(cls, quantizer: FakeQuantize, weight: Tensor) -> "FrozenWeightFakeQuantize":
-        """With the clips of ``weight`` as it is.
-
-        Raises:
-            ValueError: ``weight`` holds NaN or Inf; the message has the quantizer's name.
-        """
+        """With the clips of ``weight``; ``ValueError`` if it holds NaN or Inf."""
         return cls(quantizer, quantizer.compute_clip(weight.detach()).clone())
 
     @classmethod
     def to_load(cls, quantizer: FakeQuantize, weight: Tensor) -> "FrozenWeightFakeQuantize":
-        """With clips that have shape, dtype and device, but no values yet; those of ``weight`` are not read."""
+        """With uninitialized clips for ``weight``, whose values are not read."""
         _, shape = to_rows(weight, quantizer.dim)
         return cls(quantizer, torch.empty(shape, dtype=statistics_dtype(weight.dtype), device=weight.device))
 
     @property
     def is_frozen(self) -> bool:
-        """True."""
         return True
 
     def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:
-        """The stored clips; ``x`` is not read."""
         return self.clips
 
     def forward(self, x: Tensor, call_index: int = 0) -> Tensor:
-        """``x``, the weight, on the grid; same shape and dtype.
-
-        Raises:
-            RuntimeError: the call is being recorded by ``torch.jit.trace`` or ``torch.fx``.
-        """
+        """As in ``FakeQuantize``; ``x`` is the weight."""
         refuse_recording(self, x, dynamic=False)
         return fake_quantize(x, self.clips, self.num_bits, gradient=self.gradient_estimator)
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class FullPrecisionBuffers(nn.Module):
-    """Mixin: floating-point buffers follow the model to another device, but not to another dtype.
+    """Mixin: buffers follow the model to another device, but keep their dtype.
 
-    Clips and scales are kept in full precision (section 3 of the paper), whatever the model computes in.
+    Clips and scales are kept in full precision (section 3 of the paper).
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -1,4 +1,4 @@
-"""Running what belongs to a quantizer out of sight of torch function modes, such as attention's."""
+"""Hiding a quantizer's operations from torch function modes, such as ``AttentionMatmuls``."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def outside_function_modes(function: Function) -> Function:
-    """Decorator: no function mode sees what ``function`` calls, so that its products are not taken for the model's."""
+    """Decorator: function modes do not see what ``function`` calls, and take no matmul in it for the model's."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A linear layer whose weight and input pass through quantizers."""
+"""A quantized linear layer."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""Layers whose weight is packed: integers and scales instead of a float parameter."""
+"""Layers with packed weights: integers and scales instead of a float parameter."""
 
 import functools
 from typing import Any
@@ -12,29 +12,28 @@ from .quantized_layer import QuantizedLayer
 
 
 class PackedLayer(QuantizedLayer):
-    """Mixin in front of a quantized layer's class: ``weight`` is made from ``weight_quantizer`` whenever it is read.
+    """Mixin in front of a quantized layer's class: ``weight`` is dequantized whenever it is read.
 
-    Made from an existing layer by ``pack``, which changes that object's class in place. The packed weight is no
-    parameter and gets no gradient.
+    ``pack`` makes one from an existing layer by changing its class in place. The packed weight is not a parameter.
     """
 
     weight_quantizer: PackedWeight
 
     @property
     def weight(self) -> Tensor:
-        """The weight on its grid; shape, dtype and values as the training form multiplies with."""
+        """The weight on its grid; shape, dtype and values as in the training form."""
         return self.weight_quantizer.dequantize()
 
     @staticmethod
     def pack(layer: QuantizedLayer, packed: PackedWeight) -> None:
         """Replace the parameter ``weight`` of ``layer`` by ``packed``, in place."""
-        layer.register_parameter("weight", None)  # which keeps its place in the order of parameters
+        layer.register_parameter("weight", None)  # keeps its position among the parameters
         layer.weight_quantizer = packed
         base: Any = type(layer)
         layer.__class__ = _packed_class(base)
 
     def unpack(self) -> None:
-        """The quantized layer again, in place: the parameter ``weight`` starts from the packed values."""
+        """Undo ``pack`` in place; the parameter ``weight`` gets the packed values."""
         weight, quantizer = self.weight, self.weight_quantizer_class(**self.weight_quantizer.init_kwargs)
         if self.weight_quantizer.is_frozen:
             quantizer = FrozenWeightFakeQuantize(quantizer, self.weight_quantizer.compute_clip(weight))
@@ -43,18 +42,18 @@ class PackedLayer(QuantizedLayer):
         self.weight = nn.Parameter(weight)  # type: ignore[misc]
 
     def restore(self) -> None:
-        """Turn this layer into a float layer with the packed values, in place."""
+        """Convert to a float layer with the packed values, in place."""
         weight = self.weight
         super().restore()
         self.weight = nn.Parameter(weight)  # type: ignore[misc]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The class made by _packed_class cannot be imported by name: pickle its base instead.
+        # The generated class cannot be imported by name, so its base is pickled.
         return _rebuild, (type(self).__bases__[1],), self.__dict__
 
 
 class PackedEmbedding(PackedLayer):
-    """A packed embedding table: only the rows that are looked up are made."""
+    """A packed embedding; only the rows that are looked up are dequantized."""
 
     def forward(self, input: Tensor) -> Tensor:
         """``weight[input]``, ``[*, embedding_dim]``."""

@@ -1,4 +1,4 @@
-"""A weight stored as integers and one scale per row, in the place of its quantizer."""
+"""A weight stored as integers and one scale per row, in place of its quantizer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,22 +16,19 @@ from .recording import refuse_recording
 
 
 class PackedWeight(FullPrecisionBuffers, FakeQuantize):
-    """What a weight quantizer made of a weight: its integer levels, packed, and the steps of its grid.
-
-    Replaces the layer's ``weight_quantizer``, whose settings it keeps.
+    """A quantized weight as packed integers and the step of each row's grid; replaces the ``weight_quantizer``.
 
     Args:
-        quantizer: the weight's quantizer.
+        quantizer: the weight's quantizer, whose settings are kept.
         weight: the weight, for its shape, dtype and device; its values are not read.
-        is_frozen: whether the weight's clips were frozen, so that they stay as they are when it is unpacked.
+        is_frozen: whether clips stay frozen after unpacking.
 
     Attributes:
-        packed_data: buffer, ``[rows * bytes of a row]``, see ``functional.bit_packing``. One-dimensional, so that no
-            float weight, which has two dimensions or more, can be mistaken for it.
-        scale: buffer, ``[rows]``, the step of each row's grid (one row if the clip is for the whole tensor); float32,
-            or float64 for a float64 weight, whatever dtype the model is moved to.
-        shape: of the weight.
-        dtype: of the weight as the layer gets it; follows the model's.
+        packed_data: buffer, ``[rows * bytes per row]``, see ``functional.bit_packing``. One-dimensional, so that it
+            cannot be confused with a float weight, which has at least two dimensions.
+        scale: buffer, ``[rows]`` (one row if the clip is for the whole tensor), float32, or float64 for a float64
+            weight; does not follow the model's dtype.
+        shape, dtype: of the dequantized weight; ``dtype`` follows the model's.
     """
 
     packed_data: Tensor
@@ -44,8 +41,8 @@ class PackedWeight(FullPrecisionBuffers, FakeQuantize):
         self._is_frozen = is_frozen
         rows, self._row_length = self._to_rows(weight).shape
         size = rows * packed_row_bytes(self._row_length, self.num_bits)
-        levels_dtype = torch.int8 if self.num_bits == 8 else torch.uint8
-        self.register_buffer("packed_data", torch.empty(size, dtype=levels_dtype, device=weight.device))
+        packed_dtype = torch.int8 if self.num_bits == 8 else torch.uint8
+        self.register_buffer("packed_data", torch.empty(size, dtype=packed_dtype, device=weight.device))
         self.register_buffer("scale", torch.empty(rows, dtype=statistics_dtype(weight.dtype), device=weight.device))
 
     @property
@@ -56,19 +53,14 @@ class PackedWeight(FullPrecisionBuffers, FakeQuantize):
     @classmethod
     @torch.no_grad()
     def pack(cls, quantizer: FakeQuantize, weight: Tensor) -> "PackedWeight":
-        """The packed form of ``quantizer(weight)``, from which exactly that comes back.
-
-        Raises:
-            ValueError: ``weight`` holds NaN or Inf; the message has the quantizer's name.
-        """
+        """The packed form of ``quantizer(weight)``, without loss; ``ValueError`` if ``weight`` holds NaN or Inf."""
         weight = weight.detach()
         packed = cls(quantizer, weight, is_frozen=quantizer.is_frozen)
         clip = quantizer.compute_clip(weight)
         quantized = fake_quantize(weight, clip, quantizer.num_bits, gradient=quantizer.gradient_estimator)
         step = step_size(clip.to(packed.scale.dtype), quantizer.num_bits, signed=True)
-        # Dividing what is on the grid by its step cannot end up at another integer, whatever the rounding did.
-        steps = torch.where(step > 0, step, 1)
-        levels = (quantized.to(step.dtype) / steps).round().to(torch.int8)
+        # Rounding errors are too small to change the integer.
+        levels = (quantized.to(step.dtype) / torch.where(step > 0, step, 1)).round().to(torch.int8)
         packed.packed_data.copy_(pack_bits(packed._to_rows(levels).contiguous(), quantizer.num_bits).flatten())
         packed.scale.copy_(step.flatten())
         if not torch.equal(packed.dequantize(), quantized):
@@ -76,16 +68,12 @@ class PackedWeight(FullPrecisionBuffers, FakeQuantize):
         return packed
 
     def forward(self, x: Tensor, call_index: int = 0) -> Tensor:
-        """``x``, rows of the weight as ``dequantize`` gives them, which are on the grid already.
-
-        Raises:
-            RuntimeError: the call is being recorded by ``torch.jit.trace`` or ``torch.fx``.
-        """
+        """``x``, dequantized rows of the weight, unchanged; ``RuntimeError`` if the call is being recorded."""
         refuse_recording(self, x, dynamic=False)
         return x
 
     def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:
-        """The clips that the weight was packed with, of the shape that the clipping rule gives; ``x`` is not read."""
+        """The clips that the weight was packed with, shaped as by the clipping rule; ``x`` is not read."""
         clip = self.scale / step_size(torch.ones_like(self.scale), self.num_bits, signed=True)
         if self.dim is None:
             return clip.reshape(())
@@ -99,7 +87,7 @@ class PackedWeight(FullPrecisionBuffers, FakeQuantize):
         return rows.reshape([self.shape[d] for d in order]).permute(inverse).contiguous()
 
     def dequantize_rows(self, index: Tensor) -> Tensor:
-        """Rows of a weight with one scale for each index of its first dimension: ``[*index.shape, row]``."""
+        """Rows of a weight with one scale per index of its first dimension: ``[*index.shape, row]``."""
         return self._values(self._packed_rows[index], self.scale[index])
 
     def extra_repr(self) -> str:
@@ -124,6 +112,5 @@ class PackedWeight(FullPrecisionBuffers, FakeQuantize):
         return weight.reshape(1, -1) if self.dim is None else to_rows(weight, self.dim)[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves to a device or dtype: the scale keeps its own dtype, and the weight's changes instead."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
         return super()._apply(fn, recurse)

@@ -1,4 +1,4 @@
-"""What layers with a quantized weight have in common, and the registry of which float layer becomes which."""
+"""Base class of quantized layers, and the registry of their float classes."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -14,61 +14,51 @@ from .weight_fake_quantize import WeightFakeQuantize
 class QuantizedLayer(nn.Module):
     """Mixin in front of a float layer's class; each operand has a quantizer ``<operand>_quantizer``.
 
-    A quantized layer is made from an existing one by ``convert``, which changes that object's class in place:
-    parameters, their names, hooks and every reference to the module stay as they were.
-
-    Attributes:
-        kind: what the layer is called in reports.
-        operands: those that have a quantizer (``nn.Identity`` leaves one in float), and the setting that says to how
-            many bits.
-        clip_dim: the dimensions that share a clip in what ``weight_quantizer`` is given, so that each row has its own.
-        weight_quantizer_class: the class of ``weight_quantizer``.
-        weight_granularities: what one clip of the weight can be for.
-        input_granularities: what one clip of the input can be for: those of ``ACTIVATION_GRANULARITIES["input"]`` for
-            which the scale factors out of what the layer sums over.
-        supports_asymmetric_input: whether the input's offset factors out, as one number for each output feature.
-        float_class: the layer's class before conversion, set by ``register_quantized_layer``.
+    ``convert`` makes one from a float layer by changing its class in place: parameters, their names, hooks and
+    references to the module stay as they are. An operand in float has an ``nn.Identity`` as its quantizer.
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[str]  # in reports
+    # Operand -> the setting with its bits.
     operands: ClassVar[Mapping[str, str]] = {"weight": "weight_bits", "input": "activation_bits"}
-    clip_dim: ClassVar[tuple[int, ...]]
+    clip_dim: ClassVar[tuple[int, ...]]  # that share a clip in the tensor that weight_quantizer gets
     weight_quantizer_class: ClassVar[type[FakeQuantize]] = WeightFakeQuantize
     weight_granularities: ClassVar[tuple[Granularity, ...]] = WEIGHT_GRANULARITIES
+    # Those of ACTIVATION_GRANULARITIES["input"] whose scales factor out of the layer's sums.
     input_granularities: ClassVar[tuple[Granularity, ...]] = (Granularity.TENSOR,)
-    supports_asymmetric_input: ClassVar[bool] = False
-    float_class: ClassVar[type[nn.Module]]
+    supports_asymmetric_input: ClassVar[bool] = False  # whether the offset factors out, as a number per output feature
+    float_class: ClassVar[type[nn.Module]]  # before conversion, set by register_quantized_layer
 
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
 
     @classmethod
     def unsupported_reason(cls, layer: nn.Module) -> str:
-        """Why this ``layer``, exactly a ``float_class``, cannot be converted and what to do; empty if it can."""
+        """Why ``layer``, a ``float_class``, cannot be converted and what to do; empty if it can."""
         return ""
 
     @classmethod
     def convert(cls, layer: nn.Module, quantizers: Mapping[str, nn.Module]) -> None:
-        """Turn ``layer``, exactly a ``float_class``, into this class in place, with a quantizer for each operand."""
+        """Convert ``layer``, a ``float_class`` and no subclass, to this class in place, with quantizers by operand."""
         layer.__class__ = cls
         for operand, quantizer in quantizers.items():
             layer.add_module(f"{operand}_quantizer", quantizer)
 
     def restore(self) -> None:
-        """Turn this layer back into the float layer it was, in place."""
+        """Undo ``convert``."""
         for operand in self.operands:
             delattr(self, f"{operand}_quantizer")
         self.__class__ = self.float_class  # type: ignore[assignment]
 
 
 QUANTIZED_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {}
-"""Float layer's class -> the class it is converted to."""
+"""Float class -> quantized class."""
 
 Layer = TypeVar("Layer", bound=type[QuantizedLayer])
 
 
 def register_quantized_layer(float_class: type[nn.Module]) -> Callable[[Layer], Layer]:
-    """Decorator: layers of ``float_class`` are converted to the decorated class. A class that is taken raises."""
+    """Decorator: convert layers of ``float_class`` to the decorated class; ``ValueError`` if it is registered."""
 
     def register(quantized_class: Layer) -> Layer:
         if float_class in QUANTIZED_LAYERS:
@@ -82,7 +72,7 @@ def register_quantized_layer(float_class: type[nn.Module]) -> Callable[[Layer], 
 
 
 def quantized_class_of(module: Any) -> type[QuantizedLayer] | None:
-    """The quantized class of a layer, of a subclass of one, or of a layer that is quantized; ``None`` for others."""
+    """The quantized class for a float layer, also of a subclass, or a quantized one; ``None`` for other modules."""
     cls: Any = type(module)
     return _quantized_class(cls)
 

@@ -1,22 +1,14 @@
-"""Refusing what records a model's operations where a quantizer cannot be recorded."""
+"""The error for tracing a quantizer with dynamic clips."""
 
 import torch
 from torch import Tensor, nn
 
 
 def refuse_recording(quantizer: nn.Module, x: Tensor, dynamic: bool) -> None:
-    """Raise unless a quantizer's call on ``x`` is run, compiled, or exported with clips that do not follow the data.
+    """Raise ``RuntimeError`` if ``quantizer(x)`` is being recorded, except by ``torch.export`` without dynamic clips.
 
-    ``torch.jit.trace`` would record the clip's recursion as it went for this one tensor, and ``torch.fx`` and
-    ``torch.export`` stop at it with errors of their own, which do not say what to do.
-
-    Args:
-        quantizer: for its ``name`` in the message. Read only there: a compiler would compile once for each name.
-        x: what it is called on.
-        dynamic: whether its clip is computed from ``x``.
-
-    Raises:
-        RuntimeError: the call is being recorded.
+    ``torch.jit.trace`` would record the clip's recursion for this one tensor; ``torch.fx`` and ``torch.export`` would
+    fail with errors that do not say what to do.
     """
     if isinstance(x, torch.fx.Proxy):
         recorder = "torch.fx.symbolic_trace"
@@ -26,7 +18,7 @@ def refuse_recording(quantizer: nn.Module, x: Tensor, dynamic: bool) -> None:
         recorder = "torch.export"
     else:
         return
-    name = quantizer.name or "FakeQuantize"
+    name = quantizer.name or "FakeQuantize"  # not read before: a compiler would recompile for each name
     raise RuntimeError(
         f"{name}: {recorder} cannot record a quantizer that computes its clip from the data; call "
         "octav_hf.calibrate_octav(model, batches) and octav_hf.pack_octav(model), then torch.export.export(model, …)"

@@ -1,9 +1,8 @@
-"""Layers that read the same tensor, as query, key and value projections do, quantize it once."""
+"""Quantizing an input once for several layers, such as query, key and value projections."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +11,8 @@ from .._utils.torch_private import version_counter
 from .fake_quantize import FakeQuantize
 
 
-class _Entry(NamedTuple):
-    """An input, what its quantization depended on, and the result."""
-
-    x: Tensor
-    state: tuple[object, ...]
-    output: Tensor
-
-
 class _Scope(threading.local):
-    entries: list[_Entry] | None = None
+    entries: list[tuple[Tensor, tuple[object, ...], Tensor]] | None = None  # input, state, output
 
 
 _scope = _Scope()
@@ -29,7 +20,7 @@ _scope = _Scope()
 
 @contextmanager
 def shared_inputs() -> Iterator[None]:
-    """While active, in this thread, ``quantize_input`` gives one result to quantizers with the same ``cache_key``."""
+    """Within it, in this thread, ``quantize_input`` shares results among quantizers with the same ``cache_key``."""
     before, _scope.entries = _scope.entries, []
     try:
         yield
@@ -38,15 +29,15 @@ def shared_inputs() -> Iterator[None]:
 
 
 def quantize_input(quantizer: nn.Module, x: Tensor) -> Tensor:
-    """``quantizer(x)``, or what an equal quantizer made of the same tensor within ``shared_inputs``."""
-    # A compiler finds the common work by itself.
+    """``quantizer(x)``, or an equal quantizer's result for the same tensor within ``shared_inputs``."""
+    # A compiler eliminates the repeated work itself.
     if torch.compiler.is_compiling() or _scope.entries is None or not isinstance(quantizer, FakeQuantize):
         return quantizer(x)
     version = None if x.is_inference() else version_counter(x)
     state = (version, torch.is_grad_enabled(), quantizer.cache_key)
-    for entry in _scope.entries:
-        if entry.x is x and entry.state == state:
-            return entry.output
+    for known_input, known_state, output in _scope.entries:
+        if known_input is x and known_state == state:
+            return output
     output = quantizer(x)
-    _scope.entries.append(_Entry(x, state, output))
+    _scope.entries.append((x, state, output))
     return output

@@ -1,4 +1,4 @@
-"""The quantizer of an activation whose clip is that of the global batch."""
+"""The quantizer of an activation with clips of the global batch."""
 
 from typing import Any
 
@@ -12,27 +12,25 @@ from .function_modes import outside_function_modes
 
 
 class SynchronizedFakeQuantize(FakeQuantize):
-    """``FakeQuantize`` whose clip and sign are those of the tensors of all ranks of the default process group together.
+    """``FakeQuantize`` with clip and sign of the tensors of all ranks of the default process group together.
 
-    Each call with dynamic clips is then a collective: every rank has to make it, in the same order, on a tensor that
-    may be empty. NaN or Inf on one rank is an error on all. Without a process group, in a group of one rank and with
-    frozen clips it is ``FakeQuantize``. The clipping rule has to take ``ranks``.
+    Each call with dynamic clips is a collective; a rank's tensor may be empty. NaN or Inf on one rank is an error on
+    all. Without a process group of several ranks, and with frozen clips, it is ``FakeQuantize``. The clipping rule must
+    take ``ranks``.
 
-    With ``dim`` each clip is of a part that one rank has, of a token for instance: then only a sign that is found out
-    from the tensor is a collective, and the sum of clips for frozen ones; where there is no collective, NaN or Inf is
-    an error on its own rank only. ``dim`` must leave out the dimension that is spread over the ranks, the batch's.
+    With ``dim``, which must not include the batch dimension, each clip is of a part on one rank, such as a token. Then
+    the only collectives are for a sign that depends on the data and for the sum of clips in calibration, and without
+    them NaN or Inf is an error on its own rank only.
     """
 
     @property
     def cache_key(self) -> tuple[Any, ...]:
-        """As in ``FakeQuantize``; unequal to those of one that is not synchronized."""
         return (*super().cache_key, "all ranks")
 
     @torch.compiler.disable
     @torch.no_grad()
     @outside_function_modes
     def is_signed(self, x: Tensor) -> bool:
-        """Whether ``x`` is quantized on the signed grid: if a value of any rank is negative."""
         if self.signed is not None or not several_ranks():
             return super().is_signed(x)
         return self._is_signed(self._all_ranks(x))
@@ -41,7 +39,6 @@ class SynchronizedFakeQuantize(FakeQuantize):
     @torch.no_grad()
     @outside_function_modes
     def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:
-        """The clipping scalar of all ranks' ``x``, ``[]``, or those of the parts of ``x``; see ``FakeQuantize``."""
         if not several_ranks() or self.active_dim is not None:
             return super().compute_clip(x, signed)
         ranks = self._all_ranks(x)
@@ -51,7 +48,7 @@ class SynchronizedFakeQuantize(FakeQuantize):
     @torch.no_grad()
     @outside_function_modes
     def sign_and_clip(self, x: Tensor) -> tuple[bool, Tensor]:
-        """Sign and clip, with the range of the values, which both need, asked for once."""
+        """As in ``FakeQuantize``, with a single collective for the range of the values."""
         if not several_ranks() or self.active_dim is not None:
             return super().sign_and_clip(x)
         ranks = self._all_ranks(x)
@@ -61,7 +58,6 @@ class SynchronizedFakeQuantize(FakeQuantize):
     @torch.compiler.disable
     @torch.no_grad()
     def offset(self, x: Tensor, clip: Tensor) -> Tensor | None:
-        """As in ``FakeQuantize``, of all ranks' values and clips; a collective."""
         if not several_ranks():
             return super().offset(x, clip)
         ranks = self._all_ranks(x)
@@ -84,7 +80,6 @@ class SynchronizedFakeQuantize(FakeQuantize):
         return self._all_ranks(x).numel > 0 if several_ranks() else super()._has_values(x)
 
     def _sum_over_batch(self, x: Tensor, clip: Tensor) -> tuple[Tensor, int]:
-        """As in ``FakeQuantize``, of all ranks' batch elements."""
         total, count = super()._sum_over_batch(x, clip)
         if not several_ranks():
             return total, count

@@ -1,1 +1,1 @@
-"""Weights stored as integers: packing a model, the names of its tensors in files, and the record of the files."""
+"""Packed models: weights stored as integers, the names of their tensors, and the record of their files."""

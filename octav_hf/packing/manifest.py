@@ -1,8 +1,7 @@
-"""The files of a packed model: a record in their metadata of what is in them, and the check against it.
+"""The record of a packed model's tensors in the metadata of its files, and the check of the files.
 
 The record is JSON under the key ``octav_hf`` of the safetensors metadata, the same in each shard: the quantization
-config, and for each tensor of all shards its dtype, shape and SHA-256. The record's own SHA-256 is under
-``octav_hf_sha256``.
+config, and dtype, shape and SHA-256 of each tensor of all shards. Its own SHA-256 is under ``octav_hf_sha256``.
 """
 
 import hashlib
@@ -18,41 +17,28 @@ from torch import Tensor
 from ..config import OctavConfig
 
 _RECORD, _DIGEST = "octav_hf", "octav_hf_sha256"
-# What Transformers adds.
-_OTHER_METADATA = {"format": "pt"}
+_OTHER_METADATA = {"format": "pt"}  # by Transformers
 
 
 class TensorRecord(NamedTuple):
-    """What the record says of a tensor."""
-
     dtype: str
     shape: list[int]
     sha256: str
 
 
 def describe_tensors(tensors: Mapping[str, Tensor], config: OctavConfig) -> dict[str, str]:
-    """The metadata of a file, or of each of several, that holds ``tensors`` by these names."""
-    record = {
-        "quantization_config": config.to_dict(),
-        "tensors": {name: _tensor_record(tensor) for name, tensor in sorted(tensors.items())},
-    }
+    """The metadata of each file of a model with these ``tensors``."""
+    records = {name: _tensor_record(tensor)._asdict() for name, tensor in tensors.items()}
+    record = {"quantization_config": config.to_dict(), "tensors": records}
     text = json.dumps(record, sort_keys=True, separators=(",", ":"))
     return {_RECORD: text, _DIGEST: _sha256(text.encode())}
 
 
 def check_files(files: Iterable[str | Path], config: OctavConfig) -> dict[str, TensorRecord]:
-    """Read the files of one packed model whole and compare them with their record.
+    """Read all files of a packed model, compare them with their record and return it, by the names of tensors.
 
-    Args:
-        files: all of the model's shards.
-        config: that of the ``config.json`` beside them.
-
-    Returns:
-        Name of each tensor in them -> what it is.
-
-    Raises:
-        ValueError: something is damaged, missing, or too many, or the config is another; the message names the file,
-            and the tensor if it is about one.
+    Raises ``ValueError`` if a file or tensor is damaged, missing or not in the record, or ``config``, from the
+    ``config.json`` in the same folder, differs.
     """
     paths = [Path(file) for file in files]
     record: dict[str, TensorRecord] | None = None
@@ -82,7 +68,7 @@ def check_files(files: Iterable[str | Path], config: OctavConfig) -> dict[str, T
 
 
 def _read_record(path: Path, metadata: Mapping[str, str] | None, config: OctavConfig) -> dict[str, TensorRecord]:
-    """The record in the file's metadata, itself checked."""
+    """The record in the file's metadata, after checking it."""
     metadata = metadata or {}
     expected = {_RECORD, _DIGEST} | _OTHER_METADATA.keys()
     if set(metadata) != expected:
@@ -107,7 +93,7 @@ def _read_record(path: Path, metadata: Mapping[str, str] | None, config: OctavCo
 def _check_tensor(path: Path, name: str, tensor: Tensor, record: Mapping[str, TensorRecord]) -> None:
     if name not in record:
         raise _damaged(path, f"the tensor {name} is not in its record")
-    recorded, actual = record[name], TensorRecord(**_tensor_record(tensor))
+    recorded, actual = record[name], _tensor_record(tensor)
     for field in ("dtype", "shape"):
         if getattr(actual, field) != getattr(recorded, field):
             raise _damaged(path, f"{name} has {field} {getattr(actual, field)}, not {getattr(recorded, field)}")
@@ -115,10 +101,9 @@ def _check_tensor(path: Path, name: str, tensor: Tensor, record: Mapping[str, Te
         raise _damaged(path, f"the values of {name} are altered")
 
 
-def _tensor_record(tensor: Tensor) -> dict[str, Any]:
+def _tensor_record(tensor: Tensor) -> TensorRecord:
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "shape": list(tensor.shape), "sha256": _sha256(content)}
+    return TensorRecord(str(tensor.dtype).removeprefix("torch."), list(tensor.shape), _sha256(content))
 
 
 def _sha256(content: Any) -> str:

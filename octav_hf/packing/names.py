@@ -1,8 +1,7 @@
 """Names of packed tensors in files and in the model.
 
-In a file a packed weight has the float weight's name, ``<layer>.weight``: Transformers without this package finds a
-tensor of another shape there and raises an error. (Under any other name it would fill the weight with random numbers.)
-Its scales are ``<layer>.weight_scale``.
+In a file a packed weight keeps the name ``<layer>.weight``, so that Transformers without this package fails on its
+shape instead of initializing the weight randomly. Its scales are ``<layer>.weight_scale``.
 """
 
 from collections.abc import Iterable
@@ -19,20 +18,15 @@ from .._utils.transformers_compat import (
 SCALE = "weight_scale"
 FROZEN_CLIPS = "weight_quantizer.clips"
 
-# Of a layer's tensors, by name in files -> in the model.
+# Name of a layer's tensor in files -> in the model.
 _IN_MODEL = {"weight": "weight_quantizer.packed_data", SCALE: "weight_quantizer.scale"}
 
 
 class PackedNames(WeightRenaming):
-    """Renames the tensors of packed layers from files to the model, as a step of Transformers' loading.
-
-    Args:
-        layers: names of the packed layers.
-        base_model_prefix: of the model.
-    """
+    """Renames the tensors of packed ``layers`` from files to the model, as a step of Transformers' loading."""
 
     def __init__(self, layers: Iterable[str], base_model_prefix: str):
-        super().__init__("weight", "weight")  # patterns, which are not used
+        super().__init__("weight", "weight")  # unused patterns
         self._names = {
             f"{variant}.{in_file}": f"{variant}.{in_model}"
             for layer in layers
@@ -41,7 +35,7 @@ class PackedNames(WeightRenaming):
         }
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """The new name, and the old one if it is another."""
+        """The new name, and the old one if it differs."""
         renamed = self._names.get(source_key, source_key)
         if renamed == source_key:
             return source_key, None
@@ -58,10 +52,7 @@ class PackedNames(WeightRenaming):
 def layers_in_files(
     names: Iterable[str], layers: Iterable[str], model: PreTrainedModel, tensor: str = SCALE
 ) -> set[str]:
-    """Those ``layers`` of a model, which is not loaded yet, that have ``tensor`` among the ``names`` in files.
-
-    A layer that comes packed has scales.
-    """
+    """The ``layers`` of a model before loading that have ``tensor`` (for packed ones a scale) among the ``names``."""
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -71,6 +62,6 @@ def layers_in_files(
 
 
 def _variants(layer: str, base_model_prefix: str) -> tuple[str, ...]:
-    """Names that a layer may have in a file: with and without the prefix, such as ``bert``, which loading mends."""
+    """A layer's possible names in a file: with and without the prefix, such as ``bert``, which loading corrects."""
     prefix = f"{base_model_prefix}."
     return layer, f"{prefix}{layer}", layer.removeprefix(prefix)

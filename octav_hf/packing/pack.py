@@ -1,4 +1,4 @@
-"""``pack_octav`` and ``unpack_octav``: a trained model's weights become integers and scales, and floats again."""
+"""``pack_octav`` and ``unpack_octav``: converting weights to integers and scales, and back."""
 
 import logging
 from collections.abc import Iterable
@@ -9,7 +9,6 @@ from torch import nn
 
 from .._utils.sharded_weights import sharded_shape
 from .._utils.torch_private import own_parameters
-from ..config import OctavConfig
 from ..conversion.convert import freeze_packed, release_packed
 from ..conversion.layers import plan_layers
 from ..conversion.modules import layers_by_quantizer, shared_weights
@@ -23,15 +22,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
-    """Store the quantized weights as integers of their own width and one scale per row, in place.
+    """Store the quantized weights as integers of their bit width and one scale per row, in place.
 
-    The outputs stay the same bit for bit: a packed layer makes its weight from the integers whenever it is needed. Of a
-    Transformers model ``save_pretrained`` and ``push_to_hub`` then write the packed form, and ``from_pretrained`` gives
-    it back. Packed weights are no parameters, and the other parameters are frozen (``requires_grad`` False): to train
-    on, call ``unpack_octav``; adapters added to the packed model can be trained as they are.
+    The outputs stay bitwise the same: a packed layer dequantizes its weight whenever it is used. For a Transformers
+    model ``save_pretrained`` and ``push_to_hub`` then write the packed form, which ``from_pretrained`` loads. Packed
+    weights are not parameters, and other parameters are frozen (``requires_grad`` False). To continue training call
+    ``unpack_octav``; adapters on the packed model can be trained without it.
 
-    A weight that several modules share, as a language-model head and the token embeddings often do, is stored in
-    floating point for all of them, and quantized when it is used, as in training; a warning names it.
+    A weight that several modules share, such as a language-model head and the token embeddings, stays in floating point
+    and is quantized when used, as in training; a warning names it.
 
     Args:
         model: quantized by ``apply_octav``.
@@ -51,7 +50,12 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
         raise ValueError(f"{type(model).__name__} is packed already; save it as it is")
     tables: list[Any] = []  # plans of embeddings
     if embedding_bits is not None:
-        config = _with_embedding_bits(config, embedding_bits)
+        if config.embedding_bits not in (None, embedding_bits):
+            raise ValueError(
+                f"embedding_bits={embedding_bits}, but the model was trained with "
+                f"embedding_bits={config.embedding_bits}; leave it out"
+            )
+        config = replace(config, embedding_bits=embedding_bits)
         tables = [table for table in plan_layers(Request.of(model, config)) if isinstance(table.module, nn.Embedding)]
     quantized = quantized_weights(model)
     for table in tables:
@@ -66,11 +70,8 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
                 f"{table.name}: other modules share this table of {table.module.num_embeddings} rows, which has to "
                 "stay in floating point for them; leave embedding_bits out"
             )
-    packed = [
-        (layer, PackedWeight.pack(quantizer, layer.weight))
-        for layer, quantizer in quantized.values()
-        if layer not in shared
-    ]
+    unshared = (pair for pair in quantized.values() if pair[0] not in shared)
+    packed = [(layer, PackedWeight.pack(quantizer, layer.weight)) for layer, quantizer in unshared]
     if not packed:
         raise ValueError(f"{type(model).__name__} has no quantized weight of its own, so there is nothing to pack")
     for table in tables:
@@ -90,11 +91,10 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
 
 
 def unpack_octav(model: Model) -> Model:
-    """Undo ``pack_octav`` in place, for training: parameters again, whose values are the packed weights'.
+    """Undo ``pack_octav`` in place, for training: weights are parameters with the packed values.
 
-    Clips are computed from the weights again, unless ``freeze_weight_clips`` had frozen them. Those of values that are
-    on a grid already are not exactly the grid's own, so the outputs then differ a little from the packed model's. All
-    parameters get ``requires_grad`` True.
+    Unless ``freeze_weight_clips`` froze them, clips are recomputed from these values. They differ slightly from those
+    before packing, and so do the outputs. All parameters get ``requires_grad`` True.
 
     Returns:
         ``model``.
@@ -114,7 +114,7 @@ def unpack_octav(model: Model) -> Model:
 
 
 def prepare_packed(model: nn.Module, names: Iterable[str], frozen_weight_clips: bool) -> None:
-    """Give these layers of a model that was converted, and not loaded yet, packed weights to load into."""
+    """Give layers of a converted model empty packed weights, to load into."""
     quantized = quantized_weights(model)
     for name in names:
         layer, quantizer = quantized[name]
@@ -123,7 +123,7 @@ def prepare_packed(model: nn.Module, names: Iterable[str], frozen_weight_clips: 
 
 
 def quantized_weights(model: nn.Module) -> dict[str, tuple[Any, FakeQuantize]]:
-    """Name -> layer with a quantized float weight, and the weight's quantizer."""
+    """Name -> layer with a quantized float weight, and its quantizer."""
     return {
         name: (layer, layer.weight_quantizer)
         for name, layer in layers_by_quantizer(model, FakeQuantize).items()
@@ -132,17 +132,7 @@ def quantized_weights(model: nn.Module) -> dict[str, tuple[Any, FakeQuantize]]:
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
-    """The packed layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
-
-
-def _with_embedding_bits(config: OctavConfig, embedding_bits: int) -> OctavConfig:
-    if config.embedding_bits not in (None, embedding_bits):
-        raise ValueError(
-            f"embedding_bits={embedding_bits}, but the model was trained with embedding_bits={config.embedding_bits}; "
-            "leave it out"
-        )
-    return replace(config, embedding_bits=embedding_bits)
 
 
 def _check_packable(name: str, layer: nn.Module) -> None:

@@ -1,9 +1,9 @@
 """Find complete checkpoints of Transformers' Trainer without unpickling anything.
 
-Trainer writes ``checkpoint-N`` in place: the model and ``training_args.bin``, then the optimizer, the scheduler and the
-states of the random number generators, and ``trainer_state.json`` last (``Trainer._save_checkpoint``). A run that is
-killed while it saves leaves an incomplete folder, which ``transformers.trainer_utils.get_last_checkpoint`` still
-returns. ``Trainer.train`` then silently starts with a new optimizer or new generators if their files are missing.
+Trainer writes ``checkpoint-N`` in place: the model and ``training_args.bin``, then optimizer, scheduler and random
+states, and ``trainer_state.json`` last (``Trainer._save_checkpoint``). A run that is killed while it saves leaves an
+incomplete folder, which ``get_last_checkpoint`` still returns. ``Trainer.train`` then silently starts with a new
+optimizer or new generators if their files are missing.
 """
 
 import json
@@ -28,7 +28,7 @@ _UNFINISHED = "checkpoint-is-incomplete.txt"  # by TrainingArguments.enable_jit_
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     """Return the newest complete checkpoint of a training run.
 
-    Newer folders that are not complete are skipped, each with a warning that says why. Pass the result to
+    Newer incomplete folders are skipped, each with a warning that says why. Pass the result to
     ``Trainer.train(resume_from_checkpoint=...)``, where None starts from the beginning.
 
     A checkpoint is complete if
@@ -36,34 +36,28 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     - ``trainer_state.json`` exists and its ``global_step`` is the folder's N,
     - the weights exist, as ``model.safetensors``, as shards with their index, or as PEFT adapters; each file has the
       length that its header gives and contains every tensor that the index lists for it,
-    - ``training_args.bin``, ``optimizer.pt``, ``scheduler.pt`` and ``rng_state.pth`` exist (after training in several
-      processes ``rng_state_0.pth``, ``rng_state_1.pth`` and so on, without a gap), and these and ``scaler.pt`` are
-      complete zip archives,
+    - ``training_args.bin``, ``optimizer.pt``, ``scheduler.pt`` and ``rng_state.pth`` (or ``rng_state_0.pth``,
+      ``rng_state_1.pth`` and so on, of several processes) exist, and these and ``scaler.pt`` are complete zip archives,
     - every other ``.json`` file in the folder, such as ``config.json``, is valid JSON.
 
     A folder without any optimizer, scheduler, scaler and generator state counts as saved with
-    ``TrainingArguments.save_only_model``. It is returned too, with a warning, since training does not continue from it
-    as it would have without the interruption.
+    ``TrainingArguments.save_only_model``. It is returned with a warning that training does not continue exactly.
 
-    Not seen are
+    Not detected are
 
     - values changed in a file of the right length,
     - missing files that training does not need (``config.json``, the tokenizer),
-    - missing generator states of the last ranks, after training in three or more processes: each process writes its
-      own, and their number is recorded only in the pickle in ``training_args.bin``,
-    - an interrupted save into the folder of an older complete checkpoint, if it left whole files only, some old and
-      some new; so delete the later checkpoints before you resume from an earlier one.
+    - missing generator states of the last of three or more processes, whose number only a pickle records,
+    - an interrupted save into the folder of an older complete checkpoint that left complete files only, some old and
+      some new; so delete later checkpoints before resuming from an earlier one.
 
-    Checkpoints by DeepSpeed and by sharded FSDP, which consist of other files, count as incomplete.
+    Checkpoints by DeepSpeed and by sharded FSDP consist of other files and count as incomplete.
 
     Args:
-        output_dir: ``TrainingArguments.output_dir``, the folder of the ``checkpoint-N``; it need not exist.
+        output_dir: ``TrainingArguments.output_dir``; need not exist. ``NotADirectoryError`` if it is a file.
 
     Returns:
         The folder's path, or None if no checkpoint is complete.
-
-    Raises:
-        NotADirectoryError: ``output_dir`` is a file.
     """
     folder = Path(output_dir)
     if not folder.exists():
@@ -80,15 +74,9 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def check_checkpoint(checkpoint: str | Path) -> None:
-    """Raise an error unless a folder is a complete checkpoint, as `last_whole_checkpoint` defines it.
+    """Raise ``ValueError`` unless a folder, of any name, is a complete checkpoint; see ``last_whole_checkpoint``.
 
-    A warning is logged if it has the model only, as ``save_only_model`` saves it.
-
-    Args:
-        checkpoint: the folder. Its ``global_step`` must be N if its name is ``checkpoint-N``; other names are allowed.
-
-    Raises:
-        ValueError: a file is missing or damaged; the message names the folder and the file.
+    Logs a warning if it contains the model only, as ``save_only_model`` saves it.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -148,7 +136,7 @@ def _check_shards(folder: Path) -> None:
 
 
 def _check_progress(folder: Path) -> bool:
-    """Check the states of optimizer, scheduler, loss scaler and random number generators; False if there are none."""
+    """Check the states of optimizer, scheduler, scaler and random generators; False if there are none."""
     present = {path.name for pattern in _PROGRESS for path in folder.glob(pattern)}
     if not present:
         return False
@@ -169,7 +157,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _names_in_safetensors(path: Path) -> set[str]:
-    """The names of the tensors in a file, whose length must be what its header says."""
+    """The names of the tensors in a file, after a check of its length."""
     if not path.is_file():
         raise ValueError(f"{path.name} is missing")
     try:

@@ -1,4 +1,4 @@
-"""``distill``: training learns from what a teacher says, most often the float model, besides the labels or without."""
+"""Knowledge distillation from a teacher, such as the float model."""
 
 import inspect
 import math
@@ -16,13 +16,13 @@ from .._utils.forward_pass import in_evaluation_mode
 from .._utils.torch_private import forward_hooks, is_replica
 from .._utils.transformers_compat import LOSS_MAPPING, ForCausalLMLoss
 
-# What question answering has a value of for each token; all other logits have classes in their last dimension.
-_OF_TOKENS = ("start_logits", "end_logits")
-_IGNORED = -100  # the label of what has none
+# Logits of question answering, whose last dimension is tokens; that of all others is classes.
+_TOKEN_LOGITS = ("start_logits", "end_logits")
+_IGNORED = -100  # label that losses ignore
 
 
 def distill(model: nn.Module, teacher: nn.Module, *, weight: float = 1.0, temperature: float = 2.0) -> RemovableHandle:
-    """Make the loss of ``model`` in training measure how far its logits are from the teacher's.
+    """Add the divergence from the teacher's logits to the loss of ``model`` in training.
 
     The output's ``loss`` becomes ``(1 - weight) * label loss + weight * T² * KL(teacher || model)`` with both softmaxes
     at temperature ``T`` (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"). KL is computed in float32
@@ -31,30 +31,30 @@ def distill(model: nn.Module, teacher: nn.Module, *, weight: float = 1.0, temper
     of the softmaxes of ``start_logits`` and ``end_logits``, and of the average over ``[batch, tokens, classes]``, by an
     ``attention_mask`` of shape ``[batch, tokens]``; in a decoder by ``decoder_attention_mask``, or labels of -100.
 
-    Only a forward pass in training mode that records gradients runs the teacher, on the same inputs without the labels;
-    evaluation is as before. Trainer needs no other change, with these limits:
+    The teacher runs only in forward passes in training mode with gradients, on the same inputs without the labels.
+    Trainer needs no other change, with these limits:
 
-    - The loss has to be the model's: ``label_smoothing_factor`` and ``compute_loss_func`` compute another one. Where
-      the forward tells, that is an error.
-    - Where Trainer passes ``num_items_in_batch``, the KL of a micro-batch counts by its share of the labels, so that
-      accumulated ones add up to an average. Label losses do so where the model heeds that argument.
+    - ``label_smoothing_factor`` and ``compute_loss_func`` replace the model's loss; if the forward can tell, that is an
+      error.
+    - If Trainer passes ``num_items_in_batch``, a micro-batch's KL is weighted by its share of the labels; so is the
+      label loss if the model uses that argument.
     - With ``bf16=True`` or ``fp16=True`` the teacher runs in its own dtype; one loaded in bfloat16 is faster.
 
     Args:
         model: the student, whose forward returns a ``ModelOutput``; before or after ``apply_octav``.
         teacher: a model with the same kind of outputs, such as the float model that training started from. It is not
-            part of ``model``, nor of what is saved; its parameters and their ``requires_grad`` are not touched. It is
-            in eval mode while it runs, and moves to the model's device at the first step.
-        weight: of the teacher, in (0, 1]; at 1 no labels are needed.
+            saved with ``model``, and its parameters do not change. It runs in evaluation mode, and moves to the model's
+            device at the first step.
+        weight: the teacher's, in (0, 1]; at 1 no labels are needed.
         temperature: above 0; a higher one gives unlikely classes more weight.
 
     Returns:
-        A handle; ``remove()`` ends distillation. A deep copy or a pickle of ``model`` is not distilled.
+        A handle whose ``remove()`` ends distillation. A deep copy or a pickle of ``model`` is not distilled.
 
     Raises:
         TypeError: ``model`` or ``teacher`` is not an ``nn.Module``.
         ValueError: ``weight`` or ``temperature`` is out of range, ``model`` is distilled already, or training it would
-            change ``teacher``. At a training step: the two outputs have no logits in common shapes, or no loss.
+            change ``teacher``. At a training step: the outputs' logits differ in names or shapes, or there is no loss.
     """
     for role, module in (("model", model), ("teacher", teacher)):
         if not isinstance(module, nn.Module):
@@ -77,7 +77,7 @@ def distill(model: nn.Module, teacher: nn.Module, *, weight: float = 1.0, temper
 
 
 class _Distillation:
-    """The forward hook; as no module, it keeps the teacher out of parameters and checkpoints."""
+    """The forward hook; not a module, to keep the teacher out of parameters and checkpoints."""
 
     def __init__(self, teacher: nn.Module, weight: float, temperature: float):
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
@@ -110,24 +110,21 @@ class _Distillation:
                 "weight=1.0 to learn from the teacher alone"
             )
         targets = self._teach(name, inputs, logits)
-        losses = [
-            _divergence(
-                targets[field], values, self.temperature, field in _OF_TOKENS, _mask(model, field, values, inputs)
-            )
-            for field, values in logits.items()
-        ]
+        losses = []
+        for field, values in logits.items():
+            mask = _mask(model, field, values, inputs)
+            losses.append(_divergence(targets[field], values, self.temperature, field in _TOKEN_LOGITS, mask))
         loss = self.weight * self.temperature**2 * _share(model, inputs) * torch.stack(losses).mean()
         if self.weight < 1:
             loss = loss + (1 - self.weight) * output.loss
         return replace(output, loss=loss)
 
     def _teach(self, student: str, inputs: dict[str, Any], logits: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The teacher's logits, of the same names and shapes as the student's."""
         device = next(iter(logits.values())).device
         parameter = next(self.teacher.parameters(), None)
         if parameter is not None and parameter.device != device:
             self.teacher.to(device)
-        # a decoder's inputs may have to be made of the labels
+        # A decoder's inputs may be made from the labels.
         given = {name: value for name, value in inputs.items() if _has_decoder(self.teacher) or not _is_label(name)}
         given.pop("num_items_in_batch", None)
         with torch.no_grad(), in_evaluation_mode(self.teacher):
@@ -149,24 +146,20 @@ def _not_distilled(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Non
 
 
 def _logits(model: nn.Module, output: Any, name: str) -> dict[str, Tensor]:
-    """The fields of a model's output that are logits of a softmax."""
     if not isinstance(output, ModelOutput) or not is_dataclass(output):
         raise TypeError(
             f"distill needs the logits by name: {name} must return a ModelOutput, not {type(output).__name__}; leave "
             "out return_dict=False, in the call and in the config"
         )
-    found = {
-        field: values
-        for field, values in output.items()
-        if isinstance(values, Tensor) and (field == "logits" or field.endswith("_logits"))
-    }
+    fields_of_logits = (field for field in output if field == "logits" or field.endswith("_logits"))
+    found = {field: output[field] for field in fields_of_logits if isinstance(output[field], Tensor)}
     if not found:
         raise ValueError(f"distill needs logits, and the output of {name} has only: {', '.join(output)}")
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     if problem in ("regression", "multi_label_classification"):
         raise ValueError(f"distill compares probabilities of classes, and {name} is for {problem}")
     for field, values in found.items():
-        if values.ndim < 2 or (values.shape[-1] < 2 and field not in _OF_TOKENS):
+        if values.ndim < 2 or (values.shape[-1] < 2 and field not in _TOKEN_LOGITS):
             raise ValueError(
                 f"distill compares probabilities of classes, and {field} of {name}, of shape {tuple(values.shape)}, "
                 "are not of two or more classes"
@@ -175,33 +168,33 @@ def _logits(model: nn.Module, output: Any, name: str) -> dict[str, Tensor]:
 
 
 def _mask(model: nn.Module, field: str, logits: Tensor, inputs: dict[str, Any]) -> Tensor | None:
-    """Where it is known which tokens are not padding: that, ``[batch, tokens]``, else ``None``."""
+    """Which tokens are not padding, ``[batch, tokens]``; ``None`` if unknown."""
     mask = inputs.get("attention_mask")
-    if field not in _OF_TOKENS and _has_decoder(model):
+    if field not in _TOKEN_LOGITS and _has_decoder(model):
         mask, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
         if mask is None and isinstance(labels, Tensor):
             mask = labels != _IGNORED
-    tokens = logits.shape[-1:] if field in _OF_TOKENS else logits.shape[1:-1]
+    tokens = logits.shape[-1:] if field in _TOKEN_LOGITS else logits.shape[1:-1]
     fits = isinstance(mask, Tensor) and mask.shape == (*logits.shape[:1], *tokens)
     return mask.to(logits.device).bool() if fits else None  # type: ignore[union-attr]
 
 
-def _divergence(teacher: Tensor, student: Tensor, temperature: float, of_tokens: bool, mask: Tensor | None) -> Tensor:
+def _divergence(teacher: Tensor, student: Tensor, temperature: float, over_tokens: bool, mask: Tensor | None) -> Tensor:
     """Mean KL(teacher || student) over all positions before the last dimension."""
     teacher, student = (x.to(torch.promote_types(x.dtype, torch.float32)) / temperature for x in (teacher, student))
-    if of_tokens and mask is not None:
+    if over_tokens and mask is not None:
         padded = ~mask.reshape(len(mask), *(1,) * (student.ndim - 2), -1)
-        # not -inf, whose differences are NaN
+        # Not -inf, whose differences are NaN.
         teacher, student = (x.masked_fill(padded, torch.finfo(x.dtype).min) for x in (teacher, student))
     log_targets = teacher.log_softmax(dim=-1)
     divergence = F.kl_div(student.log_softmax(dim=-1), log_targets, reduction="none", log_target=True).sum(dim=-1)
-    if of_tokens or mask is None:
+    if over_tokens or mask is None:
         return divergence.mean()
     return divergence.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
 def _share(model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
-    """Of an accumulated batch: the part of its labels that this one has, counted as Trainer does."""
+    """The share of an accumulated batch's labels in this micro-batch, counted as by Trainer."""
     items = inputs.get("num_items_in_batch")
     if items is None:
         return 1.0  # Trainer divides by the number of batches
@@ -214,7 +207,6 @@ def _share(model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
 
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a forward pass by their names."""
     if not args:
         return kwargs
     parameters = inspect.signature(model.forward).parameters.values()

@@ -1,4 +1,4 @@
-"""Whether compiled code may serve a tensor, and the one warning where it cannot be had."""
+"""Whether compiled kernels can be used for a tensor, and the warning if compilation fails."""
 
 import os
 import warnings
@@ -16,21 +16,21 @@ _failed = False
 
 
 def can_compile(x: Tensor, device_types: tuple[str, ...]) -> bool:
-    """Whether compiled code may serve ``x``: a plain tensor of a dtype and on a device that it knows."""
+    """Whether compiled kernels can be used for ``x``: a plain tensor of a supported dtype and device."""
     return (
         not _failed
         and os.environ.get(SWITCH) != "0"
         and x.dtype in _DTYPES
         and x.device.type in device_types
         and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()  # the caller's compiler fuses the plain function into its own graph
+        and not torch.compiler.is_compiling()  # the plain function is fused into the caller's graph
         and not torch.jit.is_tracing()
-        and current_dispatch_mode() is None  # what counts or records operations wants to see them
+        and current_dispatch_mode() is None  # modes that count or record operations must see them
     )
 
 
 def disable_kernels(error: Exception) -> None:
-    """Do without compiled code from now on, and say so once."""
+    """Stop using compiled kernels in this process, with one warning."""
     global _failed
     if _failed:
         return

@@ -1,10 +1,10 @@
-"""OCTAV's clip and that of the lowest error on a CPU, by the C++ in ``octav_cpu.cpp`` and ``mse_cpu.cpp``."""
+"""OCTAV's clip and the clip with the lowest error on a CPU: ``octav_cpu.cpp`` and ``mse_cpu.cpp``."""
 
-import ctypes
 import functools
 import itertools
 from array import array
 from collections.abc import Sequence
+from ctypes import c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +15,30 @@ from ..._utils.torch_private import load_cpp
 from ..grid import gaussian_clip, noise_factor
 from .compilation import can_compile, disable_kernels
 
-# Elements from which it pays to compile or load the library (a second in each process), if nothing larger comes.
-MIN_NUMEL = 1 << 12
-# More for the compiler, for tests of the code for other processors.
-FLAGS: tuple[str, ...] = ()
+MIN_NUMEL = 1 << 12  # elements from which loading the library, which takes a second per process, is worthwhile
+FLAGS: tuple[str, ...] = ()  # extra compiler flags, for tests
 
 _SOURCES = ("octav_cpu.cpp", "mse_cpu.cpp")  # the second uses what the first defines
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def is_supported(rows: Tensor) -> bool:
-    """Whether the functions below take ``rows``."""
     return rows.numel() >= MIN_NUMEL and can_compile(rows, ("cpu",))
 
 
 def fixed_points(rows: Tensor, num_bits: int, signed: bool) -> Tensor | None:
-    """The fixed point of Eq. 6 for each of ``rows``, by one read of a large tensor.
-
-    Args:
-        rows: float32, bfloat16 or float16, ``[rows, n]`` with n > 0.
-        num_bits, signed: the grid.
-
-    Returns:
-        Clips, float32 ``[rows]``: 0 for a row of zeros, NaN where none can be proven, because Eq. 6 runs in a cycle, or
-        values are not finite or too large to be summed up. ``None`` where the library cannot be had.
-    """
+    """As ``fixed_point.fixed_points``, but 0 for a row of zeros; ``None`` if the library is not available."""
     return _call("octav_clips", rows, num_bits, signed)
 
 
 def lowest_errors(
     rows: Tensor, num_bits: int, signed: bool, coarse: Sequence[float], fine: Sequence[Sequence[float]]
 ) -> Tensor | None:
-    """The clip of the lowest error among candidates, for each of ``rows``; see ``mse_clip``.
+    """The clip with the lowest error among candidates, for each row; see ``mse_clip``. Otherwise as ``fixed_points``.
 
     Args:
-        coarse: candidates in units of OCTAV's clip, seven of them; from 4 bits on, rows of at most 16384 elements have
-            others.
-        fine: two times four candidates in units of the best one so far.
-        The others, and the result, as for ``fixed_points``.
+        coarse: seven candidates in units of OCTAV's clip; not used for rows of up to 16384 elements from 4 bits on.
+        fine: two times four candidates in units of the best so far.
     """
     factors = (array("f", coarse), array("f", itertools.chain.from_iterable(fine)))
     return _call("mse_clips", rows, num_bits, signed, *(values.buffer_info()[0] for values in factors))
@@ -61,48 +47,25 @@ def lowest_errors(
 def _call(function: str, rows: Tensor, num_bits: int, signed: bool, *more: int) -> Tensor | None:
     try:
         clips = _functions(FLAGS)[function]
-    except Exception as error:  # of whatever kind: the compiler is missing, its cache cannot be written, …
+    except Exception as error:  # such as no compiler, or a read-only cache
         disable_kernels(error)
         return None
     rows = rows.contiguous().resolve_neg()
     result = torch.empty(rows.shape[0], dtype=torch.float32)
     noise = noise_factor(num_bits, signed)
-    clips(
-        rows.data_ptr(),
-        _DTYPES[rows.dtype],
-        *rows.shape,
-        num_bits,
-        signed,
-        noise,
-        gaussian_clip(noise),
-        torch.get_num_threads(),
-        result.data_ptr(),
-        *more,
-    )
+    grid = (num_bits, signed, noise, gaussian_clip(noise))
+    clips(rows.data_ptr(), _DTYPES[rows.dtype], *rows.shape, *grid, torch.get_num_threads(), result.data_ptr(), *more)
     return result
 
 
 @functools.cache
 def _functions(flags: tuple[str, ...]) -> dict[str, Any]:
-    """The functions of the C++, compiled and kept on disk as torch does with the code that it generates itself."""
+    """The C++ functions, compiled and cached on disk by torch's own means."""
     folder = Path(__file__).parent
     source = "".join((folder / name).read_text(encoding="utf-8") for name in _SOURCES)
     library = load_cpp(source, flags)
-    more = {"octav_clips": [], "mse_clips": [ctypes.c_void_p, ctypes.c_void_p]}
-    functions = {name: getattr(library, name) for name in more}
-    for name, function in functions.items():
-        function.restype = None
-        function.argtypes = [
-            ctypes.c_void_p,
-            ctypes.c_int,
-            ctypes.c_int64,
-            ctypes.c_int64,
-            ctypes.c_int,
-            ctypes.c_int,
-            ctypes.c_double,
-            ctypes.c_double,
-            ctypes.c_int,
-            ctypes.c_void_p,
-            *more[name],
-        ]
-    return functions
+    octav, mse = library.octav_clips, library.mse_clips
+    octav.restype = mse.restype = None
+    octav.argtypes = [c_void_p, c_int, c_int64, c_int64, c_int, c_int, c_double, c_double, c_int, c_void_p]
+    mse.argtypes = [*octav.argtypes, c_void_p, c_void_p]
+    return {"octav_clips": octav, "mse_clips": mse}

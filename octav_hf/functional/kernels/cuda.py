@@ -1,4 +1,4 @@
-"""What ``fixed_point.py`` reads from a tensor on a CUDA device, by the kernels in ``triton_kernels.py``."""
+"""The statistics that ``fixed_point.py`` needs, on a CUDA device, by the kernels in ``triton_kernels.py``."""
 
 import functools
 from typing import Any
@@ -11,12 +11,10 @@ from .compilation import can_compile
 DEVICE_TYPES: tuple[str, ...] = ("cuda",)
 
 _BLOCK = 2048
-# Programs that share a tensor: enough to fill every multiprocessor several times, few enough to sum up afterwards.
-_PROGRAMS = 1024
+_PROGRAMS = 1024  # at most: enough to fill every multiprocessor, few enough to sum up their results
 
 
 def is_supported(x: Tensor) -> bool:
-    """Whether the kernels take ``x``."""
     return can_compile(x, DEVICE_TYPES) and _kernels() is not None
 
 
@@ -25,7 +23,7 @@ def sums(x: Tensor, thresholds: Tensor, signed: bool) -> Tensor:
 
     Args:
         x: float32, bfloat16 or float16, ``[n]``, contiguous.
-        thresholds: one or two, not negative, float32.
+        thresholds: one or two, >= 0, float32.
         signed: whether magnitudes are ``|x|`` or ``max(x, 0)``.
 
     Returns:
@@ -40,16 +38,13 @@ def sums(x: Tensor, thresholds: Tensor, signed: bool) -> Tensor:
 
 
 def row_updates(rows: Tensor, noise: float, start: float, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Updates of Eq. 6 for each row, which is read once and stays in registers.
+    """Updates of Eq. 6 for each row, in one read: the last three clips, float32 ``[rows]``; NaN where undefined.
 
     Args:
         rows: float32, bfloat16 or float16, ``[rows, n]``, contiguous, n less than 2^15.
-        noise: the noise factor of Eq. 4.
-        start: the first clip, in units of the row's mean magnitude.
+        noise: noise factor of Eq. 4.
+        start: first clip, in units of the row's mean magnitude.
         signed: whether magnitudes are ``|x|`` or ``max(x, 0)``.
-
-    Returns:
-        The last three clips of each row, float32 ``[rows]`` each; NaN where there is none.
     """
     count, length = rows.shape
     block = 1 << max(4, (length - 1).bit_length())
@@ -62,7 +57,7 @@ def row_updates(rows: Tensor, noise: float, start: float, signed: bool) -> tuple
 
 @functools.cache
 def _kernels() -> Any:
-    """The module with the kernels; ``None`` where Triton is not installed."""
+    """The module with the kernels; ``None`` if Triton is not installed."""
     try:
         from . import triton_kernels
     except ImportError:

@@ -1,4 +1,4 @@
-"""Triton kernels behind ``cuda.py``, which says what their arguments are. Needs Triton."""
+"""Triton kernels; see ``cuda.py`` for their arguments."""
 
 import triton
 import triton.language as tl
@@ -14,7 +14,7 @@ def _magnitudes(x, signed: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def sums(x, thresholds, result, numel, signed: tl.constexpr, two: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Each program takes one block in every ``programs``; a sum that is not finite says so of the values."""
+    """Each program reads every ``programs``-th block. Values that are not finite make the sums so."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     low = tl.load(thresholds)
     first_sum = tl.zeros([block], tl.float32)
@@ -50,9 +50,9 @@ def row_updates(rows, result, count, length, noise, start, signed: tl.constexpr,
     values = tl.load(rows + row.to(tl.int64) * length + offsets, mask=offsets < length, other=0.0)
     magnitudes = _magnitudes(values, signed)
     nonzero = tl.sum(tl.where(magnitudes > 0, 1.0, 0.0))
-    # Not finite, or nothing but zeros: NaN, which every update keeps.
+    # NaN, which every update keeps, for a row that is not finite or all zero.
     missing = tl.sum(tl.abs(values.to(tl.float32))) * 0.0 / nonzero
-    highest = tl.max(magnitudes) * (1 - 2.0**-20)  # from above every magnitude Eq. 6 would start over from 0
+    highest = tl.max(magnitudes) * (1 - 2.0**-20)  # above every magnitude Eq. 6 would start over from 0
     clip = tl.minimum(start * tl.sum(magnitudes) / nonzero, highest) + missing
     before = clip
     last = clip

@@ -1,4 +1,4 @@
-"""Which torch functions are matmuls of two tensors, and where their operands are."""
+"""Recognizes calls of torch functions that are matmuls of two tensors."""
 
 import math
 from collections.abc import Callable
@@ -12,18 +12,13 @@ from torch.nn import functional as F
 Function = Callable[..., Any]
 
 
-class Place(NamedTuple):
-    """Where a function takes an operand: position and keyword."""
+Place = tuple[int, str]  # position and keyword of an argument
 
-    position: int
-    keyword: str
-
-
-_MATMUL = Place(0, "input"), Place(1, "other")
-_METHOD = Place(0, "self"), Place(1, "other")
-_MM = Place(0, "input"), Place(1, "mat2")
-_ADDMM = Place(1, "mat1"), Place(2, "mat2")
-_BADDBMM = Place(1, "batch1"), Place(2, "batch2")
+_MATMUL = (0, "input"), (1, "other")
+_METHOD = (0, "self"), (1, "other")
+_MM = (0, "input"), (1, "mat2")
+_ADDMM = (1, "mat1"), (2, "mat2")
+_BADDBMM = (1, "batch1"), (2, "batch2")
 
 # Function -> places of the left and the right operand.
 _PLACES: dict[Function, tuple[Place, Place]] = {
@@ -38,7 +33,7 @@ _PLACES: dict[Function, tuple[Place, Place]] = {
     **dict.fromkeys((torch.addbmm, Tensor.addbmm, Tensor.addbmm_), _BADDBMM),
 }
 
-# Functions that multiply and sum in another way.
+# Other functions that multiply and sum.
 _UNSUPPORTED: set[Function] = {
     *(torch.tensordot, torch.inner, Tensor.inner, torch.mv, Tensor.mv, torch.addmv, Tensor.addmv, Tensor.addmv_),
     *(torch.dot, Tensor.dot, torch.vdot, Tensor.vdot, torch.linalg.vecdot, torch.linalg.multi_dot, torch.chain_matmul),
@@ -50,74 +45,52 @@ _SUMMING_BATCHES: set[Function] = {torch.addbmm, Tensor.addbmm, Tensor.addbmm_}
 
 
 class OperandDims(NamedTuple):
-    """Dimensions of an operand by their part in a matmul; the others, such as batch and heads, both operands have.
+    """Dimensions of an operand by their role in a matmul; the others, such as batch and heads, are shared by both."""
 
-    Args:
-        free: those that only this operand contributes to the result.
-        contracted: those that the matmul sums over, so that they are not in the result.
-    """
-
-    free: tuple[int, ...]
-    contracted: tuple[int, ...]
+    free: tuple[int, ...]  # only this operand contributes them to the result
+    contracted: tuple[int, ...]  # summed over
 
 
-ROWS = OperandDims(free=(-2,), contracted=(-1,))
-"""Of the left operand of a matmul."""
-COLUMNS = OperandDims(free=(-1,), contracted=(-2,))
-"""Of the right operand of a matmul."""
+ROWS = OperandDims(free=(-2,), contracted=(-1,))  # of a left operand
+COLUMNS = OperandDims(free=(-1,), contracted=(-2,))  # of a right operand
 
 
 class UnsupportedMatmul(ValueError):
-    """A call that multiplies and sums in another way than a matmul of two tensors; says which."""
+    """A call that multiplies and sums, but is not a matmul of two tensors; the message names it."""
 
 
 @dataclass(frozen=True)
 class Matmul:
-    """A call that multiplies two tensors and sums over the products of their elements.
+    """A call that multiplies two tensors and sums over the products of their elements."""
 
-    Args:
-        operands: the left and the right one.
-        dims: of the left and the right one.
-        inner_size: how many terms each sum has.
-        call: the same call on other operands.
-    """
-
-    operands: tuple[Tensor, Tensor]
+    operands: tuple[Tensor, Tensor]  # left and right
     dims: tuple[OperandDims, OperandDims]
-    inner_size: int
-    call: Callable[[Tensor, Tensor], Any]
+    inner_size: int  # terms of each sum
+    call: Callable[[Tensor, Tensor], Any]  # the same call with other operands
 
 
 def match_matmul(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Matmul | None:
-    """The matmul that this call computes, or ``None`` if it computes none.
-
-    Raises:
-        UnsupportedMatmul: the call multiplies in another way.
-    """
+    """The matmul that a call computes, or ``None`` if it is not one; raises ``UnsupportedMatmul``."""
     if function in _UNSUPPORTED:
         raise UnsupportedMatmul(getattr(function, "__name__", str(function)))
     if function is torch.einsum:
         return _einsum(*args)
     if function not in _PLACES:
         return None
-    left, right = _PLACES[function]
-    operands = _get(left, args, kwargs), _get(right, args, kwargs)
+    places = _PLACES[function]
+    left, right = (args[position] if position < len(args) else kwargs[keyword] for position, keyword in places)
 
     def call(*replaced: Tensor) -> Any:
         new_args, new_kwargs = list(args), dict(kwargs)
-        for place, operand in zip((left, right), replaced, strict=True):
-            if place.position < len(args):
-                new_args[place.position] = operand
+        for (position, keyword), operand in zip(places, replaced, strict=True):
+            if position < len(args):
+                new_args[position] = operand
             else:
-                new_kwargs[place.keyword] = operand
+                new_kwargs[keyword] = operand
         return function(*new_args, **new_kwargs)
 
-    dims = _matmul_dims(operands[0], ROWS, function), _matmul_dims(operands[1], COLUMNS, function)
-    return Matmul(operands, dims, operands[0].shape[-1], call)
-
-
-def _get(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[place.position] if place.position < len(args) else kwargs[place.keyword]
+    dims = _matmul_dims(left, ROWS, function), _matmul_dims(right, COLUMNS, function)
+    return Matmul((left, right), dims, left.shape[-1], call)
 
 
 def _matmul_dims(operand: Tensor, dims: OperandDims, function: Function) -> OperandDims:
@@ -149,21 +122,17 @@ def _einsum(equation: str, *operands: Any) -> Matmul | None:
 
 
 def _indices(letters: str, dims: int) -> list[str | int]:
-    """What names each dimension of an operand of einsum: a letter, or a number below 0 for one that ``...`` stands for.
-
-    Those of an ellipsis are counted from its end, where the operands' are broadcast against each other.
-    """
+    """The indices of an einsum operand: letters, and for ``...`` negative numbers, which align from the right."""
     before, ellipsis, after = letters.partition("...")
     hidden = dims - len(before) - len(after) if ellipsis else 0
     return [*before, *range(-hidden, 0), *after]
 
 
 def _einsum_dims(indices: list[str | int], others: list[str | int], in_result: set[str | int]) -> OperandDims:
-    # What an ellipsis stands for are batch dimensions, even if the other operand has fewer.
-    free = (
-        dim
-        for dim, index in enumerate(indices)
-        if isinstance(index, str) and index in in_result and index not in others
+    # Dimensions of an ellipsis are batch dimensions, even if the other operand has fewer.
+    letters = {index for index in indices if isinstance(index, str)}
+    free = letters & (in_result - set(others))
+    return OperandDims(
+        tuple(dim for dim, index in enumerate(indices) if index in free),
+        tuple(dim for dim, index in enumerate(indices) if index not in in_result),
     )
-    contracted = (dim for dim, index in enumerate(indices) if index not in in_result)
-    return OperandDims(tuple(free), tuple(contracted))

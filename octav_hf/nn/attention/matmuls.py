@@ -19,21 +19,19 @@ from .scaled_dot_product_attention import OperandQuantizers, quantized_scaled_do
 class AttentionMatmuls(TorchFunctionMode):
     """While active, every attention matmul and ``scaled_dot_product_attention`` runs on quantized operands.
 
-    The operands are identified by their position: before the softmax the left operand is the query and the right one
-    the key, also where there are several such matmuls, with positions for instance; the output of the softmax, through
-    dropout and changes of dtype or shape, is the probabilities, and what it is multiplied with is the value. Scores,
-    masks, softmax and the attention implementation stay as they are. Outer products, with which some models build their
-    masks, are left alone, and so are matmuls with a parameter of a layer inside the attention module: that layer
-    quantizes its own.
+    In each matmul before the softmax the left operand is the query and the right one the key. The softmax's output is
+    the probabilities, also after dropout and changes of dtype or shape, and the other operand of their matmul is the
+    value. Nothing else changes. Outer products, by which some models build masks, stay in float, and so do matmuls with
+    a parameter of a layer inside the attention module, which that layer quantizes.
 
-    Each call of a quantizer gets its index among the calls for that operand since this mode was made: every index has a
-    frozen clip of its own.
+    Quantizers get the index of each call among those for their operand since the mode was made; each index has its own
+    frozen clip.
 
     Args:
-        quantizers: modules named after ``ATTENTION_OPERANDS``. One with a ``dim``, the dimensions that share a clip,
-            gets its operand as ``[batch dimensions, free, contracted]``, whichever function computes the matmul.
+        quantizers: modules named after ``ATTENTION_OPERANDS``. One with a ``dim`` gets its operand as
+            ``[batch dimensions, free, contracted]``, whichever function computes the matmul.
         name: the attention module's name, for error messages.
-        own_parameters: parameters of the attention module itself, none of which may be in a matmul.
+        own_parameters: parameters of the attention module itself, which must not be operands.
     """
 
     def __init__(self, quantizers: OperandQuantizers, name: str, own_parameters: Iterable[nn.Parameter] = ()):
@@ -54,7 +52,7 @@ class AttentionMatmuls(TorchFunctionMode):
         try:
             matmul = match_matmul(func, args, kwargs)
         except UnsupportedMatmul as error:
-            raise self._refusal(
+            raise self._unsupported(
                 f"multiplies with {error}, and only products of two tensors can be quantized"
             ) from error
         if matmul is not None and self._is_attention(matmul):
@@ -65,10 +63,7 @@ class AttentionMatmuls(TorchFunctionMode):
         return result
 
     def check_complete(self) -> None:
-        """Raise ``RuntimeError`` unless all four operands have been quantized since this mode was made.
-
-        Where clips are frozen, as often as there are.
-        """
+        """Raise ``RuntimeError`` unless each operand was quantized, and as often as it has frozen clips."""
         missing = [operand for operand, calls in self._call_counts.items() if calls == 0]
         if missing:
             raise RuntimeError(
@@ -85,35 +80,29 @@ class AttentionMatmuls(TorchFunctionMode):
     def _is_attention(self, matmul: Matmul) -> bool:
         """Whether this is a matmul of activations, not with a layer's weight or for a mask."""
         for operand in matmul.operands:
-            parameter = operand if isinstance(operand, nn.Parameter) else None
-            if parameter is not None and any(parameter is own for own in self._own_parameters):
-                raise self._refusal(
-                    f"multiplies with its own parameter of shape {tuple(parameter.shape)}; only a weight in a layer "
+            if any(operand is parameter for parameter in self._own_parameters):
+                raise self._unsupported(
+                    f"multiplies with its own parameter of shape {tuple(operand.shape)}; only a weight in a layer "
                     "such as nn.Linear can be quantized"
                 )
-            if parameter is not None or not operand.is_floating_point():
+            if isinstance(operand, nn.Parameter) or not operand.is_floating_point():
                 return False
         return matmul.inner_size != 1 or any(self._is_probabilities(operand) for operand in matmul.operands)
 
     def _quantized_matmul(self, matmul: Matmul) -> Any:
-        attending = [self._is_probabilities(operand) for operand in matmul.operands]
-        if all(attending):
-            raise self._refusal(
+        probabilities = [self._is_probabilities(operand) for operand in matmul.operands]
+        if all(probabilities):
+            raise self._unsupported(
                 f"multiplies probabilities with probabilities, of shapes {tuple(matmul.operands[0].shape)} and "
                 f"{tuple(matmul.operands[1].shape)}, so that its operands cannot be told apart"
             )
-        if any(attending):
-            names = ("probabilities", "value") if attending[0] else ("value", "probabilities")
-        else:
-            names = ("query", "key")
-        left, right = (
-            quantize_operand(self._next_calls[name], x, dims)
-            for name, x, dims in zip(names, matmul.operands, matmul.dims, strict=True)
-        )
-        return matmul.call(left, right)
+        names = ("query", "key")
+        if any(probabilities):
+            names = ("probabilities", "value") if probabilities[0] else ("value", "probabilities")
+        calls = (self._next_calls[name] for name in names)
+        return matmul.call(*map(quantize_operand, calls, matmul.operands, matmul.dims))
 
     def quantize(self, operand: str, x: Tensor) -> Tensor:
-        """The quantized ``x``, as the next call for ``operand``."""
         index, expected, quantizer = self._call_counts[operand], self._frozen_calls(operand), self.quantizers[operand]
         if expected is not None and index >= expected:
             raise self._wrong_call_count(operand, f"more than {expected}", expected)
@@ -121,7 +110,7 @@ class AttentionMatmuls(TorchFunctionMode):
         return quantizer(x, index) if isinstance(quantizer, FakeQuantize) else quantizer(x)
 
     def _frozen_calls(self, operand: str) -> int | None:
-        """How many calls for ``operand`` have a frozen clip; ``None`` where clips are dynamic."""
+        """The number of frozen clips of ``operand``; ``None`` if clips are dynamic."""
         quantizer = self.quantizers[operand]
         frozen = quantizer.active_frozen_clips if isinstance(quantizer, FakeQuantize) else None
         return None if frozen is None else len(frozen.clips)
@@ -136,7 +125,7 @@ class AttentionMatmuls(TorchFunctionMode):
     def _is_probabilities(self, tensor: Any) -> bool:
         return any(tensor is known for known in self._probabilities)
 
-    def _refusal(self, problem: str) -> NotImplementedError:
+    def _unsupported(self, problem: str) -> NotImplementedError:
         return NotImplementedError(f"{self._name}: its attention {problem}; {self._remedy}")
 
     @property
@@ -148,7 +137,7 @@ class AttentionMatmuls(TorchFunctionMode):
 
 
 class _NextCall:
-    """The quantizer of an operand; each call takes the next index."""
+    """The quantizer of an operand, called with the next index."""
 
     def __init__(self, matmuls: AttentionMatmuls, operand: str):
         self._matmuls = matmuls
@@ -156,7 +145,6 @@ class _NextCall:
 
     @property
     def active_dim(self) -> Dim:
-        """The quantizer's; ``None`` for an operand left in float."""
         return getattr(self._matmuls.quantizers[self._operand], "active_dim", None)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""An attention module, of any class, whose matmuls run on quantized operands."""
+"""Attention modules of any class with quantized operands."""
 
 import functools
 from typing import Any
@@ -14,20 +14,17 @@ from .scaled_dot_product_attention import OperandQuantizers
 
 
 class QuantizedAttention(nn.Module):
-    """Mixin put in front of an attention module's own class; that class's forward runs unchanged inside.
+    """Mixin in front of an attention module's class, whose forward runs unchanged inside.
 
-    It has a quantizer for each operand: ``query_quantizer``, ``key_quantizer``, ``probabilities_quantizer`` and
-    ``value_quantizer``. Made from an existing module by ``convert``, which changes that object's class in place.
+    The submodules ``query_quantizer``, ``key_quantizer``, ``probabilities_quantizer`` and ``value_quantizer`` quantize
+    the operands. ``convert`` makes one from an existing module by changing its class in place.
     """
 
     attention_name: str
 
     @staticmethod
     def convert(attention: nn.Module, quantizers: OperandQuantizers, name: str) -> None:
-        """Put the mixin in front of ``attention``'s class in place, with quantizers by operand.
-
-        ``name`` is for error messages.
-        """
+        """Convert ``attention`` in place, with quantizers by operand; ``name`` is for error messages."""
         base: Any = type(attention)
         attention.__class__ = _quantized_class(base)
         assert isinstance(attention, QuantizedAttention)
@@ -37,41 +34,38 @@ class QuantizedAttention(nn.Module):
 
     @property
     def operand_quantizers(self) -> dict[str, nn.Module]:
-        """Operand -> its quantizer."""
         return {operand: getattr(self, f"{operand}_quantizer") for operand in ATTENTION_OPERANDS}
 
     def restore(self) -> None:
-        """Give the module its own class back, in place."""
+        """Undo ``convert``."""
         for operand in ATTENTION_OPERANDS:
             delattr(self, f"{operand}_quantizer")
         del self.attention_name
         self.__class__ = type(self).__bases__[1]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, its attention matmuls on quantized operands.
+        """The module's own forward, with quantized operands of the attention matmuls.
 
         Raises:
-            RuntimeError: an operand was never met, so it would have stayed in float; or another number of times than it
-                has frozen clips; or ``torch.export`` is asked for its strict mode; or ``torch.nn.functional.linear`` is
-                no longer PyTorch's and a linear layer inside the module is in float.
+            RuntimeError: an operand was not multiplied, or not as often as it has frozen clips; ``torch.export`` is in
+                strict mode; or ``torch.nn.functional.linear`` was replaced and a linear layer inside is in float.
         """
         if torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
             raise RuntimeError(f"{self.attention_name}: torch.export follows its matmuls only with strict=False")
         return self._attend(*args, **kwargs)
 
-    # Compiled, the function mode counts operands more than once, so that frozen clips run out.
+    # If compiled, the function mode would count operands more than once.
     @torch.compiler.disable
     def _attend(self, *args: Any, **kwargs: Any) -> Any:
         self._check_float_layers()
-        own_parameters = self.parameters(recurse=False)
-        matmuls = AttentionMatmuls(self.operand_quantizers, self.attention_name, own_parameters)
+        matmuls = AttentionMatmuls(self.operand_quantizers, self.attention_name, self.parameters(recurse=False))
         with shared_inputs(), matmuls:
             output = super().forward(*args, **kwargs)
         matmuls.check_complete()
         return output
 
     def _check_float_layers(self) -> None:
-        """Refuse float layers that would call another function than PyTorch's, with matmuls like attention's own."""
+        """Refuse float layers that call a replaced ``linear``, whose matmuls would be taken for attention's."""
         replaced = nn.functional.linear
         if replaced is LINEAR:
             return
@@ -85,7 +79,7 @@ class QuantizedAttention(nn.Module):
                 )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The class made by _quantized_class cannot be imported by name: pickle its base instead.
+        # The generated class cannot be imported by name, so its base is pickled.
         return _rebuild, (type(self).__bases__[1],), self.__dict__
 
 

@@ -1,4 +1,4 @@
-"""Operands of matmuls in one layout, so that the dimensions that share a clip are the same for all."""
+"""One layout for operands of all matmul functions, in which quantizers count dimensions."""
 
 import math
 from collections.abc import Callable
@@ -10,17 +10,9 @@ from .match_matmul import OperandDims
 
 
 def quantize_operand(quantizer: Callable[[Tensor], Tensor], x: Tensor, dims: OperandDims) -> Tensor:
-    """``quantizer(x)``, computed on ``[batch dimensions, free, contracted]`` where it has a clip for parts of ``x``.
+    """``quantizer(x)``, shape of ``x``; a granular quantizer is called on ``[batch dimensions, free, contracted]``.
 
-    Several dimensions of a kind are flattened into one; a missing kind becomes a dimension of size 1.
-
-    Args:
-        quantizer: a ``FakeQuantize``, or another callable with ``active_dim``; any other function is called on ``x``.
-        x: an operand of a matmul.
-        dims: its dimensions by their part in the matmul.
-
-    Returns:
-        Shape of ``x``.
+    The free and contracted dimensions are flattened into one each, of size 1 if there is none.
     """
     if not is_granular(quantizer):
         return quantizer(x)
@@ -34,5 +26,5 @@ def quantize_operand(quantizer: Callable[[Tensor], Tensor], x: Tensor, dims: Ope
 
 
 def is_granular(quantizer: Any) -> bool:
-    """Whether the next call of ``quantizer`` has a clip for each of several parts of its tensor."""
+    """Whether ``quantizer`` has separate clips for parts of a tensor at its next call."""
     return getattr(quantizer, "active_dim", None) is not None

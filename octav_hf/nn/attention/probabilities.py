@@ -1,4 +1,4 @@
-"""Which torch functions make attention probabilities, and which leave them recognisable as such."""
+"""Which torch functions return attention probabilities, and which preserve them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Function = Callable[..., Any]
+from .match_matmul import Function
 
 SOFTMAX: set[Function] = {torch.softmax, torch.special.softmax, Tensor.softmax, F.softmax}
 
@@ -25,7 +25,7 @@ _KEEPING: set[Function] = {
     *(function for name in _REARRANGING for where in (Tensor, torch) if (function := getattr(where, name, None))),
     *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")),
 }
-# Functions that fill in or multiply with a number: where they take it. It must not be negative.
+# Functions that fill in or multiply with a number, which must not be negative -> where they take it.
 _WITH_NUMBER: dict[Function, tuple[int, str]] = {
     **dict.fromkeys((torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_), (2, "value")),
     F.pad: (3, "value"),
@@ -38,13 +38,7 @@ _JOINING: set[Function] = {torch.cat, torch.concat, torch.stack}
 def keeps_probabilities(
     function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], is_probabilities: Callable[[Any], bool]
 ) -> bool:
-    """Whether the result of this call on probabilities still is probabilities: the same values, or zeros, or multiples
-    by one number, so that it is never negative.
-
-    Args:
-        function, args, kwargs: the call.
-        is_probabilities: whether a tensor is known to be probabilities.
-    """
+    """Whether a call's result has the values of known probabilities, or zeros, or multiples by a number >= 0."""
     if not args:
         return False
     if function in _JOINING:

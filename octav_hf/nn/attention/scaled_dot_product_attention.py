@@ -1,4 +1,4 @@
-"""Scaled dot-product attention written out, so that the operands of both its matmuls can be quantized."""
+"""Scaled dot-product attention with quantized operands of both matmuls."""
 
 from collections.abc import Callable, Mapping
 
@@ -29,8 +29,8 @@ def quantized_scaled_dot_product_attention(
 
     Args:
         quantizers: functions or modules named ``query``, ``key``, ``probabilities`` and ``value``. Probabilities are
-            quantized after dropout: they are then the operand of the second matmul. One whose clips are for parts of
-            an operand gets it with the dimension that is summed over last, so the value as ``[..., heads, V, S]``.
+            quantized after dropout, as the operand of the second matmul. Granular quantizers get the contracted
+            dimension last, so the value as ``[..., heads, V, S]``.
         query: ``[..., heads, L, E]``.
         key: ``[..., key heads, S, E]``.
         value: ``[..., key heads, S, V]``.
@@ -38,21 +38,21 @@ def quantized_scaled_dot_product_attention(
         dropout_p, is_causal, scale, enable_gqa: as in torch.
 
     Returns:
-        ``[..., heads, L, V]``; zero for a query that no key is visible to, as in torch.
+        ``[..., heads, L, V]``; zero for a query that may attend to no key, as in torch.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     heads = query.shape[-3] if enable_gqa else None
     query = quantize_operand(quantizers["query"], query, ROWS)
     key = _quantized_for_heads(quantizers["key"], key, heads, ROWS)
     value = _quantized_for_heads(quantizers["value"], value, heads, COLUMNS)
-    # The query is smaller than the scores are, so scale that; and no backward pass needs the scores before the mask.
+    # Scaling the query is cheaper than scaling the scores; adding the mask in place is safe for the backward pass.
     scores = torch.matmul(query * scale, key.transpose(-2, -1))
     mask = _additive_mask(scores, attn_mask, is_causal)
     blind = None
     if mask is not None:
         blind = (mask == -torch.inf).all(dim=-1, keepdim=True)
-        if torch.compiler.is_exporting() or blind.any():  # what is exported does not branch on data
-            mask = mask.masked_fill(blind, 0)  # the softmax of nothing would be NaN, and so would its gradient be
+        if torch.compiler.is_exporting() or blind.any():  # exported programs cannot branch on data
+            mask = mask.masked_fill(blind, 0)  # softmax over -inf only is NaN
         else:
             blind = None
         scores = scores.add_(mask)
@@ -64,14 +64,14 @@ def quantized_scaled_dot_product_attention(
 
 
 def _quantized_for_heads(quantizer: Quantize, x: Tensor, heads: int | None, dims: OperandDims) -> Tensor:
-    """``x`` quantized, and its heads repeated so that there are ``heads``, unless that is ``None``."""
+    """``x`` quantized, with its heads repeated to ``heads`` unless that is ``None``."""
     if heads is None:
         return quantize_operand(quantizer, x, dims)
-    # Repeated first where heads have clips of their own: a model that repeats them itself, as Transformers' do where
-    # there is a mask, then has the same frozen ones.
+    repeats = heads // x.shape[-3]
+    # Per-head clips are for repeated heads, because Transformers' models repeat them first if there is a mask.
     if is_granular(quantizer):
-        return quantize_operand(quantizer, x.repeat_interleave(heads // x.shape[-3], dim=-3), dims)
-    return quantizer(x).repeat_interleave(heads // x.shape[-3], dim=-3)
+        return quantize_operand(quantizer, x.repeat_interleave(repeats, dim=-3), dims)
+    return quantizer(x).repeat_interleave(repeats, dim=-3)
 
 
 def _additive_mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
