@@ -143,9 +143,8 @@ def _requantize_output_embeddings(model: PreTrainedModel, args: Any) -> None:
     head = model.get_output_embeddings()
     if isinstance(head, QuantizedLayer):
         return
-    config: OctavConfig = model.__dict__[
-        "hf_quantizer"
-    ].quantization_config  # which has the frozen clips of the head that was replaced
+    # The record still has the frozen clips of the head that was replaced.
+    config: OctavConfig = model.__dict__["hf_quantizer"].quantization_config
     frozen = has_frozen_weight_clips(model) and head not in shared_weights(model)
     for module_plan in plan_layers(Request.of(model, config)):
         if module_plan.module is head:

@@ -1,13 +1,12 @@
 """What a converted model is quantized with: what was asked of it, and what its modules say, which is what is saved."""
 
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import OctavConfig
-from ..nn import FrozenWeightFakeQuantize, PackedLayer, QuantizedLayer
+from ..nn import FakeQuantize, PackedLayer, QuantizedLayer
 from ..nn.stored_clips import ActivationClips, frozen_fields
 from .modules import activation_quantizers
 
@@ -37,13 +36,10 @@ def is_packed(model: nn.Module) -> bool:
 
 def has_frozen_weight_clips(model: nn.Module) -> bool:
     """Whether a weight of the model has frozen clips, or had when it was packed."""
+    layers = (module for module in model.modules() if isinstance(module, QuantizedLayer))
     return any(
-        _keeps_clips(module.weight_quantizer) for module in model.modules() if isinstance(module, QuantizedLayer)
+        isinstance(layer.weight_quantizer, FakeQuantize) and layer.weight_quantizer.is_frozen for layer in layers
     )
-
-
-def _keeps_clips(quantizer: Any) -> bool:
-    return isinstance(quantizer, FrozenWeightFakeQuantize) or getattr(quantizer, "keeps_clips", False)
 
 
 def config_name(path: str, operand: str, quantizer_name: str) -> str:

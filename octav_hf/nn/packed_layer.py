@@ -35,7 +35,7 @@ class PackedLayer(QuantizedLayer):
     def unpack(self) -> None:
         """Undo ``pack`` in place; the parameter ``weight`` gets the packed values."""
         weight, quantizer = self.weight, self.weight_quantizer_class(**self.weight_quantizer.init_kwargs)
-        if self.weight_quantizer.keeps_clips:
+        if self.weight_quantizer.is_frozen:
             quantizer = FrozenWeightFakeQuantize(quantizer, self.weight_quantizer.compute_clip(weight))
         self.__class__ = type(self).__bases__[1]
         self.weight_quantizer = quantizer  # type: ignore[assignment]

@@ -11,7 +11,6 @@ from ..functional.fake_quantize import fake_quantize
 from ..functional.grid import step_size
 from ..functional.rows import statistics_dtype, to_rows
 from .fake_quantize import FakeQuantize
-from .frozen_weight_fake_quantize import FrozenWeightFakeQuantize
 from .full_precision_buffers import FullPrecisionBuffers
 from .recording import refuse_recording
 
@@ -22,7 +21,7 @@ class PackedWeight(FullPrecisionBuffers, FakeQuantize):
     Args:
         quantizer: the weight's quantizer, whose settings are kept.
         weight: the weight, for its shape, dtype and device; its values are not read.
-        keeps_clips: whether clips stay frozen after unpacking.
+        is_frozen: whether clips stay frozen after unpacking.
 
     Attributes:
         packed_data: buffer, ``[rows * bytes per row]``, see ``functional.bit_packing``. One-dimensional, so that it
@@ -35,23 +34,28 @@ class PackedWeight(FullPrecisionBuffers, FakeQuantize):
     packed_data: Tensor
     scale: Tensor
 
-    def __init__(self, quantizer: FakeQuantize, weight: Tensor, keeps_clips: bool):
+    def __init__(self, quantizer: FakeQuantize, weight: Tensor, is_frozen: bool):
         super().__init__(**quantizer.init_kwargs)
         self.shape = weight.shape
         self.dtype = weight.dtype
-        self.keeps_clips = keeps_clips
+        self._is_frozen = is_frozen
         rows, self._row_length = self._to_rows(weight).shape
         size = rows * packed_row_bytes(self._row_length, self.num_bits)
         packed_dtype = torch.int8 if self.num_bits == 8 else torch.uint8
         self.register_buffer("packed_data", torch.empty(size, dtype=packed_dtype, device=weight.device))
         self.register_buffer("scale", torch.empty(rows, dtype=statistics_dtype(weight.dtype), device=weight.device))
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the weight's clips were frozen when it was packed."""
+        return self._is_frozen
+
     @classmethod
     @torch.no_grad()
     def pack(cls, quantizer: FakeQuantize, weight: Tensor) -> "PackedWeight":
         """The packed form of ``quantizer(weight)``, without loss; ``ValueError`` if ``weight`` holds NaN or Inf."""
         weight = weight.detach()
-        packed = cls(quantizer, weight, keeps_clips=isinstance(quantizer, FrozenWeightFakeQuantize))
+        packed = cls(quantizer, weight, is_frozen=quantizer.is_frozen)
         clip = quantizer.compute_clip(weight)
         quantized = fake_quantize(weight, clip, quantizer.num_bits, gradient=quantizer.gradient_estimator)
         step = step_size(clip.to(packed.scale.dtype), quantizer.num_bits, signed=True)

@@ -118,8 +118,8 @@ def prepare_packed(model: nn.Module, names: Iterable[str], frozen_weight_clips: 
     quantized = quantized_weights(model)
     for name in names:
         layer, quantizer = quantized[name]
-        keeps_clips = frozen_weight_clips and isinstance(quantizer, WeightFakeQuantize)
-        PackedLayer.pack(layer, PackedWeight(quantizer, layer.weight, keeps_clips))
+        is_frozen = frozen_weight_clips and isinstance(quantizer, WeightFakeQuantize)
+        PackedLayer.pack(layer, PackedWeight(quantizer, layer.weight, is_frozen))
 
 
 def quantized_weights(model: nn.Module) -> dict[str, tuple[Any, FakeQuantize]]:

@@ -33,6 +33,7 @@ def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         # The interpreter's time goes by programs and operations, hardly by elements.
         monkeypatch.setattr(cuda, "_PROGRAMS", 3)
         monkeypatch.setattr(cuda, "_BLOCK", 1 << 18)
+        monkeypatch.setattr(fixed_point, "MIN_NUMEL", 1)
         monkeypatch.setattr(cpu, "MIN_NUMEL", 1 << 62)
         monkeypatch.setattr(fused, "MIN_NUMEL", 1 << 62)
 
