@@ -91,7 +91,7 @@ def test_cells_differ_in_quantization_and_seed_alone(runs: list[list[str]], tmp_
 
 
 def test_what_a_cell_may_have_on_top(runs: list[list[str]], tmp_path: Path) -> None:
-    cells = ["dynamic-mse-fine-asymmetric-distilled:4", "dynamic-octav-ste-fine:4", "dynamic-mse:4"]
+    cells = ["dynamic-mse-fine-shifted-distilled:4", "dynamic-octav-ste-fine:4", "dynamic-mse:4"]
     lines = study.main([*MODEL, "--cells", *cells, "--output_dir", str(tmp_path)])
     assert [line["fine"] for line in lines] == [False, True, True]
     names = [Path(options(command)["--output_dir"]).name for command in runs]
@@ -106,14 +106,14 @@ def test_what_a_cell_may_have_on_top(runs: list[list[str]], tmp_path: Path) -> N
     assert fine["--activation_granularity"] == accurate["--activation_granularity"]
     assert not {"--asymmetric_activations", "--distill_from"} & {*fine, *plain}
     assert "--activation_granularity" not in plain
-    assert "dynamic MSE, fine clips, asymmetric, distilled" in (tmp_path / "tables.md").read_text()
+    assert "dynamic MSE, fine clips, shifted, distilled" in (tmp_path / "tables.md").read_text()
     assert (tmp_path / "recipes.svg").exists()
 
 
 def test_a_line_without_extras_is_still_read() -> None:
     line = {"mode": "dynamic", "clip": "octav", "percentile": None, "gradient": "mph", "bits": 4, "seed": 0, "x": 1}
     assert study.cell_of(line).name == "dynamic-octav-4bit-seed0"
-    assert study.cell_of({**line, "asymmetric": True}).name == "dynamic-octav-asymmetric-4bit-seed0"
+    assert study.cell_of({**line, "shifted": True}).name == "dynamic-octav-shifted-4bit-seed0"
 
 
 def test_the_default_grid_is_the_papers(runs: list[list[str]], tmp_path: Path) -> None:
