@@ -18,13 +18,7 @@ from ._version import __version__
 from .functional import CLIP_RULES, GradientEstimator
 from .functional.grid import MAX_BITS, MIN_BITS
 from .functional.registry import RULE_ARGUMENTS, rules_for_all_ranks
-from .nn.granularity import (
-    ACTIVATION_GRANULARITIES,
-    FINEST,
-    WEIGHT_GRANULARITIES,
-    Granularity,
-    unsupported_reason,
-)
+from .nn.granularity import ACTIVATION_GRANULARITIES, FINEST, WEIGHT_GRANULARITIES, Granularity, unsupported_reason
 from .nn.stored_clips import ActivationClips, validate_activation_clips
 
 QUANT_METHOD = "octav"

@@ -1,6 +1,6 @@
 """The Transformers quantizer, for loading, training and saving quantized models."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from safetensors import safe_open
@@ -28,6 +28,11 @@ from ..packing.names import FROZEN_CLIPS, PackedNames, layers_in_files
 from ..packing.pack import packed_layers, prepare_packed, quantized_weights
 from ..static_clips.weights import prepare_frozen
 from .gathered_weights import given_weights
+
+_OTHER_CLASS = (
+    "Load it with the model class that it was saved from (architectures in config.json), and call {} before giving it "
+    "another head"
+)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -79,30 +84,20 @@ class OctavQuantizer(HfQuantizer):
         return model
 
     def _prepare_packed(self, model: PreTrainedModel, names: Iterable[str]) -> None:
-        """Prepare the layers that are packed in the files. Others must be tied, or they would be random."""
-        layers = quantized_weights(model)
+        layers = {name: layer for name, (layer, _) in quantized_weights(model).items()}
         packed = layers_in_files(names, layers, model)
-        for name, (layer, _) in layers.items():
-            if name not in packed and not is_tied(model, f"{name}.weight"):
-                raise ValueError(
-                    f"{name}: this packed checkpoint has no packed weight of shape {tuple(layer.weight.shape)} for "
-                    f"{type(model).__name__}. Load it with the model class that it was saved from (architectures in "
-                    "config.json), and call unpack_octav before giving it another head"
-                )
+        for name, shape in _missing(model, layers, packed):
+            problem = f"this packed checkpoint has no packed weight of shape {shape} for {type(model).__name__}"
+            raise ValueError(f"{name}: {problem}. {_OTHER_CLASS.format('unpack_octav')}")
         prepare_packed(model, packed, self.quantization_config.frozen_weight_clips)
         self._renamings = (PackedNames(packed_layers(model), model.base_model_prefix),)
 
     def _prepare_frozen(self, model: PreTrainedModel, names: Iterable[str]) -> None:
-        """Prepare the layers that have clips in the files. Others must be tied, or theirs would be random."""
         layers = layers_to_freeze(model)
         frozen = layers_in_files(names, layers, model, FROZEN_CLIPS)
-        for name, layer in layers.items():
-            if name not in frozen and not is_tied(model, f"{name}.weight"):
-                raise ValueError(
-                    f"{name}: this checkpoint has no clips for its weight of shape {tuple(layer.weight.shape)}, which "
-                    "should be frozen. Load it with the model class that it was saved from (architectures in "
-                    "config.json), and call unfreeze_weight_clips before giving it another head"
-                )
+        for name, shape in _missing(model, layers, frozen):
+            problem = f"this checkpoint has no clips for its weight of shape {shape}, which should be frozen"
+            raise ValueError(f"{name}: {problem}. {_OTHER_CLASS.format('unfreeze_weight_clips')}")
         prepare_frozen(model, frozen)
 
     def get_weight_conversions(self) -> list[Any]:
@@ -149,6 +144,15 @@ class OctavQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return True
+
+
+def _missing(
+    model: PreTrainedModel, layers: Mapping[str, Any], found: Collection[str]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and weight's shape of the layers that are not in the files; tied ones need not be. They would be random."""
+    for name, layer in layers.items():
+        if name not in found and not is_tied(model, f"{name}.weight"):
+            yield name, tuple(layer.weight.shape)
 
 
 def _tensor_names(files: Iterable[str]) -> set[str]:
