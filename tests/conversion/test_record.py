@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForQuestionAnswering
+from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering
 
 from octav_hf import (
     OctavConfig,
@@ -22,6 +22,7 @@ from octav_hf import (
     unpack_octav,
 )
 from octav_hf.conversion.record import recorded_config
+from octav_hf.nn import QuantizedLinear
 from tests.question_answering import logits
 
 Step = Callable[[nn.Module], nn.Module]
@@ -73,6 +74,15 @@ def test_a_layer_that_was_replaced_comes_back_as_what_runs(
     loaded = BertForQuestionAnswering.from_pretrained(tmp_path)
     assert type(loaded.qa_outputs) is nn.Linear
     assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
+
+
+def test_a_head_that_was_resized_is_quantized_again(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = BertForMaskedLM(BertConfig(vocab_size=40, max_position_embeddings=16, tie_word_embeddings=False, **sizes))
+    apply_octav(model).resize_token_embeddings(48)
+    model.save_pretrained(tmp_path)  # before a forward pass quantizes the new head
+    loaded = BertForMaskedLM.from_pretrained(tmp_path)
+    assert isinstance(loaded.get_output_embeddings(), QuantizedLinear)
 
 
 def test_layers_that_were_added_or_removed_are_none_of_the_records_business() -> None:
