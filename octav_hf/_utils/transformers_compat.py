@@ -37,9 +37,9 @@ def save_by_own_names(model: PreTrainedModel) -> None:
     Transformers saves ``LayerNorm.weight`` as ``LayerNorm.gamma`` if it was loaded from that, as in BERT's own files,
     and always before 5.6. Trainer resumes by the names in the state dict, and skips others.
     """
-    legacy = [each.source_patterns for each in conversion_mapping.get_checkpoint_conversion_mapping("legacy")]
     used = getattr(model, "_weight_conversions", None)
     if used:
+        legacy = [each.source_patterns for each in conversion_mapping.get_checkpoint_conversion_mapping("legacy")]
         model._weight_conversions = [each for each in used if each.source_patterns not in legacy]  # type: ignore[assignment]
 
 

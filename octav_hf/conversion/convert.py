@@ -11,7 +11,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from .._utils.transformers_compat import mark_as_float, unset_upload
 from ..config import OctavConfig
-from ..nn import FrozenWeightFakeQuantize, QuantizedLayer, quantized_class_of
+from ..nn import FrozenWeightFakeQuantize, QuantizedLayer
 from .layers import plan_layers
 from .modules import layers_to_freeze, quantized_modules, shared_weights
 from .plan import plan_conversion
@@ -90,7 +90,7 @@ def convert_modules(model: nn.Module, config: OctavConfig, plan: Sequence[Module
     """Carry out the ``plan`` that ``plan_conversion`` made for a float ``model`` and ``config``, in place."""
     for module_plan in plan:
         module_plan.convert()
-    layers = [module_plan.name for module_plan in plan if quantized_class_of(module_plan.module) is not None]
+    layers = [module_plan.name for module_plan in plan if issubclass(module_plan.quantized_class, QuantizedLayer)]
     model.__dict__.update(octav_config=config, octav_layers=layers)
     if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), QuantizedLayer):
         handle = model.register_forward_pre_hook(_requantize_output_embeddings)
