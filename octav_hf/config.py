@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -150,8 +151,8 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
     grid).
 
     A name pattern is a module's full dotted name, or a shell-style pattern for it (``"bert.encoder.layer.0.*"``,
-    ``"*.attention.self"``). It stands for the module and everything below it. A pattern that matches no module is
-    refused by ``apply_octav``.
+    ``"*.attention.self"``). It stands for the module and everything below it, in ``attention_modules`` for the
+    module alone. A pattern that matches no module is refused.
 
     Raises:
         ValueError: an unknown field, clip, gradient estimator or option, or an impossible value; the message says what
@@ -252,7 +253,7 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
             raise ValueError(
                 f"this is a config of quant_method {method!r}, not {QUANT_METHOD!r}; load it with its own class"
             )
-        names = {entry.name for entry in fields(cls)}
+        names = {entry.name for entry in fields(cls) if entry.init}
         replaced = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         config = cls(**(values | replaced))
         return (config, kwargs) if return_unused_kwargs else config
@@ -334,7 +335,7 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
         return values
 
 
-OctavConfig.__signature__ = inspect.signature(OctavConfig.__init__)  # type: ignore[attr-defined]  # not __new__'s
+OctavConfig.__signature__ = inspect.signature(partial(OctavConfig.__init__, None))  # type: ignore[attr-defined, arg-type]
 OctavConfig.__doc__ = f"{OctavConfig.__doc__}\n    Args:\n" + "\n".join(
     f"        {entry.name}: {entry.metadata['help']}" for entry in fields(OctavConfig) if entry.init
 )

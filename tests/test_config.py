@@ -1,5 +1,6 @@
 """``OctavConfig``: JSON in and out, refusals with a remedy, and which settings a module gets."""
 
+import inspect
 import json
 
 import pytest
@@ -222,6 +223,11 @@ def test_a_config_keeps_nothing_of_what_it_is_made_from() -> None:
     config = OctavConfig(module_overrides=overrides)
     overrides["a"]["weight_bits"] = 2
     assert config.module_overrides == {"a": {"weight_bits": 8}}
+
+
+def test_its_signature_is_that_of_its_fields() -> None:
+    arguments = inspect.signature(OctavConfig).bind(3, activation_bits=8).arguments
+    assert arguments == {"weight_bits": 3, "activation_bits": 8}
 
 
 def test_another_methods_config_is_refused() -> None:

@@ -35,7 +35,7 @@ def save_by_own_names(model: PreTrainedModel) -> None:
     """Save a model by the names in its state dict instead of legacy names of the file it was loaded from.
 
     Transformers saves ``LayerNorm.weight`` as ``LayerNorm.gamma`` if it was loaded from that, as in BERT's own files,
-    and always before 5.6. Trainer resumes by the names in the state dict, and skips others.
+    and always before 5.6. Trainer resumes by the names in the state dict, and skips others. ``remove_octav`` leaves it.
     """
     used = getattr(model, "_weight_conversions", None)
     if used:

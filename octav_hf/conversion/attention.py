@@ -25,8 +25,10 @@ def plan_attention(request: Request) -> Iterator[ModulePlan]:
     for name, module in attention.items():
         if config.attention_modules is not None:
             _check_named(name, module, attention)
+        if name in request.left_out:
+            continue
         settings = request.settings[name]
-        if name in request.left_out or not settings.quantize_attention or settings.activation_bits is None:
+        if not settings.quantize_attention or settings.activation_bits is None:
             continue
         _check_reachable(model, name, module)
         quantizers = {

@@ -11,12 +11,11 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from .._utils.transformers_compat import mark_as_float, unset_upload
 from ..config import OctavConfig
-from ..nn import FrozenWeightFakeQuantize, QuantizedLayer
-from .layers import plan_layers
-from .modules import layers_to_freeze, quantized_modules, shared_weights
+from ..nn import QuantizedLayer
+from .modules import quantized_modules
 from .plan import plan_conversion
-from .record import has_frozen_weight_clips
-from .request import ModulePlan, Request
+from .record import requantize_output_embeddings
+from .request import ModulePlan
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -56,10 +55,9 @@ def apply_octav(model: Model, config: OctavConfig | None = None) -> Model:
             "frozen_weight_clips=True is not for apply_octav; leave it out, then call freeze_weight_clips(model)"
         )
     _check_not_quantized(model)
-    config = copy.deepcopy(config)  # the caller's, who may change it for the next model
     convert_modules(model, config, plan_conversion(model, config))
     if isinstance(model, PreTrainedModel):  # gets what from_pretrained gives a model beside quantized modules
-        quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(config), pre_quantized=False)
         model.__dict__.update(hf_quantizer=quantizer, is_quantized=True, quantization_method=config.quant_method)
         quantizer.postprocess_model(model)
     return model
@@ -91,9 +89,9 @@ def convert_modules(model: nn.Module, config: OctavConfig, plan: Sequence[Module
     for module_plan in plan:
         module_plan.convert()
     layers = [module_plan.name for module_plan in plan if issubclass(module_plan.quantized_class, QuantizedLayer)]
-    model.__dict__.update(octav_config=config, octav_layers=layers)
+    model.__dict__.update(octav_config=copy.deepcopy(config), octav_layers=layers)  # the caller may change the config
     if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), QuantizedLayer):
-        handle = model.register_forward_pre_hook(_requantize_output_embeddings)
+        handle = model.register_forward_pre_hook(requantize_output_embeddings)
         model.octav_output_embeddings_hook = handle  # type: ignore[assignment]
 
 
@@ -136,21 +134,6 @@ def _check_not_quantized(model: nn.Module) -> None:
             f"{type(model).__name__} is already quantized with {quantizer.quantization_config.quant_method!r}; load it "
             "without that quantization_config"
         )
-
-
-def _requantize_output_embeddings(model: PreTrainedModel, args: Any) -> None:
-    """Forward pre-hook: ``resize_token_embeddings`` puts a new layer in the place of a quantized head."""
-    head = model.get_output_embeddings()
-    if isinstance(head, QuantizedLayer):
-        return
-    # The record still has the frozen clips of the head that was replaced.
-    config: OctavConfig = model.__dict__["hf_quantizer"].quantization_config
-    frozen = has_frozen_weight_clips(model) and head not in shared_weights(model)
-    for module_plan in plan_layers(Request.of(model, config)):
-        if module_plan.module is head:
-            module_plan.convert()
-            for layer in layers_to_freeze(head).values() if frozen else ():
-                layer.weight_quantizer = FrozenWeightFakeQuantize.of(layer.weight_quantizer, layer.weight)
 
 
 def _refuse_training(model: nn.Module, args: Any) -> None:

@@ -15,7 +15,7 @@ def first_and_last(model: nn.Module, config: OctavConfig) -> tuple[str, str]:
     they also have the config's ``num_channels`` inputs and ``num_labels`` outputs, and there is one such head.
 
     Raises:
-        ValueError: it is not clear, or the config says something else about one of the two; the message says what.
+        ValueError: it is not clear; the message says what.
     """
     layers = []
     for name, module in model.named_modules():
@@ -40,12 +40,11 @@ def first_and_last(model: nn.Module, config: OctavConfig) -> tuple[str, str]:
         for name, module, kind in layers[:-1]:
             if kind == "linear" and module.weight.shape == last.weight.shape:
                 raise _unclear(f"{described} has two heads, {name} and {last_name}")
-    for name in (first_name, last_name):
-        _check_nothing_else_is_asked(name, config)
     return first_name, last_name
 
 
-def _check_nothing_else_is_asked(name: str, config: OctavConfig) -> None:
+def check_nothing_else_is_asked(name: str, config: OctavConfig) -> None:
+    """Raise ``ValueError`` if the config says something else about the first or the last layer."""
     remedy = f"exclude less, override other modules, or set first_last_bits=None; it is about {name!r}"
     excluding = next((pattern for pattern in config.exclude_modules if matches(pattern, name)), None)
     if excluding is not None:

@@ -68,7 +68,7 @@ def _check_frozen(frozen: FrozenClips, where: str, signed: bool | None, granular
         )
     elif shape and frozen_dims(granularity) is None:
         problem = (
-            f"has clips of shape {shape} for one use, but by activation_granularity, {str(granularity)!r} there, a "
+            f"has clips of shape {shape} for one call, but by activation_granularity, {str(granularity)!r} there, a "
             "frozen one is one number; write the granularity that they were calibrated with"
         )
     else:

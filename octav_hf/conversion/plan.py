@@ -8,6 +8,7 @@ from torch import nn
 from ..config import OctavConfig, matches, targets
 from ..nn import QUANTIZED_LAYERS, quantized_class_of
 from .attention import plan_attention
+from .first_last import check_nothing_else_is_asked, first_and_last
 from .layers import plan_layers
 from .request import ModulePlan, Request
 
@@ -19,21 +20,27 @@ _PATTERN_FIELDS: dict[str, Callable[[str, str], bool]] = {
 }
 
 
-def plan_conversion(model: nn.Module, config: OctavConfig) -> list[ModulePlan]:
+def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = False) -> list[ModulePlan]:
     """What ``config`` asks of the modules of ``model`` that are not quantized yet; changes nothing.
+
+    ``from_file``: whether the config is that of a checkpoint, which may be loaded into another model class, so that
+    some of its patterns match nothing.
 
     Raises:
         ValueError: the model cannot be quantized as asked; the message names the module and what to write instead.
     """
     config.validate()
     request = Request.of(model, config)
-    _check_patterns(request)
+    if not from_file:
+        _check_patterns(request)
+        for edge in first_and_last(model, config) if config.first_last_bits is not None else ():
+            check_nothing_else_is_asked(edge, config)
     if not any(quantized_class_of(module) for module in request.modules.values()):
         kinds = ", ".join(float_class.__name__ for float_class in QUANTIZED_LAYERS)
         raise ValueError(f"{type(model).__name__} has no layer that can be quantized ({kinds})")
     plan = [*plan_attention(request), *plan_layers(request)]
-    if not plan:
-        raise ValueError("the config leaves every layer and attention matmul in float; exclude less")
+    if not plan and not from_file:
+        raise ValueError("the config leaves every layer and attention matmul in float; exclude less, or target more")
     for module_plan in plan:
         if "forward" in module_plan.module.__dict__:
             raise ValueError(

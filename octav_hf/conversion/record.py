@@ -1,14 +1,17 @@
 """What a converted model is quantized with: what was asked of it, and what its modules say, which is what is saved."""
 
+import glob
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..config import OctavConfig
-from ..nn import FakeQuantize, PackedLayer, QuantizedLayer
+from ..nn import FakeQuantize, FrozenWeightFakeQuantize, PackedLayer, PackedWeight, QuantizedLayer
 from ..nn.stored_clips import ActivationClips, frozen_fields
-from .modules import activation_quantizers
+from .layers import plan_layers
+from .modules import activation_quantizers, layers_to_freeze, shared_weights
+from .request import Request
 
 
 def asked_config(model: nn.Module, function: str) -> OctavConfig:
@@ -44,21 +47,17 @@ def has_frozen_weight_clips(model: nn.Module) -> bool:
 
 def config_name(path: str, operand: str, quantizer_name: str) -> str:
     """A module's name for the config: the one at conversion, if an adapter has wrapped the module since."""
-    name = ".".join(part for part in path.split(".") if part != "base_layer")
-    return name if quantizer_name == f"{name} {operand}" else path
+    name = quantizer_name.removesuffix(f" {operand}")
+    return name if path.startswith(f"{name}.") else path
 
 
 def _replaced_layers(model: nn.Module) -> list[str]:
     """The layers that were converted and that a float module has replaced since; not one that an adapter wraps."""
     modules = dict(model.named_modules())
-    # A resized head is quantized again in the next forward pass.
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return [
         name
         for name in model.__dict__["octav_layers"]
-        if name in modules
-        and modules[name] is not head
-        and not any(isinstance(module, QuantizedLayer) for module in modules[name].modules())
+        if name in modules and not any(isinstance(module, QuantizedLayer) for module in modules[name].modules())
     ]
 
 
@@ -72,15 +71,40 @@ def recorded_config(model: nn.Module) -> OctavConfig:
     asked = asked_config(model, "recorded_config")
     return replace(
         asked,
-        exclude_modules=[*asked.exclude_modules, *_replaced_layers(model)],
+        exclude_modules=[*asked.exclude_modules, *map(glob.escape, _replaced_layers(model))],
         packed=is_packed(model),
         frozen_weight_clips=has_frozen_weight_clips(model),
         activation_clips=clips,
     )
 
 
+def requantize_output_embeddings(model: nn.Module, args: Any = ()) -> None:
+    """Quantize the new layer that ``resize_token_embeddings`` puts in the place of a quantized head.
+
+    A forward pre-hook; also called before anything is packed or recorded.
+    """
+    head: Any = model.get_output_embeddings() if "octav_output_embeddings_hook" in model.__dict__ else None  # type: ignore[operator]
+    if head is None or isinstance(head, QuantizedLayer):
+        return
+    # The record still has the frozen clips of the head that was replaced.
+    config = model.__dict__["hf_quantizer"].quantization_config
+    has_frozen_clips, has_packed_weights = has_frozen_weight_clips(model), is_packed(model)
+    for module_plan in plan_layers(Request.of(model, config)):
+        if module_plan.module is head:
+            module_plan.convert()
+    if head in shared_weights(model):
+        return
+    for layer in layers_to_freeze(head).values():
+        if has_frozen_clips:
+            layer.weight_quantizer = FrozenWeightFakeQuantize.of(layer.weight_quantizer, layer.weight)
+        if has_packed_weights:
+            PackedLayer.pack(layer, PackedWeight.pack(layer.weight_quantizer, layer.weight))
+            layer.requires_grad_(False)
+
+
 def write_record(model: nn.Module) -> None:
     """Have a Transformers model save what its modules are; call it after each change of them, and before saving."""
+    requantize_output_embeddings(model)
     quantizer = model.__dict__.get("hf_quantizer")
     if quantizer is not None:
         quantizer.quantization_config = model.config.quantization_config = recorded_config(model)  # type: ignore[union-attr]

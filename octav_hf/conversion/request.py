@@ -12,7 +12,7 @@ from ..nn import FakeQuantize, QuantizedAttention, QuantizedLayer
 
 @dataclass(frozen=True)
 class Request:
-    """A config resolved for a model: its modules, their settings, and those left in float with the reason, by name."""
+    """A config resolved for a model, by name: its modules, those left in float with the reason, others' settings."""
 
     model: nn.Module
     config: OctavConfig
@@ -24,7 +24,8 @@ class Request:
     def of(cls, model: nn.Module, config: OctavConfig) -> "Request":
         """Resolve ``config``. Raises ``ValueError`` for overrides that contradict each other."""
         modules = dict(model.named_modules())
-        return cls(model, config, modules, config.settings_for(modules), config.left_out(modules))
+        left_out = config.left_out(modules)
+        return cls(model, config, modules, config.settings_for(modules.keys() - left_out.keys()), left_out)
 
 
 class QuantizerPlan(NamedTuple):

@@ -105,7 +105,7 @@ class CheckpointFolder:
         """The quantized model without weights, in training form, on the meta device."""
         with torch.device("meta"):
             model = self.model_class(AutoConfig.from_pretrained(self.path))
-        convert_modules(model, self.config, plan_conversion(model, self.config))
+        convert_modules(model, self.config, plan_conversion(model, self.config, from_file=True))
         model.config.quantization_config = self.config
         return model
 

@@ -184,15 +184,16 @@ def _settings(report: CoverageReport, config: OctavConfig) -> dict[str, str]:
         "activations": f"{bits_in_words(config.activation_bits)}, {activation_clip} {_granularity(activations)}, "
         + _frozen(activations),
         "embeddings": bits_in_words(config.embedding_bits),
-        "attention matmuls": "quantized" if config.quantize_attention and config.activation_bits else "floating point",
+        "attention matmuls": "quantized" if report.quantized("attention") else "floating point",
         "gradients": f"`{config.weight_gradient_estimator}` for weights, "
         f"`{config.activation_gradient_estimator}` for activations",
         "form": "packed" if config.packed else "training form",
     }
     if config.first_last_bits is not None:
         settings["first and last layer"] = bits_in_words(config.first_last_bits)
-    if config.exclude_modules:
-        settings["excluded"] = ", ".join(f"`{pattern}`" for pattern in config.exclude_modules)
+    for title, patterns in (("excluded", config.exclude_modules), ("only", config.target_modules)):
+        if patterns:
+            settings[title] = ", ".join(f"`{pattern}`" for pattern in patterns)
     for pattern, override in config.module_overrides.items():
         settings[f"override for `{pattern}`"] = ", ".join(f"{field}={value}" for field, value in override.items())
     return settings

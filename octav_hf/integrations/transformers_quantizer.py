@@ -68,7 +68,8 @@ class OctavQuantizer(HfQuantizer):
             names = check_files(checkpoint_files or (), self.quantization_config)
         elif frozen:
             names = _tensor_names(checkpoint_files or ())
-        convert_modules(model, self.quantization_config, plan_conversion(model, self.quantization_config))
+        plan = plan_conversion(model, self.quantization_config, from_file=self.pre_quantized)
+        convert_modules(model, self.quantization_config, plan)
         if packed:
             self._prepare_packed(model, names)
         if frozen:

@@ -12,7 +12,7 @@ from .._utils.torch_private import own_parameters
 from ..conversion.convert import freeze_packed, release_packed
 from ..conversion.layers import plan_layers
 from ..conversion.modules import layers_by_quantizer, shared_weights
-from ..conversion.record import asked_config, is_packed, write_record
+from ..conversion.record import asked_config, is_packed, requantize_output_embeddings, write_record
 from ..conversion.request import Request
 from ..nn import FakeQuantize, PackedLayer, PackedWeight, WeightFakeQuantize
 
@@ -46,6 +46,7 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
             sharded; ``embedding_bits`` contradicts the config, or a table is shared. The model is then unchanged.
     """
     config = asked_config(model, "pack_octav")
+    requantize_output_embeddings(model)
     if is_packed(model):
         raise ValueError(f"{type(model).__name__} is packed already; save it as it is")
     tables: list[Any] = []  # plans of embeddings
@@ -76,6 +77,7 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
         raise ValueError(f"{type(model).__name__} has no quantized weight of its own, so there is nothing to pack")
     for table in tables:
         table.convert()
+        model.__dict__["octav_layers"].append(table.name)
     for layer, weight in packed:
         PackedLayer.pack(layer, weight)
     model.octav_config = config  # type: ignore[assignment]

@@ -127,7 +127,7 @@ def _check_weights(folder: Path) -> None:
 def _check_shards(folder: Path) -> None:
     index = _read_json(folder / _INDEX)
     shard_of = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(shard_of, dict) or not shard_of:
+    if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(name, str) for name in shard_of.values()):
         raise ValueError(f"{_INDEX} has no weight_map")
     for shard in sorted(set(shard_of.values())):
         missing = {name for name, place in shard_of.items() if place == shard} - _names_in_safetensors(folder / shard)
@@ -152,7 +152,7 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise ValueError(f"{path.name} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is cut off or no JSON ({error})") from error
 
 

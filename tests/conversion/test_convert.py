@@ -77,6 +77,13 @@ def test_what_is_excluded_is_no_target(small_bert: MakeBert) -> None:
     assert reasons == {f"excluded by {LAYER!r}"}
 
 
+def test_overrides_may_contradict_where_nothing_is_quantized(small_bert: MakeBert) -> None:
+    overrides = {"qa*": {"weight_bits": 8}, "*outputs": {"weight_bits": 6}}
+    for fields in ({"exclude_modules": ["qa_outputs"]}, {"target_modules": ["query"]}):
+        model = apply_octav(small_bert(), OctavConfig(module_overrides=overrides, **fields))
+        assert type(model.qa_outputs) is nn.Linear
+
+
 def test_parameters_names_and_hooks_stay(small_bert: MakeBert, padded_batch: dict) -> None:
     model = small_bert()
     parameters = dict(model.named_parameters())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering
+from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering, BertModel, ResNetForImageClassification
 
 from octav_hf import (
     OctavConfig,
@@ -22,7 +22,7 @@ from octav_hf import (
     unpack_octav,
 )
 from octav_hf.conversion.record import recorded_config
-from octav_hf.nn import QuantizedLinear
+from octav_hf.nn import PackedLayer, QuantizedLinear
 from tests.question_answering import logits
 
 Step = Callable[[nn.Module], nn.Module]
@@ -76,13 +76,87 @@ def test_a_layer_that_was_replaced_comes_back_as_what_runs(
     assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
 
 
-def test_a_head_that_was_resized_is_quantized_again(tmp_path: Path) -> None:
+def test_a_replaced_layer_does_not_tie_the_checkpoint_to_its_class(
+    small_bert: Callable[..., BertForQuestionAnswering], tmp_path: Path
+) -> None:
+    model = apply_octav(small_bert())
+    model.qa_outputs = nn.Linear(32, 2)
+    model.save_pretrained(tmp_path)
+    encoder = BertModel.from_pretrained(tmp_path, add_pooling_layer=False)
+    assert isinstance(encoder.encoder.layer[0].attention.self.query, QuantizedLinear)
+
+
+def test_a_replaced_last_layer_has_no_first_last_bits(
+    small_resnet: Callable[..., ResNetForImageClassification], tmp_path: Path
+) -> None:
+    model = apply_octav(small_resnet(), OctavConfig(first_last_bits=8))
+    model.classifier[1] = nn.Linear(32, 5)
+    model.save_pretrained(tmp_path)
+    loaded = ResNetForImageClassification.from_pretrained(tmp_path)
+    assert type(loaded.classifier[1]) is nn.Linear
+    assert loaded.resnet.embedder.embedder.convolution.weight_quantizer.num_bits == 8
+
+
+def test_a_packed_table_that_was_replaced(
+    small_bert: Callable[..., BertForQuestionAnswering], padded_batch: dict, tmp_path: Path
+) -> None:
+    model = pack_octav(apply_octav(small_bert()), embedding_bits=8)
+    model.set_input_embeddings(nn.Embedding(100, 32))
+    model.save_pretrained(tmp_path)
+    loaded = BertForQuestionAnswering.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
+
+
+def test_a_config_given_to_from_pretrained_is_not_kept(
+    small_bert: Callable[..., BertForQuestionAnswering], tmp_path: Path
+) -> None:
+    small_bert().save_pretrained(tmp_path / "float")
+    config = OctavConfig(weight_bits=3)
+    model = BertForQuestionAnswering.from_pretrained(tmp_path / "float", quantization_config=config)
+    config.weight_bits = 8
+    model.save_pretrained(tmp_path / "quantized")
+    assert json.loads((tmp_path / "quantized/config.json").read_text())["quantization_config"]["weight_bits"] == 3
+
+
+IDS = torch.arange(5, 21).view(2, 8)
+
+
+def masked_lm() -> BertForMaskedLM:
+    """A small model whose head is not tied to the table, calibrated."""
+    torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    model = BertForMaskedLM(BertConfig(vocab_size=40, max_position_embeddings=16, tie_word_embeddings=False, **sizes))
-    apply_octav(model).resize_token_embeddings(48)
-    model.save_pretrained(tmp_path)  # before a forward pass quantizes the new head
+    config = BertConfig(vocab_size=40, max_position_embeddings=16, tie_word_embeddings=False, **sizes)
+    return calibrate_octav(apply_octav(BertForMaskedLM(config).eval()), [{"input_ids": IDS}], progress_bar=False)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, None),
+        (None, freeze_weight_clips),
+        (freeze_weight_clips, None),
+        (None, pack_octav),
+        (pack_octav, None),
+        (pack_octav, lambda model: model(input_ids=IDS)),
+    ],
+    ids=["saved", "then frozen", "frozen before", "then packed", "packed before", "packed before, then run"],
+)
+def test_a_head_that_was_resized_is_as_the_old_one(before: Step | None, after: Step | None, tmp_path: Path) -> None:
+    model = masked_lm()
+    clips = model.get_output_embeddings().input_quantizer.frozen
+    if before:
+        before(model)
+    model.resize_token_embeddings(48)
+    if after:
+        after(model)
+    model.save_pretrained(tmp_path)
     loaded = BertForMaskedLM.from_pretrained(tmp_path)
-    assert isinstance(loaded.get_output_embeddings(), QuantizedLinear)
+    for head in (model.get_output_embeddings(), loaded.get_output_embeddings()):
+        assert head.input_quantizer.frozen == clips is not None
+        assert isinstance(head, PackedLayer) is (pack_octav in (before, after))
+        assert head.weight_quantizer.is_frozen is (freeze_weight_clips in (before, after))
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
 def test_layers_that_were_added_or_removed_are_none_of_the_records_business() -> None:

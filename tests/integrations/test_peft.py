@@ -141,6 +141,13 @@ def test_frozen_clips_of_a_quantized_model_with_adapters_come_back(
     assert torch.equal(logits(loaded, padded_batch), logits(merged, padded_batch))
 
 
+def test_a_head_that_peft_copies_keeps_its_name_in_the_record(small_bert: MakeBert, padded_batch: dict) -> None:
+    model = calibrate_octav(apply_octav(small_bert(), OctavConfig()), [padded_batch], progress_bar=False)
+    before = recorded_config(model)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], modules_to_save=["qa_outputs"], r=2))
+    assert recorded_config(model) == before
+
+
 def test_frozen_clips_of_quantized_adapters_come_back(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     model = apply_octav(peft.get_peft_model(small_bert(), lora()), OctavConfig())
     calibrate_octav(model, [padded_batch], progress_bar=False)
