@@ -89,6 +89,12 @@ def test_it_says_what_the_config_says(small_bert: MakeBert, padded_batch: dict) 
     assert "3 of 3 embedding operands quantized" in packed
 
 
+def test_it_says_which_modules_are_quantized_alone(small_bert: MakeBert) -> None:
+    text = model_card(apply_octav(small_bert(), OctavConfig(target_modules=["query", "value"]))).text
+    assert "| only | `query`, `value` |" in text
+    assert "| attention matmuls | floating point |" in text
+
+
 def test_what_is_not_known_is_left_out(small_bert: MakeBert) -> None:
     card = model_card(apply_octav(small_bert(), OctavConfig()))
     assert "## Evaluation" not in card.text

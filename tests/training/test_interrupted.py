@@ -247,9 +247,13 @@ def test_an_index_of_other_shards(sharded: Path, caplog: pytest.LogCaptureFixtur
     del tensors["qa_outputs.bias"]
     save_file(tensors, shard, metadata={"format": "pt"})
     assert f"{shard.name} has no tensor qa_outputs.bias" in passed_over(sharded, caplog)
+    for text in ("{}", '{"weight_map": {"qa_outputs.bias": 1}}'):
+        caplog.clear()
+        (folder / "model.safetensors.index.json").write_text(text)
+        assert "has no weight_map" in passed_over(sharded, caplog)
     caplog.clear()
-    (folder / "model.safetensors.index.json").write_text("{}")
-    assert "has no weight_map" in passed_over(sharded, caplog)
+    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
+    assert "is cut off or no JSON" in passed_over(sharded, caplog)
 
 
 def test_two_processes(runs: Path, tmp_path: Path) -> None:
