@@ -11,10 +11,11 @@ from .coverage.operand_watch import FloatOperand
 from .coverage.report import CoverageReport, coverage_report
 from .hub.model_card import model_card
 from .hub.training_run import TrainingRun
-from .integrations import OctavQuantizer, last_whole_checkpoint
+from .integrations import OctavQuantizer
 from .packing.pack import pack_octav, unpack_octav
 from .static_clips.activations import calibrate_octav, calibrating, uncalibrate_octav
 from .static_clips.weights import freeze_weight_clips, unfreeze_weight_clips
+from .training.checkpoints import last_whole_checkpoint
 from .training.distillation import distill
 
 __all__ = [

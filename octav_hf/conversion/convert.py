@@ -88,8 +88,8 @@ def convert_modules(model: nn.Module, config: OctavConfig, plan: Sequence[Module
     """Carry out the ``plan`` that ``plan_conversion`` made for a float ``model`` and ``config``, in place."""
     for module_plan in plan:
         module_plan.convert()
-    layers = [module_plan.name for module_plan in plan if issubclass(module_plan.quantized_class, QuantizedLayer)]
-    model.__dict__.update(octav_config=copy.deepcopy(config), octav_layers=layers)  # the caller may change the config
+    converted = {module_plan.name: module_plan.quantized_class for module_plan in plan}
+    model.__dict__.update(octav_config=copy.deepcopy(config), octav_modules=converted)
     if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), QuantizedLayer):
         handle = model.register_forward_pre_hook(requantize_output_embeddings)
         model.octav_output_embeddings_hook = handle  # type: ignore[assignment]
@@ -102,7 +102,7 @@ def restore_modules(model: nn.Module) -> None:
     for module in model.modules():
         if "octav_packed_hook" in module.__dict__:
             release_packed(module)
-        for name in ("octav_config", "octav_layers"):
+        for name in ("octav_config", "octav_modules"):
             module.__dict__.pop(name, None)
         unset_upload(module)
         hook = module.__dict__.pop("octav_output_embeddings_hook", None)

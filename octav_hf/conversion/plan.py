@@ -23,8 +23,7 @@ _PATTERN_FIELDS: dict[str, Callable[[str, str], bool]] = {
 def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = False) -> list[ModulePlan]:
     """What ``config`` asks of the modules of ``model`` that are not quantized yet; changes nothing.
 
-    ``from_file``: whether the config is that of a checkpoint, which may be loaded into another model class, so that
-    some of its patterns match nothing.
+    ``from_file``: the config is a checkpoint's, whose patterns may match nothing in another model class.
 
     Raises:
         ValueError: the model cannot be quantized as asked; the message names the module and what to write instead.

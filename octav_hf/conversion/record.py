@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..config import OctavConfig
-from ..nn import FakeQuantize, FrozenWeightFakeQuantize, PackedLayer, PackedWeight, QuantizedLayer
+from ..nn import FakeQuantize, FrozenWeightFakeQuantize, PackedLayer, PackedWeight, QuantizedAttention, QuantizedLayer
 from ..nn.stored_clips import ActivationClips, frozen_fields
 from .layers import plan_layers
 from .modules import activation_quantizers, layers_to_freeze, shared_weights
@@ -51,13 +51,15 @@ def config_name(path: str, operand: str, quantizer_name: str) -> str:
     return name if path.startswith(f"{name}.") else path
 
 
-def _replaced_layers(model: nn.Module) -> list[str]:
-    """The layers that were converted and that a float module has replaced since; not one that an adapter wraps."""
+def _replaced(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """The names of modules of ``kind`` that float modules have replaced since the conversion; adapters wrap them."""
     modules = dict(model.named_modules())
     return [
         name
-        for name in model.__dict__["octav_layers"]
-        if name in modules and not any(isinstance(module, QuantizedLayer) for module in modules[name].modules())
+        for name, quantized_class in model.__dict__["octav_modules"].items()
+        if issubclass(quantized_class, kind)
+        and name in modules
+        and not any(isinstance(module, kind) for module in modules[name].modules())
     ]
 
 
@@ -69,9 +71,13 @@ def recorded_config(model: nn.Module) -> OctavConfig:
             name = config_name(path, operand, quantizer.name)
             clips.setdefault(name, {})[operand] = frozen_fields(quantizer.frozen)
     asked = asked_config(model, "recorded_config")
+    overrides = dict(asked.module_overrides)
+    for name in _replaced(model, QuantizedAttention):
+        overrides[name] = overrides.get(name, {}) | {"quantize_attention": False}
     return replace(
         asked,
-        exclude_modules=[*asked.exclude_modules, *map(glob.escape, _replaced_layers(model))],
+        exclude_modules=[*asked.exclude_modules, *map(glob.escape, _replaced(model, QuantizedLayer))],
+        module_overrides=overrides,
         packed=is_packed(model),
         frozen_weight_clips=has_frozen_weight_clips(model),
         activation_clips=clips,

@@ -1,7 +1,6 @@
 """Hooks into other libraries; importing this registers them."""
 
-from ..training.checkpoints import last_whole_checkpoint
 from .transformers_conv1d import QuantizedTransformersConv1D
 from .transformers_quantizer import OctavQuantizer
 
-__all__ = ["OctavQuantizer", "QuantizedTransformersConv1D", "last_whole_checkpoint"]
+__all__ = ["OctavQuantizer", "QuantizedTransformersConv1D"]

@@ -63,11 +63,8 @@ class OctavQuantizer(HfQuantizer):
         if (packed or frozen) and not checkpoint_files:
             what = "packed" if packed else "with frozen clips of weights"
             raise ValueError(f"a model that is {what} can only be loaded from its files, not from a state_dict")
-        names: Iterable[str] = ()
-        if packed:
-            names = check_files(checkpoint_files or (), self.quantization_config)
-        elif frozen:
-            names = _tensor_names(checkpoint_files or ())
+        files = checkpoint_files or ()
+        names = check_files(files, self.quantization_config) if packed else _tensor_names(files) if frozen else ()
         plan = plan_conversion(model, self.quantization_config, from_file=self.pre_quantized)
         convert_modules(model, self.quantization_config, plan)
         if packed:
@@ -147,9 +144,7 @@ class OctavQuantizer(HfQuantizer):
         return True
 
 
-def _missing(
-    model: PreTrainedModel, layers: Mapping[str, Any], found: Collection[str]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _missing(model: PreTrainedModel, layers: Mapping[str, Any], found: Collection[str]) -> Iterator[tuple[str, Any]]:
     """Name and weight's shape of the layers that are not in the files; tied ones need not be. They would be random."""
     for name, layer in layers.items():
         if name not in found and not is_tied(model, f"{name}.weight"):

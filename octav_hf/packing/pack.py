@@ -77,7 +77,7 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
         raise ValueError(f"{type(model).__name__} has no quantized weight of its own, so there is nothing to pack")
     for table in tables:
         table.convert()
-        model.__dict__["octav_layers"].append(table.name)
+        model.__dict__["octav_modules"][table.name] = table.quantized_class
     for layer, weight in packed:
         PackedLayer.pack(layer, weight)
     model.octav_config = config  # type: ignore[assignment]

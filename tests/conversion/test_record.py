@@ -15,6 +15,7 @@ from octav_hf import (
     OctavConfig,
     apply_octav,
     calibrate_octav,
+    coverage_report,
     freeze_weight_clips,
     pack_octav,
     uncalibrate_octav,
@@ -73,6 +74,18 @@ def test_a_layer_that_was_replaced_comes_back_as_what_runs(
     model.save_pretrained(tmp_path)
     loaded = BertForQuestionAnswering.from_pretrained(tmp_path)
     assert type(loaded.qa_outputs) is nn.Linear
+    assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
+
+
+def test_attention_that_was_replaced_comes_back_in_float(
+    small_bert: Callable[..., BertForQuestionAnswering], padded_batch: dict, tmp_path: Path
+) -> None:
+    model, name = apply_octav(small_bert()), "bert.encoder.layer.0.attention.self"
+    model.bert.encoder.layer[0].attention.self = small_bert(seed=1).bert.encoder.layer[0].attention.self
+    model.save_pretrained(tmp_path)
+    loaded = BertForQuestionAnswering.from_pretrained(tmp_path)
+    left = {row.module for row in coverage_report(loaded).left_in_float() if row.kind != "embedding"}
+    assert left == {name, *(f"{name}.{layer}" for layer in ("query", "key", "value"))}
     assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
 
 
