@@ -362,8 +362,10 @@ def _check_version(version: Any, written_by: Any) -> None:
         )
 
 
-def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config, or of an override, of format version 1 in today's words."""
+def _from_version_1(values: Any) -> Any:
+    """The fields of a config, an override or frozen clips of format version 1 by their present names."""
+    if not isinstance(values, dict):
+        return values  # refused by validation
     new = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
     if new.get("weight_granularity") == "row":
         new["weight_granularity"] = "channel"
@@ -385,10 +387,8 @@ _OLD_NAMES = {
 }
 _OLD_VALUES: dict[str, Callable[[Any], Any]] = {
     "activation_granularity": lambda name: "attn_head" if name == "head" else name,
-    "module_overrides": lambda override: _from_version_1(override) if isinstance(override, dict) else override,
-    "activation_clips": lambda operands: _map_values(
-        operands, lambda clips: _from_version_1(clips) if isinstance(clips, dict) else clips
-    ),
+    "module_overrides": _from_version_1,
+    "activation_clips": lambda operands: _map_values(operands, _from_version_1),
 }
 
 

@@ -8,7 +8,7 @@ from ..nn import quantized_class_of
 _BITS_FIELDS = ("weight_bits", "activation_bits")
 
 
-def first_and_last(model: nn.Module, config: OctavConfig) -> tuple[str, str]:
+def first_and_last(model: nn.Module) -> tuple[str, str]:
     """Names of the first and the last layer of ``model``, in the order in which its modules are defined.
 
     Only where that is clear: the first layer is a convolution and the last one a linear layer; in a Transformers model

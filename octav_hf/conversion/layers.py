@@ -9,7 +9,6 @@ from .._utils.torch_private import own_parameters
 from ..config import OctavConfig
 from ..nn import QuantizedLayer, quantized_class_of
 from ..nn.granularity import Granularity
-from .first_last import first_and_last
 from .operands import activation_quantizer, weight_quantizer
 from .request import ModulePlan, Request
 
@@ -23,8 +22,6 @@ def plan_layers(request: Request) -> Iterator[ModulePlan]:
     Raises:
         ValueError: a layer cannot be quantized; the message names it and what to write instead.
     """
-    config = request.config
-    edges = () if config.first_last_bits is None else first_and_last(request.model, config)
     for name, module in request.modules.items():
         if isinstance(module, QuantizedLayer) or name in request.left_out:
             continue
@@ -34,8 +31,8 @@ def plan_layers(request: Request) -> Iterator[ModulePlan]:
                 _check_holds_no_weight(name, module)
             continue
         bits = {operand: getattr(settings, field) for operand, field in layer_class.operands.items()}
-        if name in edges:
-            bits = _first_last_bits(bits, name, config)
+        if name in request.edges:
+            bits = _first_last_bits(bits, name, request.config)
         if any(bits.values()):
             yield _plan_layer(request, name, module, layer_class, bits)
 
@@ -68,7 +65,7 @@ def _plan_layer(
             "input",
             bits["input"],
             signed=None if settings.unsigned_activations else True,
-            # What linear layers have, convolutions among them need not support.
+            # These settings are for all layers at once; convolutions do not support all of them.
             asymmetric=settings.asymmetric_activations and layer_class.supports_asymmetric_input,
             granularity=granularity if granularity in layer_class.input_granularities else Granularity.TENSOR,
         )

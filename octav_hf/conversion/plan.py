@@ -8,7 +8,7 @@ from torch import nn
 from ..config import OctavConfig, matches, targets
 from ..nn import QUANTIZED_LAYERS, quantized_class_of
 from .attention import plan_attention
-from .first_last import check_nothing_else_is_asked, first_and_last
+from .first_last import check_nothing_else_is_asked
 from .layers import plan_layers
 from .request import ModulePlan, Request
 
@@ -32,7 +32,7 @@ def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = 
     request = Request.of(model, config)
     if not from_file:
         _check_patterns(request)
-        for edge in first_and_last(model, config) if config.first_last_bits is not None else ():
+        for edge in request.edges:
             check_nothing_else_is_asked(edge, config)
     if not any(quantized_class_of(module) for module in request.modules.values()):
         kinds = ", ".join(float_class.__name__ for float_class in QUANTIZED_LAYERS)

@@ -1,4 +1,4 @@
-"""What a converted model is quantized with: what was asked of it, and what its modules say, which is what is saved."""
+"""The config of a converted model: as it was requested, and as its modules are now, which is what is saved."""
 
 import glob
 from dataclasses import replace
@@ -46,13 +46,13 @@ def has_frozen_weight_clips(model: nn.Module) -> bool:
 
 
 def config_name(path: str, operand: str, quantizer_name: str) -> str:
-    """A module's name for the config: the one at conversion, if an adapter has wrapped the module since."""
+    """A module's name at conversion, which an adapter that wraps the module has changed since."""
     name = quantizer_name.removesuffix(f" {operand}")
     return name if path.startswith(f"{name}.") else path
 
 
 def _replaced(model: nn.Module, kind: type[nn.Module]) -> list[str]:
-    """The names of modules of ``kind`` that float modules have replaced since the conversion; adapters wrap them."""
+    """The names of converted modules of ``kind`` that are float modules now. One that an adapter wraps is not."""
     modules = dict(model.named_modules())
     return [
         name
@@ -64,7 +64,7 @@ def _replaced(model: nn.Module, kind: type[nn.Module]) -> list[str]:
 
 
 def recorded_config(model: nn.Module) -> OctavConfig:
-    """What ``config.json`` says of a converted model: what was asked, with the state that its modules are in now."""
+    """The config to save: the requested one, with the present state of the model's modules."""
     clips: ActivationClips = {}
     for path, operand, quantizer in activation_quantizers(model):
         if quantizer.frozen is not None:
@@ -109,7 +109,7 @@ def requantize_output_embeddings(model: nn.Module, args: Any = ()) -> None:
 
 
 def write_record(model: nn.Module) -> None:
-    """Have a Transformers model save what its modules are; call it after each change of them, and before saving."""
+    """Update the config that a Transformers model saves; call it after each change of modules, and before saving."""
     requantize_output_embeddings(model)
     quantizer = model.__dict__.get("hf_quantizer")
     if quantizer is not None:

@@ -8,24 +8,28 @@ from torch import nn
 
 from ..config import ModuleSettings, OctavConfig
 from ..nn import FakeQuantize, QuantizedAttention, QuantizedLayer
+from .first_last import first_and_last
 
 
 @dataclass(frozen=True)
 class Request:
-    """A config resolved for a model, by name: its modules, those left in float with the reason, others' settings."""
+    """A config resolved for a model, whose modules go by their full names."""
 
     model: nn.Module
     config: OctavConfig
     modules: Mapping[str, nn.Module]
-    settings: Mapping[str, ModuleSettings]
-    left_out: Mapping[str, str]
+    left_out: Mapping[str, str]  # the modules left in float -> the reason
+    settings: Mapping[str, ModuleSettings]  # of the other modules
+    edges: tuple[str, ...]  # the first and the last layer, with first_last_bits
 
     @classmethod
     def of(cls, model: nn.Module, config: OctavConfig) -> "Request":
-        """Resolve ``config``. Raises ``ValueError`` for overrides that contradict each other."""
+        """Resolve ``config``; ``ValueError`` for contradicting overrides, or unclear first and last layers."""
         modules = dict(model.named_modules())
         left_out = config.left_out(modules)
-        return cls(model, config, modules, config.settings_for(modules.keys() - left_out.keys()), left_out)
+        settings = config.settings_for(modules.keys() - left_out.keys())
+        edges = () if config.first_last_bits is None else first_and_last(model)
+        return cls(model, config, modules, left_out, settings, edges)
 
 
 class QuantizerPlan(NamedTuple):

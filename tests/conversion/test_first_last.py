@@ -23,11 +23,11 @@ def small_vit(**changes: object) -> nn.Module:
 
 
 def test_of_known_models(small_resnet: MakeModel, small_mobilenet: MakeModel) -> None:
-    assert first_and_last(small_resnet(), CONFIG) == ("resnet.embedder.embedder.convolution", "classifier.1")
+    assert first_and_last(small_resnet()) == ("resnet.embedder.embedder.convolution", "classifier.1")
     stem = "mobilenet_v2.conv_stem.first_conv.convolution"
-    assert first_and_last(small_mobilenet(), CONFIG) == (stem, "classifier")
-    assert first_and_last(small_vit(), CONFIG) == ("vit.embeddings.patch_embeddings.projection", "classifier")
-    assert first_and_last(ResNet(), CONFIG) == ("conv1", "fc")
+    assert first_and_last(small_mobilenet()) == (stem, "classifier")
+    assert first_and_last(small_vit()) == ("vit.embeddings.patch_embeddings.projection", "classifier")
+    assert first_and_last(ResNet()) == ("conv1", "fc")
 
 
 class WithConfig(nn.Sequential):
