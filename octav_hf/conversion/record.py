@@ -19,7 +19,7 @@ from ..nn import (
 )
 from ..nn.granularity import ATTENTION_OPERANDS, Granularity, granularity_of
 from .attention_modules import attention_modules
-from .modules import quantized_modules
+from .modules import modules_without_quantizers, quantized_modules
 
 # Parts of names that wrappers for sharding and activation checkpointing add, and leave out of the state dict.
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -55,8 +55,9 @@ def check_quantized(model: nn.Module, function: str) -> None:
 
 
 def named_by_state_dict(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules by the names that the state dict has for them."""
-    return {".".join(part for part in name.split(".") if part not in _WRAPPERS): m for name, m in model.named_modules()}
+    """The modules but quantizers, by the names that the state dict has for them."""
+    modules = modules_without_quantizers(model)
+    return {".".join(part for part in name.split(".") if part not in _WRAPPERS): m for name, m in modules.items()}
 
 
 def recorded_config(model: nn.Module) -> OctavConfig:
@@ -75,7 +76,7 @@ def recorded_config(model: nn.Module) -> OctavConfig:
     asked = model.__dict__.get("octav_config")
     record = None if asked is None else _with_exceptions(modules, actual, asked)
     if record is None:
-        record = _with_exceptions(modules, actual, _shared_config(modules, actual))
+        record = _with_exceptions(modules, actual, _shared_config(model, modules, actual))
     assert record is not None  # it has no patterns to contradict the modules
     from ..nn.stored_clips import frozen_fields
     from .modules import activation_quantizers
@@ -198,7 +199,7 @@ def _with_exceptions(
     return config
 
 
-def _shared_config(modules: Mapping[str, nn.Module], actual: Mapping[str, Settings]) -> OctavConfig:
+def _shared_config(model: nn.Module, modules: Mapping[str, nn.Module], actual: Mapping[str, Settings]) -> OctavConfig:
     """A config without patterns, with the value of each field that most modules have."""
     values = {field.name: _most_common(_values(field.name, actual.values())) for field in fields(ModuleSettings)}
     granularity = {
@@ -218,7 +219,7 @@ def _shared_config(modules: Mapping[str, nn.Module], actual: Mapping[str, Settin
     return OctavConfig(
         **shared,
         attention_modules=names and [glob.escape(name) for name in names],
-        sync_activation_clips=any(isinstance(module, SynchronizedFakeQuantize) for module in modules.values()),
+        sync_activation_clips=any(isinstance(module, SynchronizedFakeQuantize) for module in model.modules()),
     )
 
 
