@@ -263,7 +263,7 @@ def save_sharded(folder: Path) -> dict[str, Any]:
             model.save_pretrained(folder / "part", state_dict=dict(model.named_parameters()))
         with pytest.raises(NotImplementedError):  # what an earlier call was given is forgotten
             model.save_pretrained(folder / "part")
-    return {"refusals": refusals, "files": sorted(os.listdir(folder / "part"))}
+    return {"refusals": refusals, "is_written": (folder / "part").exists()}
 
 
 def training_arguments(folder: Path, per_device: int, **arguments: Any) -> TrainingArguments:

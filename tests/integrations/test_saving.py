@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from octav_hf import OctavConfig, apply_octav, coverage_report, pack_octav, remove_octav
-from octav_hf.nn import FakeQuantize, PackedLayer, QuantizedLayer, QuantizedLinear
+from octav_hf.nn import FakeQuantize, PackedLayer, QuantizedLayer, QuantizedLinear, SynchronizedFakeQuantize
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 IDS = torch.arange(5, 37).view(4, 8)
@@ -88,12 +88,16 @@ def test_a_model_inside_the_one_that_was_quantized(
 @pytest.mark.parametrize("packed", [False, True], ids=["training form", "packed"])
 def test_a_model_around_the_one_that_was_quantized(packed: bool, tmp_path: Path) -> None:
     model = classifier()
-    apply_octav(model.bert, OctavConfig(weight_bits=3, module_overrides={"encoder.layer.1.*": {"weight_bits": 5}}))
+    config = OctavConfig(
+        weight_bits=3, sync_activation_clips=True, module_overrides={"encoder.layer.1.*": {"weight_bits": 5}}
+    )
+    apply_octav(model.bert, config)
     if packed:
         pack_octav(model.bert)
     loaded = assert_comes_back(model, tmp_path / "whole")
     assert type(loaded.classifier) is nn.Linear
     assert loaded.bert.encoder.layer[1].output.dense.weight_quantizer.num_bits == 5
+    assert isinstance(loaded.bert.pooler.dense.input_quantizer, SynchronizedFakeQuantize)
     part = assert_comes_back(model.bert, tmp_path / "part")
     assert isinstance(part.pooler.dense, PackedLayer) is packed
 
