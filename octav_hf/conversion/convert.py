@@ -14,7 +14,7 @@ from ..config import OctavConfig
 from ..nn import QuantizedLayer
 from .modules import quantized_modules
 from .plan import plan_conversion
-from .record import requantize_output_embeddings
+from .record import keep_head_clips, requantize_output_embeddings
 from .request import ModulePlan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -52,7 +52,13 @@ def apply_octav(model: Model, config: OctavConfig | None = None) -> Model:
         raise ValueError("packed=True is not for apply_octav; train the model first, then call pack_octav(model)")
     if config.frozen_weight_clips:
         raise ValueError(
-            "frozen_weight_clips=True is not for apply_octav; leave it out, then call freeze_weight_clips(model)"
+            "frozen_weight_clips=True is not for apply_octav; leave it out, then call calibrate_octav(model, "
+            "weights=True)"
+        )
+    if config.clips_of_version_1:
+        raise ValueError(
+            "this config is of a checkpoint of format version 1, whose frozen clips are not for apply_octav; load that "
+            "checkpoint with from_pretrained, or call calibrate_octav on this model"
         )
     _check_not_quantized(model)
     convert_modules(model, config, plan_conversion(model, config))
@@ -93,6 +99,7 @@ def convert_modules(model: nn.Module, config: OctavConfig, plan: Sequence[Module
     if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), QuantizedLayer):
         handle = model.register_forward_pre_hook(requantize_output_embeddings)
         model.octav_output_embeddings_hook = handle  # type: ignore[assignment]
+        keep_head_clips(model)
 
 
 def restore_modules(model: nn.Module) -> None:
@@ -102,7 +109,7 @@ def restore_modules(model: nn.Module) -> None:
     for module in model.modules():
         if "octav_packed_hook" in module.__dict__:
             release_packed(module)
-        for name in ("octav_config", "octav_modules"):
+        for name in ("octav_config", "octav_modules", "octav_head_quantizer"):
             module.__dict__.pop(name, None)
         unset_upload(module)
         hook = module.__dict__.pop("octav_output_embeddings_hook", None)
