@@ -69,15 +69,12 @@ class HoldsFrozenClips(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        is_covered = self.is_covered(state_dict, prefix)
+        if self.is_covered(state_dict, prefix):
+            self.unfreeze_missing(state_dict, prefix)
         for operand, quantizer in self.freezable_quantizers.items():
-            names = {name: f"{prefix}{operand}_quantizer.{name}" for name in FROZEN_BUFFERS}
+            names = _names(operand, prefix)
             found = {name: state_dict[key] for name, key in names.items() if key in state_dict}
-            if not found:
-                if is_covered:
-                    quantizer.unfreeze()
-                continue
-            problem = self.freeze_from(operand, found)
+            problem = self.freeze_from(operand, found) if found else ""
             if problem:
                 error_msgs.append(f"{prefix}{operand}_quantizer: the frozen clips in the state dict {problem}")
                 for name, key in names.items():  # the quantizer stays as it is
@@ -87,6 +84,12 @@ class HoldsFrozenClips(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def unfreeze_missing(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Make clips dynamic that are not in a state dict in which names of this module begin with ``prefix``."""
+        for operand, quantizer in self.freezable_quantizers.items():
+            if not any(name in state_dict for name in _names(operand, prefix).values()):
+                quantizer.unfreeze()
 
     @torch.inference_mode(False)
     def freeze_from(self, operand: str, found: Mapping[str, Any]) -> str:
@@ -115,3 +118,8 @@ class HoldsFrozenClips(nn.Module):
         own = {name: tensor.detach().to(device, forms[name][1], copy=True) for name, tensor in found.items()}
         quantizer.freeze(FrozenClips(frozen.signed, own[FROZEN_BUFFERS[not frozen.signed]], own.get("offset")))
         return ""
+
+
+def _names(operand: str, prefix: str) -> dict[str, str]:
+    """Buffer of frozen clips -> its name in a state dict."""
+    return {name: f"{prefix}{operand}_quantizer.{name}" for name in FROZEN_BUFFERS}
