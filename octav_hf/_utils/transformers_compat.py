@@ -3,6 +3,7 @@
 Only `save_by_own_names` is about differences between versions from 5.0 on.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,6 +61,15 @@ def attn_implementation(config: Any) -> str | None:
 def mark_as_float(model: PreTrainedModel) -> None:
     """Mark a model as not quantized, which ``remove_quantization_config`` does not do in its config."""
     model.config._is_quantized = False
+
+
+def argument_of_from_pretrained(name: str) -> Any:
+    """An argument of the innermost ``from_pretrained`` on the stack, not passed on to quantizers; else ``None``."""
+    code = inspect.unwrap(PreTrainedModel.from_pretrained.__func__).__code__  # type: ignore[attr-defined]
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get(name)
 
 
 def set_upload(model: PreTrainedModel, upload: Any) -> None:

@@ -1,7 +1,7 @@
 """``apply_octav`` and ``remove_octav``: a float model becomes a quantized one, in place, and a float one again."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -9,8 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from .._utils.torch_private import own_parameters
 from .._utils.transformers_compat import mark_as_float, unset_upload
 from ..config import OctavConfig
+from ..nn import QuantizedLayer
 from . import output_embeddings
 from .modules import quantized_modules, transformers_models
 from .plan import plan_conversion
@@ -52,7 +54,13 @@ def apply_octav(model: Model, config: OctavConfig | None = None) -> Model:
         raise ValueError("packed=True is not for apply_octav; train the model first, then call pack_octav(model)")
     if config.frozen_weight_clips:
         raise ValueError(
-            "frozen_weight_clips=True is not for apply_octav; leave it out, then call freeze_weight_clips(model)"
+            "frozen_weight_clips=True is not for apply_octav; leave it out, then call calibrate_octav(model, "
+            "weights=True)"
+        )
+    if config.clips_of_version_1:
+        raise ValueError(
+            "this config is of a checkpoint of format version 1, whose frozen clips are not for apply_octav; load that "
+            "checkpoint with from_pretrained, or call calibrate_octav on this model"
         )
     _check_not_quantized(model)
     convert_modules(model, config, plan_conversion(model, config))
@@ -93,6 +101,7 @@ def convert_modules(model: nn.Module, config: OctavConfig, plan: Sequence[Module
     for module_plan in plan:
         module_plan.convert()
     model.__dict__["octav_config"] = copy.deepcopy(config)
+    model.octav_state_dict_hook = model.register_load_state_dict_pre_hook(_cover_tied_layers)
     for inner in transformers_models(model):
         output_embeddings.attach(inner)
 
@@ -107,6 +116,9 @@ def restore_modules(model: nn.Module) -> None:
         module.__dict__.pop("octav_config", None)
         unset_upload(module)
         output_embeddings.detach(module)
+        hook = module.__dict__.pop("octav_state_dict_hook", None)
+        if hook is not None:
+            hook.remove()
 
 
 def freeze_packed(model: nn.Module) -> None:
@@ -119,6 +131,22 @@ def release_packed(model: nn.Module) -> None:
     """Undo ``freeze_packed``."""
     model.__dict__.pop("octav_packed_hook").remove()
     model.requires_grad_(True)
+
+
+def _cover_tied_layers(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    """Make clips dynamic where a state dict has neither them nor the layer's weight, but has that by a tied name.
+
+    A file has a tied weight once, so the layer itself cannot tell such a state dict from one of other modules.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(f"{prefix}{name}")
+    for path, layer in model.named_modules():
+        own = f"{prefix}{path}."
+        if not isinstance(layer, QuantizedLayer) or layer.is_covered(state_dict, own):
+            continue
+        if any(name in state_dict for name in names.get(id(own_parameters(layer).get("weight")), ())):
+            layer.unfreeze_missing(state_dict, own)
 
 
 def _check_not_quantized(model: nn.Module) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn import FakeQuantize, FrozenWeightFakeQuantize, PackedLayer, PackedWeight, QuantizedLayer
+from ..nn import FakeQuantize, PackedLayer, PackedWeight, QuantizedLayer
 from ..nn.quantized_layer import QUANTIZED_LAYERS
 from .modules import shared_weights
 
@@ -38,7 +38,7 @@ class RequantizeOutputEmbeddings:
         if head in shared_weights(model) or not isinstance(weight, FakeQuantize):
             return
         if weight.is_frozen:
-            head.weight_quantizer = FrozenWeightFakeQuantize.of(head.weight_quantizer, head.weight)
+            head.weight_quantizer.freeze_at(head.weight)
         if is_packed:
             PackedLayer.pack(head, PackedWeight.pack(head.weight_quantizer, head.weight))
             head.requires_grad_(False)

@@ -12,14 +12,16 @@ from ..config import ModuleSettings, OctavConfig
 from ..nn import (
     FakeQuantize,
     PackedLayer,
+    PackedWeight,
     QuantizedAttention,
     QuantizedLayer,
     SynchronizedFakeQuantize,
+    WeightFakeQuantize,
     quantized_class_of,
 )
 from ..nn.granularity import ATTENTION_OPERANDS, Granularity, granularity_of
 from .attention_modules import attention_modules
-from .modules import modules_without_quantizers, quantized_modules
+from .modules import modules_without_quantizers, quantized_modules, shared_weights
 
 # Parts of names that wrappers for sharding and activation checkpointing add, and leave out of the state dict.
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -31,11 +33,17 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def has_frozen_weight_clips(model: nn.Module) -> bool:
-    """Whether a weight of the model has frozen clips, or had when it was packed."""
-    layers = (module for module in model.modules() if isinstance(module, QuantizedLayer))
-    return any(
-        isinstance(layer.weight_quantizer, FakeQuantize) and layer.weight_quantizer.is_frozen for layer in layers
-    )
+    """Whether all weights that can have frozen clips have them, or had when they were packed."""
+    shared = shared_weights(model)
+    states = [
+        layer.weight_quantizer.is_frozen
+        for layer in model.modules()
+        if isinstance(layer, QuantizedLayer)
+        and layer not in shared
+        and issubclass(layer.weight_quantizer_class, WeightFakeQuantize)
+        and isinstance(layer.weight_quantizer, WeightFakeQuantize | PackedWeight)
+    ]
+    return bool(states) and all(states)
 
 
 def check_quantized(model: nn.Module, function: str) -> None:
@@ -78,16 +86,7 @@ def recorded_config(model: nn.Module) -> OctavConfig:
     if record is None:
         record = _with_exceptions(modules, actual, _shared_config(model, modules, actual))
     assert record is not None  # it has no patterns to contradict the modules
-    from ..nn.stored_clips import frozen_fields
-    from .modules import activation_quantizers
-
-    clips: Any = {}
-    for path, operand, quantizer in activation_quantizers(model):
-        if quantizer.frozen is not None:
-            clips.setdefault(path, {})[operand] = frozen_fields(quantizer.frozen)
-    return replace(
-        record, packed=is_packed(model), frozen_weight_clips=has_frozen_weight_clips(model), activation_clips=clips
-    )
+    return replace(record, packed=is_packed(model), frozen_weight_clips=has_frozen_weight_clips(model))
 
 
 Settings = Mapping[str, Any]
