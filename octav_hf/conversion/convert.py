@@ -11,7 +11,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from .._utils.transformers_compat import mark_as_float, unset_upload
 from ..config import OctavConfig
-from ..nn import QuantizedLayer
+from ..nn import PackedWeight, QuantizedLayer
 from .modules import quantized_modules
 from .plan import plan_conversion
 from .record import requantize_output_embeddings
@@ -112,14 +112,22 @@ def restore_modules(model: nn.Module) -> None:
 
 def freeze_packed(model: nn.Module) -> None:
     """Leave nothing to train in a packed model but what is added to it later; without that, training is refused."""
-    model.requires_grad_(False)
     model.octav_packed_hook = model.register_forward_pre_hook(_refuse_training)  # type: ignore[assignment]
+    trained = [name for name, value in model.named_parameters() if value.requires_grad]
+    model.__dict__["octav_frozen_by_packing"] = trained
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module.guard()
 
 
 def release_packed(model: nn.Module) -> None:
-    """Undo ``freeze_packed``."""
+    """Undo ``freeze_packed``: what it froze requires a gradient again; the rest is as the user left it."""
     model.__dict__.pop("octav_packed_hook").remove()
-    model.requires_grad_(True)
+    parameters = dict(model.named_parameters())
+    for name in model.__dict__.pop("octav_frozen_by_packing"):
+        if name in parameters:
+            parameters[name].requires_grad_(True)
 
 
 def _check_not_quantized(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """The Transformers quantizer, for loading, training and saving quantized models."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from safetensors import safe_open
@@ -11,11 +11,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from .._utils.transformers_compat import (
     has_adapters,
-    is_tied,
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
     save_by_own_names,
     set_upload,
+    tied_to,
+    untie,
 )
 from ..config import QUANT_METHOD, OctavConfig
 from ..conversion.convert import convert_modules, freeze_packed, restore_modules
@@ -23,9 +24,10 @@ from ..conversion.modules import layers_to_freeze
 from ..conversion.plan import plan_conversion
 from ..conversion.record import is_packed, write_record
 from ..hub.upload import UploadWithCard
-from ..packing.manifest import check_files, describe_tensors
-from ..packing.names import FROZEN_CLIPS, PackedNames, layers_in_files
-from ..packing.pack import packed_layers, prepare_packed, quantized_weights
+from ..nn import PackedLayer, PackedWeight
+from ..packing.manifest import TensorRecord, check_files, describe_tensors
+from ..packing.names import FROZEN_CLIPS, SCALE, PackedNames, layers_in_files
+from ..packing.pack import packed_layers, packed_to_load
 from ..static_clips.weights import prepare_frozen
 from .gathered_weights import given_weights
 
@@ -64,11 +66,12 @@ class OctavQuantizer(HfQuantizer):
             what = "packed" if packed else "with frozen clips of weights"
             raise ValueError(f"a model that is {what} can only be loaded from its files, not from a state_dict")
         files = checkpoint_files or ()
-        names = check_files(files, self.quantization_config) if packed else _tensor_names(files) if frozen else ()
+        records = check_files(files, self.quantization_config) if packed else {}
+        names = records if packed else _tensor_names(files) if frozen else ()
         plan = plan_conversion(model, self.quantization_config, from_file=self.pre_quantized)
         convert_modules(model, self.quantization_config, plan)
         if packed:
-            self._prepare_packed(model, names)
+            self._prepare_packed(model, records)
         if frozen:
             self._prepare_frozen(model, names)
         return model
@@ -81,13 +84,19 @@ class OctavQuantizer(HfQuantizer):
         set_upload(model, UploadWithCard(model))
         return model
 
-    def _prepare_packed(self, model: PreTrainedModel, names: Iterable[str]) -> None:
-        layers = {name: layer for name, (layer, _) in quantized_weights(model).items()}
-        packed = layers_in_files(names, layers, model)
-        for name, shape in _missing(model, layers, packed):
+    def _prepare_packed(self, model: PreTrainedModel, records: Mapping[str, TensorRecord]) -> None:
+        weights = packed_to_load(model, self.quantization_config.frozen_weight_clips)
+        scales = layers_in_files(records, weights, model)
+        found = {name: weights[name] for name, scale in scales.items() if _fits(weights[name], records, scale)}
+        tied = {other for name in found for other in _tied_layers(model, name)}
+        tied -= layers_in_files(records, tied, model, "weight").keys()
+        for name, shape in _missing(model, [*weights, *sorted(tied)], found):
             problem = f"this packed checkpoint has no packed weight of shape {shape} for {type(model).__name__}"
             raise ValueError(f"{name}: {problem}. {_OTHER_CLASS.format('unpack_octav')}")
-        prepare_packed(model, packed, self.quantization_config.frozen_weight_clips)
+        for name, weight in found.items():
+            layer: Any = model.get_submodule(name)
+            PackedLayer.pack(layer, weight)
+            untie(model, f"{name}.weight")
         self._renamings = (PackedNames(packed_layers(model), model.base_model_prefix),)
 
     def _prepare_frozen(self, model: PreTrainedModel, names: Iterable[str]) -> None:
@@ -144,11 +153,25 @@ class OctavQuantizer(HfQuantizer):
         return True
 
 
-def _missing(model: PreTrainedModel, layers: Mapping[str, Any], found: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Name and weight's shape of the layers that are not in the files; tied ones need not be. They would be random."""
-    for name, layer in layers.items():
-        if name not in found and not is_tied(model, f"{name}.weight"):
-            yield name, tuple(layer.weight.shape)
+def _missing(model: PreTrainedModel, layers: Iterable[str], found: Container[str]) -> Iterator[tuple[str, Any]]:
+    """Name and weight's shape of the layers that are not in the files, which would be random.
+
+    One that is tied to another need not be, unless that is among the ``found`` and has no weight to share.
+    """
+    for name in layers:
+        tied = _tied_layers(model, name)
+        if name not in found and (not tied or any(other in found for other in tied)):
+            yield name, tuple(model.get_parameter(f"{name}.weight").shape)
+
+
+def _tied_layers(model: PreTrainedModel, name: str) -> list[str]:
+    return sorted(other.removesuffix(".weight") for other in tied_to(model, f"{name}.weight"))
+
+
+def _fits(weight: PackedWeight, records: Mapping[str, TensorRecord], scale: str) -> bool:
+    """Whether the tensors in the files, the scales under the name ``scale``, have the shapes of ``weight``."""
+    expected = {scale: weight.scale.shape, scale.removesuffix(SCALE) + "weight": weight.packed_data.shape}
+    return all(name in records and records[name].shape == list(shape) for name, shape in expected.items())
 
 
 def _tensor_names(files: Iterable[str]) -> set[str]:

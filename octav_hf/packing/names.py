@@ -51,14 +51,19 @@ class PackedNames(WeightRenaming):
 
 def layers_in_files(
     names: Iterable[str], layers: Iterable[str], model: PreTrainedModel, tensor: str = SCALE
-) -> set[str]:
-    """The ``layers`` of a model before loading that have ``tensor`` (for packed ones a scale) among the ``names``."""
+) -> dict[str, str]:
+    """The ``layers`` of a model before loading that have ``tensor`` (for packed ones a scale) -> its name in files."""
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    found = {rename_source_key(name, renamings, converters)[0] for name in names if name.endswith(f".{tensor}")}
+    found = {rename_source_key(name, renamings, converters)[0]: name for name in names if name.endswith(f".{tensor}")}
     prefix = model.base_model_prefix
-    return {layer for layer in layers if any(f"{variant}.{tensor}" in found for variant in _variants(layer, prefix))}
+    return {
+        layer: found[f"{variant}.{tensor}"]
+        for layer in layers
+        for variant in _variants(layer, prefix)
+        if f"{variant}.{tensor}" in found
+    }
 
 
 def _variants(layer: str, base_model_prefix: str) -> tuple[str, ...]:
