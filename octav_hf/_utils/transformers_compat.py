@@ -43,9 +43,16 @@ def save_by_own_names(model: PreTrainedModel) -> None:
         model._weight_conversions = [each for each in used if each.source_patterns not in legacy]  # type: ignore[assignment]
 
 
-def is_tied(model: PreTrainedModel, parameter: str) -> bool:
-    """Whether Transformers ties a parameter to another one, which is undocumented."""
-    return parameter in {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+def tied_to(model: PreTrainedModel, parameter: str) -> set[str]:
+    """The other parameters that Transformers ties a parameter to, which is undocumented."""
+    tied = model.all_tied_weights_keys
+    source = tied.get(parameter, parameter)
+    return ({source} | {name for name, other in tied.items() if other == source}) - {parameter}
+
+
+def untie(model: PreTrainedModel, parameter: str) -> None:
+    """Have Transformers leave a weight that was saved as its own alone; its config may still say that it is tied."""
+    model.all_tied_weights_keys.pop(parameter, None)
 
 
 def has_adapters(model: PreTrainedModel) -> bool:

@@ -12,7 +12,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from .._utils.torch_private import own_parameters
 from .._utils.transformers_compat import mark_as_float, unset_upload
 from ..config import OctavConfig
-from ..nn import QuantizedLayer
+from ..nn import PackedWeight, QuantizedLayer
 from . import output_embeddings
 from .modules import quantized_modules, transformers_models
 from .plan import plan_conversion
@@ -110,9 +110,8 @@ def restore_modules(model: nn.Module) -> None:
     """Undo ``convert_modules``, and what else a quantized model was given, in place."""
     for converted in list(quantized_modules(model)):
         converted.restore()
+    release_packed(model)
     for module in model.modules():
-        if "octav_packed_hook" in module.__dict__:
-            release_packed(module)
         module.__dict__.pop("octav_config", None)
         unset_upload(module)
         output_embeddings.detach(module)
@@ -123,14 +122,27 @@ def restore_modules(model: nn.Module) -> None:
 
 def freeze_packed(model: nn.Module) -> None:
     """Leave nothing to train in a packed model but what is added to it later; without that, training is refused."""
-    model.requires_grad_(False)
     model.octav_packed_hook = model.register_forward_pre_hook(_refuse_training)  # type: ignore[assignment]
+    for module in model.modules():
+        parameters = own_parameters(module).items()
+        trained = [name for name, value in parameters if value is not None and value.requires_grad]
+        if trained:
+            module.__dict__["octav_frozen_by_packing"] = trained
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module.guard()
 
 
 def release_packed(model: nn.Module) -> None:
-    """Undo ``freeze_packed``."""
-    model.__dict__.pop("octav_packed_hook").remove()
-    model.requires_grad_(True)
+    """Undo ``freeze_packed``, also in a part: what it froze requires a gradient again; the rest is as it was left."""
+    for module in model.modules():
+        if "octav_packed_hook" in module.__dict__:
+            module.__dict__.pop("octav_packed_hook").remove()
+        for name in module.__dict__.pop("octav_frozen_by_packing", ()):
+            parameter = own_parameters(module).get(name)
+            if parameter is not None:
+                parameter.requires_grad_(True)
 
 
 def _cover_tied_layers(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

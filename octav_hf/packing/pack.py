@@ -1,7 +1,6 @@
 """``pack_octav`` and ``unpack_octav``: converting weights to integers and scales, and back."""
 
 import logging
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -27,8 +26,9 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
 
     The outputs stay bitwise the same: a packed layer dequantizes its weight whenever it is used. For a Transformers
     model ``save_pretrained`` and ``push_to_hub`` then write the packed form, which ``from_pretrained`` loads. Packed
-    weights are not parameters, and other parameters are frozen (``requires_grad`` False). To continue training call
-    ``unpack_octav``; adapters on the packed model can be trained without it.
+    weights are read-only: writing to one, replacing it or making it trainable is a ``RuntimeError``. Other parameters
+    are frozen (``requires_grad`` False). To continue training call ``unpack_octav``; adapters on the packed model can
+    be trained without it.
 
     A weight that several modules share, such as a language-model head and the token embeddings, stays in floating point
     and is quantized when used, as in training; a warning names it.
@@ -97,7 +97,8 @@ def unpack_octav(model: Model) -> Model:
     """Undo ``pack_octav`` in place, for training: weights are parameters with the packed values.
 
     Unless ``calibrate_octav`` froze them, clips are recomputed from these values. They differ slightly from those
-    before packing, and so do the outputs. All parameters get ``requires_grad`` True.
+    before packing, and so do the outputs. What packing froze gets ``requires_grad`` True again; what the user had
+    frozen stays so. A packed checkpoint does not tell, so after loading one all parameters get ``requires_grad`` True.
 
     Returns:
         ``model``.
@@ -115,13 +116,12 @@ def unpack_octav(model: Model) -> Model:
     return model
 
 
-def prepare_packed(model: nn.Module, names: Iterable[str], frozen_weight_clips: bool) -> None:
-    """Give layers of a converted model empty packed weights, to load into."""
-    quantized = quantized_weights(model)
-    for name in names:
-        layer, quantizer = quantized[name]
-        is_frozen = frozen_weight_clips and isinstance(quantizer, WeightFakeQuantize)
-        PackedLayer.pack(layer, PackedWeight(quantizer, layer.weight, is_frozen))
+def packed_to_load(model: nn.Module, frozen_weight_clips: bool) -> dict[str, PackedWeight]:
+    """Name -> empty packed weight of each layer of a converted model with a quantized weight, to load into."""
+    return {
+        name: PackedWeight(quantizer, layer.weight, frozen_weight_clips and isinstance(quantizer, WeightFakeQuantize))
+        for name, (layer, quantizer) in quantized_weights(model).items()
+    }
 
 
 def quantized_weights(model: nn.Module) -> dict[str, tuple[Any, FakeQuantize]]:

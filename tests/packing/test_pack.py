@@ -42,7 +42,7 @@ def test_outputs_stay_the_same_bit_for_bit(
     assert torch.equal(logits(model, padded_batch), expected)
     assert str(coverage_report(model)) == report
     assert len(packed_layers(model)) == 13 + 3
-    assert {name.rpartition(".")[2] for name, _ in model.named_parameters()} <= {"weight", "bias"}
+    assert {name.rpartition(".")[2] for name, _ in model.named_parameters()} <= {"weight", "bias", "guarded_weight"}
     assert all(parameter.dim() == 1 for parameter in model.parameters())
     check = check_coverage(model, padded_batch)
     assert check == [], str(check)
