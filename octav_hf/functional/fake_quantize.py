@@ -49,7 +49,7 @@ def fake_quantize(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True
 
     Raises:
         TypeError: ``x`` or ``clip`` is not floating point.
-        ValueError: ``num_bits`` or ``gradient`` is unknown; ``clip`` cannot be broadcast to the shape of ``x``, or is on
+        ValueError: ``num_bits`` or ``gradient`` is unknown; ``clip`` cannot be broadcast to ``x``, or is on
             another device (a 0-dim one may be on the CPU).
     """
     check_floating(x, "fake_quantize")
