@@ -10,6 +10,7 @@ from ..granularity import ATTENTION_OPERANDS
 from ..linear import LINEAR, QuantizedLinear
 from ..shared_inputs import shared_inputs
 from .matmuls import AttentionMatmuls
+from .own_parameters import split_parameters
 from .scaled_dot_product_attention import OperandQuantizers
 
 
@@ -58,7 +59,7 @@ class QuantizedAttention(nn.Module):
     @torch.compiler.disable
     def _attend(self, *args: Any, **kwargs: Any) -> Any:
         self._check_float_layers()
-        matmuls = AttentionMatmuls(self.operand_quantizers, self.attention_name, self.parameters(recurse=False))
+        matmuls = AttentionMatmuls(self.operand_quantizers, self.attention_name, *split_parameters(self))
         with shared_inputs(), matmuls:
             output = super().forward(*args, **kwargs)
         matmuls.check_complete()
