@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+import torch
 from torch import Tensor, nn
 
 from ..._utils.torch_private import own_parameters, storage_id
@@ -37,11 +38,11 @@ def overlaps(x: Tensor, others: Collection[Tensor]) -> bool:
     return any(_begin(x) < _end(other) and _begin(other) < _end(x) for other in near)
 
 
-def _begin(x: Tensor) -> int:
+def _begin(x: Tensor) -> int | torch.SymInt:
     return x.storage_offset() * x.element_size()
 
 
-def _end(x: Tensor) -> int:
+def _end(x: Tensor) -> int | torch.SymInt:
     """The byte after the last one, or ``_begin`` of an empty tensor."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return _begin(x) + (last + 1) * x.element_size() if x.numel() else _begin(x)

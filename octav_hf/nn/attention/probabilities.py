@@ -23,14 +23,14 @@ _REARRANGING = (
 
 def _functions(names: Iterable[str]) -> set[Function]:
     """The methods and functions of these names."""
-    return {function for name in names for where in (Tensor, torch) if (function := getattr(where, name, None))}
+    owners: tuple[Any, ...] = (Tensor, torch)
+    return {function for name in names for owner in owners if (function := getattr(owner, name, None))}
 
 
 LOOKUPS = _functions(("__getitem__", "gather", "take_along_dim", "index_select", "masked_select"))
-_KEEPING: set[Function] = {
-    *(F.dropout, torch.dropout, *_functions(_REARRANGING), *LOOKUPS),
-    *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")),
-}
+_KEEPING: set[Function] = {F.dropout, torch.dropout}
+_KEEPING |= LOOKUPS | _functions(_REARRANGING)
+_KEEPING |= {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")}
 # Functions that fill in or multiply with a number, which must not be negative -> where they take it.
 _WITH_NUMBER: dict[Function, tuple[int, str]] = {
     **dict.fromkeys((torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_), (2, "value")),
