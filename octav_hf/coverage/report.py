@@ -176,11 +176,11 @@ def _rows(place: _Place, module: nn.Module, attention: Collection[str]) -> Itera
 def _parameters(place: _Place, modules: Mapping[str, nn.Module]) -> Iterator[Operand]:
     """The parameters of a module that is no layer, for the innermost module around it that has a forward."""
     module = modules[place.name]
-    if quantized_class_of(module) is not None or isinstance(module, QuantizedAttention):
-        return
     runner = place.name
     while runner and type(modules[runner]).forward is nn.Module.forward:
         runner = runner.rpartition(".")[0]
+    if quantized_class_of(module) is not None or isinstance(modules[runner], QuantizedAttention):
+        return
     kind = type(modules[runner]).__name__
     for parameter in unknown_weights(module):
         which = kind if "weight" in parameter else f"a parameter of {kind}, which"

@@ -139,6 +139,28 @@ def test_parameters_are_listed_by_the_module_that_runs(caplog: pytest.LogCapture
     assert {row.module for row in unexplained} == {"0.inner"}  # not explained by the parameters around it
 
 
+class TableAttention(nn.Module):
+    """Attention that multiplies nothing with parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.more = nn.Parameter(torch.randn(6, 6)), nn.ParameterList([torch.randn(6, 6)])
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return (x @ x.mT + self.table + self.more[0]).softmax(-1) @ x
+
+
+@pytest.mark.parametrize(("quantized", "operands"), [(True, []), (False, ["table", "more.0"])])
+def test_quantized_attention_multiplies_no_parameter_of_its_own(quantized: bool, operands: list[str]) -> None:
+    model = apply_octav(nn.Sequential(TableAttention()), OctavConfig(quantize_attention=quantized))
+    check, report = check_coverage(model, torch.randn(2, 6, 8)), coverage_report(model)
+    assert [row.operand for row in report if "Table" in row.kind] == operands
+    assert (check == []) is quantized
+    assert check.unexplained(report) == []
+
+
 @pytest.mark.parametrize(
     ("module", "operands"),
     [
