@@ -446,7 +446,7 @@ def _validate_clip(clip: Any, options: Any, bits: int | None, where: str) -> Non
         raise ValueError(_unknown(f"{where}_options: the clip {clip!r} has no option", unknown, accepted))
     try:
         # On the CPU whatever the default device: from_pretrained builds models on meta.
-        CLIP_RULES[clip](torch.ones(1, device="cpu"), bits or MAX_BITS, **options)
+        CLIP_RULES[clip](torch.ones(1, dtype=torch.float32, device="cpu"), bits or MAX_BITS, **options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}_options: {error}") from error
 

@@ -12,7 +12,6 @@ from ..nn.granularity import Granularity
 from .operands import activation_quantizer, weight_quantizer
 from .request import ModulePlan, Request
 
-# A norm multiplies element by element, whatever the shape of its weight.
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
@@ -27,8 +26,6 @@ def plan_layers(request: Request) -> Iterator[ModulePlan]:
             continue
         layer_class, settings = quantized_class_of(module), request.settings[name]
         if layer_class is None:
-            if not request.from_file and (settings.weight_bits or settings.activation_bits):
-                _check_holds_no_weight(name, module)
             continue
         bits = {operand: getattr(settings, field) for operand, field in layer_class.operands.items()}
         if name in request.edges:
@@ -37,12 +34,45 @@ def plan_layers(request: Request) -> Iterator[ModulePlan]:
             yield _plan_layer(request, name, module, layer_class, bits)
 
 
+def left_in_float(request: Request) -> dict[str, list[str]]:
+    """Modules that are no layers -> names of their parameters that may be weights, such as those of experts.
+
+    Raises:
+        ValueError: a parameter is called a weight; the message names the module and what to write instead.
+    """
+    found = {}
+    for name, module in request.modules.items():
+        if name in request.left_out or quantized_class_of(module) is not None:
+            continue
+        settings = request.settings[name]
+        names = unknown_weights(module)
+        if names and (settings.weight_bits or settings.activation_bits):
+            weight = next((parameter for parameter in names if "weight" in parameter), None)
+            if weight is not None:
+                shape = tuple(module.get_parameter(weight).shape)
+                raise ValueError(
+                    f"{name}: {type(module).__name__} with {weight} of shape {shape} is not a layer that can be "
+                    "quantized; name it in exclude_modules to leave it in float"
+                )
+            found[name] = names
+    return found
+
+
 def unknown_weights(module: nn.Module) -> list[str]:
-    """Names of the weights of two or more dimensions in a module that is no registered layer and no norm."""
-    if quantized_class_of(module) is not None or isinstance(module, _NORMS):
+    """Names of the parameters of a module, which is no registered layer, that it may multiply and sum over.
+
+    Those in floating point with two or more dimensions, of which experts' weights have three; not of a norm, which
+    multiplies element by element, and none called a bias, which is added. Some of them, such as position embeddings,
+    may be added too.
+    """
+    if isinstance(module, _NORMS):
         return []
-    parameters = own_parameters(module).items()
-    return [name for name, value in parameters if "weight" in name and value is not None and value.dim() > 1]
+    return [
+        name
+        for name, value in own_parameters(module).items()
+        if value is not None and value.dim() > 1 and value.is_floating_point()
+        if "weight" in name or "bias" not in name
+    ]
 
 
 def _plan_layer(
@@ -98,16 +128,6 @@ def _first_last_bits(bits: dict[str, int | None], name: str, config: OctavConfig
             "are None; set one of them, or first_last_bits=None"
         )
     return {operand: number and config.first_last_bits for operand, number in bits.items()}
-
-
-def _check_holds_no_weight(name: str, module: nn.Module) -> None:
-    unknown = unknown_weights(module)
-    if unknown:
-        shape = tuple(module.get_parameter(unknown[0]).shape)
-        raise ValueError(
-            f"{name}: {type(module).__name__} with {unknown[0]} of shape {shape} is not a layer that can be quantized; "
-            "name it in exclude_modules to leave it in float"
-        )
 
 
 def _check_convertible(name: str, module: nn.Module, quantized_class: type[QuantizedLayer]) -> None:

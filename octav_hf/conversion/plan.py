@@ -1,6 +1,7 @@
 """One list of what happens to which module, with every check that could fail, before anything is changed."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,8 +13,10 @@ from ..config import OctavConfig, matches, targets
 from ..nn import QUANTIZED_LAYERS, quantized_class_of
 from .attention import plan_attention
 from .first_last import check_nothing_else_is_asked
-from .layers import plan_layers
+from .layers import left_in_float, plan_layers
 from .request import ModulePlan, Request
+
+logger = logging.getLogger(__name__)
 
 _PATTERN_FIELDS: dict[str, Callable[[str, str], bool]] = {
     "exclude_modules": matches,
@@ -41,6 +44,7 @@ def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = 
         kinds = ", ".join(float_class.__name__ for float_class in QUANTIZED_LAYERS)
         raise ValueError(f"{type(model).__name__} has no layer that can be quantized ({kinds})")
     plan = [*plan_attention(request), *plan_layers(request)]
+    others = {} if from_file else left_in_float(request)
     if not plan and not from_file:
         raise ValueError("the config leaves every layer and attention matmul in float; exclude less, or target more")
     for module_plan in plan:
@@ -50,6 +54,8 @@ def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = 
                 "object (by a device_map, or another library), so a quantized one would never run; pass "
                 "quantization_config=OctavConfig(…) to from_pretrained, or call apply_octav first"
             )
+    if not from_file:
+        _warn_of_float(request, {name: others[name] for name in others.keys() - {planned.name for planned in plan}})
     return plan
 
 
@@ -73,6 +79,22 @@ def named_as_in(model: PreTrainedModel, config: OctavConfig) -> OctavConfig:
         elif patterns is not None:
             changed[field] = [renamed(pattern, is_match) for pattern in patterns]
     return replace(config, **changed)
+
+
+def _warn_of_float(request: Request, others: Mapping[str, Sequence[str]]) -> None:
+    """Name the parameters of other modules that look like matrices, unlike position embeddings ``[1, n, d]``."""
+    matrices = {}
+    for name in (name for name in request.modules if name in others):
+        module = request.modules[name]
+        found = [parameter for parameter in others[name] if min(module.get_parameter(parameter).shape) > 1]
+        if found:
+            matrices[name] = f"{name or type(module).__name__} ({', '.join(found)})"
+    if matrices:
+        logger.warning(
+            "These modules of %s are no layers that can be quantized, so what they multiply with their parameters is "
+            "in float: %s. coverage_report lists them; exclude_modules=%s leaves them so without this warning.",
+            *(type(request.model).__name__, ", ".join(matrices.values()), list(matrices)),
+        )
 
 
 def _check_patterns(request: Request) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from .._utils.forward_pass import Batch, check_batch, run_batch, without_trace
 from .._utils.text_table import aligned
+from ..nn import ATTENTION_OPERANDS
 from .operand_watch import MATMULS, FloatOperand, OperandWatch
 from .report import CoverageReport, Operand
 
@@ -26,8 +27,9 @@ class CoverageCheck(list[FloatOperand]):
     def unexplained(self, report: CoverageReport) -> "CoverageCheck":
         """The operands that ``coverage_report`` of the same model does not list as left in float.
 
-        Each belongs to the innermost module around it that is in the report. A weight in float explains weights, an
-        input in float inputs.
+        Each belongs to the innermost module around it that is in the report as a layer or attention. A weight in float
+        explains weights, an input in float inputs. In another module a parameter in float explains what runs in this
+        very module, and no module inside.
         """
         listed: dict[str, list[Operand]] = {}
         for operand in report:
@@ -43,13 +45,17 @@ class CoverageCheck(list[FloatOperand]):
         return "\n".join([*aligned([header, *(row.cells() for row in self)]), "", summary])
 
 
+_ACTIVATIONS = {"input", *ATTENTION_OPERANDS}
+
+
 def _explained(row: FloatOperand, listed: dict[str, list[Operand]]) -> bool:
     parts = row.module.split(".")
     names = (".".join(parts[:end]) for end in range(len(parts), -1, -1))
-    operands = next((listed[name] for name in names if name in listed), [])
+    around = ([x for x in listed.get(name, ()) if x.of_layer or name == row.module] for name in names)
+    operands = next(filter(None, around), [])
     weight = row.parameter or row.position == MATMULS.get(row.operation, (None,))[-1]
-    same_kind = [operand for operand in operands if (operand.operand == "weight") is weight]
-    # The report lists no weights of attention modules, and only weights of layers that cannot be quantized.
+    same_kind = [operand for operand in operands if (operand.operand not in _ACTIVATIONS) is weight]
+    # The report lists no weights of attention modules, and only parameters of modules that are no layers.
     return any(operand.bits is None for operand in same_kind or operands)
 
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
@@ -171,7 +170,7 @@ class OperandWatch(TorchDispatchMode):
         elif base not in _COPIES:
             return None
         elif base in _FILLED and len(args) > _FILLED[base]:
-            if bool(torch.as_tensor(args[_FILLED[base]]) != 0):
+            if bool(args[_FILLED[base]] != 0):
                 return None
             tensors = tensors[:1]
         origins = {self.origin(x) for x in tensors}

@@ -25,7 +25,7 @@ class Operand:
     """One operand of one module."""
 
     module: str
-    kind: str  # "linear", "convolution", "embedding", "attention" or the class of another module with a weight matrix
+    kind: str  # "linear", "convolution", "embedding", "attention" or the class of another module with parameters
     operand: str  # "weight", another parameter's name, "input", "query", "key", "probabilities" or "value"
     bits: int | None = None
     signed: bool | None = True  # None: depends on the tensor at every forward pass
@@ -42,6 +42,11 @@ class Operand:
         unsigned, unknown = ("asymmetric", "by range") if self.asymmetric else ("unsigned", "by sign")
         grid = {True: "signed", False: unsigned, None: unknown}[self.signed]
         return self.module, self.operand, str(self.bits), grid, self.clip_cell, self.gradient_estimator, ""
+
+    @property
+    def of_layer(self) -> bool:
+        """Whether its module is a layer or attention, not one that is listed for its parameters."""
+        return self.kind in _kinds()
 
     @property
     def clip_cell(self) -> str:
@@ -61,7 +66,7 @@ class CoverageReport(list[Operand]):
     def summary(self) -> str:
         """Counts per kind, and the operands in float by reason, as lines of text."""
         lines = []
-        for kind in dict.fromkeys(["linear", "attention", *(layer.kind for layer in QUANTIZED_LAYERS.values())]):
+        for kind in _kinds():
             total = sum(row.kind == kind for row in self)
             if total:
                 lines.append(f"{len(self.quantized(kind))} of {total} {kind} operands quantized")
@@ -76,16 +81,23 @@ class CoverageReport(list[Operand]):
         return "\n".join([*aligned([header, *(row.cells() for row in self)]), "", self.summary()])
 
 
+def _kinds() -> list[str]:
+    return list(dict.fromkeys(["linear", "attention", *(layer.kind for layer in QUANTIZED_LAYERS.values())]))
+
+
 def coverage_report(model: nn.Module) -> CoverageReport:
-    """List every operand of the model's layers and attention matmuls, and every other weight matrix.
+    """List every operand of the model's layers and attention matmuls, and every other parameter that may be one.
 
     Args:
         model: the model that ``apply_octav`` was called on, or one that contains it, such as PEFT's. For others the
             reasons are unknown.
 
     Returns:
-        Two operands for a linear layer or convolution, four for an attention module, one for an embedding, and the
-        weights with two or more dimensions of other modules.
+        Two operands for a linear layer or convolution, four for an attention module, one for an embedding; and of all
+        other modules but norms the floating-point parameters with two or more dimensions that are not called a bias,
+        which are in float. These are weights, such as those of experts, or may be added, such as position embeddings:
+        ``check_coverage`` tells. A quantized attention module multiplies none of its own. Those in an
+        ``nn.ParameterList`` are listed for the module that runs.
     """
     modules = dict(model.named_modules())
     roots = {
@@ -93,7 +105,9 @@ def coverage_report(model: nn.Module) -> CoverageReport:
     }
     attention = _attention(modules, roots)
     return CoverageReport(
-        row for name, module in modules.items() for row in _rows(_Place(name, roots), module, attention)
+        row
+        for name, module in modules.items()
+        for row in (*_rows(_Place(name, roots), module, attention), *_parameters(_Place(name, roots), modules))
     )
 
 
@@ -157,11 +171,22 @@ def _rows(place: _Place, module: nn.Module, attention: Collection[str]) -> Itera
         reason = place.reason(["activation_bits"], ["quantize_attention"])
         for operand in ATTENTION_OPERANDS:
             yield Operand(name, "attention", operand, reason=reason)
-    else:
-        kind = type(module).__name__
-        for weight in unknown_weights(module):
-            reason = place.reason(otherwise=f"{kind} is not a layer that can be quantized")
-            yield Operand(name, kind, weight, reason=reason)
+
+
+def _parameters(place: _Place, modules: Mapping[str, nn.Module]) -> Iterator[Operand]:
+    """The parameters of a module that is no layer, for the innermost module around it that has a forward."""
+    module = modules[place.name]
+    runner = place.name
+    while runner and type(modules[runner]).forward is nn.Module.forward:
+        runner = runner.rpartition(".")[0]
+    if quantized_class_of(module) is not None or isinstance(modules[runner], QuantizedAttention):
+        return
+    kind = type(modules[runner]).__name__
+    for parameter in unknown_weights(module):
+        which = kind if "weight" in parameter else f"a parameter of {kind}, which"
+        reason = f"{which} is not a layer that can be quantized"
+        operand = f"{place.name}.{parameter}".removeprefix(".")[len(runner) :].removeprefix(".")
+        yield Operand(runner, kind, operand, reason=place.reason(otherwise=reason))
 
 
 def _row(name: str, kind: str, operand: str, quantizer: nn.Module, reason: str) -> Operand:

@@ -38,7 +38,8 @@ class AllRanks:
     def __init__(self, x: Tensor, operation: str):
         self._device = x.device
         local = torch.stack(torch.aminmax(x)).tolist() if x.numel() else [math.inf, -math.inf]  # NaN propagates
-        lows, highs, sizes = self._gather(torch.tensor([*local, x.numel()], dtype=torch.float64)).unbind(dim=1)
+        values = torch.tensor([*local, x.numel()], dtype=torch.float64, device=x.device)
+        lows, highs, sizes = self._gather(values).unbind(dim=1)
         invalid = (sizes > 0) & ~(lows.isfinite() & highs.isfinite())
         if invalid.any():
             finite_range(x, operation)  # raises where the values are

@@ -49,7 +49,8 @@ def fake_quantize(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True
 
     Raises:
         TypeError: ``x`` or ``clip`` is not floating point.
-        ValueError: ``num_bits`` or ``gradient`` is unknown, or ``clip`` cannot be broadcast to the shape of ``x``.
+        ValueError: ``num_bits`` or ``gradient`` is unknown; ``clip`` cannot be broadcast to ``x``, or is on
+            another device (a 0-dim one may be on the CPU).
     """
     check_floating(x, "fake_quantize")
     check_floating(clip, "fake_quantize (clip)")
@@ -61,6 +62,11 @@ def fake_quantize(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True
         raise ValueError(
             f"fake_quantize: clip of shape {tuple(clip.shape)} cannot be broadcast to x of shape {tuple(x.shape)}; "
             "compute it with the dim= that is reduced, which keeps that dimension with size 1"
+        )
+    if clip.device != x.device and (clip.dim() > 0 or clip.device.type != "cpu"):
+        raise ValueError(
+            f"fake_quantize: clip of shape {tuple(clip.shape)} is on {clip.device}, and x of shape {tuple(x.shape)} on "
+            f"{x.device}; write clip.to(x.device)"
         )
     return GRADIENT_FUNCTIONS[gradient].apply(x, clip.detach(), num_bits, signed)
 
@@ -131,7 +137,7 @@ def _round_and_compare(
     """``x`` on the grid, and 1 inside the clip, 0 outside, as bytes."""
     value = x.to(step.dtype)
     # By way of floats, which is vectorized; storing the comparison's result directly is not.
-    inside = torch.where((value >= bottom) & (value <= top), 1.0, 0.0)
+    inside = ((value >= bottom) & (value <= top)).to(step.dtype)
     return round_to_step(x, step, low, high).to(x.dtype), inside.to(torch.uint8)
 
 

@@ -122,7 +122,7 @@ class _Magnitudes:
         return tail.threshold * self.slope(tail) - tail.total
 
     def _read(self, thresholds: list[float]) -> tuple[list[float], list[float]]:
-        rounded = torch.tensor(thresholds, dtype=torch.float32)
+        rounded = torch.tensor(thresholds, dtype=torch.float32, device="cpu")
         read = cuda.sums if cuda.is_supported(self._x) else _sums
         sums = read(self._x, rounded.to(self._x.device), self._signed)
         return rounded.tolist(), sums.double().sum(dim=1).tolist()
@@ -151,7 +151,7 @@ def _tail(magnitudes: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _count(condition: Tensor) -> Tensor:
-    return torch.where(condition, 1.0, 0.0).to(torch.float32).sum(dim=1)
+    return condition.to(torch.float32).sum(dim=1)
 
 
 def _search(magnitudes: _Magnitudes, tail: _Tail) -> float | None:

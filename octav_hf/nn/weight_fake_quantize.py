@@ -64,7 +64,7 @@ class WeightFakeQuantize(FakeQuantize):
     def _random_vector(self, values: Tensor) -> Tensor:
         probe, shape = self._probe, values.shape[1:]
         if probe is None or (probe.shape, probe.dtype, probe.device) != (shape, values.dtype, values.device):
-            generator = torch.Generator().manual_seed(0)
+            generator = torch.Generator(device="cpu").manual_seed(0)
             probe = torch.rand(shape, generator=generator, device="cpu", dtype=values.dtype).to(values.device) + 0.5
             self._probe = probe
         return probe

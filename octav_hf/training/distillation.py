@@ -203,7 +203,7 @@ def _share(model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
         labels = inputs["labels"]
         if LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss and not _has_decoder(model):
             labels = labels[..., 1:]
-    return (labels != _IGNORED).sum() / items
+    return (labels != _IGNORED).sum().to(torch.float32) / items
 
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

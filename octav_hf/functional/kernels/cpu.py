@@ -50,8 +50,12 @@ def _call(function: str, rows: Tensor, num_bits: int, signed: bool, *more: int) 
     except Exception as error:  # such as no compiler, or a read-only cache
         disable_kernels(error)
         return None
+    if rows.device.type != "cpu":
+        raise ValueError(
+            f"{function}: rows of shape {tuple(rows.shape)} are on {rows.device}; C++ reads memory of the CPU"
+        )
     rows = rows.contiguous().resolve_neg()
-    result = torch.empty(rows.shape[0], dtype=torch.float32)
+    result = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     noise = noise_factor(num_bits, signed)
     grid = (num_bits, signed, noise, gaussian_clip(noise))
     clips(rows.data_ptr(), _DTYPES[rows.dtype], *rows.shape, *grid, torch.get_num_threads(), result.data_ptr(), *more)

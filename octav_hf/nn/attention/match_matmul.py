@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..._utils.torch_private import LINEAR
+
 Function = Callable[..., Any]
 
 
@@ -38,6 +40,12 @@ _UNSUPPORTED: set[Function] = {
     *(torch.tensordot, torch.inner, Tensor.inner, torch.mv, Tensor.mv, torch.addmv, Tensor.addmv, Tensor.addmv_),
     *(torch.dot, Tensor.dot, torch.vdot, Tensor.vdot, torch.linalg.vecdot, torch.linalg.multi_dot, torch.chain_matmul),
     *(torch.cdist, torch.bilinear, F.multi_head_attention_forward),
+}
+
+# Functions of layers, whose second argument is the weight.
+LAYER_FUNCTIONS: set[Function] = {
+    *(LINEAR, F.conv1d, F.conv2d, F.conv3d, torch.conv_tbc),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 }
 
 # Matmuls that sum over the batch too.

@@ -1,6 +1,6 @@
 """Finds the matmuls of an attention module while its forward runs, and quantizes their operands."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,9 +10,10 @@ from torch.overrides import TorchFunctionMode
 from ...functional.rows import Dim
 from ..fake_quantize import FakeQuantize
 from ..granularity import ATTENTION_OPERANDS
-from .match_matmul import Matmul, UnsupportedMatmul, match_matmul
+from .match_matmul import LAYER_FUNCTIONS, Matmul, UnsupportedMatmul, match_matmul
 from .operand_form import quantize_operand
-from .probabilities import SOFTMAX, keeps_probabilities
+from .own_parameters import overlaps
+from .probabilities import LOOKUPS, SOFTMAX, keeps_values
 from .scaled_dot_product_attention import OperandQuantizers, quantized_scaled_dot_product_attention
 
 
@@ -22,7 +23,7 @@ class AttentionMatmuls(TorchFunctionMode):
     In each matmul before the softmax the left operand is the query and the right one the key. The softmax's output is
     the probabilities, also after dropout and changes of dtype or shape, and the other operand of their matmul is the
     value. Nothing else changes. Outer products, by which some models build masks, stay in float, and so do matmuls with
-    a parameter of a layer inside the attention module, which that layer quantizes.
+    a parameter of a layer inside the attention module, which that layer quantizes, or with a view of one.
 
     Quantizers get the index of each call among those for their operand since the mode was made; each index has its own
     frozen clip.
@@ -31,14 +32,24 @@ class AttentionMatmuls(TorchFunctionMode):
         quantizers: modules named after ``ATTENTION_OPERANDS``. One with a ``dim`` gets its operand as
             ``[batch dimensions, free, contracted]``, whichever function computes the matmul.
         name: the attention module's name, for error messages.
-        own_parameters: parameters of the attention module itself, which must not be operands.
+        own_parameters: parameters of the attention module itself. Neither they nor views and copies of them may be
+            operands, or weights of ``torch.nn.functional.linear`` and convolutions. What is looked up in one by an
+            index tensor may be, as what is looked up in an embedding.
+        layer_parameters: those of the layers inside it.
     """
 
-    def __init__(self, quantizers: OperandQuantizers, name: str, own_parameters: Iterable[nn.Parameter] = ()):
+    def __init__(
+        self,
+        quantizers: OperandQuantizers,
+        name: str,
+        own_parameters: Iterable[Tensor] = (),
+        layer_parameters: Collection[Tensor] = (),
+    ):
         super().__init__()
         self.quantizers = quantizers
         self._name = name
-        self._own_parameters = list(own_parameters)
+        self._own = list(own_parameters)  # and copies of them
+        self._layer_parameters = layer_parameters
         self._probabilities: list[Tensor] = []
         self._call_counts = dict.fromkeys(ATTENTION_OPERANDS, 0)
         self._next_calls = {operand: _NextCall(self, operand) for operand in ATTENTION_OPERANDS}
@@ -48,6 +59,7 @@ class AttentionMatmuls(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
+            self._refuse_own([*args[:3], *(kwargs.get(name) for name in ("query", "key", "value"))])
             return quantized_scaled_dot_product_attention(self._next_calls, *args, **kwargs)
         try:
             matmul = match_matmul(func, args, kwargs)
@@ -57,9 +69,15 @@ class AttentionMatmuls(TorchFunctionMode):
             ) from error
         if matmul is not None and self._is_attention(matmul):
             return self._quantized_matmul(matmul)
+        if self._own and func in LAYER_FUNCTIONS:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            if not overlaps(weight, self._layer_parameters):
+                self._refuse_own([weight])
         result = func(*args, **kwargs)
-        if func in SOFTMAX or keeps_probabilities(func, args, kwargs, self._is_probabilities):
-            self._probabilities.extend(result if isinstance(result, tuple | list) else [result])
+        if func in SOFTMAX or keeps_values(func, args, kwargs, self._is_probabilities):
+            self._probabilities.extend(_tensors(result))
+        elif self._own and func not in LOOKUPS and keeps_values(func, args, kwargs, self._is_own):
+            self._own.extend(x for x in _tensors(result) if not self._is_own(x))
         return result
 
     def check_complete(self) -> None:
@@ -79,13 +97,11 @@ class AttentionMatmuls(TorchFunctionMode):
 
     def _is_attention(self, matmul: Matmul) -> bool:
         """Whether this is a matmul of activations, not with a layer's weight or for a mask."""
+        self._refuse_own(matmul.operands)
         for operand in matmul.operands:
-            if any(operand is parameter for parameter in self._own_parameters):
-                raise self._unsupported(
-                    f"multiplies with its own parameter of shape {tuple(operand.shape)}; only a weight in a layer "
-                    "such as nn.Linear can be quantized"
-                )
             if isinstance(operand, nn.Parameter) or not operand.is_floating_point():
+                return False
+            if overlaps(operand, self._layer_parameters):
                 return False
         return matmul.inner_size != 1 or any(self._is_probabilities(operand) for operand in matmul.operands)
 
@@ -122,6 +138,17 @@ class AttentionMatmuls(TorchFunctionMode):
             f"with, calibrate it with batches of this kind, or leave it out: {self._remedy}"
         )
 
+    def _is_own(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and overlaps(x, self._own)
+
+    def _refuse_own(self, operands: Iterable[Any]) -> None:
+        for operand in operands:
+            if self._is_own(operand):
+                raise self._unsupported(
+                    f"multiplies with its own parameter of shape {tuple(operand.shape)}; only a weight in a layer "
+                    "such as nn.Linear can be quantized"
+                )
+
     def _is_probabilities(self, tensor: Any) -> bool:
         return any(tensor is known for known in self._probabilities)
 
@@ -134,6 +161,10 @@ class AttentionMatmuls(TorchFunctionMode):
             f"set module_overrides={{{self._name!r}: {{'quantize_attention': False}}}} to leave its matmuls in float, "
             "or quantize_attention=False for those of all attention modules"
         )
+
+
+def _tensors(result: Any) -> Sequence[Tensor]:
+    return result if isinstance(result, tuple | list) else [result]
 
 
 class _NextCall:

@@ -13,6 +13,7 @@ from ..linear import LINEAR, QuantizedLinear
 from ..quantized_layer import QuantizedLayer
 from ..shared_inputs import shared_inputs
 from .matmuls import AttentionMatmuls
+from .own_parameters import split_parameters
 from .scaled_dot_product_attention import OperandQuantizers
 
 
@@ -68,7 +69,7 @@ class QuantizedAttention(HoldsFrozenClips):
     @torch.compiler.disable
     def _attend(self, *args: Any, **kwargs: Any) -> Any:
         self._check_float_layers()
-        matmuls = AttentionMatmuls(self.operand_quantizers, self.attention_name, self.parameters(recurse=False))
+        matmuls = AttentionMatmuls(self.operand_quantizers, self.attention_name, *split_parameters(self))
         with shared_inputs(), matmuls:
             output = super().forward(*args, **kwargs)
         matmuls.check_complete()

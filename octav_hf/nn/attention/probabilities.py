@@ -1,6 +1,6 @@
-"""Which torch functions return attention probabilities, and which preserve them."""
+"""Which torch functions return attention probabilities, and which preserve the values of a tensor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,14 +17,20 @@ _REARRANGING = (
     *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"),
     *("expand", "expand_as", "repeat", "repeat_interleave", "tile", "broadcast_to", "as_strided", "unfold"),
     *("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "flip", "roll"),
-    *("split", "tensor_split", "chunk", "unbind", "narrow", "select", "diagonal", "__getitem__"),
-    *("gather", "take_along_dim", "index_select", "masked_select", "nan_to_num"),
+    *("split", "tensor_split", "chunk", "unbind", "narrow", "select", "diagonal", "nan_to_num"),
 )
-_KEEPING: set[Function] = {
-    *(F.dropout, torch.dropout),
-    *(function for name in _REARRANGING for where in (Tensor, torch) if (function := getattr(where, name, None))),
-    *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")),
-}
+
+
+def _functions(names: Iterable[str]) -> set[Function]:
+    """The methods and functions of these names."""
+    owners: tuple[Any, ...] = (Tensor, torch)
+    return {function for name in names for owner in owners if (function := getattr(owner, name, None))}
+
+
+LOOKUPS = _functions(("__getitem__", "gather", "take_along_dim", "index_select", "masked_select"))
+_KEEPING: set[Function] = {F.dropout, torch.dropout}
+_KEEPING |= LOOKUPS | _functions(_REARRANGING)
+_KEEPING |= {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")}
 # Functions that fill in or multiply with a number, which must not be negative -> where they take it.
 _WITH_NUMBER: dict[Function, tuple[int, str]] = {
     **dict.fromkeys((torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_), (2, "value")),
@@ -35,15 +41,15 @@ _WITH_NUMBER: dict[Function, tuple[int, str]] = {
 _JOINING: set[Function] = {torch.cat, torch.concat, torch.stack}
 
 
-def keeps_probabilities(
-    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], is_probabilities: Callable[[Any], bool]
+def keeps_values(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], is_known: Callable[[Any], bool]
 ) -> bool:
-    """Whether a call's result has the values of known probabilities, or zeros, or multiples by a number >= 0."""
+    """Whether a call's result has the values of known tensors, or zeros, or multiples by a number >= 0."""
     if not args:
         return False
     if function in _JOINING:
-        return all(is_probabilities(part) for part in args[0])
-    if not is_probabilities(args[0]):
+        return all(is_known(part) for part in args[0])
+    if not is_known(args[0]):
         return False
     if function in _WITH_NUMBER:
         position, keyword = _WITH_NUMBER[function]

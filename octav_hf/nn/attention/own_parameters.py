@@ -1,0 +1,48 @@
+"""The parameters of an attention module, and which tensors lie in their memory."""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from ..._utils.torch_private import own_parameters, storage_id
+
+
+def split_parameters(attention: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that only the attention module's forward can multiply, and those of modules that it runs.
+
+    The first are its own and those of containers without a forward, such as ``nn.ParameterList``.
+    """
+    own: list[Tensor] = []
+    of_modules: list[Tensor] = []
+    pending = [(attention, own)]
+    while pending:
+        module, found = pending.pop()
+        found += [value for value in own_parameters(module).values() if value is not None]
+        for child in module.children():
+            is_own = found is own and type(child).forward is nn.Module.forward
+            pending.append((child, own if is_own else of_modules))
+    return own, of_modules
+
+
+def overlaps(x: Tensor, others: Collection[Tensor]) -> bool:
+    """Whether ``x`` shares memory with one of ``others``, as their views do, also by ``.data``."""
+    if not others:
+        return False
+    try:
+        storage = storage_id(x)
+        near = [other for other in others if storage_id(other) == storage]
+    except NotImplementedError:  # tensors of some kinds, such as sparse ones, have no storage
+        return any(x is other for other in others)
+    # FSDP and ZeRO gather the parameters of several modules in one storage.
+    return any(_begin(x) < _end(other) and _begin(other) < _end(x) for other in near)
+
+
+def _begin(x: Tensor) -> int | torch.SymInt:
+    return x.storage_offset() * x.element_size()
+
+
+def _end(x: Tensor) -> int | torch.SymInt:
+    """The byte after the last one, or ``_begin`` of an empty tensor."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return _begin(x) + (last + 1) * x.element_size() if x.numel() else _begin(x)
