@@ -234,10 +234,15 @@ def test_an_interrupted_pack_leaves_no_folder(trained: Path, tmp_path: Path, mon
 
 
 def test_what_a_killed_pack_left_is_in_nobodys_way(trained: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained, tmp_path / ".packed.unfinished")
-    (tmp_path / "packed").mkdir()
-    assert main(["pack", str(trained), str(tmp_path / "packed")]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"trained", "packed"}
+    for output in ("packed", "new"):
+        if output == "packed":
+            shutil.copytree(trained, tmp_path / output / ".octav-hf-unfinished-1")
+        else:
+            shutil.copytree(trained, tmp_path / ".octav-hf-unfinished-2")
+        assert main(["pack", str(trained), str(tmp_path / output)]) == 0
+        assert AutoModelForQuestionAnswering.from_pretrained(tmp_path / output)
+        assert main(["unpack", str(tmp_path / output), str(tmp_path / f"{output}-again")]) == 0
+        assert not list((tmp_path / f"{output}-again").glob(".octav*"))
 
 
 @pytest.mark.parametrize("arguments", [[], ["pack"], ["pack", "a"], ["explain", "a"], ["push", "a"]])

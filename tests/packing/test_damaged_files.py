@@ -176,7 +176,7 @@ def test_records_that_are_not_what_was_saved(whole: Path, copy: Path) -> None:
     other_bits = record | {"quantization_config": record["quantization_config"] | {"weight_bits": 3}}
     damaged: dict[str, dict[str, Any]] = {
         "has the keys": {},
-        "not ['format', 'octav_hf', 'octav_hf_sha256']": metadata | {"more": "1"},
+        "not ['format', 'octav_hf', 'octav_hf_sha256']": {"format": "pt", "octav_hf": metadata["octav_hf"]},
         "format='tf'": metadata | {"format": "tf"},
         "the record of its tensors in the metadata is altered": metadata | {"octav_hf": json.dumps(other_bits)},
     }
