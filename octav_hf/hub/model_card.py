@@ -77,7 +77,7 @@ def renewed_card(card: ModelCard | None, new: ModelCard) -> ModelCard:
 
 
 def write_card(folder: Path, new: ModelCard) -> None:
-    """Write ``README.md`` into ``folder``, unless a person has written or edited it; ``ValueError`` if it is no card."""
+    """Write ``README.md`` into ``folder``, unless a person has written or edited it; ``ValueError`` if that is none."""
     path = folder / "README.md"
     try:
         card = renewed_card(ModelCard.load(path) if path.is_file() else None, new)
