@@ -3,7 +3,6 @@
 Only `save_by_own_names` is about differences between versions from 5.0 on.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,14 +60,6 @@ def attn_implementation(config: Any) -> str | None:
 def mark_as_float(model: PreTrainedModel) -> None:
     """Mark a model as not quantized, which ``remove_quantization_config`` does not do in its config."""
     model.config._is_quantized = False
-
-
-def argument_of_save_pretrained(name: str) -> Any:
-    """An argument of the innermost ``save_pretrained`` on the stack, not passed on to quantizers; else ``None``."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not inspect.unwrap(PreTrainedModel.save_pretrained).__code__:
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals.get(name)
 
 
 def set_upload(model: PreTrainedModel, upload: Any) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .._utils.torch_private import own_parameters
 from ..nn import FakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
@@ -12,6 +13,15 @@ from ..nn import FakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQua
 def quantized_modules(model: nn.Module) -> Iterator[QuantizedLayer | QuantizedAttention]:
     """The modules that are quantized."""
     return (module for module in model.modules() if isinstance(module, QuantizedLayer | QuantizedAttention))
+
+
+def transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
+    """The Transformers models in ``model``, or ``model`` itself, without those that are parts of one."""
+    if isinstance(model, PreTrainedModel):
+        yield model
+        return
+    for child in model.children():
+        yield from transformers_models(child)
 
 
 def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]]:

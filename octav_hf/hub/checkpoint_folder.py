@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -23,9 +22,11 @@ from ..config import QUANT_METHOD, OctavConfig
 from ..conversion.convert import convert_modules
 from ..conversion.modules import layers_by_quantizer
 from ..conversion.plan import plan_conversion
+from ..conversion.verify import float_structure
 from ..nn import FakeQuantize
 from ..nn.granularity import ACTIVATION_GRANULARITIES
-from .model_card import model_card, write_card
+from ..packing.names import SCALE
+from .model_card import card_of, write_card
 from .training_run import TrainingRun
 
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # neither downloaded nor uploaded: loading one can run any code
@@ -131,10 +132,8 @@ class CheckpointFolder:
     @cached_property
     def structure(self) -> PreTrainedModel:
         """The quantized model without weights, in training form, on the meta device."""
-        with torch.device("meta"):
-            model = self.model_class(self._model_config())
+        model = float_structure(self.model_class, self._model_config())
         convert_modules(model, self.config, plan_conversion(model, self.config, from_file=True))
-        model.config.quantization_config = self.config
         return model
 
     @cached_property
@@ -156,7 +155,9 @@ class CheckpointFolder:
 
     @property
     def frozen_weights(self) -> int:
-        """The number of weights whose clips are frozen."""
+        """The number of weights whose clips are frozen; packed, these are their scales."""
+        if self.config.packed and self.config.frozen_weight_clips:
+            return sum(name.endswith(f".{SCALE}") for name in self._stored)
         return sum(_FROZEN_WEIGHT.fullmatch(name) is not None for name in self._stored)
 
     def layers(self) -> list[StoredLayer]:
@@ -173,7 +174,7 @@ class CheckpointFolder:
 
     def write_card(self, name: str) -> None:
         """Write the model card unless a person has written one; ``name`` is what its example loads."""
-        write_card(self.path, model_card(self.structure, TrainingRun.load(self.path), name=name))
+        write_card(self.path, card_of(self.structure, self.config, TrainingRun.load(self.path), name=name))
 
     def push(
         self,

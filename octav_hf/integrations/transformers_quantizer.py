@@ -20,14 +20,13 @@ from .._utils.transformers_compat import (
 from ..config import QUANT_METHOD, OctavConfig
 from ..conversion.convert import convert_modules, freeze_packed, restore_modules
 from ..conversion.modules import layers_to_freeze
-from ..conversion.plan import plan_conversion
-from ..conversion.record import is_packed, write_record
+from ..conversion.plan import named_as_in, plan_conversion
+from ..conversion.record import is_packed
 from ..hub.upload import UploadWithCard
 from ..packing.manifest import check_files, describe_tensors
 from ..packing.names import FROZEN_CLIPS, PackedNames, layers_in_files
 from ..packing.pack import packed_layers, prepare_packed, quantized_weights
 from ..static_clips.weights import prepare_frozen
-from .gathered_weights import given_weights
 
 _OTHER_CLASS = (
     "Load it with the model class that it was saved from (architectures in config.json), and call {} before giving it "
@@ -46,6 +45,7 @@ class OctavQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: OctavConfig
+    state_dict: Mapping[str, Tensor] | None = None  # to be saved in the place of the model's own
     _renamings: tuple[PackedNames, ...] = ()  # of the model whose weights are being loaded
 
     def _process_model_before_weight_loading(
@@ -65,8 +65,8 @@ class OctavQuantizer(HfQuantizer):
             raise ValueError(f"a model that is {what} can only be loaded from its files, not from a state_dict")
         files = checkpoint_files or ()
         names = check_files(files, self.quantization_config) if packed else _tensor_names(files) if frozen else ()
-        plan = plan_conversion(model, self.quantization_config, from_file=self.pre_quantized)
-        convert_modules(model, self.quantization_config, plan)
+        config = named_as_in(model, self.quantization_config) if self.pre_quantized else self.quantization_config
+        convert_modules(model, config, plan_conversion(model, config, from_file=self.pre_quantized))
         if packed:
             self._prepare_packed(model, names)
         if frozen:
@@ -77,9 +77,13 @@ class OctavQuantizer(HfQuantizer):
         self._renamings = ()
         if self.quantization_config.packed:
             freeze_packed(model)
+        self.attach(model)
+        return model
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Give a quantized model what saving and uploading it needs."""
         save_by_own_names(model)
         set_upload(model, UploadWithCard(model))
-        return model
 
     def _prepare_packed(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         layers = {name: layer for name, (layer, _) in quantized_weights(model).items()}
@@ -106,10 +110,9 @@ class OctavQuantizer(HfQuantizer):
         """The state dict to save, ``None`` for the model's own, and the files' metadata.
 
         Raises:
-            NotImplementedError: weights are sharded, or packed ones are stored merged or split by Transformers.
+            NotImplementedError: packed weights are stored merged or split by Transformers.
         """
-        given = given_weights(model)
-        write_record(model)  # Transformers writes the config after this
+        given = None if self.state_dict is None else dict(self.state_dict)
         if not is_packed(model) or has_adapters(model):
             return given, {}
         weights = model.state_dict() if given is None else given

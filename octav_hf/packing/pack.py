@@ -12,7 +12,8 @@ from .._utils.torch_private import own_parameters
 from ..conversion.convert import freeze_packed, release_packed
 from ..conversion.layers import plan_layers
 from ..conversion.modules import layers_by_quantizer, shared_weights
-from ..conversion.record import asked_config, is_packed, requantize_output_embeddings, write_record
+from ..conversion.output_embeddings import requantize_output_embeddings
+from ..conversion.record import check_quantized, is_packed, recorded_config
 from ..conversion.request import Request
 from ..nn import FakeQuantize, PackedLayer, PackedWeight, WeightFakeQuantize
 
@@ -45,12 +46,13 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
         ValueError: the model is not quantized by ``apply_octav``, or packed already; a weight holds NaN or Inf, or is
             sharded; ``embedding_bits`` contradicts the config, or a table is shared. The model is then unchanged.
     """
-    config = asked_config(model, "pack_octav")
+    check_quantized(model, "pack_octav")
     requantize_output_embeddings(model)
     if is_packed(model):
         raise ValueError(f"{type(model).__name__} is packed already; save it as it is")
     tables: list[Any] = []  # plans of embeddings
     if embedding_bits is not None:
+        config = recorded_config(model)
         if config.embedding_bits not in (None, embedding_bits):
             raise ValueError(
                 f"embedding_bits={embedding_bits}, but the model was trained with "
@@ -77,12 +79,11 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
         raise ValueError(f"{type(model).__name__} has no quantized weight of its own, so there is nothing to pack")
     for table in tables:
         table.convert()
-        model.__dict__["octav_modules"][table.name] = table.quantized_class
+    if tables and "octav_config" in model.__dict__:
+        model.octav_config = replace(model.octav_config, embedding_bits=embedding_bits)  # type: ignore[type-var]
     for layer, weight in packed:
         PackedLayer.pack(layer, weight)
-    model.octav_config = config  # type: ignore[assignment]
     freeze_packed(model)
-    write_record(model)
     left = [name for name, (layer, _) in quantized.items() if layer in shared]
     if left:
         logger.warning(
@@ -105,13 +106,12 @@ def unpack_octav(model: Model) -> Model:
         TypeError: ``model`` is not an ``nn.Module``.
         ValueError: the model is not packed.
     """
-    asked_config(model, "unpack_octav")
+    check_quantized(model, "unpack_octav")
     if not is_packed(model):
         raise ValueError(f"{type(model).__name__} is not packed; train it as it is")
     for layer in packed_layers(model).values():
         layer.unpack()
     release_packed(model)
-    write_record(model)
     return model
 
 

@@ -13,7 +13,6 @@ from transformers.utils.logging import tqdm
 from .._utils.forward_pass import Batch, check_batch, in_evaluation_mode, run_batch, without_trace
 from .._utils.torch_private import tree_map
 from ..conversion.modules import activation_quantizers, quantized_modules
-from ..conversion.record import config_name, write_record
 from ..nn import ClipObserver, FakeQuantize, FrozenClips
 
 logger = logging.getLogger(__name__)
@@ -155,7 +154,7 @@ def _activations(model: nn.Module, caller: str) -> list[_Activation]:
         if "octav_config" in root.__dict__:
             for path, operand, quantizer in activation_quantizers(root):
                 full = ".".join(filter(None, (root_path, path)))
-                name = config_name(path, operand, quantizer.name)
+                name = path
                 found[quantizer] = _Activation(root, full, name, operand, quantizer)
     if found:
         return list(found.values())
@@ -185,8 +184,6 @@ def _freeze(operands: list[_Activation], frozen: list[FrozenClips | None]) -> No
     """Give each activation its frozen clips, or none, and each model the record that says so."""
     for operand, new in zip(operands, frozen, strict=True):
         operand.quantizer.frozen = new
-    for root in {operand.root: None for operand in operands}:
-        write_record(root)
 
 
 def _device(model: nn.Module) -> torch.device | None:

@@ -8,7 +8,8 @@ from torch import nn
 
 from .._utils.sharded_weights import sharded_shape
 from ..conversion.modules import layers_by_quantizer, layers_to_freeze, shared_weights
-from ..conversion.record import asked_config, has_frozen_weight_clips, is_packed, write_record
+from ..conversion.output_embeddings import requantize_output_embeddings
+from ..conversion.record import check_quantized, has_frozen_weight_clips, is_packed
 from ..nn import FrozenWeightFakeQuantize
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ def freeze_weight_clips(model: Model) -> Model:
         ValueError: the model is not quantized by ``apply_octav``, is packed, has frozen clips of weights already or no
             weight whose clips could be frozen, or a weight holds NaN or Inf or is sharded. The model is then as it was.
     """
-    asked_config(model, "freeze_weight_clips")
+    check_quantized(model, "freeze_weight_clips")
+    requantize_output_embeddings(model)
     if is_packed(model):
         raise ValueError(f"{type(model).__name__} is packed, and its clips with it; call unpack_octav(model) first")
     if has_frozen_weight_clips(model):
@@ -55,7 +57,6 @@ def freeze_weight_clips(model: Model) -> Model:
     quantizers = [FrozenWeightFakeQuantize.of(layer.weight_quantizer, layer.weight) for layer in layers.values()]
     for layer, quantizer in zip(layers.values(), quantizers, strict=True):
         layer.weight_quantizer = quantizer
-    write_record(model)
     dynamic = [name for name in found if name not in layers]
     if dynamic:
         logger.warning("Several modules share these weights, and their clips stay dynamic: %s", ", ".join(dynamic))
@@ -72,14 +73,13 @@ def unfreeze_weight_clips(model: Model) -> Model:
         TypeError: ``model`` is not an ``nn.Module``.
         ValueError: the model has no frozen clips of weights, or is packed.
     """
-    asked_config(model, "unfreeze_weight_clips")
+    check_quantized(model, "unfreeze_weight_clips")
     if is_packed(model):
         raise ValueError(f"{type(model).__name__} is packed, and its clips with it; call unpack_octav(model) first")
     if not has_frozen_weight_clips(model):
         raise ValueError(f"unfreeze_weight_clips: no clip of a weight of {type(model).__name__} is frozen")
     for layer in frozen_layers(model).values():
         layer.weight_quantizer = layer.weight_quantizer_class(**layer.weight_quantizer.init_kwargs)
-    write_record(model)
     return model
 
 

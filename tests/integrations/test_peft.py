@@ -128,7 +128,6 @@ def test_frozen_clips_of_a_quantized_model_with_adapters_come_back(
     base = apply_octav(small_bert(), OctavConfig())
     model = peft.get_peft_model(base, lora())
     calibrate_octav(model, [padded_batch], progress_bar=False)
-    assert base.config.quantization_config.activation_clips
     assert all(row.frozen for row in coverage_report(model) if row.bits and row.operand != "weight")
     model.save_pretrained(tmp_path / "adapters")
     again = apply_octav(small_bert(), recorded_config(base))
@@ -141,11 +140,18 @@ def test_frozen_clips_of_a_quantized_model_with_adapters_come_back(
     assert torch.equal(logits(loaded, padded_batch), logits(merged, padded_batch))
 
 
-def test_a_head_that_peft_copies_keeps_its_name_in_the_record(small_bert: MakeBert, padded_batch: dict) -> None:
-    model = calibrate_octav(apply_octav(small_bert(), OctavConfig()), [padded_batch], progress_bar=False)
-    before = recorded_config(model)
-    peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], modules_to_save=["qa_outputs"], r=2))
-    assert recorded_config(model) == before
+@pytest.mark.parametrize("modules_to_save", [None, ["qa_outputs"]])
+def test_a_base_model_with_adapters_around_its_layers_is_not_saved(
+    small_bert: MakeBert, tmp_path: Path, modules_to_save: list[str] | None
+) -> None:
+    model = apply_octav(small_bert(), OctavConfig())
+    config = peft.LoraConfig(target_modules=["query"], modules_to_save=modules_to_save, r=2)
+    adapted = peft.get_peft_model(model, config)
+    with pytest.raises(ValueError, match=r"self\.query.*save adapters by their own save_pretrained, or merge"):
+        model.save_pretrained(tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+    adapted.unload().save_pretrained(tmp_path / "base")
+    assert isinstance(BertForQuestionAnswering.from_pretrained(tmp_path / "base").qa_outputs, QuantizedLinear)
 
 
 def test_frozen_clips_of_quantized_adapters_come_back(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
