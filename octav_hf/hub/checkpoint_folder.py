@@ -29,7 +29,8 @@ from ..packing.names import SCALE
 from .model_card import card_of, write_card
 from .training_run import TrainingRun
 
-PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # neither downloaded nor uploaded: loading one can run any code
+PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib"]
+"""Neither downloaded nor uploaded nor copied: loading one can run any code."""
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "config.json"]
 _TRAINER_FILES = ["trainer_state.json", "*_results.json", "*_predictions.json", "*_null_odds.json"]
 _UNFINISHED = ".octav-hf-unfinished-"  # begins the name of a temporary folder
