@@ -15,7 +15,7 @@ import torch
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ._utils.escaping import shown
+from ._utils.escaping import escaped, shown
 from ._utils.name_patterns import NamePatterns, validate_patterns
 from ._version import __version__
 from .functional import CLIP_RULES, GradientEstimator
@@ -250,9 +250,10 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
                 refuses.
         """
         values = dict(config_dict)
-        _check_depth(values, "quantization_config")
-        if not all(isinstance(name, str) for name in values):
-            raise ValueError(f"the fields of a quantization_config must be strings, got {shown(list(values))}")
+        for name, value in values.items():
+            if not isinstance(name, str):
+                raise ValueError(f"the fields of a quantization_config must be strings, got {shown(name)}")
+            _check_depth(value, escaped(name))
         version = values.pop("format_version", 1)  # older than the field
         _check_version(version, values.pop("octav_hf_version", "unknown"))
         if version == 1:
