@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,15 @@ from typing import Any
 from huggingface_hub.utils import httpx
 from transformers import PreTrainedModel, logging
 
+from ._utils.escaping import escaped, shown
 from ._utils.text_table import aligned
+from .config import OctavConfig
 from .hub.checkpoint_folder import CheckpointFolder, atomic_output_dir, summary
 from .hub.model_card import bits_in_words
 from .hub.training_run import TrainingRun
 from .packing.pack import pack_octav, unpack_octav
+
+_MAX_NAMES = 8  # of modules in one line
 
 # HTTPError covers errors of the Hub and failed connections; huggingface_hub exports the client that it uses.
 _EXPECTED_ERRORS = (ValueError, OSError, NotImplementedError, httpx.HTTPError)
@@ -31,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options.run(options)
     except _EXPECTED_ERRORS as error:
-        print(f"octav-hf: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"octav-hf: {escaped(' '.join(str(error).split()), longest=None)}", file=sys.stderr)
         return 1
     finally:
         if had_progress_bar:
@@ -53,16 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     unpack.set_defaults(run=_unpack)
 
     inspect = commands.add_parser("inspect", help="show what a checkpoint is, and check that it is whole")
-    inspect.add_argument("source", metavar="SOURCE", help="folder, or id of a repository")
+    inspect.add_argument("source", metavar="SOURCE", type=os.path.expanduser, help="folder, or id of a repository")
     inspect.add_argument("--json", action="store_true", help="for programs")
     inspect.set_defaults(run=_inspect)
 
     card = commands.add_parser("card", help="write README.md from the config and, if there is one, octav_run.json")
-    card.add_argument("folder", metavar="FOLDER")
+    card.add_argument("folder", metavar="FOLDER", type=os.path.expanduser)
     card.set_defaults(run=_card)
 
     push = commands.add_parser("push", help="upload a checkpoint in the form that it has, with its card")
-    push.add_argument("folder", metavar="FOLDER")
+    push.add_argument("folder", metavar="FOLDER", type=os.path.expanduser)
     push.add_argument("repo_id", metavar="REPO_ID", help="such as me/bert-4bit; it is created if need be")
     push.add_argument("--private", action="store_true", default=None, help="if the repository is created")
     push.add_argument("--revision", help="branch to push to; it is created if need be")
@@ -73,8 +78,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_source_and_output(parser: argparse.ArgumentParser, source: str) -> None:
-    parser.add_argument("source", metavar="SOURCE", help=f"{source}: a folder, or the id of a repository")
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write, which must not exist or be empty")
+    parser.add_argument(
+        "source", metavar="SOURCE", type=os.path.expanduser, help=f"{source}: a folder, or the id of a repository"
+    )
+    parser.add_argument(
+        "output", metavar="OUTPUT", type=_path, help="folder to write, which must not exist or be empty"
+    )
     parser.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="such as 2GB; default %(default)s")
 
 
@@ -101,12 +110,23 @@ def _write(
     model: PreTrainedModel, source: CheckpointFolder, folder: Path, options: argparse.Namespace, *, same_outputs: bool
 ) -> None:
     model.save_pretrained(folder, max_shard_size=options.max_shard_size)
-    source.copy_companions(folder)
+    left_out = source.copy_companions(folder)
+    if left_out:
+        print(f"left out: {', '.join(left_out)}")
     run = TrainingRun.load(folder)
     if run.metrics and not same_outputs:
         replace(run, metrics={}, fp32_metrics={}).save(folder)
         print("the outputs are not quite the same, so the card has no metrics; evaluate anew")
-    CheckpointFolder(str(folder)).write_card(options.output.name)
+    CheckpointFolder(str(folder)).write_card(_name(options.output))
+
+
+def _path(argument: str) -> Path:
+    return Path(os.path.expanduser(argument))
+
+
+def _name(folder: Path) -> str:
+    """What a card calls a folder, which may be given as ``.``."""
+    return Path(os.path.abspath(folder)).name
 
 
 def _report(output: Path) -> None:
@@ -122,13 +142,11 @@ def _inspect(options: argparse.Namespace) -> None:
         print(json.dumps(facts, indent=1))
         return
     config = folder.config
-    frozen = f"frozen for {facts['frozen_clips']} activations" if facts["frozen_clips"] else "dynamic"
     print(f"{options.source}: {facts['architecture']}, {facts['form']} form, format version {facts['format_version']}")
-    weights = f"clip {config.weight_clip} per {config.weight_granularity}"
-    weights += ", frozen" if config.frozen_weight_clips else ""
-    print(f"weights: {bits_in_words(config.weight_bits)}, {weights}")
-    print(f"activations: {bits_in_words(config.activation_bits)}, clip {config.activation_clip} per tensor, {frozen}")
+    print(f"weights: {', '.join(_weights(config, facts))}")
+    print(f"activations: {', '.join(_activations(config, facts))}")
     print(f"embeddings: {bits_in_words(config.embedding_bits)}")
+    print("".join(f"{line}\n" for line in _exceptions(config)), end="")
     header = ("layer", "bits", "shape", "stored as", "bytes", "in float32")
     rows = []
     for layer in facts["layers"]:
@@ -139,6 +157,64 @@ def _inspect(options: argparse.Namespace) -> None:
     print("every tensor is as it was saved" if config.packed else "every weight is there (values are not recorded)")
 
 
+def _weights(config: OctavConfig, facts: dict[str, Any]) -> list[str]:
+    if config.weight_bits is None:
+        return [bits_in_words(None)]
+    frozen = [f"frozen for {facts['frozen_weight_clips']} weights"] if facts["frozen_weight_clips"] else []
+    clip = _clip(config.weight_clip, config.weight_clip_options)
+    return [bits_in_words(config.weight_bits), f"{clip} per {config.weight_granularity}", *frozen]
+
+
+def _activations(config: OctavConfig, facts: dict[str, Any]) -> list[str]:
+    if config.activation_bits is None:
+        return [bits_in_words(None)]
+    operands = facts["activation_granularity"]
+    if not config.quantize_attention:
+        operands = {"input": operands["input"]}
+    frozen = f"frozen for {facts['frozen_clips']} activations" if facts["frozen_clips"] else "dynamic"
+    if facts["frozen_clips"] and "token" in operands.values():
+        frozen += " (where the config says per token, per tensor)"  # tokens have no identity across batches
+    clip = _clip(config.activation_clip, config.activation_clip_options)
+    attention = [] if config.quantize_attention else ["attention matmuls in floating point"]
+    return [bits_in_words(config.activation_bits), f"{clip} {_granularities(operands)}", *attention, frozen]
+
+
+def _granularities(operands: dict[str, str]) -> str:
+    """What one clip is for, by operand where they differ."""
+    found = dict.fromkeys(operands.values())
+    if len(found) == 1:
+        return f"per {next(iter(found))}"
+    named = {each: ", ".join(operand for operand, own in operands.items() if own == each) for each in found}
+    return ", ".join(f"per {each} ({names})" for each, names in named.items())
+
+
+def _clip(rule: str, options: dict[str, Any]) -> str:
+    return f"clip {rule}" + (f" ({_fields(options)})" if options else "")
+
+
+def _exceptions(config: OctavConfig) -> list[str]:
+    """A line for each setting that is not of the whole model."""
+    lines = []
+    if config.first_last_bits is not None:
+        lines.append(f"first and last layer: {bits_in_words(config.first_last_bits)}")
+    for title, patterns in (("excluded", config.exclude_modules), ("only", config.target_modules)):
+        if patterns:
+            lines.append(f"{title}: {_names(patterns)}")
+    alike: dict[str, list[str]] = {}
+    for pattern, override in config.module_overrides.items():
+        alike.setdefault(_fields(override), []).append(pattern)
+    return [*lines, *(f"override: {fields} for {_names(patterns)}" for fields, patterns in alike.items())]
+
+
+def _fields(values: dict[str, Any]) -> str:
+    return ", ".join(f"{escaped(name)}={shown(value)}" for name, value in values.items())
+
+
+def _names(patterns: list[str]) -> str:
+    names = ", ".join(map(escaped, patterns[:_MAX_NAMES]))
+    return names + (f" and {len(patterns) - _MAX_NAMES} more" if len(patterns) > _MAX_NAMES else "")
+
+
 def _sizes(facts: dict[str, Any]) -> str:
     stored, floating = facts["layer_bytes"], facts["layer_float32_bytes"]
     ratio = f", 1/{floating / stored:.2f} of float32" if stored else ""
@@ -147,7 +223,7 @@ def _sizes(facts: dict[str, Any]) -> str:
 
 def _card(options: argparse.Namespace) -> None:
     folder = _local(options.folder)
-    folder.write_card(folder.path.resolve().name)
+    folder.write_card(_name(folder.path))
     print(f"wrote {folder.path / 'README.md'}")
 
 

@@ -4,10 +4,10 @@
 import copy
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,10 +15,12 @@ import torch
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ._utils.escaping import escaped, shown
+from ._utils.name_patterns import NamePatterns, validate_patterns
 from ._version import __version__
 from .functional import CLIP_RULES, GradientEstimator
 from .functional.grid import MAX_BITS, MIN_BITS
-from .functional.registry import RULE_ARGUMENTS, rules_for_all_ranks
+from .functional.registry import OPTION_CHECKS, RULE_ARGUMENTS, rules_for_all_ranks
 from .nn.clips_of_version_1 import ClipsOfVersion1, validate_activation_clips
 from .nn.granularity import ACTIVATION_GRANULARITIES, FINEST, WEIGHT_GRANULARITIES, Granularity, unsupported_reason
 
@@ -41,6 +43,9 @@ _CHOICES: dict[str, tuple[StrEnum, ...]] = {
 WRITTEN_FIELDS = ("packed", "frozen_weight_clips")
 """What the modules of a model say, and its record with them: not for users to set."""
 _PATTERN_LISTS = ("exclude_modules", "target_modules", "attention_modules")
+_MAX_NAMES = 5  # that a message lists
+_MAX_DEPTH = 32  # of lists and dicts in each other
+_VERSION_NUMBER = re.compile(r"\d{1,4}(\.\d{1,8}){0,4}((a|b|rc)\d{1,4})?(\.post\d{1,4})?(\.dev\d{1,8})?", re.ASCII)
 
 
 def _field(default: Any, help: str) -> Any:
@@ -213,6 +218,7 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # of the instance too, whose __dict__ Transformers writes
         for entry in fields(self):
             value = getattr(self, entry.name)
+            _check_depth(value, entry.name)
             if entry.name in _PATTERN_LISTS:
                 is_list = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
                 setattr(self, entry.name, list(value) if is_list else value)
@@ -243,6 +249,10 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
                 refuses.
         """
         values = dict(config_dict)
+        for name, value in values.items():
+            if not isinstance(name, str):
+                raise ValueError(f"the fields of a quantization_config must be strings, got {shown(name)}")
+            _check_depth(value, escaped(name))
         version = values.pop("format_version", 1)  # older than the field
         _check_version(version, values.pop("octav_hf_version", "unknown"))
         clips: ClipsOfVersion1 = {}
@@ -253,7 +263,7 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
         method = values.pop("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD:
             raise ValueError(
-                f"this is a config of quant_method {method!r}, not {QUANT_METHOD!r}; load it with its own class"
+                f"this is a config of quant_method {shown(method)}, not {QUANT_METHOD!r}; load it with its own class"
             )
         names = {entry.name for entry in fields(cls) if entry.init}
         replaced = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
@@ -280,34 +290,43 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
             setattr(self, name, type(choices[0])(values[name]))
         for name in _PATTERN_LISTS:
             patterns = values[name]
-            is_list = isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns)
-            if not is_list and (patterns is not None or name == "exclude_modules"):
-                raise ValueError(f"{name} must be a list of name patterns, got {patterns!r}")
+            if isinstance(patterns, list):
+                validate_patterns(patterns, name)
+            elif patterns is not None or name == "exclude_modules":
+                raise ValueError(f"{name} must be a list of name patterns, got {shown(patterns)}")
         if not isinstance(self.module_overrides, dict):
-            raise ValueError(f"module_overrides must map name patterns to fields, got {self.module_overrides!r}")
+            raise ValueError(f"module_overrides must map name patterns to fields, got {shown(self.module_overrides)}")
+        validate_patterns(self.module_overrides, "module_overrides")
         if not (self.weight_bits or self.activation_bits or self.embedding_bits or self.module_overrides):
             raise ValueError(
                 "weight_bits, activation_bits and embedding_bits are all None, so nothing would be quantized; set one"
             )
+        checked = set()  # many modules may have the same override
         for pattern, override in self.module_overrides.items():
-            where = f"module_overrides[{pattern!r}]"
+            where = f"module_overrides[{shown(pattern)}]"
             if not isinstance(override, dict):
-                raise ValueError(f"{where} must map fields to values, such as {{'weight_bits': 8}}, got {override!r}")
+                raise ValueError(
+                    f"{where} must map fields to values, such as {{'weight_bits': 8}}, got {shown(override)}"
+                )
             unknown = [name for name in override if name not in MODULE_FIELDS]
             if unknown:
                 raise ValueError(_unknown(f"{where} cannot set", unknown, MODULE_FIELDS))
-            _validate(values | override, where)
+            if repr(override) not in checked:
+                _validate(values | override, where)
+            checked.add(repr(override))
 
     def left_out(self, module_names: Iterable[str]) -> dict[str, str]:
         """Full name -> reason, of the modules that ``exclude_modules`` and ``target_modules`` leave in float."""
         if not self.exclude_modules and self.target_modules is None:
             return {}
+        excluded = NamePatterns(self.exclude_modules)
+        targeted = None if self.target_modules is None else NamePatterns(self.target_modules, anywhere=True)
         reasons = {}
         for name in module_names:
-            pattern = next((pattern for pattern in self.exclude_modules if matches(pattern, name)), None)
-            if pattern is not None:
-                reasons[name] = f"excluded by {pattern!r}"
-            elif self.target_modules is not None and not any(targets(pattern, name) for pattern in self.target_modules):
+            excluding = excluded.matching(name)
+            if excluding:
+                reasons[name] = f"excluded by {excluding[0]!r}"
+            elif targeted is not None and not targeted.matching(name):
                 reasons[name] = "not in target_modules"
         return reasons
 
@@ -320,11 +339,11 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
         shared = ModuleSettings(**{name: getattr(self, name) for name in MODULE_FIELDS})
         if not self.module_overrides:
             return dict.fromkeys(module_names, shared)
-        return {name: replace(shared, **self._override_of(name)) for name in module_names}
+        patterns = NamePatterns(self.module_overrides)
+        return {name: replace(shared, **self._override_of(name, patterns.matching(name))) for name in module_names}
 
-    def _override_of(self, module_name: str) -> dict[str, Any]:
+    def _override_of(self, module_name: str, matching: Iterable[str]) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        matching = [pattern for pattern in self.module_overrides if matches(pattern, module_name)]
         # Exact names come last, so that they win.
         for exact in (False, True):
             set_by: dict[str, str] = {}
@@ -346,25 +365,31 @@ OctavConfig.__doc__ = f"{OctavConfig.__doc__}\n    Args:\n" + "\n".join(
 )
 
 
-def matches(pattern: str, module_name: str) -> bool:
-    """Whether ``pattern`` names the module or one of those that contain it."""
-    parts = module_name.split(".")
-    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
-
-
-def targets(pattern: str, module_name: str) -> bool:
-    """The same for a pattern of ``target_modules``, which may be the last parts of a name, as in PEFT."""
-    return matches(pattern, module_name) or matches(f"*.{pattern}", module_name)
+def _check_depth(value: Any, field: str) -> None:
+    """Raise ``ValueError`` if lists and dicts are nested more deeply than Python's recursion allows."""
+    layer = [value]
+    for _ in range(_MAX_DEPTH):
+        containers = [part for part in layer if isinstance(part, dict | list | tuple)]
+        layer = [part for each in containers for part in (each.values() if isinstance(each, dict) else each)]
+        if not layer:
+            return
+    raise ValueError(f"{field}: lists and dicts are nested more than {_MAX_DEPTH} deep; write them flatter")
 
 
 def _check_version(version: Any, written_by: Any) -> None:
     if type(version) is not int or version < 1:
-        raise ValueError(f"format_version of a checkpoint's quantization_config must be 1 or more, got {version!r}")
-    if version > FORMAT_VERSION:
         raise ValueError(
-            f"this checkpoint has format version {version}, written by octav_hf {written_by}; octav_hf {__version__} "
-            f"reads versions up to {FORMAT_VERSION}: pip install --upgrade 'octav-hf>={written_by}'"
+            f"format_version of a checkpoint's quantization_config must be an integer from 1 on, got {shown(version)}"
         )
+    if version <= FORMAT_VERSION:
+        return
+    problem = f"this checkpoint has format version {shown(version)}; "
+    remedy = "pip install --upgrade octav-hf"
+    # For people to paste into a terminal: nothing but a version number.
+    if isinstance(written_by, str) and _VERSION_NUMBER.fullmatch(written_by):
+        problem = f"{problem[:-2]}, written by octav_hf {written_by}; "
+        remedy = f"pip install --upgrade 'octav-hf>={written_by}'"
+    raise ValueError(f"{problem}octav_hf {__version__} reads versions up to {FORMAT_VERSION}: {remedy}")
 
 
 def _from_version_1(values: Any) -> Any:
@@ -408,12 +433,12 @@ def _validate(values: dict[str, Any], where: str) -> None:
     """Check all fields but the patterns and overrides."""
     for entry in fields(OctavConfig):
         if isinstance(entry.default, bool) and not isinstance(values[entry.name], bool):
-            raise ValueError(f"{where}: {entry.name} must be True or False, got {values[entry.name]!r}")
+            raise ValueError(f"{where}: {entry.name} must be True or False, got {shown(values[entry.name])}")
     for name, none in _BITS.items():
         bits = values[name]
         if bits is not None and (type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS):
             raise ValueError(
-                f"{where}: {name} must be an integer from {MIN_BITS} to {MAX_BITS}, or None {none}; got {bits!r}"
+                f"{where}: {name} must be an integer from {MIN_BITS} to {MAX_BITS}, or None {none}; got {shown(bits)}"
             )
     for side in ("weight", "activation"):
         _validate_clip(
@@ -439,22 +464,25 @@ def _validate_clip(clip: Any, options: Any, bits: int | None, where: str) -> Non
     if not isinstance(clip, str) or clip not in CLIP_RULES:
         raise ValueError(_unknown(f"{where} cannot be", [clip], CLIP_RULES))
     if not isinstance(options, dict):
-        raise ValueError(f"{where}_options must be a dict of keyword arguments, got {options!r}")
+        raise ValueError(f"{where}_options must be a dict of keyword arguments, got {shown(options)}")
     accepted = [name for name in inspect.signature(CLIP_RULES[clip]).parameters if name not in RULE_ARGUMENTS]
     unknown = [name for name in options if name not in accepted]
     if unknown:
         raise ValueError(_unknown(f"{where}_options: the clip {clip!r} has no option", unknown, accepted))
     try:
-        # On the CPU whatever the default device: from_pretrained builds models on meta.
-        CLIP_RULES[clip](torch.ones(1, dtype=torch.float32, device="cpu"), bits or MAX_BITS, **options)
-    except (ValueError, TypeError) as error:
+        if clip in OPTION_CHECKS:
+            OPTION_CHECKS[clip](**options)
+        else:
+            # On the CPU whatever the default device: from_pretrained builds models on meta.
+            CLIP_RULES[clip](torch.ones(1, dtype=torch.float32, device="cpu"), bits or MAX_BITS, **options)
+    except Exception as error:  # whatever a rule of the user's own makes of them
         raise ValueError(f"{where}_options: {error}") from error
 
 
 def _validate_activation_granularity(granularities: Any, where: str) -> None:
     if not isinstance(granularities, dict):
         raise ValueError(
-            f"{where} must map operands to granularities, such as {{'input': 'token'}}, got {granularities!r}"
+            f"{where} must map operands to granularities, such as {{'input': 'token'}}, got {shown(granularities)}"
         )
     for operand, granularity in granularities.items():
         if operand not in ACTIVATION_GRANULARITIES:
@@ -465,13 +493,15 @@ def _validate_activation_granularity(granularities: Any, where: str) -> None:
         reason = unsupported_reason(operand, granularity) if isinstance(granularity, str) else ""
         if reason:
             instead = " or ".join(repr(str(name)) for name in allowed[::-1])
-            raise ValueError(f"{where} of {operand!r} cannot be {granularity!r}: {reason}; write {instead}")
+            raise ValueError(f"{where} of {operand!r} cannot be {shown(granularity)}: {reason}; write {instead}")
         raise ValueError(_unknown(f"{where} of {operand!r} cannot be", [granularity], map(str, allowed)))
 
 
 def _unknown(problem: str, names: Iterable[Any], known: Iterable[str]) -> str:
     """``problem``, the names, what is close to them and what there is."""
     names, known = list(names), list(known)
-    close = difflib.get_close_matches(str(names[0]), known, n=1)
+    close = difflib.get_close_matches(names[0], known, n=1) if isinstance(names[0], str) else ()
     hint = f"; did you mean {close[0]!r}?" if close else ";"
-    return f"{problem} {', '.join(map(repr, names))}{hint} choose from {', '.join(map(repr, known)) or 'nothing'}"
+    more = ", ..." if len(names) > _MAX_NAMES else ""
+    listed = ", ".join(map(shown, names[:_MAX_NAMES]))
+    return f"{problem} {listed}{more}{hint} choose from {', '.join(map(repr, known)) or 'nothing'}"

@@ -19,6 +19,8 @@ from transformers import (
 
 from octav_hf import OctavConfig, TrainingRun, apply_octav, calibrate_octav, pack_octav
 from octav_hf.cli import main
+from octav_hf.hub import checkpoint_folder
+from octav_hf.hub.checkpoint_folder import atomic_output_dir
 from tests.question_answering import logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
@@ -234,10 +236,301 @@ def test_an_interrupted_pack_leaves_no_folder(trained: Path, tmp_path: Path, mon
 
 
 def test_what_a_killed_pack_left_is_in_nobodys_way(trained: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained, tmp_path / ".packed.unfinished")
-    (tmp_path / "packed").mkdir()
+    for output in ("packed", "new"):
+        if output == "packed":
+            shutil.copytree(trained, tmp_path / output / ".octav-hf-unfinished-1")
+        else:
+            shutil.copytree(trained, tmp_path / ".octav-hf-unfinished-2")
+        assert main(["pack", str(trained), str(tmp_path / output)]) == 0
+        assert AutoModelForQuestionAnswering.from_pretrained(tmp_path / output)
+    assert main(["unpack", str(tmp_path / "packed"), str(tmp_path / "again")]) == 0
+    assert not list((tmp_path / "again").glob(".octav*"))
+
+
+def listing(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """The files below a folder: name -> inode and content."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): (path.stat().st_ino, path.read_bytes()) for path in files}
+
+
+def write_modules(folder: Path, *paths: object) -> None:
+    modules = [{"idx": index, "name": str(index), "path": path} for index, path in enumerate(paths)]
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+
+def test_subfolders_of_modules_are_copied(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The layout of Sentence Transformers."""
+    write_modules(trained, "", "1_Pooling", "2_Dense", "3_Normalize")
+    for name in (
+        "1_Pooling/config.json",
+        "2_Dense/model.safetensors",
+        "2_Dense/deep/x.txt",
+        "2_Dense/pytorch_model.bin",
+    ):
+        (trained / name).parent.mkdir(parents=True, exist_ok=True)
+        (trained / name).write_text(name)
+    (tmp_path / "secret").write_text("private")
+    (trained / "2_Dense" / "secret").symlink_to(tmp_path / "secret")
+    (trained / "secret.txt").symlink_to("../secret")
+    (trained / "broken.txt").symlink_to("nothing")
+    (trained / "2_Dense" / "loop").symlink_to(".")
+    (trained / "alias.txt").symlink_to("vocab.txt")
     assert main(["pack", str(trained), str(tmp_path / "packed")]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"trained", "packed"}
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "left out: 2_Dense/loop (a link to elsewhere, or no file), 2_Dense/pytorch_model.bin (a pickle), "
+        "2_Dense/secret (a link to elsewhere, or no file), broken.txt (a link to elsewhere, or no file), "
+        "checkpoint-1/ (modules.json does not name it), secret.txt (a link to elsewhere, or no file)"
+    )
+    assert main(["unpack", str(tmp_path / "packed"), str(tmp_path / "unpacked")]) == 0
+    assert "left out" not in capsys.readouterr().out
+    for output in ("packed", "unpacked"):
+        assert {
+            name for name in listing(tmp_path / output) if "/" in name or name.endswith((".txt", "modules.json"))
+        } == {
+            *("1_Pooling/config.json", "2_Dense/model.safetensors", "2_Dense/deep/x.txt"),
+            *("alias.txt", "modules.json", "vocab.txt"),
+        }
+        assert (tmp_path / output / "2_Dense" / "model.safetensors").read_text() == "2_Dense/model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "path", ["..", "../trained", "/etc", "a/b", "a\\b", ".git", "a\x1b[2J", 3, None, ["a"]], ids=ascii
+)
+def test_modules_elsewhere_are_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, path: object
+) -> None:
+    write_modules(trained, "", path)
+    error = error_of(capsys, "pack", trained, tmp_path / "packed")
+    assert f"modules.json names the folder {path!r}; it must be one beside it" in error
+    assert not (tmp_path / "packed").exists()
+    (trained / "modules.json").write_text("[[]]")
+    assert "must be a list of JSON objects" in error_of(capsys, "pack", trained, tmp_path / "packed")
+
+
+def test_a_transformer_in_a_subfolder_is_found(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    whole = tmp_path / "whole"
+    (whole / "1_Pooling").mkdir(parents=True)
+    (whole / "1_Pooling" / "config.json").write_text("{}")
+    trained.rename(whole / "0_Transformer")
+    write_modules(whole, "0_Transformer", "1_Pooling")
+    error = error_of(capsys, "pack", whole, tmp_path / "packed")
+    assert f"modules.json says that it is in 0_Transformer/: give {whole}/0_Transformer instead" in error
+
+
+@pytest.mark.parametrize("output", [".", "link/", "dangling", "~/home"])
+def test_outputs_that_are_not_plain_new_folders(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    """An empty folder stays the folder that it is, and what is written has the permissions of any other."""
+    (tmp_path / "there").mkdir(mode=0o750)
+    (tmp_path / "link").symlink_to("there")
+    (tmp_path / "dangling").symlink_to("new")
+    (tmp_path / "plain").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "there" if output.startswith(".") else tmp_path)
+    target = {"d": "new", "~": "home"}.get(output[0], "there")
+    before = (tmp_path / "there").stat()
+    assert main(["pack", str(trained), output]) == 0
+    assert AutoModelForQuestionAnswering.from_pretrained(tmp_path / target).config.quantization_config.packed
+    after = (tmp_path / target).stat()
+    if target == "there":
+        assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    else:
+        assert after.st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "link").is_symlink()
+    assert (
+        f"# {'there' if output.startswith('.') else Path(output).name}\n"
+        in (tmp_path / target / "README.md").read_text()
+    )
+    assert not list(tmp_path.rglob(".octav*"))
+
+
+@pytest.mark.parametrize("output", ["new/deep", "there", "link"])
+@pytest.mark.parametrize("step", ["save", "move"])
+def test_a_run_that_fails_leaves_the_output_as_it_was(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, step: str
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    before = sorted(tmp_path.rglob("*"))
+    if step == "save":
+        monkeypatch.setattr(BertForQuestionAnswering, "save_pretrained", interrupted)
+    else:
+        monkeypatch.setattr(Path, "rename" if output == "new/deep" else "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["pack", str(trained), str(tmp_path / output)])
+    made = {tmp_path / "new"} if (step, output) == ("move", "new/deep") else set()
+    assert set(tmp_path.rglob("*")) == {*before, *made}
+
+
+@pytest.mark.parametrize("output", ["new", "there", "link"])
+@pytest.mark.parametrize("late", [False, True], ids=["one after the other", "at once"])
+def test_of_two_runs_the_first_to_finish_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, late: bool
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    first, second = atomic_output_dir(tmp_path / output), atomic_output_dir(tmp_path / output)
+    folders = [first.__enter__(), second.__enter__()]
+    assert folders[0] != folders[1]
+    for name, folder in zip(("first", "second"), folders, strict=True):
+        (folder / "config.json").write_text(name)
+        (folder / name).mkdir()
+        (folder / name / "weights").write_text(name)
+    first.__exit__(None, None, None)
+    if late:  # as if the first had finished after the second had looked
+        looks = iter([lambda *_: None])
+        check = checkpoint_folder._check_empty
+        monkeypatch.setattr(checkpoint_folder, "_check_empty", lambda *where: next(looks, check)(*where))
+    with pytest.raises(FileExistsError, match=f"{output} exists already; choose another output"):
+        second.__exit__(None, None, None)
+    assert {name: content for name, (_, content) in listing(tmp_path / output).items()} == {
+        "config.json": b"first",
+        "first/weights": b"first",
+    }
+    assert not list(tmp_path.rglob(".octav*"))
+
+
+def test_outputs_in_and_around_the_source(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_modules(trained, "", "1_Pooling", "packed")
+    (trained / "1_Pooling").mkdir()
+    (tmp_path / "a file").write_text("")
+    before = listing(tmp_path)
+    for refused in (trained, tmp_path, tmp_path / "trained" / "..", tmp_path / "a file"):
+        assert f"{refused} exists already" in error_of(capsys, "pack", trained, refused)
+    error_of(capsys, "pack", trained, tmp_path / "a file" / "below")
+    assert listing(tmp_path) == before
+    for inside in ("packed", "1_Pooling"):
+        assert main(["pack", str(trained), str(trained / inside)]) == 0
+        assert AutoModelForQuestionAnswering.from_pretrained(trained / inside)
+        shutil.rmtree(trained / inside)
+    assert listing(tmp_path) == before
+
+
+def test_a_snapshot_of_the_hubs_cache_is_links(trained: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--me--x" / "snapshots" / "abc", tmp_path / "models--me--x" / "blobs"
+    (trained / "1_Pooling").mkdir()
+    (trained / "1_Pooling" / "config.json").write_text("{}")
+    write_modules(trained, "", "1_Pooling")
+    (snapshot / "1_Pooling").mkdir(parents=True)
+    trained.rename(blobs)
+    for name in listing(blobs):
+        if not name.startswith("checkpoint"):
+            (snapshot / name).symlink_to(blobs / name)
+    assert main(["pack", str(snapshot), str(tmp_path / "packed")]) == 0
+    names = listing(tmp_path / "packed")
+    assert {"1_Pooling/config.json", "modules.json", "vocab.txt"} < set(names)
+    assert not any(path.is_symlink() for path in (tmp_path / "packed").rglob("*"))
+
+
+def test_inspect_shows_what_each_operand_has(
+    small_bert: MakeBert, padded_batch: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def lines_of(config: OctavConfig, *, frozen: bool = False) -> list[str]:
+        model = apply_octav(small_bert(), config)
+        if frozen:
+            calibrate_octav(model, [padded_batch], progress_bar=False)
+        model.save_pretrained(tmp_path / "model")
+        capsys.readouterr()
+        assert main(["inspect", str(tmp_path / "model"), "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        granularity = facts["activation_granularity"]
+        assert granularity == {operand: config.granularity(operand) for operand in granularity}
+        assert main(["inspect", str(tmp_path / "model")]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    heads = [f"bert.encoder.layer.{index}.output.dense" for index in range(2)]
+    config = OctavConfig.accurate(
+        weight_clip="mse_sweep",
+        weight_clip_options={"num_points": 3},
+        exclude_modules=["*.key"],
+        module_overrides={name: {"weight_bits": 8} for name in heads} | {"qa_outputs": {"activation_granularity": {}}},
+    )
+    text = lines_of(config)
+    assert "weights: 4 bits, clip mse_sweep (num_points=3) per channel" in text
+    assert (
+        "activations: 4 bits, clip mse per token (input, query, key, probabilities), per channel (value), dynamic"
+        in text
+    )
+    assert "excluded: *.key" in text
+    assert f"override: weight_bits=8 for {', '.join(heads)}" in text
+    assert "override: activation_granularity={} for qa_outputs" in text
+    assert "activations: 4 bits, clip octav per tensor, dynamic" in lines_of(OctavConfig())
+    (activations,) = [line for line in lines_of(config, frozen=True) if line.startswith("activations")]
+    assert activations.endswith("frozen for 19 activations (where the config says per token, per tensor)")
+    floating = lines_of(OctavConfig(activation_bits=None, weight_bits=None, embedding_bits=8))
+    assert {"weights: floating point", "activations: floating point", "embeddings: 8 bits"} < set(floating)
+    alone = lines_of(OctavConfig(activation_granularity={"input": "token"}, quantize_attention=False))
+    assert "activations: 4 bits, clip octav per token, attention matmuls in floating point, dynamic" in alone
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        *("pipeline", "models", "utils", "AutoModel", "BertConfig", "PreTrainedModel", "__name__", "os"),
+        *("BertModel.forward", "\x1b[2J", 3, None, ["BertModel"]),
+    ],
+    ids=ascii,
+)
+def test_an_architecture_has_to_be_a_model(trained: Path, capsys: pytest.CaptureFixture, architecture: object) -> None:
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    assert f"Transformers has no model class {architecture!r}" in error_of(capsys, "inspect", trained)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "..", "x.bin", "", 3, None, "\x9b.safetensors"],
+    ids=ascii,
+)
+def test_an_index_names_files_beside_it(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: object
+) -> None:
+    shutil.copy(trained / "model.safetensors", tmp_path / "x.safetensors")
+    tensors = load_file(trained / "model.safetensors")
+    (trained / "model.safetensors").unlink()
+    index = trained / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}))
+    assert f"weight_map names the file {name!r}; it must be the name of" in error_of(capsys, "inspect", trained)
+    for content in ("[]", "{}", '{"weight_map": []}'):
+        index.write_text(content)
+        assert "must be a JSON object with a weight_map" in error_of(capsys, "inspect", trained)
+
+
+def test_code_of_a_checkpoint_is_not_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (trained / "evil.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\nclass C: pass\n")
+    config = json.loads((trained / "config.json").read_text())
+    config |= {"auto_map": dict.fromkeys(["AutoConfig", "AutoModel", "AutoModelForQuestionAnswering"], "evil.C")}
+    for changed in (config, config | {"model_type": "evil"}):
+        (trained / "config.json").write_text(json.dumps(changed))
+        main(["inspect", str(trained)])
+        assert not (tmp_path / "trace").exists()
+    capsys.readouterr()
+    (trained / "config.json").write_text(json.dumps(config | {"transformers_weights": "../x.safetensors"}))
+    assert "transformers_weights, which names other files" in error_of(capsys, "inspect", trained)
+
+
+def test_a_terminal_gets_no_commands(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = json.loads((trained / "config.json").read_text())
+    config["quantization_config"] |= {
+        "exclude_modules": ["x\x1b[2J"],
+        "module_overrides": {"\x9by": {"weight_bits": 8}},
+    }
+    (trained / "config.json").write_text(json.dumps(config))
+    main(["inspect", str(trained)])
+    (trained / "\x1b]0;owned\x07").mkdir()
+    main(["pack", str(trained), str(tmp_path / "packed")])
+    captured = capsys.readouterr()
+    assert all(character.isprintable() or character == "\n" for character in captured.out + captured.err)
+    for bad in ({"weight_clip": "\x1b[2J"}, {"\x1b[2J": 1}, {"quant_method": "\x1b[2J"}):
+        changed = config | {"quantization_config": config["quantization_config"] | bad}
+        (trained / "config.json").write_text(json.dumps(changed))
+        error = error_of(capsys, "inspect", trained)
+        assert r"\x1b[2J" in error
+        assert error.isprintable()
 
 
 @pytest.mark.parametrize("arguments", [[], ["pack"], ["pack", "a"], ["explain", "a"], ["push", "a"]])

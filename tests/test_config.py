@@ -1,13 +1,18 @@
 """``OctavConfig``: JSON in and out, refusals with a remedy, and which settings a module gets."""
 
+import functools
 import inspect
 import json
 
 import pytest
+import torch
 from torch import nn
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from octav_hf import OctavConfig, apply_octav
+from octav_hf._utils.escaping import shown
+from octav_hf.functional import CLIP_RULES, mse_sweep_clip, octav_clip, percentile_clip
+from octav_hf.functional.registry import ClipRule
 
 
 def clips(operand: str, signed: object = True, clips: object = (1.0,)) -> dict:
@@ -19,6 +24,24 @@ def clips(operand: str, signed: object = True, clips: object = (1.0,)) -> dict:
 def granularity(operand: str, value: object) -> dict:
     """A config's field with the granularity of one operand."""
     return {"activation_granularity": {operand: value}}
+
+
+def sweep(num_points: object) -> dict:
+    """A config's fields with the rule that takes a number of points."""
+    return {"weight_clip": "mse_sweep", "weight_clip_options": {"num_points": num_points}}
+
+
+def percentile(value: object) -> dict:
+    """A config's fields with a percentile for activations."""
+    return {"activation_clip": "percentile", "activation_clip_options": {"percentile": value}}
+
+
+def nested(depth: int) -> list:
+    """An empty list in a list in a list."""
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 def test_presets() -> None:
@@ -142,6 +165,27 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
             {"activation_clip_options": {"max_iterations": -1}},
             "activation_clip_options: max_iterations must be",
         ),
+        ({"activation_clip_options": {"max_iterations": 1001}}, "from 0 to 1000, or None to run .* got 1001; 10 is"),
+        ({"weight_clip_options": {"max_iterations": True}}, "max_iterations must be an integer .* got True"),
+        ({"weight_clip_options": {"max_iterations": 10**5000}}, "got an integer of 16610 bits"),
+        (sweep(10**9), "num_points must be an integer from 1 to 10000, got 1000000000; 100 is the paper's"),
+        (sweep(0), "num_points must be an integer from 1 to 10000, got 0"),
+        (sweep(1e2), "num_points must be an integer from 1 to 10000, got 100.0"),
+        (
+            {"module_overrides": {"a": sweep(10**9)}},
+            r"module_overrides\['a'\]: weight_clip_options: num_points must be",
+        ),
+        (percentile(float("nan")), "percentile must be above 0 and at most 100, got nan; 99.9 is usual"),
+        (percentile(float("inf")), "at most 100, got inf"),
+        (percentile("99"), "at most 100, got '99'"),
+        (percentile(True), "at most 100, got True"),
+        (percentile(10**400), "at most 100, got 1000000"),
+        ({"weight_clip_options": {3: 1}}, "'octav' has no option 3; choose from 'max_iterations'"),
+        ({"weight_clip_options": {"max_iterations": nested(33)}}, "nested more than 32 deep; write them flatter"),
+        ({"module_overrides": nested(100_000)}, "module_overrides: lists and dicts are nested more than 32 deep"),
+        ({"module_overrides": {3: {}}}, "module_overrides: a name pattern must be a string, got 3"),
+        ({f"field{index}": 1 for index in range(1000)}, "no field 'field0', .*, 'field4', ...; choose from"),
+        ({"weight_clip": "\x1b[2J"}, r"weight_clip cannot be '\\x1b\[2J'"),
         ({"quantize_attention": "no"}, "True or False"),
         ({"exclude_modules": "qa_outputs"}, "list of name patterns"),
         ({"module_overrides": {"qa_outputs": 8}}, "must map fields to values"),
@@ -192,11 +236,88 @@ def lowest(operand: str = "input", signed: bool = False, lowest: object = -0.1) 
         (lowest(lowest="low"), "got 'low'"),
         (lowest("query", signed=True, lowest=-0.1), "got -0.1 for 'query'"),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_clips_of_version_1_that_cannot_be_are_refused(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OctavConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize(
+    ("rule", "option", "bad", "message"),
+    [
+        (octav_clip, "max_iterations", 1001, "max_iterations must be an integer from 0 to 1000"),
+        (octav_clip, "max_iterations", True, "max_iterations must be an integer from 0 to 1000"),
+        (mse_sweep_clip, "num_points", 10_001, "num_points must be an integer from 1 to 10000"),
+        (mse_sweep_clip, "num_points", True, "num_points must be an integer from 1 to 10000"),
+        (percentile_clip, "percentile", 100.5, "percentile must be above 0 and at most 100"),
+        (percentile_clip, "percentile", None, "percentile must be above 0 and at most 100"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_rule_refuses_what_the_config_refuses(rule: ClipRule, option: str, bad: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rule(torch.ones(3), 4, **{option: bad})
+
+
+def test_options_are_checked_without_running_the_rules_of_this_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("octav", "percentile", "mse_sweep"):
+        rule = functools.wraps(CLIP_RULES[name])(lambda *_, **__: pytest.fail("it ran"))
+        monkeypatch.setitem(CLIP_RULES, name, rule)
+    OctavConfig(**sweep(10_000), **percentile(99))
+    OctavConfig(weight_clip_options={"max_iterations": 1000})
+
+
+def test_a_rule_of_ones_own_is_called_with_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mine(x: torch.Tensor, num_bits: int, *, signed: bool = True, dim: object = None, power: float) -> torch.Tensor:
+        return x.abs().amax() / (1 - power)
+
+    monkeypatch.setitem(CLIP_RULES, "mine", mine)
+    assert OctavConfig(weight_clip="mine", weight_clip_options={"power": 2}).weight_clip == "mine"
+    with pytest.raises(ValueError, match="weight_clip_options: .*'power'"):
+        OctavConfig(weight_clip="mine")
+
+    def broken(x: torch.Tensor, num_bits: int, **options: object) -> torch.Tensor:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(CLIP_RULES, "mine", broken)
+    with pytest.raises(ValueError, match="weight_clip_options: no such kernel"):
+        OctavConfig(weight_clip="mine")
+
+
+@pytest.mark.parametrize(
+    ("written_by", "quoted"),
+    [
+        ("0.9.0", True),
+        ("1.2rc1.dev20260101", True),
+        ("1; rm -rf ~", False),
+        ("1' && curl evil", False),
+        ("1\n", False),
+        ("9" * 5, False),
+        ("\u0661.0", False),
+        (17, False),
+        (None, False),
+        (["1.0"], False),
+    ],
+    ids=ascii,
+)
+def test_a_version_is_quoted_if_it_is_one(written_by: object, quoted: bool) -> None:
+    with pytest.raises(ValueError, match="format version 3") as caught:
+        OctavConfig.from_dict({"format_version": 3, "octav_hf_version": written_by})
+    remedy = str(caught.value).rpartition(": ")[2]
+    assert remedy == (f"pip install --upgrade 'octav-hf>={written_by}'" if quoted else "pip install --upgrade octav-hf")
+    assert (str(written_by) in str(caught.value).partition(";")[0]) is quoted
+
+
+@pytest.mark.parametrize("version", [True, 0, -1, 1.0, "2", None, [2]], ids=str)
+def test_a_format_version_that_is_none(version: object) -> None:
+    with pytest.raises(ValueError, match="format_version .* must be an integer from 1 on, got"):
+        OctavConfig.from_dict({"format_version": version})
+
+
+def test_a_format_version_of_many_digits() -> None:
+    with pytest.raises(ValueError, match="has format version an integer of 16610 bits;"):
+        OctavConfig.from_dict({"format_version": 10**5000})
 
 
 OLD = {

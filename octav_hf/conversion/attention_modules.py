@@ -3,11 +3,11 @@
 import functools
 import inspect
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
+from .._utils.name_patterns import NamePatterns
 from ..nn import QuantizedAttention
 
 
@@ -21,7 +21,8 @@ def attention_modules(modules: Mapping[str, nn.Module], patterns: Iterable[str] 
             interface; of nested ones the innermost.
     """
     if patterns is not None:
-        return {name: module for name, module in modules.items() if any(fnmatchcase(name, p) for p in patterns)}
+        named = NamePatterns(patterns, alone=True)
+        return {name: module for name, module in modules.items() if named.matching(name)}
     classes = {name: _own_class(module) for name, module in modules.items()}
     calling = {name for name, cls in classes.items() if _calls_attention_interface(cls)}
     called = {name for name, cls in classes.items() if _is_called_attention(cls) and list(modules[name].children())}

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from ..config import OctavConfig, matches
+from .._utils.name_patterns import matches
+from ..config import OctavConfig
 from ..nn import quantized_class_of
 
 _BITS_FIELDS = ("weight_bits", "activation_bits")

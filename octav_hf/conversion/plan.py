@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import OctavConfig, matches, targets
+from .._utils.name_patterns import matches, targets
+from ..config import OctavConfig
 from ..nn import QUANTIZED_LAYERS, quantized_class_of
 from .attention import plan_attention
 from .first_last import check_nothing_else_is_asked

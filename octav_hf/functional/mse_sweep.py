@@ -3,13 +3,23 @@
 import torch
 from torch import Tensor
 
+from .._utils.escaping import shown
 from .error import rows_errors
 from .grid import check_num_bits
 from .registry import register_clip_rule
 from .rows import Dim, check_floating, finite_range, magnitude, statistics_dtype, to_rows
 
+_MAX_POINTS = 10_000
 
-@register_clip_rule("mse_sweep")
+
+def _check_options(num_points: int = 100) -> None:
+    if not isinstance(num_points, int) or isinstance(num_points, bool) or not 1 <= num_points <= _MAX_POINTS:
+        raise ValueError(
+            f"num_points must be an integer from 1 to {_MAX_POINTS}, got {shown(num_points)}; 100 is the paper's"
+        )
+
+
+@register_clip_rule("mse_sweep", check_options=_check_options)
 @torch.no_grad()
 def mse_sweep_clip(x: Tensor, num_bits: int, *, signed: bool = True, dim: Dim = None, num_points: int = 100) -> Tensor:
     """The best of the clips ``k / num_points * max|x|``, ``k = 1 ... num_points``, by measured error (Appendix E.3).
@@ -18,12 +28,11 @@ def mse_sweep_clip(x: Tensor, num_bits: int, *, signed: bool = True, dim: Dim = 
     times: the paper measured OCTAV at a tenth of the cost (Table 6).
 
     Args:
-        num_points: number of candidates, at least 1; 100 in the paper.
+        num_points: number of candidates, 1 to 10000; 100 in the paper.
     """
     check_floating(x, "mse_sweep_clip")
     check_num_bits(num_bits)
-    if not isinstance(num_points, int) or num_points < 1:
-        raise ValueError(f"num_points must be an integer >= 1, got {num_points!r}")
+    _check_options(num_points)
     finite_range(x, "mse_sweep_clip")
     rows, shape = to_rows(x, dim)
     best = torch.zeros(rows.shape[0], dtype=statistics_dtype(x.dtype), device=x.device)

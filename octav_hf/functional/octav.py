@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._utils.escaping import shown
 from . import fixed_point
 from .all_ranks import AllRanks, check_whole
 from .error import lower_error
@@ -14,10 +15,20 @@ from .tail_sums import TailSums, TailSumsOfAllRanks
 
 _MAX_UPDATES = 100  # after which the recursion counts as a cycle of more than two values
 _MAX_UPDATES_FROM_GUESS = 8  # near the fixed point it converges soon, or alternates
+_MAX_ITERATIONS = 1000  # that can be asked for
 _TOLERANCE_IN_EPS = 8  # relative change at convergence
 
 
-@register_clip_rule("octav")
+def _check_options(max_iterations: int | None = None) -> None:
+    is_integer = isinstance(max_iterations, int) and not isinstance(max_iterations, bool)
+    if max_iterations is not None and not (is_integer and 0 <= max_iterations <= _MAX_ITERATIONS):
+        raise ValueError(
+            f"max_iterations must be an integer from 0 to {_MAX_ITERATIONS}, or None to run to the fixed point, got "
+            f"{shown(max_iterations)}; 10 is the paper's"
+        )
+
+
+@register_clip_rule("octav", check_options=_check_options)
 @torch.no_grad()
 def octav_clip(
     x: Tensor,
@@ -50,8 +61,8 @@ def octav_clip(
         dim: dimension(s) that share a scalar; ``None`` for one scalar for the whole tensor.
         ranks: ``AllRanks(x, ...)``, for the clip of the tensor whose parts are the ranks' ``x``; about five small
             collectives. Only with ``dim=None``.
-        max_iterations: number of updates from s_1 (10 in the paper, which at 8 bits stops about 0.4 % short); ``None``
-            runs to the fixed point, to within 5e-5 at worst (``fixed_point.py``).
+        max_iterations: number of updates from s_1, 0 to 1000 (10 in the paper, which at 8 bits stops about 0.4 %
+            short); ``None`` runs to the fixed point, to within 5e-5 at worst (``fixed_point.py``).
 
     Returns:
         The clip s >= 0 in the units of ``x``, float32 (float64 for float64 input), without gradient; 0-dim for
@@ -65,8 +76,7 @@ def octav_clip(
     """
     check_floating(x, "octav_clip")
     check_num_bits(num_bits)
-    if max_iterations is not None and (not isinstance(max_iterations, int) or max_iterations < 0):
-        raise ValueError(f"max_iterations must be None or an integer >= 0, got {max_iterations!r}")
+    _check_options(max_iterations)
     rows, shape = to_rows(x, dim)
     if ranks is not None:
         check_whole(dim, "octav_clip")

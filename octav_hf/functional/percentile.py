@@ -1,16 +1,24 @@
 """Percentile clipping: a percentile of the magnitudes as the clip."""
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
 
+from .._utils.escaping import shown
 from .grid import check_num_bits
 from .registry import register_clip_rule
 from .rows import Dim, check_floating, finite_range, magnitude, statistics_dtype, to_rows
 
 
-@register_clip_rule("percentile")
+def _check_options(percentile: float = 99.9) -> None:
+    is_number = isinstance(percentile, numbers.Real) and not isinstance(percentile, bool)
+    if not is_number or not 0 < percentile <= 100:
+        raise ValueError(f"percentile must be above 0 and at most 100, got {shown(percentile)}; 99.9 is usual")
+
+
+@register_clip_rule("percentile", check_options=_check_options)
 @torch.no_grad()
 def percentile_clip(
     x: Tensor, num_bits: int, *, signed: bool = True, dim: Dim = None, percentile: float = 99.9
@@ -26,8 +34,7 @@ def percentile_clip(
     """
     check_floating(x, "percentile_clip")
     check_num_bits(num_bits)
-    if not 0 < percentile <= 100:
-        raise ValueError(f"percentile must be above 0 and at most 100, got {percentile!r}")
+    _check_options(percentile)
     finite_range(x, "percentile_clip")
     rows, shape = to_rows(x, dim)
     if rows.numel() == 0:

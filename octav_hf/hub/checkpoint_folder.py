@@ -1,7 +1,9 @@
 """Folders of checkpoints: inspecting, loading, uploading, and writing atomically."""
 
-import json
+import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,24 +14,32 @@ from typing import Any
 import transformers
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel
-from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers import PreTrainedModel
 
-from ..config import OctavConfig
+from .._utils.escaping import escaped, shown
+from .._utils.json_file import read_json
+from ..config import QUANT_METHOD, OctavConfig
 from ..conversion.convert import convert_modules
-from ..conversion.modules import activation_quantizers, layers_by_quantizer
+from ..conversion.modules import layers_by_quantizer
 from ..conversion.plan import plan_conversion
 from ..conversion.verify import float_structure
 from ..nn import FakeQuantize
+from ..nn.granularity import ACTIVATION_GRANULARITIES
 from ..packing.clips_in_files import prepare_frozen
 from ..packing.clips_of_version_1 import freeze_version_1, match_version_1
+from ..packing.names import SCALE
 from .model_card import card_of, write_card
 from .training_run import TrainingRun
 
-PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # neither downloaded nor uploaded: loading one can run any code
+PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib"]
+"""Neither downloaded nor uploaded nor copied: loading one can run any code."""
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "config.json"]
 _TRAINER_FILES = ["trainer_state.json", "*_results.json", "*_predictions.json", "*_null_odds.json"]
-_NOT_UPLOADED = [*PICKLES, "trainer_state.json", "checkpoint-*/*", "runs/*", "packed/*"]
+_UNFINISHED = ".octav-hf-unfinished-"  # begins the name of a temporary folder
+_NOT_UPLOADED = [*PICKLES, "trainer_state.json", "checkpoint-*/*", "runs/*", "packed/*", f"{_UNFINISHED}*/*"]
+_MODULES = "modules.json"  # of Sentence Transformers: the parts of a model, one of which is the transformer
+_FROZEN_ACTIVATION = re.compile(rf"(?:.*\.)?({'|'.join(ACTIVATION_GRANULARITIES)})_quantizer\.(unsigned_)?clips")
+_FROZEN_WEIGHT = re.compile(r"(?:.*\.)?weight_quantizer\.clips")
 
 
 @dataclass(frozen=True)
@@ -60,30 +70,44 @@ class CheckpointFolder:
         self.path = Path(source if is_folder else snapshot_download(source, ignore_patterns=PICKLES))
         config_file = self.path / "config.json"
         if not config_file.is_file():
-            raise ValueError(f"{source} has no config.json, so it is no model")
-        stored = json.loads(config_file.read_text(encoding="utf-8"))
-        quantization = stored.get("quantization_config") or {}
-        if quantization.get("quant_method") != "octav":
+            raise ValueError(f"{source} has no config.json, so it is no model{self._transformer_elsewhere()}")
+        stored = read_json(config_file)
+        quantization = (stored.get("quantization_config") or {}) if isinstance(stored, dict) else None
+        if not isinstance(quantization, dict):
+            raise ValueError(f"{config_file} must be a JSON object with a quantization_config that is one")
+        if quantization.get("quant_method") != QUANT_METHOD:
             raise ValueError(
-                f"{source} is not quantized with octav (its quant_method is {quantization.get('quant_method')!r}); "
-                "train it after apply_octav, and save it"
+                f"{source} is not quantized with octav (its quant_method is "
+                f"{shown(quantization.get('quant_method'))}); train it after apply_octav, and save it"
             )
+        self.config: OctavConfig = OctavConfig.from_dict(quantization)
         self.format_version: int = quantization.get("format_version", 1)
-        self.config: OctavConfig = AutoQuantizationConfig.from_dict(quantization)
-        (architecture, *_) = stored.get("architectures") or [""]
-        model_class = getattr(transformers, architecture, None)
-        if model_class is None:
-            raise ValueError(f"{config_file}: Transformers has no model class {architecture!r} (field architectures)")
-        self.model_class: type[PreTrainedModel] = model_class
+        self._clips_in_config = quantization.get("activation_clips") or {}  # of format version 1
+        if "transformers_weights" in stored:
+            raise ValueError(f"{config_file} has transformers_weights, which names other files; remove it")
+        self.model_class = _model_class(stored.get("architectures"), config_file)
 
     @property
     def weight_files(self) -> list[Path]:
-        """The model's safetensors files; ``ValueError`` if one is missing."""
+        """The model's safetensors files; ``ValueError`` if one is missing, or the index names one elsewhere.
+
+        They may be links, of which the Hub's cache consists: nobody but a user of this machine can make those, and what
+        they lead to is read as tensors. A name with a path in it may come from anybody.
+        """
         index = self.path / "model.safetensors.index.json"
-        if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        else:
-            names = {"model.safetensors"}
+        names = {"model.safetensors"}  # as Transformers, which reads an index where there is none
+        if index.is_file() and not (self.path / "model.safetensors").is_file():
+            stored = read_json(index)
+            files_of_tensors = stored.get("weight_map") if isinstance(stored, dict) else None
+            if not isinstance(files_of_tensors, dict) or not files_of_tensors:
+                raise ValueError(f"{index} must be a JSON object with a weight_map, names of tensors -> of files")
+            for name in files_of_tensors.values():
+                if not _is_plain_name(name) or not name.endswith(".safetensors"):
+                    raise ValueError(
+                        f"{index}: weight_map names the file {shown(name)}; it must be the name of a .safetensors file "
+                        "in the same folder, without a path"
+                    )
+            names = set(files_of_tensors.values())
         files = [self.path / name for name in sorted(names)]
         missing = [str(file) for file in files if not file.is_file()]
         if missing:
@@ -94,9 +118,15 @@ class CheckpointFolder:
         """The model with its weights; ``ValueError`` if a file or weight is missing, damaged or of another shape."""
         files = ", ".join(map(str, self.weight_files))
         try:
-            loaded: Any = self.model_class.from_pretrained(self.path, output_loading_info=True)
+            loaded: Any = self.model_class.from_pretrained(self.path, output_loading_info=True, trust_remote_code=False)
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{files}: cut off, or weights of another shape than the model's ({error})") from error
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # whatever a model makes of sizes that are none
+            raise ValueError(
+                f"{self.path}: config.json and weights make no {self.model_class.__name__} ({error!r})"
+            ) from error
         model, info = loaded
         if info["missing_keys"]:
             raise ValueError(f"{files}: {', '.join(sorted(info['missing_keys']))} missing, which would be random")
@@ -105,20 +135,39 @@ class CheckpointFolder:
     @cached_property
     def structure(self) -> PreTrainedModel:
         """The quantized model without weights, in training form, on the meta device."""
-        model = float_structure(self.model_class, AutoConfig.from_pretrained(self.path))
+        model = float_structure(self.model_class, self._model_config())
         convert_modules(model, self.config, plan_conversion(model, self.config, from_file=True))
         prepare_frozen(model, map(str, self.weight_files), all_weights=False)
         freeze_version_1(match_version_1(model, self.config.clips_of_version_1))
         return model
 
-    def layers(self) -> list[StoredLayer]:
-        """The layers whose weight is quantized, in the model's order."""
+    @cached_property
+    def _stored(self) -> dict[str, tuple[str, int]]:
+        """Name -> dtype and bytes of the tensors in the files."""
         stored: dict[str, tuple[str, int]] = {}
         for file in self.weight_files:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  # not a dictionary
                     tensor = opened.get_tensor(name)
                     stored[name] = str(tensor.dtype).removeprefix("torch."), tensor.nbytes
+        return stored
+
+    @property
+    def frozen_activations(self) -> int:
+        """The number of activations whose clips are frozen."""
+        in_config = sum(len(operands) for operands in self._clips_in_config.values())
+        return in_config + sum(_FROZEN_ACTIVATION.fullmatch(name) is not None for name in self._stored)
+
+    @property
+    def frozen_weights(self) -> int:
+        """The number of weights whose clips are frozen; packed, these are their scales."""
+        if self.config.packed and self.config.frozen_weight_clips:
+            return sum(name.endswith(f".{SCALE}") for name in self._stored)
+        return sum(_FROZEN_WEIGHT.fullmatch(name) is not None for name in self._stored)
+
+    def layers(self) -> list[StoredLayer]:
+        """The layers whose weight is quantized, in the model's order."""
+        stored = self._stored
         layers = []
         for name, module in layers_by_quantizer(self.structure, FakeQuantize).items():
             weight = module.get_parameter("weight")
@@ -162,32 +211,157 @@ class CheckpointFolder:
             ignore_patterns=_NOT_UPLOADED,
         )
 
-    def copy_companions(self, folder: Path) -> None:
-        """Copy the tokenizer, the card and other files, except weights, pickles and Trainer's, into ``folder``."""
+    def copy_companions(self, folder: Path) -> list[str]:
+        """Copy the tokenizer, the card, other files and the subfolders that ``modules.json`` names into ``folder``.
+
+        Returns:
+            What was left out, other than weights and Trainer's files and pickles beside them: subfolders that no
+            ``modules.json`` names, pickles in the others, and links to files elsewhere, which may be anything on this
+            machine.
+
+        Raises:
+            ValueError: ``modules.json`` has another form, or names a folder elsewhere.
+        """
+        left_out = []
+        copied = self._module_folders()
         for path in sorted(self.path.iterdir()):
-            if path.is_file() and not any(path.match(pattern) for pattern in (*_WEIGHTS, *_TRAINER_FILES, *PICKLES)):
-                shutil.copy(path, folder / path.name)
+            is_weights_or_trainers = any(path.match(each) for each in (*_WEIGHTS, *_TRAINER_FILES, *PICKLES))
+            if path.name.startswith(_UNFINISHED) or (path.is_file() and is_weights_or_trainers):
+                continue
+            if path.is_dir() and path.name not in copied:
+                left_out.append(f"{escaped(path.name)}/ ({_MODULES} does not name it)")
+            else:
+                left_out += self._copy(path, folder / path.name)
+        return left_out
+
+    def _copy(self, path: Path, target: Path) -> Iterator[str]:
+        """Copy a file, or a folder with what is in it; yields what is left out."""
+        name = escaped(str(path.relative_to(self.path)))
+        if path.is_dir() and not path.is_symlink():
+            target.mkdir()
+            for part in sorted(path.iterdir()):
+                if not part.name.startswith(_UNFINISHED):
+                    yield from self._copy(part, target / part.name)
+        elif not path.is_file() or not self._is_inside(path):
+            yield f"{name} (a link to elsewhere, or no file)"
+        elif any(path.match(pattern) for pattern in PICKLES):
+            yield f"{name} (a pickle)"
+        else:
+            shutil.copy(path, target)
+
+    def _module_folders(self) -> list[str]:
+        """The subfolders that ``modules.json`` names, in its order; ``ValueError`` for one elsewhere."""
+        path = self.path / _MODULES
+        modules = read_json(path) if path.is_file() else []
+        if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+            raise ValueError(f"{path} must be a list of JSON objects, one for each module")
+        names = [module.get("path", "") for module in modules]
+        for name in names:
+            if name != "" and not _is_plain_name(name):
+                raise ValueError(f"{path} names the folder {shown(name)}; it must be one beside it, without a path")
+        return [name for name in names if name]
+
+    def _is_inside(self, path: Path) -> bool:
+        """Whether ``path`` leads to what is in this folder, or in the Hub's cache of the same repository."""
+        folder = self.path.resolve()
+        if folder.parent.name == "snapshots":  # which has links to ../../blobs
+            folder = folder.parent.parent
+        return path.resolve().is_relative_to(folder)
+
+    def _transformer_elsewhere(self) -> str:
+        """What to do where Sentence Transformers has put the transformer into a subfolder."""
+        for name in self._module_folders():
+            file = self.path / name / "config.json"
+            stored = read_json(file) if file.is_file() else None
+            if isinstance(stored, dict) and "architectures" in stored:
+                return (
+                    f"; {_MODULES} says that it is in {name}/: give {self.path / name} instead, and put what is "
+                    f"written in the place of {name}/ in a copy of {self.path}"
+                )
+        return ""
+
+    def _model_config(self) -> Any:
+        """The model's config; by its class, so that a config.json cannot have code of its own loaded."""
+        config_class: Any = self.model_class.config_class
+        return config_class.from_pretrained(self.path)
+
+
+def _model_class(architectures: Any, config_file: Path) -> type[PreTrainedModel]:
+    """The class that ``architectures`` in a config.json names, which has to be a model of Transformers."""
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    model_class: Any = None
+    # dir() has what Transformers exports, without importing it.
+    if isinstance(architecture, str) and architecture in dir(transformers):
+        try:
+            model_class = getattr(transformers, architecture)
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f"{config_file}: {architecture} needs a package that is not there ({error})") from error
+    is_model = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
+    if not is_model or model_class.config_class is None:
+        raise ValueError(f"{config_file}: Transformers has no model class {shown(architecture)} (field architectures)")
+    return model_class
+
+
+def _is_plain_name(name: Any) -> bool:
+    """Whether it is the name of a visible file or folder, without a path to it."""
+    return isinstance(name, str) and name.isprintable() and name[:1] not in ("", ".") and not re.search(r"[/\\:]", name)
 
 
 @contextmanager
 def atomic_output_dir(output: Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to ``output`` at the end, and removed after an error.
+    """A temporary folder, of this run alone, whose content becomes that of ``output`` at the end.
 
-    Raises ``FileExistsError`` if ``output`` exists and is not an empty folder.
+    An ``output`` that does not exist appears with all its files at once. An empty folder, or a link to one, stays the
+    folder that it is: the files are moved into it, ``config.json`` last. After an error, or if another run was faster,
+    ``output`` is as it was. What a killed run leaves behind is ignored.
+
+    Raises:
+        FileExistsError: ``output`` exists and is not an empty folder, at the beginning or at the end.
+        OSError: it cannot be written.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists already; choose another output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
+    folder = Path(os.path.realpath(output))
+    is_new = not folder.exists()
+    _check_empty(folder, output)
+    # In the folder itself, whose parent may be read-only or another file system; otherwise in the nearest parent.
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=place) as temporary:
+        unfinished = Path(temporary, folder.name or "output")
+        unfinished.mkdir()  # with the permissions of any new folder, which the temporary one has not
         yield unfinished
-        if output.exists():
-            output.rmdir()
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _check_empty(folder, output)
+        try:
+            if is_new:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                unfinished.rename(folder)
+            else:
+                _move_files(unfinished, folder)
+        except OSError:
+            _check_empty(folder, output)
+            raise
+
+
+def _check_empty(folder: Path, output: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir() or any(not path.name.startswith(_UNFINISHED) for path in folder.iterdir()):
+        raise FileExistsError(f"{output} exists already; choose another output")
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Move what is in ``source`` into the empty folder ``target``; all or, after an error, nothing."""
+    last = target / "config.json"
+    moved = []
+    last.touch(exist_ok=False)  # of two runs one gets past this
+    try:
+        for path in source.iterdir():
+            if path.name != last.name:
+                moved.append(target / path.name)
+                path.rename(target / path.name)
+        (source / last.name).replace(last)
+    except BaseException:
+        for path in (*moved, last):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
 
 
 def summary(folder: CheckpointFolder) -> dict[str, Any]:
@@ -198,7 +372,9 @@ def summary(folder: CheckpointFolder) -> dict[str, Any]:
         "format_version": folder.format_version,
         "architecture": type(folder.structure).__name__,
         "quantization_config": folder.config.to_dict(),
-        "frozen_clips": sum(quantizer.is_frozen for _, _, quantizer in activation_quantizers(folder.structure)),
+        "activation_granularity": {operand: folder.config.granularity(operand) for operand in ACTIVATION_GRANULARITIES},
+        "frozen_clips": folder.frozen_activations,
+        "frozen_weight_clips": folder.frozen_weights,
         "layers": [vars(layer) for layer in layers],
         "layer_bytes": sum(layer.bytes for layer in layers),
         "layer_float32_bytes": sum(layer.float32_bytes for layer in layers),

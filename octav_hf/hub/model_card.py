@@ -1,6 +1,7 @@
 """The model card of a quantized model."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from .._utils.escaping import markdown_code, markdown_text, shown
 from .._utils.transformers_compat import task_mapping
 from ..config import OctavConfig
 from ..conversion.modules import quantized_modules
@@ -81,14 +83,20 @@ def renewed_card(card: ModelCard | None, new: ModelCard) -> ModelCard:
         return card
     old_data, new_data = card.data.to_dict(), new.data.to_dict()
     merged = {name: value for name, value in old_data.items() if name not in _OWN_METADATA} | new_data
-    merged["tags"] = list(dict.fromkeys([*new_data.get("tags", []), *old_data.get("tags", [])]))
+    old_tags = old_data.get("tags")
+    tags = [tag for tag in old_tags if isinstance(tag, str)] if isinstance(old_tags, list) else []
+    merged["tags"] = list(dict.fromkeys([*new_data.get("tags", []), *tags]))
     return ModelCard(f"---\n{ModelCardData(**merged).to_yaml()}\n---\n{new.text}")
 
 
 def write_card(folder: Path, new: ModelCard) -> None:
-    """Write ``README.md`` into ``folder``, unless a person has written or edited it."""
+    """Write ``README.md`` into ``folder``, unless a person has written or edited it; ``ValueError`` if that is none."""
     path = folder / "README.md"
-    renewed_card(ModelCard.load(path) if path.is_file() else None, new).save(path)
+    try:
+        card = renewed_card(ModelCard.load(path) if path.is_file() else None, new)
+    except Exception as error:  # of the YAML parser, or about the types of what it has read
+        raise ValueError(f"{path}: its metadata cannot be read; mend or remove it ({error})") from error
+    card.save(path)
 
 
 def _mark(text: str) -> str:
@@ -148,25 +156,26 @@ def _task(model: PreTrainedModel) -> str | None:
 def _text(model: PreTrainedModel, config: OctavConfig, run: TrainingRun, base_model: str | None, name: str) -> str:
     architecture = type(model).__name__
     report = coverage_report(model)
-    summary = "\n".join(f"- {line}" for line in report.summary().splitlines())
+    summary = "\n".join(f"- {markdown_text(line)}" for line in report.summary().splitlines())
     without_plugin = (
         "refuses to load it: the weights have another shape than it expects."
         if config.packed
         else "warns and loads the plain floating-point model."
     )
     sections = [
-        f"# {name.rpartition('/')[2]}",
+        f"# {markdown_text(name.rpartition('/')[2])}",
         _introduction(architecture, config, run, base_model),
         f"## Load it\n\n```sh\npip install octav-hf\n```\n\n```python\nimport octav_hf\n"
         f"from transformers import {architecture}\n"
-        f'model = {architecture}.from_pretrained("{name}")\n```\n\n'
+        f"model = {architecture}.from_pretrained({json.dumps(name, ensure_ascii=False)})\n```\n\n"
         f"Without `import octav_hf` Transformers {without_plugin}",
         f"## Quantization\n\n{_table(('setting', 'value'), _settings(report, config))}\n\n{summary}",
     ]
     if run.metrics:
         sections.append(f"## Evaluation\n\n{_evaluation(run)}")
     if run.recipe:
-        sections.append(f"## Training\n\n{_table(('hyperparameter', 'value'), dict(run.recipe))}")
+        recipe = {markdown_text(field): markdown_text(value) for field, value in run.recipe.items()}
+        sections.append(f"## Training\n\n{_table(('hyperparameter', 'value'), recipe)}")
     sections.append(f"## Citation\n\n```bibtex\n{_CITATION}\n```")
     return "\n\n".join(sections)
 
@@ -174,8 +183,8 @@ def _text(model: PreTrainedModel, config: OctavConfig, run: TrainingRun, base_mo
 def _introduction(architecture: str, config: OctavConfig, run: TrainingRun, base_model: str | None) -> str:
     if base_model is not None and _is_local(base_model):
         base_model = Path(base_model).name  # without the local path
-    made_from = f", fine-tuned from `{base_model}`" if base_model else ""
-    data = f" on {run.dataset}" if run.dataset else ""
+    made_from = f", fine-tuned from {markdown_code(base_model)}" if base_model else ""
+    data = f" on {markdown_text(run.dataset)}" if run.dataset else ""
     form = (
         "its weights are stored as integers of their own width with one scale per row"
         if config.packed
@@ -206,14 +215,18 @@ def _settings(report: CoverageReport, config: OctavConfig) -> dict[str, str]:
         settings["first and last layer"] = bits_in_words(config.first_last_bits)
     for title, patterns in (("excluded", config.exclude_modules), ("only", config.target_modules)):
         if patterns:
-            settings[title] = ", ".join(f"`{pattern}`" for pattern in patterns)
+            settings[title] = ", ".join(map(markdown_code, patterns))
     for pattern, override in config.module_overrides.items():
-        settings[f"override for `{pattern}`"] = ", ".join(f"{field}={value}" for field, value in override.items())
+        settings[f"override for {markdown_code(pattern)}"] = ", ".join(_option(*each) for each in override.items())
     return settings
 
 
 def _clip(rule: str, options: Mapping[str, Any]) -> str:
-    return f"clip `{rule}`" + "".join(f", {name}={value}" for name, value in options.items())
+    return f"clip {markdown_code(rule)}" + "".join(f", {_option(*each)}" for each in options.items())
+
+
+def _option(name: str, value: Any) -> str:
+    return markdown_text(f"{name}={value if isinstance(value, str) else shown(value)}")
 
 
 def _granularity(activations: Sequence[Operand]) -> str:
@@ -240,13 +253,14 @@ def _evaluation(run: TrainingRun) -> str:
     lines = [f"| {' | '.join(['metric', *columns])} |", "|---" + "|---:" * len(columns) + "|"]
     for metric in run.metrics:
         cells = [f"{values[metric]:.2f}" if metric in values else "" for values in columns.values()]
-        lines.append(f"| {' | '.join([_METRIC_NAMES.get(metric, metric), *cells])} |")
-    split = f", {run.dataset_split}" if run.dataset_split else ""
-    where = f"On {run.dataset}{split}, computed with the quantized model:\n\n" if run.dataset else ""
+        lines.append(f"| {' | '.join([_METRIC_NAMES.get(metric, markdown_text(metric)), *cells])} |")
+    split = f", {markdown_text(run.dataset_split)}" if run.dataset_split else ""
+    where = f"On {markdown_text(run.dataset)}{split}, computed with the quantized model:\n\n" if run.dataset else ""
     return where + "\n".join(lines)
 
 
-def _table(header: tuple[str, str], rows: Mapping[str, object]) -> str:
+def _table(header: tuple[str, str], rows: Mapping[str, str]) -> str:
+    """A table of rows that are Markdown."""
     lines = [f"| {' | '.join(header)} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     return "\n".join(lines)
 

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .._utils.escaping import shown
+from .._utils.json_file import read_json
+
 FILE_NAME = "octav_run.json"
 
 
@@ -22,10 +25,26 @@ class TrainingRun:
     fp32_metrics: Mapping[str, float] = field(default_factory=dict)  # of a model trained in float with this recipe
 
     def __post_init__(self) -> None:
+        for name in ("base_model", "dataset", "dataset_split"):
+            value = getattr(self, name)
+            if value is not None and not _is_name(value):
+                raise ValueError(f"TrainingRun: {name} must be a printable string or None, got {shown(value)}")
+        for name in ("recipe", "metrics", "fp32_metrics"):
+            values = getattr(self, name)
+            if not isinstance(values, Mapping) or not all(map(_is_name, values)):
+                raise ValueError(f"TrainingRun: {name} must map printable names to values, got {shown(values)}")
+        for hyperparameter, value in self.recipe.items():
+            if not isinstance(value, str | int | float | None) and not _is_flat(value):
+                raise ValueError(
+                    f"TrainingRun: recipe[{shown(hyperparameter)}] must be a string, a number, True, False, None or a "
+                    f"list of these, got {shown(value)}"
+                )
         for name in ("metrics", "fp32_metrics"):
             for metric, value in getattr(self, name).items():
-                if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                    raise ValueError(f"TrainingRun: {name}[{metric!r}] must be a finite number, got {value!r}")
+                if not _is_finite_number(value):
+                    raise ValueError(
+                        f"TrainingRun: {name}[{shown(metric)}] must be a finite number, got {shown(value)}"
+                    )
 
     def save(self, folder: str | Path) -> None:
         """Write ``octav_run.json`` into an existing folder."""
@@ -38,14 +57,26 @@ class TrainingRun:
         path = Path(folder) / FILE_NAME
         if not path.is_file():
             return cls()
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON file: {error}") from error
+        values = read_json(path)
         known = [entry.name for entry in fields(cls)]
         if not isinstance(values, dict) or not set(values) <= set(known):
             raise ValueError(f"{path} must be a JSON object with fields of {', '.join(known)}")
         try:
             return cls(**values)
-        except (ValueError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _is_finite_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that is too large for a float
+        return False
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(part, str | int | float | None) for part in value)

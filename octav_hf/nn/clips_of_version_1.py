@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .._utils.escaping import shown
 from .frozen_clips import FrozenClips
 from .granularity import ACTIVATION_GRANULARITIES
 
@@ -17,12 +18,12 @@ _EXAMPLE = "{'MODULE NAME': {'input': {'signed': True, 'clips': [2.5]}}}"
 def validate_activation_clips(activation_clips: Any) -> None:
     """Raise ``ValueError`` unless it has the form that version 1 wrote, and possible values."""
     if not isinstance(activation_clips, dict):
-        raise ValueError(f"{_FIELD} must be of the form {_EXAMPLE}, got {activation_clips!r}")
+        raise ValueError(f"{_FIELD} must be of the form {_EXAMPLE}, got {shown(activation_clips)}")
     for module_name, operands in activation_clips.items():
         if not isinstance(module_name, str) or not isinstance(operands, dict):
-            raise ValueError(f"{_FIELD}[{module_name!r}]: the form is {_EXAMPLE}, got {operands!r}")
+            raise ValueError(f"{_FIELD}[{shown(module_name)}]: the form is {_EXAMPLE}, got {shown(operands)}")
         for operand, frozen in operands.items():
-            where = f"{_FIELD}[{module_name!r}][{operand!r}]"
+            where = f"{_FIELD}[{shown(module_name)}][{shown(operand)}]"
             if operand not in ACTIVATION_GRANULARITIES:
                 raise ValueError(
                     f"{where}: no activation has that name; choose from {', '.join(ACTIVATION_GRANULARITIES)}"
@@ -30,14 +31,14 @@ def validate_activation_clips(activation_clips: Any) -> None:
             if not isinstance(frozen, dict) or set(frozen) - {"offset"} != {"signed", "clips"}:
                 raise ValueError(
                     f"{where} must be {{'signed': True or False, 'clips': [...]}}, and for an asymmetric grid "
-                    f"'offset': NUMBER, got {frozen!r}"
+                    f"'offset': NUMBER, got {shown(frozen)}"
                 )
             _validate_frozen(where, operand, **frozen)
 
 
 def _validate_frozen(where: str, operand: str, signed: Any, clips: Any, offset: Any = None) -> None:
     if not isinstance(signed, bool):
-        raise ValueError(f"{where}: signed must be True or False, got {signed!r}")
+        raise ValueError(f"{where}: signed must be True or False, got {shown(signed)}")
     if operand != "input" and signed is (operand == "probabilities"):
         raise ValueError(
             f"{where}: signed is {signed}, but probabilities are never negative and query, key and value have two signs"
@@ -45,11 +46,11 @@ def _validate_frozen(where: str, operand: str, signed: Any, clips: Any, offset: 
     if offset is not None and (operand != "input" or signed or not _is_clip(-offset if _is_number(offset) else offset)):
         raise ValueError(
             f"{where}: offset is where the unsigned grid of a layer's input begins, a finite number below 0, got "
-            f"{offset!r} for {operand!r} with signed {signed}"
+            f"{shown(offset)} for {shown(operand)} with signed {signed}"
         )
     if not isinstance(clips, list) or not clips or not all(map(_is_clip, clips)):
         raise ValueError(
-            f"{where}: clips must be a list of finite numbers >= 0, got {clips!r}; one that differs among heads or "
+            f"{where}: clips must be a list of finite numbers >= 0, got {shown(clips)}; one that differs among heads or "
             "channels is a list of numbers, or of lists of them that are all as long as each other"
         )
     if len(set(map(_shape, clips))) != 1:

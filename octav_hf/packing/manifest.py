@@ -1,7 +1,11 @@
 """The record of a packed model's tensors in the metadata of its files, and the check of the files.
 
 The record is JSON under the key ``octav_hf`` of the safetensors metadata, the same in each shard: the quantization
-config, and dtype, shape and SHA-256 of each tensor of all shards. Its own SHA-256 is under ``octav_hf_sha256``.
+config, and dtype, shape and SHA-256 of each tensor of all shards. Its own SHA-256 is under ``octav_hf_sha256``. Other
+keys are ignored, except for ``format``, which Transformers requires.
+
+The hashes show that a file is whole: what was saved is what is loaded. They do not show who made it, since whoever
+changes a file on purpose can write the hashes anew.
 """
 
 import hashlib
@@ -15,10 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .._utils.escaping import escaped, shown
 from ..config import OctavConfig
 
 _RECORD, _DIGEST = "octav_hf", "octav_hf_sha256"
-_OTHER_METADATA = {"format": "pt"}  # by Transformers
+_FORMAT, _TORCH = "format", "pt"  # by Transformers
 
 
 @dataclass(frozen=True)
@@ -55,53 +60,57 @@ def check_files(files: Iterable[str | Path], config: OctavConfig) -> dict[str, T
                 elif recorded != record:
                     raise _damaged(path, f"its record is not that of {first}: these are files of two models")
                 for name in file.keys():  # noqa: SIM118  # not a dictionary
-                    _check_tensor(path, name, file.get_tensor(name), record)
+                    if name not in record:
+                        raise _damaged(path, f"the tensor {escaped(name)} is not in its record")
+                    _check_tensor(path, name, file.get_tensor(name), record[name])
                     if name in found:
-                        raise _damaged(path, f"{name} is in {found[name]} too")
+                        raise _damaged(path, f"{escaped(name)} is in {found[name]} too")
                     found[name] = path
-        except SafetensorError as error:
+        except (SafetensorError, RuntimeError) as error:  # torch refuses some shapes that safetensors does not
             raise _damaged(path, f"no safetensors file, or one that is cut off or altered ({error})") from error
     if record is None:
         raise ValueError("a packed model has to have files; there are none")
     missing = sorted(record.keys() - found.keys())
     if missing:
-        raise _damaged(", ".join(map(str, paths)), f"{missing[0]} is missing ({len(missing)} in all)")
+        raise _damaged(", ".join(map(str, paths)), f"{escaped(missing[0])} is missing ({len(missing)} in all)")
     return record
 
 
 def _read_record(path: Path, metadata: Mapping[str, str] | None, config: OctavConfig) -> dict[str, TensorRecord]:
     """The record in the file's metadata, after checking it."""
     metadata = metadata or {}
-    expected = {_RECORD, _DIGEST} | _OTHER_METADATA.keys()
-    if set(metadata) != expected:
-        raise _damaged(path, f"its metadata has the keys {sorted(metadata)}, not {sorted(expected)}")
-    for key, value in _OTHER_METADATA.items():
-        if metadata[key] != value:
-            raise _damaged(path, f"its metadata has {key}={metadata[key]!r}, not {value!r}")
+    expected = {_RECORD, _DIGEST, _FORMAT}
+    if not metadata.keys() >= expected:
+        raise _damaged(path, f"its metadata has the keys {shown(sorted(metadata))}, not {sorted(expected)}")
+    if metadata[_FORMAT] != _TORCH:
+        raise _damaged(path, f"its metadata has {_FORMAT}={shown(metadata[_FORMAT])}, not {_TORCH!r}")
     text = metadata[_RECORD]
     if _sha256(text.encode()) != metadata[_DIGEST]:
         raise _damaged(path, "the record of its tensors in the metadata is altered")
-    record: dict[str, Any] = json.loads(text)
-    written = OctavConfig.from_dict(record["quantization_config"])
-    recorded = written.to_dict() | {"activation_clips": written.clips_of_version_1}
+    try:
+        record = json.loads(text)
+        written = OctavConfig.from_dict(record["quantization_config"])
+        recorded = written.to_dict() | {"activation_clips": written.clips_of_version_1}
+        tensors = {name: TensorRecord(**entry) for name, entry in record["tensors"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"the record of its tensors in the metadata is none: {escaped(repr(error))}") from error
     for field, value in (config.to_dict() | {"activation_clips": config.clips_of_version_1}).items():
         if recorded[field] != value:
             raise ValueError(
-                f"{path} was written with {field}={recorded[field]!r}, but the quantization_config of the config.json "
-                f"beside it has {value!r}; bring back the config.json that was saved with it"
+                f"{path} was written with {field}={shown(recorded[field])}, but the quantization_config of the "
+                f"config.json beside it has {shown(value)}; bring back the config.json that was saved with it"
             )
-    return {name: TensorRecord(**entry) for name, entry in record["tensors"].items()}
+    return tensors
 
 
-def _check_tensor(path: Path, name: str, tensor: Tensor, record: Mapping[str, TensorRecord]) -> None:
-    if name not in record:
-        raise _damaged(path, f"the tensor {name} is not in its record")
-    recorded, actual = record[name], _tensor_record(tensor)
+def _check_tensor(path: Path, name: str, tensor: Tensor, recorded: TensorRecord) -> None:
+    actual = _tensor_record(tensor)
     for field in ("dtype", "shape"):
         if getattr(actual, field) != getattr(recorded, field):
-            raise _damaged(path, f"{name} has {field} {getattr(actual, field)}, not {getattr(recorded, field)}")
+            expected = escaped(str(getattr(recorded, field)))
+            raise _damaged(path, f"{escaped(name)} has {field} {getattr(actual, field)}, not {expected}")
     if actual != recorded:
-        raise _damaged(path, f"the values of {name} are altered")
+        raise _damaged(path, f"the values of {escaped(name)} are altered")
 
 
 def _tensor_record(tensor: Tensor) -> TensorRecord:

@@ -1,5 +1,6 @@
 """Packed files damaged in 370 ways: each is refused with an error that names the file and what is wrong in it."""
 
+import hashlib
 import json
 import random
 import re
@@ -176,13 +177,37 @@ def test_records_that_are_not_what_was_saved(whole: Path, copy: Path) -> None:
     other_bits = record | {"quantization_config": record["quantization_config"] | {"weight_bits": 3}}
     damaged: dict[str, dict[str, Any]] = {
         "has the keys": {},
-        "not ['format', 'octav_hf', 'octav_hf_sha256']": metadata | {"more": "1"},
+        "not ['format', 'octav_hf', 'octav_hf_sha256']": {"format": "pt", "octav_hf": metadata["octav_hf"]},
         "format='tf'": metadata | {"format": "tf"},
         "the record of its tensors in the metadata is altered": metadata | {"octav_hf": json.dumps(other_bits)},
     }
     for message, changed_metadata in damaged.items():
         save_file(tensors, copy / FILE, metadata=changed_metadata)
         assert message in error_of(copy)
+
+
+def test_further_metadata_is_ignored(copy: Path) -> None:
+    tensors, metadata = read(copy)
+    save_file(tensors, copy / FILE, metadata=metadata | {"more": "of a later Transformers"})
+    assert AutoModelForQuestionAnswering.from_pretrained(copy).qa_outputs.weight.shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["3", "[]", "{}", '{"quantization_config": {}, "tensors": {"a": {"b": 1}}}', "[" * 10**5],
+    ids=lambda record: record[:9],
+)
+def test_a_record_of_another_form_with_its_hash(copy: Path, record: str) -> None:
+    tensors, metadata = read(copy)
+    digest = hashlib.sha256(record.encode()).hexdigest()
+    save_file(tensors, copy / FILE, metadata=metadata | {"octav_hf": record, "octav_hf_sha256": digest})
+    assert "the record of its tensors in the metadata is none" in error_of(copy)
+
+
+def test_names_of_tensors_are_no_commands_to_a_terminal(copy: Path) -> None:
+    tensors, metadata = read(copy)
+    save_file(tensors | {"\x1b[2J": torch.zeros(1)}, copy / FILE, metadata=metadata)
+    assert r"the tensor \x1b[2J is not in its record" in error_of(copy)
 
 
 def test_files_of_two_models(whole: Path, tmp_path: Path) -> None:
