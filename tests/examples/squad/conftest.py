@@ -32,9 +32,9 @@ def tokenizer(minilm_path: str) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(params=[True, False], ids=["trimmed", "untrimmed"])
 def byte_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
-    """One like RoBERTa's: a blank too many is a token, whose offsets are (k, k) where they are trimmed."""
-    names = ["<s>", "<pad>", "</s>", *sorted(ByteLevel.alphabet()), "ca", "car", "Ġcar", "re", "red"]
-    merges = [("c", "a"), ("ca", "r"), ("Ġ", "car"), ("r", "e"), ("re", "d")]
+    """One like RoBERTa's: blanks too many are a token, whose offsets are (k, k) where they are trimmed."""
+    names = ["<s>", "<pad>", "</s>", *sorted(ByteLevel.alphabet()), "ca", "car", "Ġcar", "re", "red", "ĠĠ"]
+    merges = [("c", "a"), ("ca", "r"), ("Ġ", "car"), ("r", "e"), ("re", "d"), ("Ġ", "Ġ")]
     tokenizer = Tokenizer(BPE({name: i for i, name in enumerate(names)}, merges))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0), request.param, False)

@@ -74,7 +74,7 @@ def test_question_without_answer_is_labelled_cls(tokenizer: PreTrainedTokenizerB
 
 @pytest.mark.parametrize(
     ("answer", "tokens"),
-    [("car", "Ġcar"), (" car", "Ġcar"), ("   car  ", "Ġcar"), ("red   car", "red Ġ Ġ Ġcar"), ("  ", "<s>")],
+    [("car", "Ġcar"), (" car", "Ġcar"), ("   car  ", "Ġcar"), ("red   car", "red ĠĠ Ġcar"), (" ", "<s>")],
     ids=["text", "blank", "blanks", "within", "alone"],
 )
 def test_labels_do_not_begin_or_end_in_blanks(
