@@ -19,6 +19,7 @@ class WeightFakeQuantize(FakeQuantize):
 
     _known: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
     _probe: Tensor | None = None
+    _left_by_calls = (*FakeQuantize._left_by_calls, "_known", "_probe")
 
     @torch.compiler.disable
     @outside_function_modes
