@@ -13,8 +13,8 @@ from .hub.model_card import model_card
 from .hub.training_run import TrainingRun
 from .integrations import OctavQuantizer
 from .packing.pack import pack_octav, unpack_octav
-from .static_clips.activations import calibrate_octav, calibrating, uncalibrate_octav
-from .static_clips.weights import freeze_weight_clips, unfreeze_weight_clips
+from .static_clips.activations import calibrating
+from .static_clips.calibrate import calibrate_octav, uncalibrate_octav
 from .training.checkpoints import last_whole_checkpoint
 from .training.distillation import distill
 
@@ -32,12 +32,10 @@ __all__ = [
     "check_coverage",
     "coverage_report",
     "distill",
-    "freeze_weight_clips",
     "last_whole_checkpoint",
     "model_card",
     "pack_octav",
     "remove_octav",
     "uncalibrate_octav",
-    "unfreeze_weight_clips",
     "unpack_octav",
 ]

@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.quantizers.auto import register_quantization_config
@@ -19,8 +19,8 @@ from ._version import __version__
 from .functional import CLIP_RULES, GradientEstimator
 from .functional.grid import MAX_BITS, MIN_BITS
 from .functional.registry import RULE_ARGUMENTS, rules_for_all_ranks
+from .nn.clips_of_version_1 import ClipsOfVersion1, validate_activation_clips
 from .nn.granularity import ACTIVATION_GRANULARITIES, FINEST, WEIGHT_GRANULARITIES, Granularity, unsupported_reason
-from .nn.stored_clips import ActivationClips, validate_activation_clips
 
 QUANT_METHOD = "octav"
 
@@ -38,7 +38,7 @@ _CHOICES: dict[str, tuple[StrEnum, ...]] = {
     "weight_gradient_estimator": tuple(GradientEstimator),
     "activation_gradient_estimator": tuple(GradientEstimator),
 }
-WRITTEN_FIELDS = ("packed", "frozen_weight_clips", "activation_clips")
+WRITTEN_FIELDS = ("packed", "frozen_weight_clips")
 """What the modules of a model say, and its record with them: not for users to set."""
 _PATTERN_LISTS = ("exclude_modules", "target_modules", "attention_modules")
 
@@ -193,13 +193,12 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
     )
     packed: bool = _field(False, "Whether weights are stored as integers; written by `pack_octav`.")
     frozen_weight_clips: bool = _field(
-        False, "Whether clips of weights are stored with the weights; written by `freeze_weight_clips`."
+        False,
+        "Whether clips of weights are stored with the weights; written where `calibrate_octav(model, weights=True)` "
+        "froze them.",
     )
-    activation_clips: ActivationClips = _field(
-        {},
-        "Frozen clips of activations, module → operand → sign and clips; written by `calibrate_octav`. An operand that "
-        "is not in it has dynamic clips.",
-    )
+
+    clips_of_version_1: ClassVar[ClipsOfVersion1] = {}  # of an instance that was read from that format, until loaded
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "OctavConfig":
         """Refuse unknown fields before ``__init__`` does, with an error that says what there is."""
@@ -246,8 +245,11 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
         values = dict(config_dict)
         version = values.pop("format_version", 1)  # older than the field
         _check_version(version, values.pop("octav_hf_version", "unknown"))
+        clips: ClipsOfVersion1 = {}
         if version == 1:
             values = _from_version_1(values)
+            clips = values.pop("activation_clips", {})
+            validate_activation_clips(clips)
         method = values.pop("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD:
             raise ValueError(
@@ -256,11 +258,15 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
         names = {entry.name for entry in fields(cls) if entry.init}
         replaced = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         config = cls(**(values | replaced))
+        if clips:
+            config.__dict__["clips_of_version_1"] = copy.deepcopy(clips)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, and by which version of the format and of this package they were written."""
-        return _plain(super().to_dict()) | {"format_version": FORMAT_VERSION, "octav_hf_version": __version__}
+        values = super().to_dict()
+        values.pop("clips_of_version_1", None)
+        return _plain(values) | {"format_version": FORMAT_VERSION, "octav_hf_version": __version__}
 
     def validate(self) -> None:
         """Check every field. ``apply_octav`` does so again, since fields can be assigned.
@@ -291,7 +297,6 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
             if unknown:
                 raise ValueError(_unknown(f"{where} cannot set", unknown, MODULE_FIELDS))
             _validate(values | override, where)
-        validate_activation_clips(self.activation_clips)
 
     def left_out(self, module_names: Iterable[str]) -> dict[str, str]:
         """Full name -> reason, of the modules that ``exclude_modules`` and ``target_modules`` leave in float."""
@@ -363,7 +368,7 @@ def _check_version(version: Any, written_by: Any) -> None:
 
 
 def _from_version_1(values: Any) -> Any:
-    """The fields of a config, an override or frozen clips of format version 1 by their present names."""
+    """The fields of a config, an override or frozen clips of format version 1 by their later names."""
     if not isinstance(values, dict):
         return values  # refused by validation
     new = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
@@ -400,7 +405,7 @@ def _plain(value: Any) -> Any:
 
 
 def _validate(values: dict[str, Any], where: str) -> None:
-    """Check all fields but the patterns, overrides and frozen clips."""
+    """Check all fields but the patterns and overrides."""
     for entry in fields(OctavConfig):
         if isinstance(entry.default, bool) and not isinstance(values[entry.name], bool):
             raise ValueError(f"{where}: {entry.name} must be True or False, got {values[entry.name]!r}")

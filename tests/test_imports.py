@@ -33,7 +33,7 @@ PRIVATE = ("octav_hf._utils.torch_private", "octav_hf._utils.transformers_compat
 # Of Transformers' modules, those that its documentation or its own quantizers and models show to be imported from.
 DOCUMENTED = ("transformers", "transformers.pytorch_utils", "transformers.quantizers", "transformers.utils")
 # What nn.Module and namedtuple pass on under a private name to be used.
-INHERITED = {"_apply", "_buffers", "_conv_forward", "_replace"}
+INHERITED = {"_apply", "_buffers", "_conv_forward", "_load_from_state_dict", "_replace"}
 
 
 def imports(name: str) -> set[str]:

@@ -141,13 +141,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     }
     trainer = QuestionAnsweringTrainer(model=model, callbacks=[timer], **parts)
 
-    def calibrate(batches: int) -> None:
-        octav_hf.calibrate_octav(trainer.accelerator.unwrap_model(trainer.model), random_batches(parts, batches))
+    def calibrate(batches: int, weights: bool = False) -> None:
+        unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+        octav_hf.calibrate_octav(unwrapped, random_batches(parts, batches), weights=weights)
 
     results: dict[str, float] = {}
     if octav_args.static_clip_batches:
-        octav_hf.freeze_weight_clips(model)
-        calibrate(octav_args.static_clip_batches)
+        calibrate(octav_args.static_clip_batches, weights=True)
     if training_args.do_train:
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {

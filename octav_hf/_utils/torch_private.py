@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _python_dispatch, _pytree
 
 # PyTorch's nn.functional.linear. DeepSpeed's ZeRO-3 replaces it by a function whose matmuls look like attention's.
@@ -54,6 +55,11 @@ def storage_id(x: Tensor) -> int:
 def version_counter(x: Tensor) -> int:
     """The number of in-place writes to a tensor, which has no public path."""
     return x._version
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor's values can be read; fake tensors, in which tracers run a model, have no public class."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:

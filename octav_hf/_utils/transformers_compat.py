@@ -65,8 +65,17 @@ def mark_as_float(model: PreTrainedModel) -> None:
 
 def argument_of_save_pretrained(name: str) -> Any:
     """An argument of the innermost ``save_pretrained`` on the stack, not passed on to quantizers; else ``None``."""
+    return _argument_of(inspect.unwrap(PreTrainedModel.save_pretrained), name)
+
+
+def argument_of_from_pretrained(name: str) -> Any:
+    """The same of ``from_pretrained``."""
+    return _argument_of(inspect.unwrap(PreTrainedModel.from_pretrained.__func__), name)  # type: ignore[attr-defined]
+
+
+def _argument_of(function: Any, name: str) -> Any:
     frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not inspect.unwrap(PreTrainedModel.save_pretrained).__code__:
+    while frame is not None and frame.f_code is not function.__code__:
         frame = frame.f_back
     return None if frame is None else frame.f_locals.get(name)
 

@@ -1,7 +1,7 @@
 """``apply_octav`` and ``remove_octav``: a float model becomes a quantized one, in place, and a float one again."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -9,12 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from .._utils.torch_private import own_parameters
 from .._utils.transformers_compat import mark_as_float, unset_upload
 from ..config import OctavConfig
 from ..nn import QuantizedLayer
 from .modules import quantized_modules
 from .plan import plan_conversion
-from .record import requantize_output_embeddings
+from .record import keep_head_clips, requantize_output_embeddings
 from .request import ModulePlan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -52,7 +53,13 @@ def apply_octav(model: Model, config: OctavConfig | None = None) -> Model:
         raise ValueError("packed=True is not for apply_octav; train the model first, then call pack_octav(model)")
     if config.frozen_weight_clips:
         raise ValueError(
-            "frozen_weight_clips=True is not for apply_octav; leave it out, then call freeze_weight_clips(model)"
+            "frozen_weight_clips=True is not for apply_octav; leave it out, then call calibrate_octav(model, "
+            "weights=True)"
+        )
+    if config.clips_of_version_1:
+        raise ValueError(
+            "this config is of a checkpoint of format version 1, whose frozen clips are not for apply_octav; load that "
+            "checkpoint with from_pretrained, or call calibrate_octav on this model"
         )
     _check_not_quantized(model)
     convert_modules(model, config, plan_conversion(model, config))
@@ -90,9 +97,11 @@ def convert_modules(model: nn.Module, config: OctavConfig, plan: Sequence[Module
         module_plan.convert()
     converted = {module_plan.name: module_plan.quantized_class for module_plan in plan}
     model.__dict__.update(octav_config=copy.deepcopy(config), octav_modules=converted)
+    model.octav_state_dict_hook = model.register_load_state_dict_pre_hook(_cover_tied_layers)  # type: ignore[assignment]
     if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), QuantizedLayer):
         handle = model.register_forward_pre_hook(requantize_output_embeddings)
         model.octav_output_embeddings_hook = handle  # type: ignore[assignment]
+        keep_head_clips(model)
 
 
 def restore_modules(model: nn.Module) -> None:
@@ -102,12 +111,13 @@ def restore_modules(model: nn.Module) -> None:
     for module in model.modules():
         if "octav_packed_hook" in module.__dict__:
             release_packed(module)
-        for name in ("octav_config", "octav_modules"):
+        for name in ("octav_config", "octav_modules", "octav_head_quantizer"):
             module.__dict__.pop(name, None)
         unset_upload(module)
-        hook = module.__dict__.pop("octav_output_embeddings_hook", None)
-        if hook is not None:
-            hook.remove()
+        for name in ("octav_output_embeddings_hook", "octav_state_dict_hook"):
+            hook = module.__dict__.pop(name, None)
+            if hook is not None:
+                hook.remove()
 
 
 def freeze_packed(model: nn.Module) -> None:
@@ -120,6 +130,22 @@ def release_packed(model: nn.Module) -> None:
     """Undo ``freeze_packed``."""
     model.__dict__.pop("octav_packed_hook").remove()
     model.requires_grad_(True)
+
+
+def _cover_tied_layers(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    """Make clips dynamic where a state dict has neither them nor the layer's weight, but has that by a tied name.
+
+    A file has a tied weight once, so the layer itself cannot tell such a state dict from one of other modules.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(f"{prefix}{name}")
+    for path, layer in model.named_modules():
+        own = f"{prefix}{path}."
+        if not isinstance(layer, QuantizedLayer) or layer.is_covered(state_dict, own):
+            continue
+        if any(name in state_dict for name in names.get(id(own_parameters(layer).get("weight")), ())):
+            layer.unfreeze_missing(state_dict, own)
 
 
 def _check_not_quantized(model: nn.Module) -> None:

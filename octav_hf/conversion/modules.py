@@ -39,7 +39,7 @@ def layers_by_quantizer(model: nn.Module, quantizer_class: type[FakeQuantize]) -
 
 
 def layers_to_freeze(model: nn.Module) -> dict[str, Any]:
-    """Full name -> layer whose weight has dynamic clips that can be frozen: not packed or frozen, and no embedding."""
+    """Full name -> layer whose weight's clips can be frozen, or are: not packed, and no embedding."""
     return layers_by_quantizer(model, WeightFakeQuantize)
 
 

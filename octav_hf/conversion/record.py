@@ -7,10 +7,9 @@ from typing import Any
 from torch import nn
 
 from ..config import OctavConfig
-from ..nn import FakeQuantize, FrozenWeightFakeQuantize, PackedLayer, PackedWeight, QuantizedAttention, QuantizedLayer
-from ..nn.stored_clips import ActivationClips, frozen_fields
+from ..nn import FakeQuantize, FrozenClips, PackedLayer, PackedWeight, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
 from .layers import plan_layers
-from .modules import activation_quantizers, layers_to_freeze, shared_weights
+from .modules import layers_to_freeze, shared_weights
 from .request import Request
 
 
@@ -38,17 +37,17 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def has_frozen_weight_clips(model: nn.Module) -> bool:
-    """Whether a weight of the model has frozen clips, or had when it was packed."""
-    layers = (module for module in model.modules() if isinstance(module, QuantizedLayer))
-    return any(
-        isinstance(layer.weight_quantizer, FakeQuantize) and layer.weight_quantizer.is_frozen for layer in layers
-    )
-
-
-def config_name(path: str, operand: str, quantizer_name: str) -> str:
-    """A module's name at conversion, which an adapter that wraps the module has changed since."""
-    name = quantizer_name.removesuffix(f" {operand}")
-    return name if path.startswith(f"{name}.") else path
+    """Whether all weights that can have frozen clips have them, or had when they were packed."""
+    shared = shared_weights(model)
+    states = [
+        layer.weight_quantizer.is_frozen
+        for layer in model.modules()
+        if isinstance(layer, QuantizedLayer)
+        and layer not in shared
+        and issubclass(layer.weight_quantizer_class, WeightFakeQuantize)
+        and isinstance(layer.weight_quantizer, WeightFakeQuantize | PackedWeight)
+    ]
+    return bool(states) and all(states)
 
 
 def _replaced(model: nn.Module, kind: type[nn.Module]) -> list[str]:
@@ -65,11 +64,6 @@ def _replaced(model: nn.Module, kind: type[nn.Module]) -> list[str]:
 
 def recorded_config(model: nn.Module) -> OctavConfig:
     """The config to save: the requested one, with the present state of the model's modules."""
-    clips: ActivationClips = {}
-    for path, operand, quantizer in activation_quantizers(model):
-        if quantizer.frozen is not None:
-            name = config_name(path, operand, quantizer.name)
-            clips.setdefault(name, {})[operand] = frozen_fields(quantizer.frozen)
     asked = asked_config(model, "recorded_config")
     overrides = dict(asked.module_overrides)
     for name in _replaced(model, QuantizedAttention):
@@ -80,8 +74,20 @@ def recorded_config(model: nn.Module) -> OctavConfig:
         module_overrides=overrides,
         packed=is_packed(model),
         frozen_weight_clips=has_frozen_weight_clips(model),
-        activation_clips=clips,
     )
+
+
+def keep_head_clips(model: nn.Module) -> None:
+    """Give a quantized head the frozen clips of its input that the head before it had, and remember its quantizer."""
+    quantizer = getattr(model.get_output_embeddings(), "input_quantizer", None)  # type: ignore[operator]
+    before = model.__dict__.get("octav_head_quantizer")
+    if isinstance(before, FakeQuantize) and isinstance(quantizer, FakeQuantize) and before is not quantizer:
+        frozen = before.frozen
+        if frozen is not None:
+            device = model.get_output_embeddings().weight.device  # type: ignore[operator]
+            clips, offset = (None if x is None else x.to(device) for x in frozen[1:])
+            quantizer.freeze(FrozenClips(frozen.signed, clips, offset))
+    model.__dict__["octav_head_quantizer"] = quantizer
 
 
 def requantize_output_embeddings(model: nn.Module, args: Any = ()) -> None:
@@ -92,20 +98,27 @@ def requantize_output_embeddings(model: nn.Module, args: Any = ()) -> None:
     head: Any = model.get_output_embeddings() if "octav_output_embeddings_hook" in model.__dict__ else None  # type: ignore[operator]
     if head is None or isinstance(head, QuantizedLayer):
         return
-    # The record still has the frozen clips of the head that was replaced.
     config = model.__dict__["hf_quantizer"].quantization_config
     has_frozen_clips, has_packed_weights = has_frozen_weight_clips(model), is_packed(model)
     for module_plan in plan_layers(Request.of(model, config)):
         if module_plan.module is head:
             module_plan.convert()
+    keep_head_clips(model)
     if head in shared_weights(model):
         return
     for layer in layers_to_freeze(head).values():
         if has_frozen_clips:
-            layer.weight_quantizer = FrozenWeightFakeQuantize.of(layer.weight_quantizer, layer.weight)
+            layer.weight_quantizer.freeze_at(layer.weight)
         if has_packed_weights:
             PackedLayer.pack(layer, PackedWeight.pack(layer.weight_quantizer, layer.weight))
             layer.requires_grad_(False)
+
+
+def write_records(model: nn.Module) -> None:
+    """``write_record`` for each converted model in ``model``."""
+    for module in model.modules():
+        if "octav_config" in module.__dict__:
+            write_record(module)
 
 
 def write_record(model: nn.Module) -> None:

@@ -173,7 +173,7 @@ def _row(name: str, kind: str, operand: str, quantizer: nn.Module, reason: str) 
         operand,
         bits=quantizer.num_bits,
         signed=quantizer.signed if quantizer.frozen is None else quantizer.frozen.signed,
-        asymmetric=quantizer.asymmetric if quantizer.frozen is None else quantizer.frozen.offset != 0,
+        asymmetric=quantizer.asymmetric if quantizer.frozen is None else quantizer.frozen.offset is not None,
         clip=quantizer.clip,
         gradient_estimator=quantizer.gradient_estimator,
         granularity=granularity_of(operand, quantizer.active_dim),

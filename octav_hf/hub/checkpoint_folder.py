@@ -18,9 +18,11 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..config import OctavConfig
 from ..conversion.convert import convert_modules
-from ..conversion.modules import layers_by_quantizer
+from ..conversion.modules import activation_quantizers, layers_by_quantizer
 from ..conversion.plan import plan_conversion
 from ..nn import FakeQuantize
+from ..packing.clips_in_files import prepare_frozen
+from ..packing.clips_of_version_1 import freeze_version_1, match_version_1
 from .model_card import model_card, write_card
 from .training_run import TrainingRun
 
@@ -106,6 +108,8 @@ class CheckpointFolder:
         with torch.device("meta"):
             model = self.model_class(AutoConfig.from_pretrained(self.path))
         convert_modules(model, self.config, plan_conversion(model, self.config, from_file=True))
+        prepare_frozen(model, map(str, self.weight_files), all_weights=False)
+        freeze_version_1(match_version_1(model, self.config.clips_of_version_1))
         model.config.quantization_config = self.config
         return model
 
@@ -196,7 +200,7 @@ def summary(folder: CheckpointFolder) -> dict[str, Any]:
         "format_version": folder.format_version,
         "architecture": type(folder.structure).__name__,
         "quantization_config": folder.config.to_dict(),
-        "frozen_clips": sum(len(operands) for operands in folder.config.activation_clips.values()),
+        "frozen_clips": sum(quantizer.is_frozen for _, _, quantizer in activation_quantizers(folder.structure)),
         "layers": [vars(layer) for layer in layers],
         "layer_bytes": sum(layer.bytes for layer in layers),
         "layer_float32_bytes": sum(layer.float32_bytes for layer in layers),

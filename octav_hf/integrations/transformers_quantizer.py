@@ -3,13 +3,13 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from .._utils.transformers_compat import (
+    argument_of_from_pretrained,
     has_adapters,
     is_tied,
     remove_tied_weights_from_state_dict,
@@ -19,14 +19,14 @@ from .._utils.transformers_compat import (
 )
 from ..config import QUANT_METHOD, OctavConfig
 from ..conversion.convert import convert_modules, freeze_packed, restore_modules
-from ..conversion.modules import layers_to_freeze
 from ..conversion.plan import plan_conversion
 from ..conversion.record import is_packed, write_record
 from ..hub.upload import UploadWithCard
+from ..packing.clips_in_files import prepare_frozen
+from ..packing.clips_of_version_1 import OperandClips, freeze_version_1, match_version_1
 from ..packing.manifest import check_files, describe_tensors
-from ..packing.names import FROZEN_CLIPS, PackedNames, layers_in_files
+from ..packing.names import PackedNames, layers_in_files
 from ..packing.pack import packed_layers, prepare_packed, quantized_weights
-from ..static_clips.weights import prepare_frozen
 from .gathered_weights import given_weights
 
 _OTHER_CLASS = (
@@ -40,13 +40,15 @@ class OctavQuantizer(HfQuantizer):
     """Converts a model's modules before its weights are loaded.
 
     A checkpoint in training form has the full-precision weights under their usual names and the ``OctavConfig`` in
-    ``config.json``. Frozen clips of activations are in the config, those of weights are tensors. In packed form, after
-    ``pack_octav``, weights are integers of another shape under the same names; see ``packing.names``.
+    ``config.json``; frozen clips are tensors. In packed form, after ``pack_octav``, weights are integers of another
+    shape under the same names; see ``packing.names``.
     """
 
     requires_calibration = False
     quantization_config: OctavConfig
-    _renamings: tuple[PackedNames, ...] = ()  # of the model whose weights are being loaded
+    # Of the model whose weights are being loaded:
+    _renamings: tuple[PackedNames, ...] = ()
+    _clips_of_version_1: tuple[OperandClips, ...] = ()
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -58,23 +60,26 @@ class OctavQuantizer(HfQuantizer):
             if frozen:
                 raise ValueError(
                     "frozen_weight_clips=True is not for a float model; leave it out, then call "
-                    "freeze_weight_clips(model)"
+                    "calibrate_octav(model, weights=True)"
                 )
-        if (packed or frozen) and not checkpoint_files:
-            what = "packed" if packed else "with frozen clips of weights"
-            raise ValueError(f"a model that is {what} can only be loaded from its files, not from a state_dict")
-        files = checkpoint_files or ()
-        names = check_files(files, self.quantization_config) if packed else _tensor_names(files) if frozen else ()
+        if packed and not checkpoint_files:
+            raise ValueError("a model that is packed can only be loaded from its files, not from a state_dict")
+        names = check_files(checkpoint_files or (), self.quantization_config) if packed else ()
         plan = plan_conversion(model, self.quantization_config, from_file=self.pre_quantized)
         convert_modules(model, self.quantization_config, plan)
         if packed:
             self._prepare_packed(model, names)
-        if frozen:
-            self._prepare_frozen(model, names)
+        if self.pre_quantized:
+            state_dict = argument_of_from_pretrained("state_dict")
+            prepare_frozen(model, checkpoint_files or () if state_dict is None else state_dict, all_weights=frozen)
+            self._clips_of_version_1 = match_version_1(model, self.quantization_config.clips_of_version_1)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self._renamings = ()
+        freeze_version_1(self._clips_of_version_1)
+        self._clips_of_version_1 = ()
+        self.quantization_config.__dict__.pop("clips_of_version_1", None)
         if self.quantization_config.packed:
             freeze_packed(model)
         save_by_own_names(model)
@@ -89,14 +94,6 @@ class OctavQuantizer(HfQuantizer):
             raise ValueError(f"{name}: {problem}. {_OTHER_CLASS.format('unpack_octav')}")
         prepare_packed(model, packed, self.quantization_config.frozen_weight_clips)
         self._renamings = (PackedNames(packed_layers(model), model.base_model_prefix),)
-
-    def _prepare_frozen(self, model: PreTrainedModel, names: Iterable[str]) -> None:
-        layers = layers_to_freeze(model)
-        frozen = layers_in_files(names, layers, model, FROZEN_CLIPS)
-        for name, shape in _missing(model, layers, frozen):
-            problem = f"this checkpoint has no clips for its weight of shape {shape}, which should be frozen"
-            raise ValueError(f"{name}: {problem}. {_OTHER_CLASS.format('unfreeze_weight_clips')}")
-        prepare_frozen(model, frozen)
 
     def get_weight_conversions(self) -> list[Any]:
         # Not update_weight_conversions, which Transformers has had since 5.8, and with the model since 5.21.
@@ -149,11 +146,3 @@ def _missing(model: PreTrainedModel, layers: Mapping[str, Any], found: Collectio
     for name, layer in layers.items():
         if name not in found and not is_tied(model, f"{name}.weight"):
             yield name, tuple(layer.weight.shape)
-
-
-def _tensor_names(files: Iterable[str]) -> set[str]:
-    names: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            names.update(opened.keys())
-    return names

@@ -5,10 +5,10 @@ from .attention.module import QuantizedAttention
 from .attention.scaled_dot_product_attention import quantized_scaled_dot_product_attention
 from .convolution import QuantizedConv1d, QuantizedConv2d
 from .embedding import QuantizedEmbedding
-from .fake_quantize import FakeQuantize
+from .fake_quantize import FROZEN_BUFFERS, FakeQuantize
 from .frozen_clips import ClipObserver, FrozenClips
-from .frozen_weight_fake_quantize import FrozenWeightFakeQuantize
 from .granularity import ATTENTION_OPERANDS
+from .holds_frozen_clips import HoldsFrozenClips
 from .linear import QuantizedLinear
 from .packed_layer import PackedLayer
 from .packed_weight import PackedWeight
@@ -18,12 +18,13 @@ from .weight_fake_quantize import WeightFakeQuantize
 
 __all__ = [
     "ATTENTION_OPERANDS",
+    "FROZEN_BUFFERS",
     "QUANTIZED_LAYERS",
     "AttentionMatmuls",
     "ClipObserver",
     "FakeQuantize",
     "FrozenClips",
-    "FrozenWeightFakeQuantize",
+    "HoldsFrozenClips",
     "PackedLayer",
     "PackedWeight",
     "QuantizedAttention",

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..functional import CLIP_RULES, fake_quantize, integer_range
 from ..functional.rows import Dim, statistics_dtype
-from .frozen_clips import Clip, ClipObserver, FrozenClips, clip_numbers, clip_shape
+from .frozen_clips import ClipObserver, FrozenClips, values_key
+from .full_precision_buffers import FullPrecisionBuffers
 from .function_modes import outside_function_modes
 from .recording import refuse_recording
 
@@ -27,12 +28,18 @@ class Grid(NamedTuple):
     offset: Tensor | None = None
 
 
-class FakeQuantize(nn.Module):
+FROZEN_BUFFERS = ("clips", "unsigned_clips", "offset")
+"""The buffers of frozen clips."""
+
+_MAX_PARTS = 2  # dimensions of the parts with a clip of their own: heads and channels
+
+
+class FakeQuantize(FullPrecisionBuffers):
     """Quantizes one operand: computes its clip from the data at every call, or takes a frozen one, then rounds.
 
-    Has no parameters and no buffers: dynamic clips are recomputed, never stored, and frozen clips are plain numbers
-    that keep their precision when the model changes its dtype. With frozen clips the data are not read: NaN stays NaN,
-    without an error.
+    Dynamic clips are recomputed, never stored. Frozen clips are buffers, which are there only while clips are frozen;
+    which of the two says the grid's sign, so that no value has to be read. With frozen clips the data are not read
+    either: NaN stays NaN, without an error.
 
     Args:
         num_bits: 2 to 8.
@@ -48,9 +55,12 @@ class FakeQuantize(nn.Module):
         frozen_dim: the same for a frozen clip, counted from the last dimension; also used while an observer is set.
             Frozen clips are shared by all batch elements. A scalar frozen clip ignores ``frozen_dim``.
         name: where in the model this quantizer stands, for error messages.
-        frozen: clips that hold whatever the data are, and the grid's sign with them.
 
     Attributes:
+        clips, unsigned_clips: frozen clips of the signed or of the unsigned grid, ``[calls, *parts]``, where parts are
+            none, heads, or heads and channels; float32, or float64 for float64 data, whatever dtype the model gets. One
+            for each multiplication of the operand in one forward pass of its module.
+        offset: where the grid of frozen clips begins if it is asymmetric, ``[]``, negative.
         observer: while set, is told the dynamic clips of every call, and frozen clips are not used.
         clips_computed: number of clips computed so far, one per forward pass, or one per change of a weight; error
             messages quote it.
@@ -65,7 +75,9 @@ class FakeQuantize(nn.Module):
     dim: Dim
     frozen_dim: tuple[int, ...] | None
     name: str
-    frozen: FrozenClips | None
+    clips: Tensor | None
+    unsigned_clips: Tensor | None
+    offset: Tensor | None
     observer: ClipObserver | None = None
     clips_computed: int = 0
     _left_by_calls: ClassVar[tuple[str, ...]] = ("clips_computed",)
@@ -82,7 +94,6 @@ class FakeQuantize(nn.Module):
         dim: Dim = None,
         frozen_dim: tuple[int, ...] | None = None,
         name: str = "",
-        frozen: FrozenClips | None = None,
     ):
         super().__init__()
         # Plain values: nn.Module.__setattr__ would check each for being a parameter, buffer or module.
@@ -96,24 +107,63 @@ class FakeQuantize(nn.Module):
             dim=dim,
             frozen_dim=frozen_dim,
             name=name,
-            frozen=frozen,
         )
+        self.unfreeze()
 
     @property
     def init_kwargs(self) -> dict[str, Any]:
-        """The constructor's arguments without frozen clips, to make another quantizer that replaces this one."""
+        """The constructor's arguments, to make another quantizer that replaces this one, with dynamic clips."""
         return {name: getattr(self, name) for name in _INIT_KWARGS}
+
+    @property
+    def frozen(self) -> FrozenClips | None:
+        """The frozen clips, ``None`` if clips are dynamic."""
+        if self.clips is not None:
+            return FrozenClips(True, self.clips)
+        return None if self.unsigned_clips is None else FrozenClips(False, self.unsigned_clips, self.offset)
+
+    def freeze(self, frozen: FrozenClips) -> None:
+        """Hold these clips whatever the data are; they become buffers as they are."""
+        self.register_buffer("clips", frozen.clips if frozen.signed else None)
+        self.register_buffer("unsigned_clips", None if frozen.signed else frozen.clips)
+        self.register_buffer("offset", frozen.offset)
+
+    def unfreeze(self) -> None:
+        """Let clips follow the data."""
+        for name in FROZEN_BUFFERS:
+            self.register_buffer(name, None)
 
     @property
     def is_frozen(self) -> bool:
         """Whether it has clips that hold whatever the data are."""
         return self.frozen is not None
 
+    def frozen_problem(self, frozen: FrozenClips, weight_shape: tuple[int, ...], max_calls: int | None) -> str:
+        """What is wrong with the form of clips for this quantizer, empty if nothing is; reads no values.
+
+        Args:
+            frozen: clips that are to be frozen.
+            weight_shape: of the weight, for the quantizer of one.
+            max_calls: how often a forward pass can multiply the operand, ``None`` for any number.
+        """
+        signs = (True, False) if self.signed is None else (self.signed,)
+        if frozen.signed not in signs:
+            allowed = f"{'' if self.signed else 'un'}signed_activations"
+            return f"are of the {'' if frozen.signed else 'un'}signed grid, which this operand never has ({allowed})"
+        if frozen.offset is not None and (frozen.signed or not self.asymmetric or frozen.offset.dim()):
+            return "have an offset, and this operand is on no asymmetric grid (asymmetric_activations)"
+        calls, *parts = frozen.clips.shape or (0,)
+        dims = () if self.frozen_dim is None else range(1, _MAX_PARTS + 1)
+        if not calls or (parts and len(parts) not in dims) or (max_calls is not None and calls > max_calls):
+            per_call = "and the parts that have a clip of their own" if dims else "since it has one clip for the tensor"
+            return f"have the shape {tuple(frozen.clips.shape)}, which is to be [calls], {per_call}"
+        return ""
+
     @property
     def cache_key(self) -> tuple[Any, ...]:
         """What the result depends on besides the input: equal for quantizers that do the same."""
         # An observed quantizer has to be called itself, so its observer makes it unequal to all others.
-        state = self.frozen if self.observer is None else self.observer
+        state = self.observer or tuple(map(values_key, (self.clips, self.unsigned_clips, self.offset)))
         return (*(getattr(self, name) for name in _INIT_KWARGS if name != "name"), state)
 
     @property
@@ -126,8 +176,9 @@ class FakeQuantize(nn.Module):
         """The dimension(s) that share one clip at the next call."""
         if self.observer is not None:
             return self.frozen_dim
-        if self.frozen is not None:
-            return self.frozen_dim if any(clip_shape(clip) for clip in self.frozen.clips) else None
+        frozen = self.frozen
+        if frozen is not None:
+            return self.frozen_dim if frozen.clips.dim() > 1 else None
         return self.dim
 
     @torch.compiler.disable
@@ -163,7 +214,7 @@ class FakeQuantize(nn.Module):
     def dynamic_grid(self, x: Tensor) -> Grid:
         """The grid for ``x``, computed from its values."""
         signed, clip = self.sign_and_clip(x)
-        offset = self.offset(x, clip) if signed and self.asymmetric and self.signed is None else None
+        offset = self.dynamic_offset(x, clip) if signed and self.asymmetric and self.signed is None else None
         if offset is None:
             return Grid(signed, clip)
         return Grid(False, self.compute_clip(_difference(x, offset), signed=False), offset)
@@ -175,7 +226,7 @@ class FakeQuantize(nn.Module):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def offset(self, x: Tensor, clip: Tensor) -> Tensor | None:
+    def dynamic_offset(self, x: Tensor, clip: Tensor) -> Tensor | None:
         """The lowest value of ``x``, ``[]``, unless its signed clip, the mean of several, clips that value."""
         if x.numel() == 0:
             return None
@@ -211,23 +262,17 @@ class FakeQuantize(nn.Module):
         return (rounded + grid.offset).to(x.dtype)
 
     def _frozen_grid(self, frozen: FrozenClips, x: Tensor, call_index: int) -> Grid:
-        clip = self._frozen_clip(frozen.clips[call_index], x)
-        offset = torch.full((), frozen.offset, dtype=clip.dtype, device=x.device) if frozen.offset else None
-        return Grid(frozen.signed, clip, offset)
-
-    def _frozen_clip(self, clip: Clip, x: Tensor) -> Tensor:
-        """Broadcastable against ``x``."""
-        dtype, shape = statistics_dtype(x.dtype), clip_shape(clip)
-        if not shape:
-            return torch.full((), clip, dtype=dtype, device=x.device)  # type: ignore[arg-type]  # a number
-        expected = self._parts(x)
-        if shape != expected:
+        dtype, parts = statistics_dtype(x.dtype), tuple(frozen.clips.shape[1:])
+        if parts and parts != self._parts(x):
             raise ValueError(
-                f"{self.name or 'FakeQuantize'}: its frozen clips are of shape {shape}, and its operand, of shape "
-                f"{tuple(x.shape)} with the batch first and what shares a clip last, needs {expected}; run the model "
-                "as it was calibrated, or call calibrate_octav again"
+                f"{self.name or 'FakeQuantize'}: its frozen clips are of shape {parts}, and its operand, of shape "
+                f"{tuple(x.shape)} with the batch first and what shares a clip last, needs {self._parts(x)}; run the "
+                "model as it was calibrated, or call calibrate_octav again"
             )
-        return torch.tensor(clip, dtype=dtype, device=x.device)[(..., *(None for _ in self._frozen_dims))]
+        clip = frozen.clips[call_index].to(dtype)
+        if parts:
+            clip = clip[(..., *(None for _ in self._frozen_dims))]
+        return Grid(frozen.signed, clip, None if frozen.offset is None else frozen.offset.to(dtype))
 
     @property
     def _frozen_dims(self) -> tuple[int, ...]:
@@ -241,16 +286,13 @@ class FakeQuantize(nn.Module):
     @torch.compiler.disable
     def _observe(self, observer: ClipObserver, x: Tensor, call_index: int, grid: Grid) -> None:
         clips = {grid.signed: grid.clip} if self._has_values(x) else {}
-        offset = 0.0 if grid.offset is None else float(grid.offset)
         if clips and self.signed is None and not grid.signed:  # a later tensor may decide for the signed grid
             clips[True] = self.compute_clip(x, signed=True)
+        sums, count = {}, 1
+        for signed, clip in clips.items():
+            sums[signed], count = (clip, 1) if self.frozen_dim is None else self._sum_over_batch(x, clip)
         try:
-            if self.frozen_dim is None:
-                observer.record(call_index, {signed: float(clip) for signed, clip in clips.items()}, offset=offset)
-            else:
-                sums = {signed: self._sum_over_batch(x, clip) for signed, clip in clips.items()}
-                count = next((count for _, count in sums.values()), 0)
-                observer.record(call_index, {signed: total for signed, (total, _) in sums.items()}, count)
+            observer.record(call_index, sums, count, grid.offset, like=grid.clip)
         except ValueError as error:
             raise ValueError(
                 f"{self.name or 'FakeQuantize'}: {error}, so that they have no mean; calibrate with batches in which "
@@ -270,25 +312,23 @@ class FakeQuantize(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name not in self._left_by_calls}
 
     def extra_repr(self) -> str:
-        sign = self.signed if self.frozen is None else self.frozen.signed
+        frozen = self.frozen
+        sign = self.signed if frozen is None else frozen.signed
         signs = (True, False) if sign is None else (sign,)
         grid = " or ".join(str(list(integer_range(self.num_bits, signed))) for signed in signs)
-        if self.frozen is not None and self.frozen.offset:
-            grid += f" from {self.frozen.offset:.4g} on"
-        elif self.frozen is None and self.asymmetric:
+        if frozen is not None and frozen.offset is not None:
+            grid += " from an offset on"
+        elif frozen is None and self.asymmetric:
             grid += " or asymmetric"
         scalars = "per tensor" if self.dim is None else f"over dim {self.dim}"
-        frozen = "" if self.frozen is None else f" frozen at {', '.join(map(_described, self.frozen.clips))}"
-        clip = f"clip={self.clip} {scalars}{frozen}"
-        return f"{self.num_bits} bits {grid}, {clip}, gradient_estimator={self.gradient_estimator}"
+        state = "" if frozen is None else f" frozen, {list(frozen.clips.shape)}"
+        return (
+            f"{self.num_bits} bits {grid}, clip={self.clip} {scalars}{state}, "
+            f"gradient_estimator={self.gradient_estimator}"
+        )
 
 
-_INIT_KWARGS = ("num_bits", *(name for name in FakeQuantize.__init__.__kwdefaults__ or () if name != "frozen"))
-
-
-def _described(clip: Clip) -> str:
-    low, high = min(clip_numbers(clip)), max(clip_numbers(clip))
-    return f"{low:.4g}" if not isinstance(clip, tuple) else f"{low:.4g} to {high:.4g}"
+_INIT_KWARGS = ("num_bits", *(FakeQuantize.__init__.__kwdefaults__ or ()))
 
 
 def _difference(x: Tensor, offset: Tensor) -> Tensor:

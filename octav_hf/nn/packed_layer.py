@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .embedding import QuantizedEmbedding
-from .frozen_weight_fake_quantize import FrozenWeightFakeQuantize
+from .frozen_clips import FrozenClips
 from .packed_weight import PackedWeight
 from .quantized_layer import QuantizedLayer
 
@@ -36,7 +36,7 @@ class PackedLayer(QuantizedLayer):
         """Undo ``pack`` in place; the parameter ``weight`` gets the packed values."""
         weight, quantizer = self.weight, self.weight_quantizer_class(**self.weight_quantizer.init_kwargs)
         if self.weight_quantizer.is_frozen:
-            quantizer = FrozenWeightFakeQuantize(quantizer, self.weight_quantizer.compute_clip(weight))
+            quantizer.freeze(FrozenClips(True, self.weight_quantizer.compute_clip(weight)))
         self.__class__ = type(self).__bases__[1]
         self.weight_quantizer = quantizer  # type: ignore[assignment]
         self.weight = nn.Parameter(weight)  # type: ignore[misc]

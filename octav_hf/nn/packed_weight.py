@@ -11,11 +11,10 @@ from ..functional.fake_quantize import fake_quantize
 from ..functional.grid import step_size
 from ..functional.rows import statistics_dtype, to_rows
 from .fake_quantize import FakeQuantize
-from .full_precision_buffers import FullPrecisionBuffers
 from .recording import refuse_recording
 
 
-class PackedWeight(FullPrecisionBuffers, FakeQuantize):
+class PackedWeight(FakeQuantize):
     """A quantized weight as packed integers and the step of each row's grid; replaces the ``weight_quantizer``.
 
     Args:

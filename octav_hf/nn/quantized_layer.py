@@ -8,10 +8,11 @@ from torch import nn
 
 from .fake_quantize import FakeQuantize
 from .granularity import WEIGHT_GRANULARITIES, Granularity
+from .holds_frozen_clips import HoldsFrozenClips
 from .weight_fake_quantize import WeightFakeQuantize
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(HoldsFrozenClips):
     """Mixin in front of a float layer's class; each operand has a quantizer ``<operand>_quantizer``.
 
     ``convert`` makes one from a float layer by changing its class in place: parameters, their names, hooks and
@@ -31,6 +32,19 @@ class QuantizedLayer(nn.Module):
 
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
+
+    max_calls = 1
+
+    @property
+    def operand_quantizers(self) -> dict[str, nn.Module]:
+        return {operand: getattr(self, f"{operand}_quantizer") for operand in self.operands}
+
+    def is_covered(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Whether the weight is there, a parametrized or a packed one too."""
+        names = f"{prefix}weight", f"{prefix}weight_quantizer.packed_data"
+        return any(name in state_dict for name in names) or any(
+            name.startswith(f"{prefix}parametrizations.weight.") for name in state_dict
+        )
 
     @classmethod
     def unsupported_reason(cls, layer: nn.Module) -> str:

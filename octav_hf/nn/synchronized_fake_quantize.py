@@ -57,9 +57,9 @@ class SynchronizedFakeQuantize(FakeQuantize):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def offset(self, x: Tensor, clip: Tensor) -> Tensor | None:
+    def dynamic_offset(self, x: Tensor, clip: Tensor) -> Tensor | None:
         if not several_ranks():
-            return super().offset(x, clip)
+            return super().dynamic_offset(x, clip)
         ranks = self._all_ranks(x)
         total, count = ranks.sum(torch.stack([clip.sum(), clip.new_tensor(clip.numel())])).tolist()
         return clip.new_tensor(ranks.low) if -ranks.low * count <= total else None

@@ -82,8 +82,9 @@ def _read_record(path: Path, metadata: Mapping[str, str] | None, config: OctavCo
     if _sha256(text.encode()) != metadata[_DIGEST]:
         raise _damaged(path, "the record of its tensors in the metadata is altered")
     record: dict[str, Any] = json.loads(text)
-    recorded = OctavConfig.from_dict(record["quantization_config"]).to_dict()
-    for field, value in config.to_dict().items():
+    written = OctavConfig.from_dict(record["quantization_config"])
+    recorded = written.to_dict() | {"activation_clips": written.clips_of_version_1}
+    for field, value in (config.to_dict() | {"activation_clips": config.clips_of_version_1}).items():
         if recorded[field] != value:
             raise ValueError(
                 f"{path} was written with {field}={recorded[field]!r}, but the quantization_config of the config.json "

@@ -16,7 +16,6 @@ from .._utils.transformers_compat import (
 )
 
 SCALE = "weight_scale"
-FROZEN_CLIPS = "weight_quantizer.clips"
 
 # Name of a layer's tensor in files -> in the model.
 _IN_MODEL = {"weight": "weight_quantizer.packed_data", SCALE: "weight_quantizer.scale"}
@@ -30,7 +29,7 @@ class PackedNames(WeightRenaming):
         self._names = {
             f"{variant}.{in_file}": f"{variant}.{in_model}"
             for layer in layers
-            for variant in _variants(layer, base_model_prefix)
+            for variant in name_variants(layer, base_model_prefix)
             for in_file, in_model in _IN_MODEL.items()
         }
 
@@ -49,19 +48,26 @@ class PackedNames(WeightRenaming):
         return reverse
 
 
-def layers_in_files(
-    names: Iterable[str], layers: Iterable[str], model: PreTrainedModel, tensor: str = SCALE
-) -> set[str]:
-    """The ``layers`` of a model before loading that have ``tensor`` (for packed ones a scale) among the ``names``."""
+def layers_in_files(names: Iterable[str], layers: Iterable[str], model: PreTrainedModel) -> set[str]:
+    """The ``layers`` of a model before loading that have a scale among the ``names``, and so are packed."""
+    found = names_in_model((name for name in names if name.endswith(f".{SCALE}")), model)
+    prefix = model.base_model_prefix
+    return {layer for layer in layers if any(f"{variant}.{SCALE}" in found for variant in name_variants(layer, prefix))}
+
+
+def names_in_model(names: Iterable[str], model: PreTrainedModel) -> dict[str, tuple[str, bool]]:
+    """Name in a model before loading, but for the prefix -> that in files, and if the tensor itself is loaded as it is.
+
+    Transformers merges or splits the tensors of some models.
+    """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    found = {rename_source_key(name, renamings, converters)[0] for name in names if name.endswith(f".{tensor}")}
-    prefix = model.base_model_prefix
-    return {layer for layer in layers if any(f"{variant}.{tensor}" in found for variant in _variants(layer, prefix))}
+    renamed = ((name, rename_source_key(name, renamings, converters)) for name in names)
+    return {in_model: (name, converter is None) for name, (in_model, converter) in renamed}
 
 
-def _variants(layer: str, base_model_prefix: str) -> tuple[str, ...]:
+def name_variants(layer: str, base_model_prefix: str) -> tuple[str, ...]:
     """A layer's possible names in a file: with and without the prefix, such as ``bert``, which loading corrects."""
     prefix = f"{base_model_prefix}."
     return layer, f"{prefix}{layer}", layer.removeprefix(prefix)

@@ -95,7 +95,7 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
 def unpack_octav(model: Model) -> Model:
     """Undo ``pack_octav`` in place, for training: weights are parameters with the packed values.
 
-    Unless ``freeze_weight_clips`` froze them, clips are recomputed from these values. They differ slightly from those
+    Unless ``calibrate_octav`` froze them, clips are recomputed from these values. They differ slightly from those
     before packing, and so do the outputs. All parameters get ``requires_grad`` True.
 
     Returns:

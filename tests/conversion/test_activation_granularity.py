@@ -27,6 +27,7 @@ from octav_hf import (
 )
 from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import ATTENTION_OPERANDS, FakeQuantize, QuantizedAttention
+from tests.frozen_activations import frozen_activations
 from tests.architectures.models import ARCHITECTURES
 from tests.bert_twin import clips_of_parts
 from tests.question_answering import logits
@@ -169,7 +170,7 @@ def test_what_is_frozen_is_the_mean_of_what_was_computed(small_bert: MakeBert) -
     model = octav(small_bert(), granularity, activation_bits=8)
     met = operands_met(model)
     calibrate_octav(model, batches(), progress_bar=False)
-    clips = recorded_config(model).activation_clips[ATTENTION]
+    clips = frozen_activations(model)[ATTENTION]
     for operand, axes in (("query", (-2, -1)), ("probabilities", (-2, -1)), ("value", (-1,))):
         of_calls = [clips_of_parts(x, 8, operand != "probabilities", axes) for x in met[operand]]
         expected = np.concatenate(of_calls).mean(0)
@@ -197,7 +198,7 @@ def test_frozen_tokens_are_those_of_one_clip_per_tensor(small_bert: MakeBert, pa
     models = [octav(small_bert(), granularity) for granularity in (tokens, {})]
     for model in models:
         calibrate_octav(model, batches(), progress_bar=False)
-    assert recorded_config(models[0]).activation_clips == recorded_config(models[1]).activation_clips
+    assert frozen_activations(models[0]) == frozen_activations(models[1])
     assert torch.equal(*(logits(model, padded_batch) for model in models))
 
 
@@ -252,32 +253,15 @@ def test_frozen_packed_and_exported(small_bert: MakeBert, padded_batch: dict, im
             assert all(map(torch.equal, exported(*inputs), model(*inputs)))
 
 
-def test_frozen_clips_of_an_older_config_have_one_number(small_bert: MakeBert, padded_batch: dict) -> None:
-    model = calibrate_octav(apply_octav(small_bert(), OctavConfig()), batches(), progress_bar=False)
-    config = recorded_config(model).to_dict()
-    del config["activation_granularity"]
-    loaded = apply_octav(small_bert(), OctavConfig.from_dict(json.loads(json.dumps(config))))
-    assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
-    # Whatever granularity dynamic clips have, such a frozen one is for the tensor, and said to be.
-    finer = apply_octav(small_bert(), replace(recorded_config(model), activation_granularity=FINEST))
-    assert torch.equal(logits(finer, padded_batch), logits(model, padded_batch))
-    assert cells(finer) == cells(model)
-
-
-def test_clips_for_parts_that_the_granularity_does_not_have_are_refused(small_bert: MakeBert) -> None:
-    model = calibrate_octav(octav(small_bert(), HEADS), batches(), progress_bar=False)
-    message = (
-        rf"activation_clips\['{ATTENTION}'\]\['query'\] has clips of shape \(4,\).* 'token' there.*calibrate_octav"
-    )
-    with pytest.raises(ValueError, match=message):
-        apply_octav(small_bert(), replace(recorded_config(model), activation_granularity=FINEST))
-
-
 def test_frozen_clips_of_another_model_name_the_operand_and_both_shapes(
     small_bert: MakeBert, padded_batch: dict
 ) -> None:
-    config = recorded_config(calibrate_octav(octav(small_bert(), HEADS), batches(), progress_bar=False))
-    other = apply_octav(small_bert(num_attention_heads=2), config)
+    calibrated = calibrate_octav(octav(small_bert(), HEADS), batches(), progress_bar=False)
+    other = octav(small_bert(num_attention_heads=2), HEADS)
+    other.load_state_dict(calibrated.state_dict())
     message = rf"^{ATTENTION} query: its frozen clips are of shape \(4,\), .*\(2, 2, 16, 16\).*needs \(2,\)"
     with pytest.raises(ValueError, match=message):
         other(**padded_batch)
+    coarser = apply_octav(small_bert(), OctavConfig())
+    with pytest.raises(RuntimeError, match=rf"{ATTENTION}.query_quantizer: the frozen clips .* shape \(1, 4\)"):
+        coarser.load_state_dict(calibrated.state_dict())

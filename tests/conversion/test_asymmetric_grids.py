@@ -24,6 +24,7 @@ from octav_hf import (
 )
 from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import FakeQuantize, FrozenClips
+from tests.frozen_activations import frozen_activations
 from tests import twins
 
 Tensor = torch.Tensor
@@ -168,7 +169,7 @@ def test_a_model_calibrated_packed_saved_and_exported(config: OctavConfig, tmp_p
     assert set(gelu_inputs) <= set(asymmetric_inputs(model))
     assert "bert.encoder.layer.0.intermediate.dense" not in asymmetric_inputs(model)
     for name in gelu_inputs:
-        frozen = recorded_config(model).activation_clips[name]["input"]
+        frozen = frozen_activations(model)[name]["input"]
         assert not frozen["signed"]
         assert -0.18 < frozen["offset"] < 0
     assert not check_coverage(model, tokens())
@@ -194,11 +195,11 @@ def test_a_frozen_grid_is_the_mean_clip_from_the_lowest_value_of_all_calls() -> 
     calibrate_octav(net, list(x), progress_bar=False)
     frozen = net[2].input_quantizer.frozen
     clips = [twins.octav_clip_twin(h - h.min(), 4, signed=False) for h in hidden]
-    assert frozen.clips == (pytest.approx(sum(clips) / 3, rel=1e-4),)
-    assert frozen.offset == pytest.approx(min(float(h.min()) for h in hidden), rel=1e-6)
+    assert frozen.clips.tolist() == [pytest.approx(sum(clips) / 3, rel=1e-4)]
+    assert frozen.offset.item() == pytest.approx(min(float(h.min()) for h in hidden), rel=1e-6)
     out = net[2].input_quantizer(hidden[0])
     np.testing.assert_allclose(
-        out.detach().numpy(), asymmetric_twin(hidden[0], frozen.clips[0], frozen.offset, 4), atol=1e-5
+        out.detach().numpy(), asymmetric_twin(hidden[0], frozen.clips.item(), frozen.offset.item(), 4), atol=1e-5
     )
 
 
@@ -207,9 +208,9 @@ def test_one_call_on_the_signed_grid_decides_for_it() -> None:
     both = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
     calibrate_octav(net, [gelu_output(20, 8), both], progress_bar=False)
     frozen = net[0].input_quantizer.frozen
-    assert (frozen.signed, frozen.offset) == (True, 0.0)
+    assert (frozen.signed, frozen.offset) == (True, None)
     expected = (twins.octav_clip_twin(gelu_output(20, 8), 4) + twins.octav_clip_twin(both, 4)) / 2
-    assert frozen.clips == (pytest.approx(expected, rel=1e-4),)
+    assert frozen.clips.tolist() == [pytest.approx(expected, rel=1e-4)]
 
 
 def test_a_convolutions_input_is_not_asymmetric() -> None:
@@ -228,22 +229,6 @@ def test_a_convolutions_input_is_not_asymmetric() -> None:
     [
         ({"asymmetric_activations": 1}, "asymmetric_activations must be True or False, got 1"),
         ({"asymmetric_activations": True, "unsigned_activations": False}, "needs unsigned_activations=True"),
-        (
-            {"activation_clips": {"0": {"input": {"signed": True, "clips": [1.0], "offset": -0.1}}}},
-            "offset is where the unsigned grid of a layer's input begins",
-        ),
-        (
-            {"activation_clips": {"0": {"input": {"signed": False, "clips": [1.0], "offset": 0.1}}}},
-            "a finite number below 0, got 0.1",
-        ),
-        (
-            {"activation_clips": {"0": {"value": {"signed": True, "clips": [1.0], "offset": -0.1}}}},
-            "got -0.1 for 'value'",
-        ),
-        (
-            {"activation_clips": {"0": {"input": {"signed": False, "clips": [1.0], "offset": "low"}}}},
-            "got 'low'",
-        ),
     ],
     ids=str,
 )
@@ -252,12 +237,8 @@ def test_refuses_what_cannot_be(config: dict[str, Any], message: str) -> None:
         OctavConfig(**config)
 
 
-def test_frozen_clips_of_a_shifted_grid_need_the_field() -> None:
-    clips = {"0": {"input": {"signed": False, "clips": [1.0], "offset": -0.1}}}
-    with pytest.raises(ValueError, match="is of an asymmetric grid, but asymmetric_activations is False there"):
-        apply_octav(nn.Sequential(nn.Linear(3, 3)), OctavConfig(activation_clips=clips))
-
-
 def test_says_what_it_is() -> None:
     assert "or asymmetric" in repr(quantizer())
-    assert "from -0.17 on" in repr(quantizer(frozen=FrozenClips(False, (2.0,), -0.17)))
+    frozen = quantizer()
+    frozen.freeze(FrozenClips(False, torch.tensor([2.0]), torch.tensor(-0.17)))
+    assert "from an offset on" in repr(frozen)

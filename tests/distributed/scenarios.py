@@ -21,6 +21,7 @@ import octav_hf
 from octav_hf import OctavConfig, apply_octav
 from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import FakeQuantize, SynchronizedFakeQuantize, WeightFakeQuantize
+from tests.frozen_activations import frozen_activations
 
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -192,7 +193,7 @@ def forward(folder: Path, sizes: list[int], frozen: bool, **config: Any) -> dict
     if frozen:
         octav_hf.calibrate_octav(model, [part], progress_bar=False)
     with torch.inference_mode():
-        return {"output": model(part).clone(), "clips": recorded_config(model).activation_clips}
+        return {"output": model(part).clone(), "clips": frozen_activations(model)}
 
 
 def calibrate(folder: Path, batches: int, **config: Any) -> dict[str, Any]:
@@ -203,7 +204,7 @@ def calibrate(folder: Path, batches: int, **config: Any) -> dict[str, Any]:
     if rank_and_ranks()[0] == 0:
         with torch.no_grad():
             alone = model(**batch()).start_logits
-    return {"clips": recorded_config(model).activation_clips, "alone": alone}
+    return {"clips": frozen_activations(model), "alone": alone}
 
 
 def shard(model: torch.nn.Module) -> None:

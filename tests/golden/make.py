@@ -23,8 +23,9 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from octav_hf import OctavConfig, apply_octav, calibrate_octav, freeze_weight_clips, pack_octav
+from octav_hf import OctavConfig, apply_octav, calibrate_octav, pack_octav
 from octav_hf.config import FORMAT_VERSION
+from tests.frozen_activations import frozen_activations
 from octav_hf.nn import FakeQuantize, QuantizedLayer
 
 HERE = Path(__file__).parent
@@ -60,7 +61,7 @@ def frozen(model: PreTrainedModel) -> PreTrainedModel:
 
 def static(model: PreTrainedModel) -> PreTrainedModel:
     """The model with all clips frozen, and then with other weights, as after training."""
-    freeze_weight_clips(frozen(model))
+    calibrate_octav(model, [batch_of(model)], weights=True, progress_bar=False)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.25)
@@ -113,7 +114,7 @@ def expected_of(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[
     return {
         "batch": {name: value.tolist() for name, value in batch.items()},
         "weights": weights,
-        "activation_clips": model.config.quantization_config.activation_clips,
+        "activation_clips": frozen_activations(model),
         "outputs": [output.double().flatten().tolist() for output in outputs],
     }
 

@@ -13,6 +13,7 @@ from transformers import BertForQuestionAnswering
 from octav_hf import OctavConfig, apply_octav, calibrate_octav, check_coverage, coverage_report, remove_octav
 from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import QuantizedLinear
+from tests.frozen_activations import frozen_activations
 
 peft = pytest.importorskip("peft", reason="pip install --no-deps peft")
 
@@ -125,14 +126,13 @@ def test_adapters_can_be_excluded(small_bert: MakeBert, padded_batch: dict) -> N
 def test_frozen_clips_of_a_quantized_model_with_adapters_come_back(
     small_bert: MakeBert, padded_batch: dict, tmp_path: Path
 ) -> None:
-    base = apply_octav(small_bert(), OctavConfig())
+    base, again = (apply_octav(small_bert(), OctavConfig()) for _ in range(2))
+    for each in (base, again):
+        calibrate_octav(each, [padded_batch], progress_bar=False)
     model = peft.get_peft_model(base, lora())
-    calibrate_octav(model, [padded_batch], progress_bar=False)
-    assert base.config.quantization_config.activation_clips
     assert all(row.frozen for row in coverage_report(model) if row.bits and row.operand != "weight")
     model.save_pretrained(tmp_path / "adapters")
-    again = apply_octav(small_bert(), recorded_config(base))
-    loaded = peft.PeftModel.from_pretrained(again, tmp_path / "adapters")
+    loaded = peft.PeftModel.from_pretrained(again, tmp_path / "adapters")  # whose state dict has no clips
     assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
 
     merged = model.merge_and_unload()
@@ -151,9 +151,16 @@ def test_a_head_that_peft_copies_keeps_its_name_in_the_record(small_bert: MakeBe
 def test_frozen_clips_of_quantized_adapters_come_back(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     model = apply_octav(peft.get_peft_model(small_bert(), lora()), OctavConfig())
     calibrate_octav(model, [padded_batch], progress_bar=False)
-    clips = recorded_config(model).activation_clips
+    clips = frozen_activations(model)
     assert "base_model.model.qa_outputs.base_layer" in clips
     assert "base_model.model.qa_outputs.lora_A.default" in clips
     model.save_pretrained(tmp_path)
-    loaded = apply_octav(peft.PeftModel.from_pretrained(small_bert(), tmp_path), recorded_config(model))
+    loaded = apply_octav(peft.PeftModel.from_pretrained(small_bert(), tmp_path), OctavConfig())
+    adapters = peft.get_peft_model_state_dict(model)
+    assert {name for name in adapters if name.endswith("clips")}
+    peft.set_peft_model_state_dict(loaded, adapters)
+    assert all("lora" in name for name in frozen_activations(loaded))
+    loaded.load_state_dict(model.state_dict())
     assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
+    peft.set_peft_model_state_dict(loaded, {name: x for name, x in adapters.items() if not name.endswith("clips")})
+    assert frozen_activations(loaded) == {name: clips for name, clips in clips.items() if "lora" not in name}

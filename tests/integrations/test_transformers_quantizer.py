@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
     BertForQuestionAnswering,
     Trainer,
     TrainingArguments,
@@ -23,6 +25,7 @@ from transformers import (
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav, coverage_report, pack_octav
 from octav_hf.conversion.record import recorded_config
+from tests.frozen_activations import frozen_activations
 from tests.question_answering import Spans, logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
@@ -192,11 +195,11 @@ def test_training_that_started_from_berts_old_names_resumes_exactly(
 def test_frozen_clips_are_saved_loaded_and_trained_on(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     other = {"input_ids": padded_batch["input_ids"][:, :7]}
     model = calibrate_octav(apply_octav(small_bert(), OctavConfig(**CONFIG)), [padded_batch, other], progress_bar=False)
-    clips = recorded_config(model).activation_clips
+    clips = frozen_activations(model)
     model.save_pretrained(tmp_path / "first")
-    written = json.loads((tmp_path / "first" / "config.json").read_text())["quantization_config"]
-    assert written["activation_clips"] == clips
-    assert set(load_file(tmp_path / "first" / "model.safetensors")) == set(small_bert().state_dict())
+    written = load_file(tmp_path / "first" / "model.safetensors")
+    assert set(written) == set(model.state_dict())
+    assert len(written) == len(small_bert().state_dict()) + 12 + 2 * 4
     loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "first")
     assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
 
@@ -205,7 +208,7 @@ def test_frozen_clips_are_saved_loaded_and_trained_on(small_bert: MakeBert, padd
     again = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "training" / "checkpoint-6")
     assert torch.equal(logits(again, padded_batch), logits(loaded.eval(), padded_batch))
     assert not torch.equal(logits(again, padded_batch), logits(model, padded_batch))
-    assert again.config.quantization_config.activation_clips == clips
+    assert frozen_activations(again) == clips
 
     resumed = trainer(
         AutoModelForQuestionAnswering.from_pretrained(tmp_path / "first"),
@@ -217,13 +220,20 @@ def test_frozen_clips_are_saved_loaded_and_trained_on(small_bert: MakeBert, padd
         assert torch.equal(value, loaded.state_dict()[name]), name
 
 
-def test_frozen_clips_of_another_model_are_refused(
-    small_bert: MakeBert, padded_batch: dict, float_checkpoint: Path
+@pytest.mark.parametrize("weights", [False, True], ids=["activations", "weights too"])
+def test_frozen_clips_load_into_other_classes(
+    small_bert: MakeBert, padded_batch: dict, float_checkpoint: Path, weights: bool
 ) -> None:
-    model = calibrate_octav(apply_octav(small_bert(), OctavConfig()), [padded_batch], progress_bar=False)
-    model.save_pretrained(float_checkpoint)
-    with pytest.raises(ValueError, match=r"'qa_outputs' 'input' is no quantized activation of BertForMaskedLM"):
-        AutoModelForMaskedLM.from_pretrained(float_checkpoint)
+    model = apply_octav(small_bert(), OctavConfig())
+    calibrate_octav(model, [padded_batch], weights=weights, progress_bar=False).save_pretrained(float_checkpoint)
+    for auto_class in (AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification):
+        other = auto_class.from_pretrained(float_checkpoint)
+        assert frozen_activations(other.base_model) == frozen_activations(model.bert)
+        frozen = {row.module for row in coverage_report(other) if row.operand == "weight" and row.frozen}
+        assert len(frozen) == (12 if weights else 0)
+    head = other.classifier
+    assert not head.input_quantizer.is_frozen
+    assert not head.weight_quantizer.is_frozen
 
 
 @pytest.mark.versions

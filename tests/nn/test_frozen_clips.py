@@ -31,6 +31,13 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def frozen(*clips: float, signed: bool = True, offset: float | None = None, **settings: Any) -> FakeQuantize:
+    """A quantizer with these frozen clips, one a call."""
+    quantizer = FakeQuantize(**{"num_bits": 4} | settings)
+    quantizer.freeze(FrozenClips(signed, torch.tensor(clips), None if offset is None else torch.tensor(offset)))
+    return quantizer
+
+
 @pytest.fixture
 def x() -> Tensor:
     return torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
@@ -38,7 +45,7 @@ def x() -> Tensor:
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_takes_the_clip_of_its_use_whatever_the_data_are(x: Tensor, signed: bool) -> None:
-    quantizer = FakeQuantize(4, gradient_estimator="pwl", signed=None, frozen=FrozenClips(signed, (0.5, 1.7)))
+    quantizer = frozen(0.5, 1.7, signed=signed, gradient_estimator="pwl")
     for scale in (0.1, 1.0, 30.0):
         for use, clip in enumerate((0.5, 1.7)):
             expected = round_to_grid(scale * x, torch.tensor(clip), 4, signed=signed)
@@ -53,20 +60,18 @@ def test_reads_no_statistics_off_the_data(x: Tensor, signed: bool | None, monkey
         dynamic(x)
     assert operations.names != ROUNDING
     assert operations.names[-4:] == ROUNDING
-    frozen = FakeQuantize(
-        4, clip="refused", gradient_estimator="ste", signed=signed, frozen=FrozenClips(signed is True, (1.0,))
-    )
+    static = frozen(1.0, signed=signed is True, clip="refused", gradient_estimator="ste")
     monkeypatch.setitem(CLIP_RULES, "refused", lambda *args, **kwargs: pytest.fail("the clipping rule was called"))
     with Operations() as operations:
-        frozen(x)
+        static(x)
     assert operations.names == ROUNDING
 
 
 @pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
 def test_gradients_are_those_of_the_estimator(x: Tensor, gradient: str) -> None:
-    frozen = FakeQuantize(4, gradient_estimator=gradient, frozen=FrozenClips(True, (0.8,)))
+    static = frozen(0.8, gradient_estimator=gradient)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
-    frozen(inputs[0]).square().sum().backward()
+    static(inputs[0]).square().sum().backward()
     fake_quantize(inputs[1], torch.tensor(0.8), 4, gradient=gradient).square().sum().backward()
     assert torch.equal(inputs[0].grad, inputs[1].grad)
 
@@ -74,7 +79,9 @@ def test_gradients_are_those_of_the_estimator(x: Tensor, gradient: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_the_clip_is_as_exact_as_the_data_allow(x: Tensor, dtype: torch.dtype) -> None:
     clip = 1 / 3
-    quantizer = FakeQuantize(3, frozen=FrozenClips(True, (clip,))).to(dtype)
+    quantizer = FakeQuantize(3)
+    quantizer.freeze(FrozenClips(True, torch.tensor([clip], dtype=torch.promote_types(dtype, torch.float32))))
+    quantizer.to(torch.bfloat16)
     precise = torch.tensor(clip, dtype=torch.promote_types(dtype, torch.float32))
     output = quantizer(x.to(dtype))
     assert output.dtype == dtype
@@ -82,21 +89,18 @@ def test_the_clip_is_as_exact_as_the_data_allow(x: Tensor, dtype: torch.dtype) -
 
 
 def test_nan_stays_nan_without_an_error() -> None:
-    quantizer = FakeQuantize(4, frozen=FrozenClips(True, (1.0,)))
+    quantizer = frozen(1.0)
     assert quantizer(torch.tensor([torch.nan, 0.5])).isnan().tolist() == [True, False]
 
 
 def test_says_that_it_is_frozen() -> None:
-    quantizer = FakeQuantize(4, signed=None, frozen=FrozenClips(False, (0.5, 1.25)))
-    assert (
-        repr(quantizer)
-        == "FakeQuantize(4 bits [0, 15], clip=octav per tensor frozen at 0.5, 1.25, gradient_estimator=mad)"
-    )
+    quantizer = frozen(0.5, 1.25, signed=False)
+    assert repr(quantizer) == "FakeQuantize(4 bits [0, 15], clip=octav per tensor frozen, [2], gradient_estimator=mad)"
 
 
 def test_is_compiled_without_a_break(x: Tensor) -> None:
     torch.compiler.reset()
-    quantizer = FakeQuantize(4, gradient_estimator="pwl", frozen=FrozenClips(True, (0.5, 1.7)))
+    quantizer = frozen(0.5, 1.7, gradient_estimator="pwl")
     compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=True)
     for values in (x, torch.cat([x, x]), torch.cat([x, x, x], dim=1)):  # the later ones with sizes left open
         inputs = [values.clone().requires_grad_() for _ in range(2)]
@@ -108,10 +112,8 @@ def test_is_compiled_without_a_break(x: Tensor) -> None:
 
 
 def test_layers_share_an_input_only_where_clips_are_equal(x: Tensor) -> None:
-    first, equal, other, unsigned, dynamic = (
-        FakeQuantize(4, frozen=frozen)
-        for frozen in (*[FrozenClips(True, (1.0,))] * 2, FrozenClips(True, (2.0,)), FrozenClips(False, (1.0,)), None)
-    )
+    first, equal, other, unsigned = frozen(1.0), frozen(1.0), frozen(2.0), frozen(1.0, signed=False)
+    dynamic = FakeQuantize(4)
     with shared_inputs():
         result = quantize_input(first, x)
         assert quantize_input(equal, x) is result
@@ -127,15 +129,21 @@ def test_each_that_is_observed_is_called(x: Tensor) -> None:
     with shared_inputs():
         for quantizer in observed:
             quantize_input(quantizer, x)
-    assert [quantizer.observer.mean() for quantizer in observed] == [FrozenClips(True, (float(octav_clip(x, 4)),))] * 2
+    for quantizer in observed:
+        assert same(quantizer.observer.mean(), True, float(octav_clip(x, 4)))
+
+
+def same(clips: FrozenClips | None, signed: bool, *expected: float, offset: float | None = None) -> bool:
+    """Whether these are the clips of the calls."""
+    assert clips is not None
+    got = clips.signed, clips.clips.tolist(), None if clips.offset is None else clips.offset.item()
+    return got == (signed, pytest.approx(expected, rel=1e-6), offset)
 
 
 def observe(signed: bool | None, *tensors: Tensor) -> FrozenClips | None:
     """What is frozen after calls on these tensors, each on the grid that it would have without an observer."""
-    quantizer, dynamic = (
-        FakeQuantize(4, signed=signed, frozen=FrozenClips(True, (9.0,))),
-        FakeQuantize(4, signed=signed),
-    )
+    quantizer, dynamic = frozen(9.0), FakeQuantize(4, signed=signed)
+    quantizer.signed = signed
     quantizer.observer = ClipObserver()
     for tensor in tensors:
         assert torch.equal(quantizer(tensor), dynamic(tensor))
@@ -148,43 +156,57 @@ def mean_clip(signed: bool, *tensors: Tensor) -> float:
 
 def test_one_negative_value_decides_for_the_signed_grid(x: Tensor) -> None:
     positive, larger = x.abs(), 5 * x[:3].abs()
-    assert observe(None, positive, larger) == FrozenClips(False, (mean_clip(False, positive, larger),))
+    assert same(observe(None, positive, larger), False, mean_clip(False, positive, larger))
     for order in ((positive, larger, x), (x, positive, larger), (positive, x, larger)):
-        assert observe(None, *order) == FrozenClips(True, (pytest.approx(mean_clip(True, *order), rel=1e-15),))
-    assert observe(True, positive) == FrozenClips(True, (mean_clip(True, positive),))
-    assert observe(False, x) == FrozenClips(False, (mean_clip(False, x),))
+        assert same(observe(None, *order), True, mean_clip(True, *order))
+    assert same(observe(True, positive), True, mean_clip(True, positive))
+    assert same(observe(False, x), False, mean_clip(False, x))
 
 
 def test_an_empty_tensor_does_not_count(x: Tensor) -> None:
     empty = torch.empty(0, 3)
     for signed in (True, None):
-        assert observe(signed, x, empty, 3 * x) == observe(signed, x, 3 * x)
+        assert same(observe(signed, x, empty, 3 * x), True, mean_clip(True, x, 3 * x))
         assert observe(signed, empty) is None
         assert observe(signed) is None
+
+
+def record(observer: ClipObserver, use: int, count: int = 1, **clips: list[float] | float) -> None:
+    """Record the clips of a call on the grids ``signed`` and ``unsigned``."""
+    tensors = {name == "signed": torch.tensor(value, dtype=torch.float64) for name, value in clips.items()}
+    observer.record(use, tensors, count, None, like=torch.empty(0))
 
 
 def test_each_use_has_its_own_mean() -> None:
     observer = ClipObserver()
     for clips in ((1.0, 10.0), (2.0, 40.0)):
         for use, clip in enumerate(clips):
-            observer.record(use, {True: clip})
-    assert observer.mean() == FrozenClips(True, (1.5, 25.0))
+            record(observer, use, signed=clip)
+    assert same(observer.mean(), True, 1.5, 25.0)
     assert observer.call_counts == {2}
-    observer.record(0, {True: 1.0})
+    record(observer, 0, signed=1.0)
     assert observer.call_counts == {1, 2}
 
 
 def test_the_mean_of_several_observations_is_over_all_of_them() -> None:
     observer = ClipObserver()
-    observer.record(0, {True: torch.tensor([3.0, 6.0], dtype=torch.float64)}, 3)
-    observer.record(0, {True: torch.tensor([1.0, 10.0], dtype=torch.float64)}, 1)
-    assert observer.mean() == FrozenClips(True, ((1.0, 4.0),))
+    record(observer, 0, 3, signed=[3.0, 6.0])
+    record(observer, 0, 1, signed=[1.0, 10.0])
+    assert observer.mean().clips.tolist() == [[1.0, 4.0]]
     with pytest.raises(ValueError, match=r"clips of shape \(3,\), after those of shape \(2,\)"):
-        observer.record(0, {True: torch.ones(3)}, 1)
+        record(observer, 0, 1, signed=[1.0, 1.0, 1.0])
 
 
 def test_all_uses_have_one_grid() -> None:
     observer = ClipObserver()
-    observer.record(0, {False: 1.0, True: 2.0})
-    observer.record(1, {True: 3.0})
-    assert observer.mean() == FrozenClips(True, (2.0, 3.0))
+    record(observer, 0, unsigned=1.0, signed=2.0)
+    record(observer, 1, signed=3.0)
+    assert same(observer.mean(), True, 2.0, 3.0)
+
+
+def test_uses_with_clips_of_different_shapes_cannot_be_frozen() -> None:
+    observer = ClipObserver()
+    record(observer, 0, signed=[1.0, 2.0])
+    record(observer, 1, signed=3.0)
+    with pytest.raises(ValueError, match=r"clips of the shapes \[\(\), \(2,\)\] in one forward pass"):
+        observer.mean()

@@ -32,7 +32,8 @@ from octav_hf import (
 )
 from octav_hf.conversion.record import recorded_config
 from octav_hf.functional import CLIP_RULES, max_clip
-from octav_hf.nn import FakeQuantize, QuantizedAttention, QuantizedLayer
+from octav_hf.nn import FROZEN_BUFFERS, FakeQuantize, QuantizedAttention, QuantizedLayer
+from tests.frozen_activations import frozen_activations
 from tests import twins
 from tests.architectures.models import ARCHITECTURES
 from tests.question_answering import logits
@@ -73,7 +74,7 @@ def activations_met(model: nn.Module, batches: list[dict[str, Tensor]]) -> Input
 def frozen_single_clips(model: nn.Module) -> dict[tuple[str, str], tuple[bool, float]]:
     """(module, operand) -> sign and clip, of a model whose operands have one each."""
     found = {}
-    for name, operands in recorded_config(model).activation_clips.items():
+    for name, operands in frozen_activations(model).items():
         for operand, frozen in operands.items():
             (clip,) = frozen["clips"]
             found[name, operand] = frozen["signed"], clip
@@ -85,7 +86,8 @@ def state(model: nn.Module) -> list[object]:
     quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
     modes = [module.training for module in model.modules()]
     config = model.__dict__.get("octav_config")
-    return [[q.frozen for q in quantizers], [q.observer for q in quantizers], modes, config, copy.deepcopy(config)]
+    clips = [[getattr(q, name) for name in FROZEN_BUFFERS] for q in quantizers]
+    return [[list(map(id, c)) for c in clips], [q.observer for q in quantizers], modes, config, copy.deepcopy(config)]
 
 
 def unchanged(before: list[object], after: list[object]) -> bool:
@@ -110,7 +112,7 @@ def test_a_frozen_clip_is_the_mean_over_the_calls(small_bert: MakeBert, rule: st
         twin = twins.max_clip_twin if rule == "max" else lambda x, s: twins.octav_clip_twin(x, 4, s)
         expected = [twin(x, signed) for x in tensors]
         assert len(set(expected)) == len(batches)
-        tolerance = 1e-15 if rule == "max" else 1e-4
+        tolerance = 1e-6 if rule == "max" else 1e-4
         assert clips[name, operand] == (signed, pytest.approx(sum(expected) / len(batches), rel=tolerance)), name
 
 
@@ -176,7 +178,7 @@ def test_each_product_of_debertas_attention_has_its_own_clips(monkeypatch: pytes
         patch.setattr(torch, "bmm", noting_bmm)
         calibrate_octav(model, [ARCHITECTURES["DebertaV2"].batch()], progress_bar=False)
     content, to_position, from_position, attended = [[float(x.abs().max()) for x in pair] for pair in products]
-    clips = recorded_config(model).activation_clips["deberta.encoder.layer.0.attention.self"]
+    clips = frozen_activations(model)["deberta.encoder.layer.0.attention.self"]
     scores = (content, to_position, from_position)
     assert clips == {
         "query": {"signed": True, "clips": [left for left, _ in scores]},
@@ -198,7 +200,7 @@ def test_all_calls_of_a_shared_layer_count(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(shared) == 4 + 6  # the operands of the attention, the inputs of the layer's linear layers
     for place, tensors in met.items():
         expected = [float(max_clip(x, 4)) for x in tensors]
-        assert clips[place][1] == pytest.approx(sum(expected) / len(expected), rel=1e-15), place
+        assert clips[place][1] == pytest.approx(sum(expected) / len(expected), rel=1e-6), place
 
 
 # Where they are kept.
@@ -211,10 +213,9 @@ def test_the_config_that_was_passed_stays_as_it_was(small_bert: MakeBert, padded
     assert calibrate_octav(calibrated, [padded_batch], progress_bar=False) is calibrated
     assert config.to_dict() == before
     assert recorded_config(other) == config
-    new = calibrated.config.quantization_config
-    assert calibrated.hf_quantizer.quantization_config is new
-    assert new.to_dict() == before | {"activation_clips": new.activation_clips}
-    again = apply_octav(small_bert(), new)
+    assert recorded_config(calibrated) == config
+    again = apply_octav(small_bert(), config)
+    again.load_state_dict(calibrated.state_dict())
     assert torch.equal(logits(again, padded_batch), logits(calibrated, padded_batch))
     assert frozen_single_clips(again) == frozen_single_clips(calibrated)
 
@@ -232,21 +233,18 @@ def test_calibrating_again_replaces_the_clips(small_bert: MakeBert) -> None:
 def test_uncalibrated_is_dynamic(small_bert: MakeBert, padded_batch: dict) -> None:
     model, dynamic = (apply_octav(small_bert(), OctavConfig()) for _ in range(2))
     calibrate_octav(model, token_batches(), progress_bar=False)
-    frozen = recorded_config(model)
     assert not torch.equal(logits(model, padded_batch), logits(dynamic, padded_batch))
     assert uncalibrate_octav(model) is model
     assert torch.equal(logits(model, padded_batch), logits(dynamic, padded_batch))
-    assert model.config.quantization_config.to_dict() == OctavConfig().to_dict()
-    assert frozen.activation_clips
+    assert model.state_dict().keys() == dynamic.state_dict().keys()
     with pytest.raises(ValueError, match="no clip of BertForQuestionAnswering is frozen"):
         uncalibrate_octav(model)
 
 
-def test_removed_and_applied_again(small_bert: MakeBert, padded_batch: dict) -> None:
+def test_removed(small_bert: MakeBert, padded_batch: dict) -> None:
     model = calibrate_octav(apply_octav(small_bert(), OctavConfig()), token_batches(), progress_bar=False)
-    config, expected = recorded_config(model), logits(model, padded_batch)
     assert torch.equal(logits(remove_octav(model), padded_batch), logits(small_bert(), padded_batch))
-    assert torch.equal(logits(apply_octav(model, config), padded_batch), expected)
+    assert model.state_dict().keys() == small_bert().state_dict().keys()
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -276,10 +274,17 @@ def test_a_model_that_contains_quantized_ones(small_bert: MakeBert, padded_batch
     for seed, model in enumerate(pair.models):
         alone = apply_octav(small_bert(seed), OctavConfig(weight_bits=3))
         calibrate_octav(alone, [padded_batch], progress_bar=False)
-        assert recorded_config(model).activation_clips == recorded_config(alone).activation_clips
-        assert model.config.quantization_config == recorded_config(model)
-    with pytest.raises(ValueError, match=r"BertModel is part of a model that apply_octav was called on.*that model"):
-        calibrate_octav(pair.models[0].bert, [padded_batch])
+        assert frozen_activations(model) == frozen_activations(alone)
+
+
+def test_a_part_of_a_quantized_model(small_bert: MakeBert, padded_batch: dict) -> None:
+    model, whole = (apply_octav(small_bert(), OctavConfig()) for _ in range(2))
+    calibrate_octav(whole, [padded_batch], progress_bar=False)
+    calibrate_octav(model.bert, [padded_batch], progress_bar=False)
+    assert frozen_activations(model.bert) == frozen_activations(whole.bert)
+    assert not model.qa_outputs.input_quantizer.is_frozen
+    uncalibrate_octav(model)
+    assert frozen_activations(model) == {}
 
 
 # What runs on them.
@@ -313,7 +318,8 @@ def test_a_changed_dtype_leaves_the_clips_alone(small_bert: MakeBert, padded_bat
     assert (output - expected).abs().max() < 0.1 * expected.abs().max()
     assert frozen_single_clips(model) == clips
     quantizer = model.qa_outputs.input_quantizer
-    assert quantizer.frozen.clips == (clips["qa_outputs", "input"][1],)
+    assert quantizer.clips.dtype == torch.float32
+    assert quantizer.clips.tolist() == [clips["qa_outputs", "input"][1]]
 
 
 def test_a_float64_model(small_bert: MakeBert, padded_batch: dict) -> None:
@@ -371,7 +377,7 @@ def test_clips_of_generation_with_a_cache(name: str, monkeypatch: pytest.MonkeyP
     head.register_forward_pre_hook(lambda module, args: expected.append(twins.octav_clip_twin(args[0], 4)))
     dynamic.generate(**prompt, **arguments)
     assert met == [1] * 4  # one call each for four tokens
-    clip = recorded_config(model).activation_clips["lm_head"]["input"]["clips"]
+    clip = frozen_activations(model)["lm_head"]["input"]["clips"]
     assert clip == [pytest.approx(sum(expected) / 4, rel=1e-4)]
     monkeypatch.setitem(CLIP_RULES, "octav", lambda *args, **kwargs: pytest.fail("the clipping rule was called"))
     assert model.generate(**prompt, **arguments).shape == tokens.shape
@@ -430,7 +436,7 @@ def test_what_no_batch_reached_stays_dynamic(caplog: pytest.LogCaptureFixture) -
     )
     rows = {(row.module, row.operand): row.frozen for row in coverage_report(net)}
     assert rows == {("0", "weight"): False, ("0", "input"): True, ("2", "weight"): False, ("2", "input"): False}
-    assert list(recorded_config(net).activation_clips) == ["0"]
+    assert list(frozen_activations(net)) == ["0"]
 
 
 # Batches, and what is left alone.
@@ -472,7 +478,8 @@ def test_mode_buffers_random_state_and_gradients_are_left_alone(
     handle.remove()
     assert [(training, gradient) for training, gradient, _ in seen] == [(False, False)]
     assert {name: module.training for name, module in model.named_modules()} == modes
-    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    after = dict(model.named_buffers())
+    assert all(torch.equal(buffer, after[name]) for name, buffer in buffers.items())
     assert torch.equal(torch.get_rng_state(), random_state)
     assert {row.operand for row in coverage_report(model) if row.signed is False} == {"input"}  # after its ReLUs
     dynamic = apply_octav(small_resnet(), OctavConfig())
@@ -544,31 +551,10 @@ def test_a_raising_loop_changes_nothing() -> None:
 
 def test_models_without_quantized_activations_are_refused() -> None:
     floating = nn.Sequential(nn.Linear(8, 4))
+    with pytest.raises(ValueError, match="no quantized activations; set activation_bits"):
+        calibrate_octav(relu_net(OctavConfig(activation_bits=None)), [GOOD])
     for refused in (calibrate_octav, lambda model, _: uncalibrate_octav(model)):
         with pytest.raises(ValueError, match=r"Sequential is not quantized; call apply_octav"):
             refused(floating, [GOOD])
-        with pytest.raises(ValueError, match="no quantized activations; set activation_bits"):
-            refused(relu_net(OctavConfig(activation_bits=None)), [GOOD])
         with pytest.raises(TypeError, match="takes a model"):
             refused(None, [GOOD])
-
-
-@pytest.mark.parametrize(
-    ("module", "operand", "signed", "config", "message"),
-    [
-        ("1", "input", True, {}, r"'1' 'input' is no quantized activation of Sequential.*calibrate_octav"),
-        ("0", "query", True, {}, "'0' 'query' is no quantized activation"),
-        ("0", "input", True, {"exclude_modules": ["0"]}, "'0' 'input' is no quantized activation"),
-        ("0", "input", True, {"module_overrides": {"0": {"activation_bits": None}}}, "is no quantized activation"),
-        ("0", "input", False, {"unsigned_activations": False}, r"\['0'\]\['input'\] is of the unsigned grid"),
-    ],
-    ids=["no layer", "no attention", "excluded", "in float", "signed"],
-)
-def test_clips_that_fit_no_activation_are_refused(
-    module: str, operand: str, signed: bool, config: dict, message: str
-) -> None:
-    clips = {module: {operand: {"signed": signed, "clips": [1.0]}}}
-    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
-    with pytest.raises(ValueError, match=message):
-        apply_octav(net, OctavConfig(activation_clips=clips, **config))
-    assert type(net[0]) is nn.Linear

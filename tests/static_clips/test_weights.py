@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable
@@ -17,17 +18,17 @@ from octav_hf import (
     OctavConfig,
     apply_octav,
     coverage_report,
-    freeze_weight_clips,
+    calibrate_octav,
     model_card,
     pack_octav,
     remove_octav,
-    unfreeze_weight_clips,
+    uncalibrate_octav,
     unpack_octav,
 )
 from octav_hf.conversion.record import recorded_config
-from octav_hf.nn import FrozenWeightFakeQuantize, QuantizedLayer
-from octav_hf.static_clips.weights import frozen_layers
+from octav_hf.nn import QuantizedLayer, WeightFakeQuantize
 from tests import twins
+from tests.frozen_activations import frozen_activations
 from tests.question_answering import logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
@@ -35,9 +36,24 @@ LAYER = "bert.encoder.layer.0.output.dense"
 CLIPS = f"{LAYER}.weight_quantizer.clips"
 
 
+def freeze(model: nn.Module) -> nn.Module:
+    return calibrate_octav(model, weights=True)
+
+
+def frozen_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Name -> layer whose weight has frozen clips, in training form."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantizedLayer)
+        and isinstance(layer.weight_quantizer, WeightFakeQuantize)
+        and layer.weight_quantizer.is_frozen
+    }
+
+
 @pytest.fixture
 def frozen(small_bert: MakeBert) -> BertForQuestionAnswering:
-    return freeze_weight_clips(apply_octav(small_bert(), OctavConfig()))
+    return freeze(apply_octav(small_bert(), OctavConfig()))
 
 
 def train(model: nn.Module, batch: dict, steps: int = 3) -> None:
@@ -52,7 +68,7 @@ def train(model: nn.Module, batch: dict, steps: int = 3) -> None:
 def test_clips_are_those_of_the_weights(small_bert: MakeBert, padded_batch: dict) -> None:
     model = apply_octav(small_bert(), OctavConfig(module_overrides={"qa_outputs": {"weight_granularity": "tensor"}}))
     expected = logits(model, padded_batch)
-    assert freeze_weight_clips(model) is model
+    assert freeze(model) is model
     assert torch.equal(logits(model, padded_batch), expected)
     layers = frozen_layers(model)
     assert len(layers) == 13
@@ -93,7 +109,7 @@ def test_gradient_of_a_clipped_weight_is_that_of_its_estimator(frozen: BertForQu
 def test_unfrozen_clips_follow_the_weights(frozen: BertForQuestionAnswering, padded_batch: dict) -> None:
     train(frozen, padded_batch)
     held = logits(frozen, padded_batch)
-    assert unfreeze_weight_clips(frozen) is frozen
+    assert uncalibrate_octav(frozen) is frozen
     assert not recorded_config(frozen).frozen_weight_clips
     assert not any(name.endswith(".clips") for name in frozen.state_dict())
     followed = logits(frozen, padded_batch)
@@ -101,12 +117,12 @@ def test_unfrozen_clips_follow_the_weights(frozen: BertForQuestionAnswering, pad
     fresh = apply_octav(BertForQuestionAnswering(frozen.config).eval(), OctavConfig())
     fresh.load_state_dict(frozen.state_dict())
     assert torch.equal(logits(fresh, padded_batch), followed)
-    assert len(frozen_layers(freeze_weight_clips(frozen))) == 13
+    assert len(frozen_layers(freeze(frozen))) == 13
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_form_comes_back(small_bert: MakeBert, padded_batch: dict, tmp_path: Path, dtype: torch.dtype) -> None:
-    model = freeze_weight_clips(apply_octav(small_bert(), OctavConfig())).to(dtype)
+    model = freeze(apply_octav(small_bert(), OctavConfig())).to(dtype)
     assert frozen_layers(model)[LAYER].weight_quantizer.clips.dtype == torch.float32
     train(model, padded_batch)
     model.save_pretrained(tmp_path)
@@ -145,10 +161,10 @@ def test_heads_and_embeddings(padded_batch: dict, tmp_path: Path, tied: bool, ca
     model = BertForMaskedLM(BertConfig(vocab_size=100, tie_word_embeddings=tied, **sizes)).eval()
     head, ids = "cls.predictions.decoder", padded_batch["input_ids"] % 60
     with caplog.at_level(logging.WARNING):
-        freeze_weight_clips(apply_octav(model, OctavConfig(embedding_bits=8)))
+        freeze(apply_octav(model, OctavConfig(embedding_bits=8)))
     assert (f"share these weights, and their clips stay dynamic: {head}" in caplog.text) is tied
     assert (head in frozen_layers(model)) is not tied
-    assert not isinstance(model.bert.embeddings.word_embeddings.weight_quantizer, FrozenWeightFakeQuantize)
+    assert not model.bert.embeddings.word_embeddings.weight_quantizer.is_frozen
     model.resize_token_embeddings(60)
     model(input_ids=ids)
     if not tied:
@@ -190,15 +206,58 @@ def test_files_without_a_clip_are_refused(frozen: BertForQuestionAnswering, tmp_
     with pytest.raises(ValueError, match=rf"{LAYER}: this checkpoint has no clips for its weight of shape \(32, 64\)"):
         BertForQuestionAnswering.from_pretrained(tmp_path)
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"bert.pooler.dense: this checkpoint has no clips.*unfreeze_weight_clips"):
-        BertForSequenceClassification.from_pretrained(tmp_path)
+    other = BertForSequenceClassification.from_pretrained(tmp_path)  # whose head and pooler are not in the files
+    assert set(frozen_layers(other)) == set(frozen_layers(frozen)) - {"qa_outputs"}
+    assert not torch.equal(other.classifier.weight_quantizer(other.classifier.weight), torch.zeros(2, 32))
+
+
+def test_a_state_dict_brings_its_clips(frozen: BertForQuestionAnswering, padded_batch: dict, tmp_path: Path) -> None:
+    frozen.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
     config = BertConfig.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="with frozen clips of weights can only be loaded from its files"):
-        BertForQuestionAnswering.from_pretrained(None, config=config, state_dict=tensors)
+    loaded = BertForQuestionAnswering.from_pretrained(None, config=config, state_dict=tensors)
+    assert torch.equal(logits(loaded.eval(), padded_batch), logits(frozen, padded_batch))
+    assert frozen_layers(loaded).keys() == frozen_layers(frozen).keys()
+
+
+def test_a_pickled_checkpoint_brings_its_clips(
+    frozen: BertForQuestionAnswering, padded_batch: dict, tmp_path: Path
+) -> None:
+    frozen.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(frozen.state_dict(), tmp_path / "pytorch_model.bin")
+    loaded = BertForQuestionAnswering.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, padded_batch), logits(frozen, padded_batch))
+
+
+def test_clips_of_another_shape_in_files_are_refused(frozen: BertForQuestionAnswering, tmp_path: Path) -> None:
+    frozen.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    for wrong in (torch.ones(3, 1), -torch.ones(32, 1), torch.ones(32, 1, dtype=torch.int32)):
+        save_file(tensors | {CLIPS: wrong}, path, {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"^{LAYER}.weight_quantizer: the frozen clips in this checkpoint"):
+            BertForQuestionAnswering.from_pretrained(tmp_path)
+
+
+@pytest.mark.versions
+def test_clips_of_a_head_with_other_labels_follow_the_new_weight(padded_batch: dict, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = BertForSequenceClassification(BertConfig(vocab_size=100, **sizes))
+    freeze(apply_octav(model)).save_pretrained(tmp_path)
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    head = loaded.classifier
+    assert set(frozen_layers(loaded)) == set(frozen_layers(model)) - {"classifier"}
+    expected = torch.tensor([twins.octav_clip_twin(row, 4) for row in head.weight.detach()])
+    torch.testing.assert_close(head.weight_quantizer.compute_clip(head.weight).flatten(), expected, rtol=1e-4, atol=0)
+    loaded.save_pretrained(tmp_path / "again")  # of which some are frozen
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "again")
+    assert frozen_layers(again).keys() == frozen_layers(loaded).keys()
 
 
 def test_the_field_is_refused_where_there_are_no_clips(small_bert: MakeBert, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"frozen_weight_clips=True.*call freeze_weight_clips\(model\)"):
+    with pytest.raises(ValueError, match=r"frozen_weight_clips=True.*calibrate_octav\(model, weights=True\)"):
         apply_octav(small_bert(), OctavConfig(frozen_weight_clips=True))
     small_bert().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="frozen_weight_clips=True is not for a float model"):
@@ -208,19 +267,50 @@ def test_the_field_is_refused_where_there_are_no_clips(small_bert: MakeBert, tmp
 
 
 def test_what_cannot_be_frozen(small_bert: MakeBert, frozen: BertForQuestionAnswering) -> None:
-    with pytest.raises(TypeError, match="freeze_weight_clips takes a model"):
-        freeze_weight_clips(None)  # type: ignore[type-var]
-    with pytest.raises(ValueError, match="not a model that apply_octav was called on"):
-        freeze_weight_clips(small_bert())
-    with pytest.raises(ValueError, match="frozen already"):
-        freeze_weight_clips(frozen)
+    with pytest.raises(TypeError, match="calibrate_octav takes a model"):
+        freeze(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="is not quantized; call apply_octav"):
+        freeze(small_bert())
+    with pytest.raises(ValueError, match="nothing to freeze; pass batches .* weights=True"):
+        calibrate_octav(frozen)
     with pytest.raises(ValueError, match="no quantized weight"):
-        freeze_weight_clips(apply_octav(small_bert(), OctavConfig(weight_bits=None)))
-    with pytest.raises(ValueError, match="no clip of a weight"):
-        unfreeze_weight_clips(apply_octav(small_bert(), OctavConfig()))
-    for function in (freeze_weight_clips, unfreeze_weight_clips):
-        with pytest.raises(ValueError, match="is packed, and its clips with it"):
-            function(pack_octav(apply_octav(small_bert(), OctavConfig())))
+        freeze(apply_octav(small_bert(), OctavConfig(weight_bits=None)))
+    dynamic = apply_octav(small_bert(), OctavConfig())
+    for model, asked in ((dynamic, {}), (frozen, {"weights": False})):
+        with pytest.raises(ValueError, match="no clip of BertForQuestionAnswering is frozen"):
+            uncalibrate_octav(model, **asked)
+
+
+def test_packed_weights_keep_their_clips(frozen: BertForQuestionAnswering, padded_batch: dict) -> None:
+    pack_octav(frozen)
+    with pytest.raises(ValueError, match="is packed, and clips of its weights with it; .*unpack_octav"):
+        calibrate_octav(frozen, [padded_batch], weights=True, progress_bar=False)
+    assert frozen_activations(frozen) == {}
+    calibrate_octav(frozen, [padded_batch], progress_bar=False)
+    assert len(frozen_activations(frozen)) == 13 + 2
+    with pytest.raises(ValueError, match="is packed, and frozen clips of its weights .*weights=False"):
+        uncalibrate_octav(frozen)
+    assert len(frozen_activations(frozen)) == 13 + 2
+    uncalibrate_octav(frozen, weights=False)
+    assert frozen_activations(frozen) == {}
+
+
+def test_frozen_again_at_the_present_weights(frozen: BertForQuestionAnswering, padded_batch: dict) -> None:
+    before = frozen_layers(frozen)[LAYER].weight_quantizer.clips.clone()
+    with torch.no_grad():
+        for parameter in frozen.parameters():
+            parameter.mul_(2)
+    uncalibrated = uncalibrate_octav(copy.deepcopy(frozen))
+    with pytest.raises(ValueError, match="got no batch"):
+        calibrate_octav(frozen, [], weights=True)
+    assert torch.equal(frozen_layers(frozen)[LAYER].weight_quantizer.clips, before)
+    calibrate_octav(frozen, [padded_batch], weights=True, progress_bar=False)
+    torch.testing.assert_close(frozen_layers(frozen)[LAYER].weight_quantizer.clips, 2 * before)
+    calibrate_octav(uncalibrated, [padded_batch], progress_bar=False)
+    assert frozen_activations(frozen) == frozen_activations(uncalibrated)
+    uncalibrate_octav(frozen, activations=False)
+    assert not frozen_layers(frozen)
+    assert len(frozen_activations(frozen)) == 13 + 2
 
 
 def test_nothing_is_frozen_after_an_error(small_bert: MakeBert) -> None:
@@ -228,7 +318,7 @@ def test_nothing_is_frozen_after_an_error(small_bert: MakeBert) -> None:
     with torch.no_grad():
         model.qa_outputs.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="qa_outputs weight"):
-        freeze_weight_clips(model)
+        freeze(model)
     assert not frozen_layers(model)
     assert not recorded_config(model).frozen_weight_clips
 
@@ -238,4 +328,4 @@ def test_config_json_stays_small(frozen: BertForQuestionAnswering, tmp_path: Pat
     frozen.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config["frozen_weight_clips"] is True
-    assert config["activation_clips"] == {}
+    assert "activation_clips" not in config

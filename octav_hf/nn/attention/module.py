@@ -1,19 +1,22 @@
 """Attention modules of any class with quantized operands."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..granularity import ATTENTION_OPERANDS
+from ..holds_frozen_clips import HoldsFrozenClips
 from ..linear import LINEAR, QuantizedLinear
+from ..quantized_layer import QuantizedLayer
 from ..shared_inputs import shared_inputs
 from .matmuls import AttentionMatmuls
 from .scaled_dot_product_attention import OperandQuantizers
 
 
-class QuantizedAttention(nn.Module):
+class QuantizedAttention(HoldsFrozenClips):
     """Mixin in front of an attention module's class, whose forward runs unchanged inside.
 
     The submodules ``query_quantizer``, ``key_quantizer``, ``probabilities_quantizer`` and ``value_quantizer`` quantize
@@ -35,6 +38,13 @@ class QuantizedAttention(nn.Module):
     @property
     def operand_quantizers(self) -> dict[str, nn.Module]:
         return {operand: getattr(self, f"{operand}_quantizer") for operand in ATTENTION_OPERANDS}
+
+    def is_covered(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Whether the weights of all quantized layers inside are there, or, if there is none, all parameters."""
+        layers = [(name, module) for name, module in self.named_modules() if isinstance(module, QuantizedLayer)]
+        if layers:
+            return all(layer.is_covered(state_dict, f"{prefix}{name}.") for name, layer in layers)
+        return all(f"{prefix}{name}" in state_dict for name, _ in self.named_parameters())
 
     def restore(self) -> None:
         """Undo ``convert``."""

@@ -213,7 +213,7 @@ def test_as_many_uses_as_there_are_frozen_clips() -> None:
         return outputs[-1]
 
     modules = quantizers()
-    modules["value"].frozen = FrozenClips(True, (0.5, 2.0))
+    modules["value"].freeze(FrozenClips(True, torch.tensor([0.5, 2.0])))
     value = fake_quantize(operands()[2], torch.tensor(2.0), 4)
     identity = dict(quantizers().items()) | {"value": nn.Identity()}
     assert torch.equal(multiply(2), quantized_scaled_dot_product_attention(identity, *operands()[:2], value))

@@ -1,21 +1,21 @@
-"""``OctavConfig.activation_clips``: frozen clips as a config holds them, module name -> operand -> sign and clips."""
+"""Frozen clips of activations in configs of format version 1: module name -> operand -> sign and clips."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
-from . import FrozenClips
-from .frozen_clips import Clip, as_clip, clip_shape
+import torch
+
+from .frozen_clips import FrozenClips
 from .granularity import ACTIVATION_GRANULARITIES
 
-ActivationClips = dict[str, dict[str, dict[str, Any]]]
+ClipsOfVersion1 = dict[str, dict[str, dict[str, Any]]]
 
 _FIELD = "activation_clips"
 _EXAMPLE = "{'MODULE NAME': {'input': {'signed': True, 'clips': [2.5]}}}"
 
 
 def validate_activation_clips(activation_clips: Any) -> None:
-    """Raise ``ValueError`` unless it has the form that ``calibrate_octav`` writes, and possible values."""
+    """Raise ``ValueError`` unless it has the form that version 1 wrote, and possible values."""
     if not isinstance(activation_clips, dict):
         raise ValueError(f"{_FIELD} must be of the form {_EXAMPLE}, got {activation_clips!r}")
     for module_name, operands in activation_clips.items():
@@ -52,37 +52,30 @@ def _validate_frozen(where: str, operand: str, signed: Any, clips: Any, offset: 
             f"{where}: clips must be a list of finite numbers >= 0, got {clips!r}; one that differs among heads or "
             "channels is a list of numbers, or of lists of them that are all as long as each other"
         )
+    if len(set(map(_shape, clips))) != 1:
+        raise ValueError(f"{where}: clips of all calls must have one shape, got {sorted(set(map(_shape, clips)))}")
     if operand == "input" and (len(clips) != 1 or isinstance(clips[0], list)):
-        got = f"{len(clips)}" if len(clips) != 1 else f"those of shape {clip_shape(as_clip(clips[0]))}"
+        got = f"{len(clips)}" if len(clips) != 1 else f"those of shape {_shape(clips[0])}"
         raise ValueError(f"{where}: a layer's input has one clip, got {got}")
 
 
 def _is_clip(clip: Any) -> bool:
     """Whether it is a possible number, or nested lists of them that are all of one shape."""
     if isinstance(clip, list):
-        return bool(clip) and all(map(_is_clip, clip)) and len({clip_shape(as_clip(part)) for part in clip}) == 1
+        return bool(clip) and all(map(_is_clip, clip)) and len(set(map(_shape, clip))) == 1
     return _is_number(clip) and math.isfinite(clip) and clip >= 0
+
+
+def _shape(clip: Any) -> tuple[int, ...]:
+    """How many there are along each dimension; ``()`` for one number."""
+    return (len(clip), *_shape(clip[0])) if isinstance(clip, list) else ()
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def frozen_clips(activation_clips: Mapping[str, Any], module_name: str, operand: str) -> FrozenClips | None:
-    """The frozen clips of one operand; ``None`` if it has none, so that its clips are dynamic."""
-    frozen = activation_clips.get(module_name, {}).get(operand)
-    return None if frozen is None else FrozenClips(**_values(**frozen))
-
-
-def frozen_fields(frozen: FrozenClips) -> dict[str, Any]:
-    """Frozen clips as the config holds them."""
-    offset = {"offset": frozen.offset} if frozen.offset else {}
-    return {"signed": frozen.signed, "clips": [_as_lists(clip) for clip in frozen.clips], **offset}
-
-
-def _values(clips: list[Any], **others: Any) -> dict[str, Any]:
-    return {"clips": tuple(map(as_clip, clips)), **others}
-
-
-def _as_lists(clip: Clip) -> Any:
-    return [_as_lists(part) for part in clip] if isinstance(clip, tuple) else clip
+def as_frozen_clips(signed: bool, clips: list[Any], offset: float | None = None) -> FrozenClips:
+    """An operand's frozen clips, in float64; ``ValueError`` if those of one call have another shape than of another."""
+    stacked = torch.tensor(clips, dtype=torch.float64, device="cpu")
+    return FrozenClips(signed, stacked, offset if offset is None else torch.tensor(offset, dtype=torch.float64, device="cpu"))

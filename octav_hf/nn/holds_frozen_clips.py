@@ -1,0 +1,125 @@
+"""Frozen clips in state dicts: a module's quantizers are frozen or dynamic as the state dict says."""
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.sharded_weights import sharded_shape
+from .._utils.torch_private import has_values, own_parameters
+from ..functional.rows import statistics_dtype
+from .fake_quantize import FROZEN_BUFFERS, FakeQuantize
+from .frozen_clips import FrozenClips
+from .weight_fake_quantize import WeightFakeQuantize
+
+
+class HoldsFrozenClips(nn.Module):
+    """Mixin of modules with quantizers, ``<operand>_quantizer``, whose frozen clips a state dict may have.
+
+    ``load_state_dict`` makes clips frozen where the state dict has them, of whatever shape they are. Where it has none,
+    but covers the module, clips become dynamic; a state dict of other modules, such as an adapter's, changes nothing.
+    """
+
+    max_calls: ClassVar[int | None] = None  # how often a forward pass multiplies an operand, if that is known
+
+    @property
+    def operand_quantizers(self) -> dict[str, nn.Module]:
+        """The quantizers by operand; one in float has an ``nn.Identity``."""
+        raise NotImplementedError
+
+    def is_covered(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Whether a state dict, in which names of this module begin with ``prefix``, is one of this module."""
+        raise NotImplementedError
+
+    @property
+    def freezable_quantizers(self) -> dict[str, FakeQuantize]:
+        """Operand -> the quantizer whose clips can be frozen; not those of packed weights and of embedding tables."""
+        return {
+            operand: quantizer
+            for operand, quantizer in self.operand_quantizers.items()
+            if isinstance(quantizer, FakeQuantize) and (operand != "weight" or isinstance(quantizer, WeightFakeQuantize))
+        }
+
+    def problem_with(self, operand: str, frozen: FrozenClips) -> str:
+        """What is wrong with frozen clips of ``operand``, for an error; empty if nothing is."""
+        quantizer = self.freezable_quantizers[operand]
+        tensors = [frozen.clips] if frozen.offset is None else [frozen.clips, -frozen.offset]
+        if not all(tensor.is_floating_point() for tensor in tensors):
+            return f"are of dtype {frozen.clips.dtype}, which is to be floating point"
+        problem = quantizer.frozen_problem(frozen, self._weight_shape(), self.max_calls)
+        if problem or not all(map(has_values, tensors)):
+            return problem
+        if all(bool(((tensor >= 0) & tensor.isfinite()).all()) for tensor in tensors):
+            return ""
+        return "hold a negative value, NaN or Inf, or their offset is NaN, Inf or positive"
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        weight = own_parameters(self).get("weight")
+        return () if weight is None else sharded_shape(weight) or tuple(weight.shape)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.is_covered(state_dict, prefix):
+            self.unfreeze_missing(state_dict, prefix)
+        for operand, quantizer in self.freezable_quantizers.items():
+            names = _names(operand, prefix)
+            found = {name: state_dict[key] for name, key in names.items() if key in state_dict}
+            problem = self.freeze_from(operand, found) if found else ""
+            if problem:
+                error_msgs.append(f"{prefix}{operand}_quantizer: the frozen clips in the state dict {problem}")
+                for name, key in names.items():  # the quantizer stays as it is
+                    state_dict.pop(key, None)
+                    if getattr(quantizer, name) is not None:
+                        state_dict[key] = getattr(quantizer, name)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def unfreeze_missing(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Make clips dynamic that are not in a state dict in which names of this module begin with ``prefix``."""
+        for operand, quantizer in self.freezable_quantizers.items():
+            if not any(name in state_dict for name in _names(operand, prefix).values()):
+                quantizer.unfreeze()
+
+    @torch.inference_mode(False)
+    def freeze_from(self, operand: str, found: Mapping[str, Any]) -> str:
+        """Freeze the clips of ``operand`` at tensors of a checkpoint.
+
+        Buffers that fit already stay the same tensors, with their values, for the checkpoint to be loaded into.
+
+        Args:
+            operand: one of ``freezable_quantizers``.
+            found: name of a buffer -> tensor.
+
+        Returns:
+            What is impossible about them, empty if nothing is. The quantizer is then as it was.
+        """
+        quantizer = self.freezable_quantizers[operand]
+        clips = [found[name] for name in ("clips", "unsigned_clips") if name in found]
+        if len(clips) != 1 or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+            return f"are {sorted(found)}, which are to be the tensor clips or unsigned_clips, with an offset or without"
+        frozen = FrozenClips("clips" in found, clips[0], found.get("offset"))
+        problem = self.problem_with(operand, frozen)
+        forms = {name: (tensor.shape, statistics_dtype(tensor.dtype)) for name, tensor in found.items()}
+        known = {name: getattr(quantizer, name) for name in FROZEN_BUFFERS}
+        if problem or forms == {name: (x.shape, x.dtype) for name, x in known.items() if x is not None}:
+            return problem
+        device = next((tensor.device for tensor in chain(self.parameters(), self.buffers())), clips[0].device)
+        own = {name: tensor.detach().to(device, forms[name][1], copy=True) for name, tensor in found.items()}
+        quantizer.freeze(FrozenClips(frozen.signed, own[FROZEN_BUFFERS[not frozen.signed]], own.get("offset")))
+        return ""
+
+
+def _names(operand: str, prefix: str) -> dict[str, str]:
+    """Buffer of frozen clips -> its name in a state dict."""
+    return {name: f"{prefix}{operand}_quantizer.{name}" for name in FROZEN_BUFFERS}

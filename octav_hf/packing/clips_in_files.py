@@ -1,0 +1,82 @@
+"""Frozen clips in a checkpoint's files: the model gets buffers for them before its weights are loaded."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .._utils.transformers_compat import is_tied
+from ..nn import FROZEN_BUFFERS, HoldsFrozenClips
+from .names import name_variants, names_in_model
+
+_ENDS = tuple(f"_quantizer.{name}" for name in FROZEN_BUFFERS)
+
+
+def prepare_frozen(
+    model: PreTrainedModel, checkpoint: Iterable[str] | Mapping[str, Tensor], *, all_weights: bool
+) -> None:
+    """Freeze the clips that a checkpoint has for modules of a converted model; the values are loaded with the weights.
+
+    Clips of a weight go with the weight: where a checkpoint has none that fits this model, as for another head, they
+    stay dynamic.
+
+    Args:
+        checkpoint: files, or a state dict.
+        all_weights: whether the config says that clips of weights are frozen.
+
+    Raises:
+        ValueError: clips do not fit their module, or those of a weight are missing.
+    """
+    found = _clips_and_shapes(checkpoint)
+    if not all_weights and not any(isinstance(entry, Tensor) for entry in found.values()):
+        return
+    in_model, prefix = names_in_model(found, model), model.base_model_prefix
+
+    def find(module: str, tensor: str) -> tuple[Any, bool]:
+        """The entry of a module's tensor, ``None`` without one, and whether it is loaded as it is."""
+        names = (f"{variant}.{tensor}" for variant in name_variants(module, prefix))
+        name, is_whole = next((in_model[name] for name in names if name in in_model), (None, True))
+        return None if name is None else found[name], is_whole
+
+    for name, module in model.named_modules():
+        for operand in module.freezable_quantizers if isinstance(module, HoldsFrozenClips) else ():
+            clips = {buffer: find(name, f"{operand}_quantizer.{buffer}")[0] for buffer in FROZEN_BUFFERS}
+            clips = {buffer: tensor for buffer, tensor in clips.items() if tensor is not None}
+            if operand == "weight" and not is_tied(model, f"{name}.weight"):
+                shape, is_whole = find(name, "weight")
+                if shape is None or (is_whole and shape != module.weight.shape):
+                    continue
+                if all_weights and not clips:
+                    raise ValueError(
+                        f"{name}: this checkpoint has no clips for its weight of shape {tuple(module.weight.shape)}, "
+                        "which should be frozen. Load it with the model class that it was saved from (architectures in "
+                        "config.json), and call uncalibrate_octav before giving it another head"
+                    )
+            problem = module.freeze_from(operand, clips) if clips else ""
+            if problem:
+                raise ValueError(f"{name}.{operand}_quantizer: the frozen clips in this checkpoint {problem}")
+
+
+def _clips_and_shapes(checkpoint: Iterable[str] | Mapping[str, Tensor]) -> dict[str, Tensor | torch.Size]:
+    """Name in the checkpoint -> the tensor, if it is one of frozen clips, else its shape."""
+    if isinstance(checkpoint, Mapping):
+        return {name: _entry(name, tensor) for name, tensor in checkpoint.items()}
+    return {name: entry for file in checkpoint for name, entry in _of_file(str(file))}
+
+
+def _of_file(file: str) -> Iterator[tuple[str, Tensor | torch.Size]]:
+    if not file.endswith(".safetensors"):
+        for name, tensor in torch.load(file, map_location="cpu", mmap=True, weights_only=True).items():
+            yield name, _entry(name, tensor)
+        return
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118  # not a dictionary
+            is_clips = name.endswith(_ENDS)
+            yield name, opened.get_tensor(name) if is_clips else torch.Size(opened.get_slice(name).get_shape())
+
+
+def _entry(name: str, tensor: Tensor) -> Tensor | torch.Size:
+    return tensor if name.endswith(_ENDS) else tensor.shape

@@ -1,0 +1,146 @@
+"""``calibrate_octav`` and ``uncalibrate_octav``: static clips, and clips that follow the data again."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from transformers.utils.logging import tqdm
+
+from .._utils.forward_pass import Batch, check_batch, in_evaluation_mode, run_batch, without_trace
+from .._utils.torch_private import tree_map
+from ..conversion.modules import activation_quantizers, layers_to_freeze, quantized_modules
+from ..conversion.record import write_records
+from ..nn import PackedLayer
+from .activations import calibrating
+from .weights import frozen_weights
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def calibrate_octav(
+    model: Model, batches: Iterable[Batch] | None = None, *, weights: bool = False, progress_bar: bool = True
+) -> Model:
+    """Freeze the clips of activations at their mean over ``batches``, those of ``weights`` as they are, or both.
+
+    From then on, in training too, no statistics of them are computed. Both before training are the paper's static
+    quantization (Appendix E.3). Called again, it freezes clips anew. Without ``batches`` activations, and without
+    ``weights=True`` weights, stay as they are.
+
+    **Activations** (layer inputs and attention operands). The model runs on each batch in evaluation mode, with dynamic
+    clips of activations. A frozen clip is the mean, in float64, of the dynamic clips of all calls on tensors that are
+    not empty. An attention operand has one for each matmul that it is in within one forward pass of its module: DeBERTa
+    multiplies content and positions in turn. An activation that may be signed or unsigned gets the unsigned grid if no
+    tensor had a negative value. With ``activation_granularity``, clips per attention head or channel are means over all
+    calls and batch elements (and heads, where a module merges them with the batch, as DeBERTa does). Tokens have no
+    identity across batches, so an operand with a clip per token gets one for the whole tensor.
+
+    **Weights.** Embedding tables, whose rows are quantized when they are looked up, keep dynamic clips, and so do
+    weights that several modules share, such as a head tied to the token embeddings; a warning names those.
+
+    The clips are buffers of the quantizers, ``<module>.<operand>_quantizer.clips`` (on the unsigned grid
+    ``.unsigned_clips``, with an ``.offset`` if it is asymmetric), ``[calls, *parts]``, and of weights
+    ``[rows, 1, ...]`` or 0-dim; float32, or float64 where the data are, whatever dtype the model gets. So they are
+    saved, loaded, copied and moved with the weights. Loading a state dict freezes the clips that it has, and makes
+    those dynamic that it lacks. ``coverage_report`` shows what each operand has.
+
+    Where several processes train one model, give each the same batches, or, with ``sync_activation_clips``, each its own
+    batches, as many as the others; the clips are then equal in all processes.
+
+    Args:
+        model: one that ``apply_octav`` quantized, or that contains such a model, or a part of one. Its mode, buffers and
+            the random state are restored.
+        batches: any iterable, such as a DataLoader. Each batch is a mapping of the forward's keyword arguments, a tuple
+            or list of positional ones, or a single tensor; its tensors are moved to the model's device. ``None``:
+            activations are left as they are.
+        weights: whether to freeze the clips of weights too. The model must then be neither packed nor sharded.
+        progress_bar: whether to show one, where ``transformers.utils.logging`` allows it.
+
+    Returns:
+        ``model``. Activations that no batch reached get dynamic clips, and a warning names them.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``, or ``batches`` or a batch has another type.
+        ValueError: nothing is asked for; there is no batch or no quantized activation or weight; an attention module
+            multiplied an operand more often in one forward pass than in another, or with another number of heads or
+            channels; a weight holds NaN or Inf, or is packed or sharded. The model is then as it was.
+    """
+    if batches is None and not weights:
+        raise ValueError(
+            "calibrate_octav: nothing to freeze; pass batches for the clips of activations, weights=True for those of "
+            "weights, or both"
+        )
+    if batches is not None and (isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable)):
+        raise TypeError(
+            f"calibrate_octav takes an iterable of batches, such as a DataLoader, got {type(batches).__name__}; write "
+            "[batch] for a single batch"
+        )
+    with frozen_weights(model) if weights else nullcontext():
+        if batches is not None:
+            _calibrate_activations(model, batches, progress_bar)
+    return model
+
+
+def _calibrate_activations(model: nn.Module, batches: Iterable[Batch], progress_bar: bool) -> None:
+    with calibrating(model), in_evaluation_mode(model), without_trace(model) as runnable:
+        device, number = _device(model), 0
+        for number, batch in enumerate(tqdm(batches, desc="calibrating", disable=not progress_bar), 1):
+            check_batch(batch, f"calibrate_octav takes a list of batches, and each (here number {number}) is")
+            run_batch(runnable, _on_device(batch, device))
+        if number == 0:
+            raise ValueError(
+                "calibrate_octav got no batch, so there is nothing to compute clips from; pass at least one"
+            )
+
+
+def uncalibrate_octav(model: Model, *, activations: bool = True, weights: bool = True) -> Model:
+    """Undo ``calibrate_octav``, for activations, weights or both: clips follow the data again.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: no such clip of the model is frozen; or those of weights were, and the model has been packed since.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"uncalibrate_octav takes a model (an nn.Module), got {type(model).__name__}")
+    kind = type(model).__name__
+    if not any(True for _ in quantized_modules(model)):
+        raise ValueError(f"uncalibrate_octav: {kind} is not quantized; call apply_octav(model, OctavConfig()) first")
+    quantizers: list[Any] = []
+    if activations:
+        quantizers += [quantizer for _, _, quantizer in activation_quantizers(model)]
+    if weights:
+        packed = (module for module in model.modules() if isinstance(module, PackedLayer))
+        if any(layer.weight_quantizer.is_frozen for layer in packed):
+            raise ValueError(
+                f"uncalibrate_octav: {kind} is packed, and frozen clips of its weights with it; write weights=False, "
+                "or call unpack_octav(model) first"
+            )
+        quantizers += [layer.weight_quantizer for layer in layers_to_freeze(model).values()]
+    frozen = [quantizer for quantizer in quantizers if quantizer.is_frozen]
+    if not frozen:
+        asked = [name for name, is_asked in (("activations", activations), ("weights", weights)) if is_asked]
+        raise ValueError(f"uncalibrate_octav: no clip of {kind} is frozen (asked for: {' and '.join(asked) or 'none'})")
+    for quantizer in frozen:
+        quantizer.unfreeze()
+    write_records(model)
+    return model
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    """Where the model's first tensor is; ``None`` if that is nowhere, as for offloaded weights."""
+    tensors = (tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)
+
+
+def _on_device(batch: Batch, device: torch.device | None) -> Batch:
+    def move(leaf: Any) -> Any:
+        return leaf.to(device) if isinstance(leaf, Tensor) and device is not None else leaf
+
+    if isinstance(batch, Mapping):  # of any class, such as a tokenizer's
+        return {name: tree_map(move, value) for name, value in batch.items()}
+    return tree_map(move, batch)
