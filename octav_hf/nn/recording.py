@@ -18,7 +18,7 @@ def refuse_recording(quantizer: nn.Module, x: Tensor, dynamic: bool) -> None:
         recorder = "torch.export"
     else:
         return
-    name = quantizer.name or "FakeQuantize"  # not read before: a compiler would recompile for each name
+    name = str(quantizer.name or "FakeQuantize")  # not read before: a compiler would recompile for each name
     module, _, operand = name.rpartition(" ")
     shared = f" (a shared weight or an embedding: exclude_modules=[{module!r}] in the config)"
     raise RuntimeError(
