@@ -141,7 +141,6 @@ def test_trains_from_scratch_and_comes_back_bit_identical(make_transformers: Mak
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "saved")
     assert torch.equal(logits(loaded, images(9)), logits(model, images(9)))
     assert str(coverage_report(loaded)) == str(coverage_report(model))
-    assert loaded.config.quantization_config.first_last_bits == 8
 
 
 @pytest.mark.slow

@@ -26,6 +26,10 @@ current_dispatch_mode = _python_dispatch._get_current_dispatch_mode
 # Traversal of nested containers of tensors, which has no public path.
 tree_leaves, tree_map = _pytree.tree_leaves, _pytree.tree_map
 
+# A tensor type of its own: the public functions cannot make one without memory, or leave all to __torch_dispatch__.
+make_wrapper = torch.Tensor._make_wrapper_subclass
+no_torch_function = torch._C._disabled_torch_function_impl
+
 
 def load_cpp(source: str, flags: tuple[str, ...]) -> Any:
     """Compile C++ into a library, cached on disk; the public ``torch.utils.cpp_extension`` is many times slower."""
@@ -65,6 +69,11 @@ def has_values(x: Tensor) -> bool:
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """A module's own registered parameters; access by attribute may run a property."""
     return module._parameters
+
+
+def set_own_parameters(module: nn.Module, parameters: dict[str, nn.Parameter | None]) -> None:
+    """Replace the dictionary of a module's own parameters, which code around ``nn.Module`` writes to directly."""
+    module._parameters = parameters
 
 
 def forward_hooks(module: nn.Module) -> list[Any]:

@@ -43,9 +43,16 @@ def save_by_own_names(model: PreTrainedModel) -> None:
         model._weight_conversions = [each for each in used if each.source_patterns not in legacy]  # type: ignore[assignment]
 
 
-def is_tied(model: PreTrainedModel, parameter: str) -> bool:
-    """Whether Transformers ties a parameter to another one, which is undocumented."""
-    return parameter in {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+def tied_to(model: PreTrainedModel, parameter: str) -> set[str]:
+    """The other parameters that Transformers ties a parameter to, which is undocumented."""
+    tied = model.all_tied_weights_keys
+    source = tied.get(parameter, parameter)
+    return ({source} | {name for name, other in tied.items() if other == source}) - {parameter}
+
+
+def untie(model: PreTrainedModel, parameter: str) -> None:
+    """Have Transformers leave a weight that was saved as its own alone; its config may still say that it is tied."""
+    model.all_tied_weights_keys.pop(parameter, None)
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
@@ -63,19 +70,11 @@ def mark_as_float(model: PreTrainedModel) -> None:
     model.config._is_quantized = False
 
 
-def argument_of_save_pretrained(name: str) -> Any:
-    """An argument of the innermost ``save_pretrained`` on the stack, not passed on to quantizers; else ``None``."""
-    return _argument_of(inspect.unwrap(PreTrainedModel.save_pretrained), name)
-
-
 def argument_of_from_pretrained(name: str) -> Any:
-    """The same of ``from_pretrained``."""
-    return _argument_of(inspect.unwrap(PreTrainedModel.from_pretrained.__func__), name)  # type: ignore[attr-defined]
-
-
-def _argument_of(function: Any, name: str) -> Any:
+    """An argument of the innermost ``from_pretrained`` on the stack, not passed on to quantizers; else ``None``."""
+    code = inspect.unwrap(PreTrainedModel.from_pretrained.__func__).__code__  # type: ignore[attr-defined]
     frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not function.__code__:
+    while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return None if frame is None else frame.f_locals.get(name)
 

@@ -12,10 +12,11 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from .._utils.torch_private import own_parameters
 from .._utils.transformers_compat import mark_as_float, unset_upload
 from ..config import OctavConfig
-from ..nn import QuantizedLayer
-from .modules import quantized_modules
+from ..nn import PackedWeight, QuantizedLayer
+from . import output_embeddings
+from .modules import quantized_modules, transformers_models
 from .plan import plan_conversion
-from .record import keep_head_clips, requantize_output_embeddings
+from .record import recorded_config
 from .request import ModulePlan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,9 +27,9 @@ def apply_octav(model: Model, config: OctavConfig | None = None) -> Model:
 
     Each layer of ``nn.QUANTIZED_LAYERS`` (``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``; ``nn.Embedding`` where
     ``embedding_bits`` is set) becomes its quantized class and every attention module a ``QuantizedAttention``: the same
-    objects, with the same parameters under the same names, so that optimizers, tied weights and hooks stay valid. A
-    Transformers model also gets a ``quantization_config``, which ``save_pretrained`` writes and ``from_pretrained``
-    applies again.
+    objects, with the same parameters under the same names, so that optimizers, tied weights and hooks stay valid. What
+    ``save_pretrained`` of a Transformers model writes follows from its modules, whether ``model`` is that model, a part
+    of it or something around it; ``from_pretrained`` applies it again.
 
     Args:
         model: a Transformers model, or any ``nn.Module``. Its ``attn_implementation`` must be eager or sdpa.
@@ -63,10 +64,14 @@ def apply_octav(model: Model, config: OctavConfig | None = None) -> Model:
         )
     _check_not_quantized(model)
     convert_modules(model, config, plan_conversion(model, config))
-    if isinstance(model, PreTrainedModel):  # gets what from_pretrained gives a model beside quantized modules
-        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(config), pre_quantized=False)
-        model.__dict__.update(hf_quantizer=quantizer, is_quantized=True, quantization_method=config.quant_method)
-        quantizer.postprocess_model(model)
+    for inner in transformers_models(model):  # get what from_pretrained gives a model beside quantized modules
+        if any(True for _ in quantized_modules(inner)):
+            # Its config object does not say so, since other models may have been made from it.
+            asked = config if inner is model else recorded_config(inner)
+            quantizer = AutoHfQuantizer.from_config(copy.deepcopy(asked), pre_quantized=False)
+            inner.__dict__.update(hf_quantizer=quantizer, is_quantized=True, quantization_method=config.quant_method)
+            inner.__dict__.setdefault("octav_config", asked)
+            quantizer.attach(inner)
     return model
 
 
@@ -95,41 +100,49 @@ def convert_modules(model: nn.Module, config: OctavConfig, plan: Sequence[Module
     """Carry out the ``plan`` that ``plan_conversion`` made for a float ``model`` and ``config``, in place."""
     for module_plan in plan:
         module_plan.convert()
-    converted = {module_plan.name: module_plan.quantized_class for module_plan in plan}
-    model.__dict__.update(octav_config=copy.deepcopy(config), octav_modules=converted)
-    model.octav_state_dict_hook = model.register_load_state_dict_pre_hook(_cover_tied_layers)  # type: ignore[assignment]
-    if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), QuantizedLayer):
-        handle = model.register_forward_pre_hook(requantize_output_embeddings)
-        model.octav_output_embeddings_hook = handle  # type: ignore[assignment]
-        keep_head_clips(model)
+    model.__dict__["octav_config"] = copy.deepcopy(config)
+    model.octav_state_dict_hook = model.register_load_state_dict_pre_hook(_cover_tied_layers)
+    for inner in transformers_models(model):
+        output_embeddings.attach(inner)
 
 
 def restore_modules(model: nn.Module) -> None:
     """Undo ``convert_modules``, and what else a quantized model was given, in place."""
     for converted in list(quantized_modules(model)):
         converted.restore()
+    release_packed(model)
     for module in model.modules():
-        if "octav_packed_hook" in module.__dict__:
-            release_packed(module)
-        for name in ("octav_config", "octav_modules", "octav_head_quantizer"):
-            module.__dict__.pop(name, None)
+        module.__dict__.pop("octav_config", None)
         unset_upload(module)
-        for name in ("octav_output_embeddings_hook", "octav_state_dict_hook"):
-            hook = module.__dict__.pop(name, None)
-            if hook is not None:
-                hook.remove()
+        output_embeddings.detach(module)
+        hook = module.__dict__.pop("octav_state_dict_hook", None)
+        if hook is not None:
+            hook.remove()
 
 
 def freeze_packed(model: nn.Module) -> None:
     """Leave nothing to train in a packed model but what is added to it later; without that, training is refused."""
-    model.requires_grad_(False)
     model.octav_packed_hook = model.register_forward_pre_hook(_refuse_training)  # type: ignore[assignment]
+    for module in model.modules():
+        parameters = own_parameters(module).items()
+        trained = [name for name, value in parameters if value is not None and value.requires_grad]
+        if trained:
+            module.__dict__["octav_frozen_by_packing"] = trained
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module.guard()
 
 
 def release_packed(model: nn.Module) -> None:
-    """Undo ``freeze_packed``."""
-    model.__dict__.pop("octav_packed_hook").remove()
-    model.requires_grad_(True)
+    """Undo ``freeze_packed``, also in a part: what it froze requires a gradient again; the rest is as it was left."""
+    for module in model.modules():
+        if "octav_packed_hook" in module.__dict__:
+            module.__dict__.pop("octav_packed_hook").remove()
+        for name in module.__dict__.pop("octav_frozen_by_packing", ()):
+            parameter = own_parameters(module).get(name)
+            if parameter is not None:
+                parameter.requires_grad_(True)
 
 
 def _cover_tied_layers(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

@@ -27,7 +27,7 @@ def plan_layers(request: Request) -> Iterator[ModulePlan]:
             continue
         layer_class, settings = quantized_class_of(module), request.settings[name]
         if layer_class is None:
-            if settings.weight_bits or settings.activation_bits:
+            if not request.from_file and (settings.weight_bits or settings.activation_bits):
                 _check_holds_no_weight(name, module)
             continue
         bits = {operand: getattr(settings, field) for operand, field in layer_class.operands.items()}

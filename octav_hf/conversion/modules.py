@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .._utils.torch_private import own_parameters
 from ..nn import FakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
@@ -12,6 +13,20 @@ from ..nn import FakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQua
 def quantized_modules(model: nn.Module) -> Iterator[QuantizedLayer | QuantizedAttention]:
     """The modules that are quantized."""
     return (module for module in model.modules() if isinstance(module, QuantizedLayer | QuantizedAttention))
+
+
+def modules_without_quantizers(model: nn.Module) -> dict[str, nn.Module]:
+    """Full name -> module, of those that a float model has."""
+    return {name: module for name, module in model.named_modules() if not name.endswith("_quantizer")}
+
+
+def transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
+    """The Transformers models in ``model``, or ``model`` itself, without those that are parts of one."""
+    if isinstance(model, PreTrainedModel):
+        yield model
+        return
+    for child in model.children():
+        yield from transformers_models(child)
 
 
 def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]]:

@@ -1,9 +1,12 @@
 """One list of what happens to which module, with every check that could fail, before anything is changed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..config import OctavConfig, matches, targets
 from ..nn import QUANTIZED_LAYERS, quantized_class_of
@@ -29,7 +32,7 @@ def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = 
         ValueError: the model cannot be quantized as asked; the message names the module and what to write instead.
     """
     config.validate()
-    request = Request.of(model, config)
+    request = Request.of(model, config, from_file=from_file)
     if not from_file:
         _check_patterns(request)
         for edge in request.edges:
@@ -48,6 +51,28 @@ def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = 
                 "quantization_config=OctavConfig(…) to from_pretrained, or call apply_octav first"
             )
     return plan
+
+
+def named_as_in(model: PreTrainedModel, config: OctavConfig) -> OctavConfig:
+    """``config`` with its patterns by the names of ``model``, which may be of another class than the one saved.
+
+    As weights' names do, a pattern that matches nothing gets or loses the prefix of the base model, such as ``bert``,
+    if it then matches. One that matches neither way stays: it is about a head that is not there.
+    """
+    names, prefix = [name for name, _ in model.named_modules() if name], f"{model.base_model_prefix}."
+
+    def renamed(pattern: str, is_match: Callable[[str, str], bool]) -> str:
+        variants = (pattern, f"{prefix}{pattern}", pattern.removeprefix(prefix))
+        return next((each for each in variants if any(is_match(each, name) for name in names)), pattern)
+
+    changed: dict[str, Any] = {}
+    for field, is_match in _PATTERN_FIELDS.items():
+        patterns = getattr(config, field)
+        if isinstance(patterns, dict):
+            changed[field] = {renamed(pattern, is_match): value for pattern, value in patterns.items()}
+        elif patterns is not None:
+            changed[field] = [renamed(pattern, is_match) for pattern in patterns]
+    return replace(config, **changed)
 
 
 def _check_patterns(request: Request) -> None:

@@ -1,34 +1,30 @@
-"""The config of a converted model: as it was requested, and as its modules are now, which is what is saved."""
+"""The config of a converted model: as it was asked for, and as its modules are now, which is what is saved."""
 
 import glob
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
 
-from ..config import OctavConfig
-from ..nn import FakeQuantize, FrozenClips, PackedLayer, PackedWeight, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
-from .layers import plan_layers
-from .modules import layers_to_freeze, shared_weights
-from .request import Request
+from ..config import ModuleSettings, OctavConfig
+from ..nn import (
+    FakeQuantize,
+    PackedLayer,
+    PackedWeight,
+    QuantizedAttention,
+    QuantizedLayer,
+    SynchronizedFakeQuantize,
+    WeightFakeQuantize,
+    quantized_class_of,
+)
+from ..nn.granularity import ATTENTION_OPERANDS, Granularity, granularity_of
+from .attention_modules import attention_modules
+from .modules import modules_without_quantizers, quantized_modules, shared_weights
 
-
-def asked_config(model: nn.Module, function: str) -> OctavConfig:
-    """The config that a model was converted with, for a public ``function`` whose name errors begin with.
-
-    Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: it is not the model that was converted.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function} takes a model (an nn.Module), got {type(model).__name__}")
-    config = model.__dict__.get("octav_config")
-    if config is None:
-        raise ValueError(
-            f"{function}: {type(model).__name__} is not a model that apply_octav was called on; pass that model, not "
-            "one around it or inside it, or call apply_octav and train first"
-        )
-    return config
+# Parts of names that wrappers for sharding and activation checkpointing add, and leave out of the state dict.
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -50,80 +46,188 @@ def has_frozen_weight_clips(model: nn.Module) -> bool:
     return bool(states) and all(states)
 
 
-def _replaced(model: nn.Module, kind: type[nn.Module]) -> list[str]:
-    """The names of converted modules of ``kind`` that are float modules now. One that an adapter wraps is not."""
-    modules = dict(model.named_modules())
-    return [
-        name
-        for name, quantized_class in model.__dict__["octav_modules"].items()
-        if issubclass(quantized_class, kind)
-        and name in modules
-        and not any(isinstance(module, kind) for module in modules[name].modules())
-    ]
+def check_quantized(model: nn.Module, function: str) -> None:
+    """Check the argument of a public ``function``, whose name errors begin with.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: no module of it is quantized.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function} takes a model (an nn.Module), got {type(model).__name__}")
+    if not any(True for _ in quantized_modules(model)):
+        raise ValueError(
+            f"{function}: {type(model).__name__} has no module quantized by apply_octav; call "
+            "apply_octav(model, OctavConfig()) first"
+        )
+
+
+def named_by_state_dict(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules but quantizers, by the names that the state dict has for them."""
+    modules = modules_without_quantizers(model)
+    return {".".join(part for part in name.split(".") if part not in _WRAPPERS): m for name, m in modules.items()}
 
 
 def recorded_config(model: nn.Module) -> OctavConfig:
-    """The config to save: the requested one, with the present state of the model's modules."""
-    asked = asked_config(model, "recorded_config")
-    overrides = dict(asked.module_overrides)
-    for name in _replaced(model, QuantizedAttention):
-        overrides[name] = overrides.get(name, {}) | {"quantize_attention": False}
-    return replace(
-        asked,
-        exclude_modules=[*asked.exclude_modules, *map(glob.escape, _replaced(model, QuantizedLayer))],
-        module_overrides=overrides,
-        packed=is_packed(model),
-        frozen_weight_clips=has_frozen_weight_clips(model),
+    """The config that makes of the float model what the modules of ``model`` are.
+
+    It is the config that was asked for, with exceptions by exact names where modules differ from it; without one, or
+    where its patterns contradict the modules, what most modules share.
+
+    Raises:
+        ValueError: a module has quantizers that no config describes; the message names it.
+    """
+    modules = named_by_state_dict(model)
+    actual = {
+        name: settings for name, module in modules.items() if (settings := _settings_of(name, module)) is not None
+    }
+    asked = model.__dict__.get("octav_config")
+    record = None if asked is None else _with_exceptions(modules, actual, asked)
+    if record is None:
+        record = _with_exceptions(modules, actual, _shared_config(model, modules, actual))
+    assert record is not None  # it has no patterns to contradict the modules
+    return replace(record, packed=is_packed(model), frozen_weight_clips=has_frozen_weight_clips(model))
+
+
+Settings = Mapping[str, Any]
+"""Fields of ``ModuleSettings`` -> values, those that matter to one module; granularity of its own operands only."""
+
+
+def _settings_of(name: str, module: nn.Module) -> Settings | None:
+    """The settings of a quantized module; ``None`` for others."""
+    if isinstance(module, QuantizedAttention):
+        quantizers = module.operand_quantizers
+        settings = [_activation_settings(name, operand, quantizers[operand]) for operand in ATTENTION_OPERANDS]
+        if any(other != settings[0] for other in settings):
+            raise ValueError(
+                f"{name}: the quantizers of its attention operands differ in bits, clip or gradient estimator, which "
+                "the config cannot record; give all four the same"
+            )
+        granularity = {
+            operand: granularity_of(operand, quantizer.dim)
+            for operand, quantizer in quantizers.items()
+            if isinstance(quantizer, FakeQuantize)
+        }
+        return {"quantize_attention": True, **settings[0], "activation_granularity": granularity}
+    if not isinstance(module, QuantizedLayer):
+        return None
+    values: dict[str, Any] = {}
+    weight, field = module.weight_quantizer, module.operands["weight"]
+    values[field] = _bits(name, "weight", weight)
+    if isinstance(weight, FakeQuantize):
+        values |= _clip_settings("weight", weight)
+        if len(module.weight_granularities) > 1:
+            values["weight_granularity"] = Granularity.TENSOR if weight.dim is None else Granularity.CHANNEL
+    if "input" in module.operands:
+        values |= _input_settings(name, module)
+    return values
+
+
+def _input_settings(name: str, layer: QuantizedLayer) -> dict[str, Any]:
+    quantizer = layer.input_quantizer
+    values = _activation_settings(name, "input", quantizer)
+    if isinstance(quantizer, FakeQuantize):
+        values["unsigned_activations"] = quantizer.signed is None
+        if layer.supports_asymmetric_input:
+            values["asymmetric_activations"] = quantizer.asymmetric
+        if len(layer.input_granularities) > 1:
+            values["activation_granularity"] = {"input": granularity_of("input", quantizer.dim)}
+    return values
+
+
+def _activation_settings(name: str, operand: str, quantizer: nn.Module) -> dict[str, Any]:
+    bits = {"activation_bits": _bits(name, operand, quantizer)}
+    return bits | _clip_settings("activation", quantizer) if isinstance(quantizer, FakeQuantize) else bits
+
+
+def _bits(name: str, operand: str, quantizer: nn.Module) -> int | None:
+    if isinstance(quantizer, FakeQuantize):
+        return quantizer.num_bits
+    if isinstance(quantizer, nn.Identity):
+        return None
+    raise ValueError(
+        f"{name}: the quantizer of its {operand} is a {type(quantizer).__name__}, which the config cannot record; put "
+        "a FakeQuantize there, or an nn.Identity to leave the operand in float"
     )
 
 
-def keep_head_clips(model: nn.Module) -> None:
-    """Give a quantized head the frozen clips of its input that the head before it had, and remember its quantizer."""
-    quantizer = getattr(model.get_output_embeddings(), "input_quantizer", None)  # type: ignore[operator]
-    before = model.__dict__.get("octav_head_quantizer")
-    if isinstance(before, FakeQuantize) and isinstance(quantizer, FakeQuantize) and before is not quantizer:
-        frozen = before.frozen
-        if frozen is not None:
-            device = model.get_output_embeddings().weight.device  # type: ignore[operator]
-            clips, offset = (None if x is None else x.to(device) for x in frozen[1:])
-            quantizer.freeze(FrozenClips(frozen.signed, clips, offset))
-    model.__dict__["octav_head_quantizer"] = quantizer
+def _clip_settings(side: str, quantizer: FakeQuantize) -> dict[str, Any]:
+    values = (quantizer.clip, quantizer.clip_options, quantizer.gradient_estimator)
+    return dict(zip((f"{side}_clip", f"{side}_clip_options", f"{side}_gradient_estimator"), values, strict=True))
 
 
-def requantize_output_embeddings(model: nn.Module, args: Any = ()) -> None:
-    """Quantize the new layer that ``resize_token_embeddings`` puts in the place of a quantized head.
-
-    A forward pre-hook; also called before anything is packed or recorded.
-    """
-    head: Any = model.get_output_embeddings() if "octav_output_embeddings_hook" in model.__dict__ else None  # type: ignore[operator]
-    if head is None or isinstance(head, QuantizedLayer):
-        return
-    config = model.__dict__["hf_quantizer"].quantization_config
-    has_frozen_clips, has_packed_weights = has_frozen_weight_clips(model), is_packed(model)
-    for module_plan in plan_layers(Request.of(model, config)):
-        if module_plan.module is head:
-            module_plan.convert()
-    keep_head_clips(model)
-    if head in shared_weights(model):
-        return
-    for layer in layers_to_freeze(head).values():
-        if has_frozen_clips:
-            layer.weight_quantizer.freeze_at(layer.weight)
-        if has_packed_weights:
-            PackedLayer.pack(layer, PackedWeight.pack(layer.weight_quantizer, layer.weight))
-            layer.requires_grad_(False)
+def _differences(actual: Settings, settings: ModuleSettings) -> dict[str, Any]:
+    """The fields in which ``settings`` would give the module other quantizers, with the values that it has."""
+    different = {}
+    for field, value in actual.items():
+        if field == "activation_granularity":
+            if any(settings.granularity(operand) != granularity for operand, granularity in value.items()):
+                different[field] = settings.activation_granularity | value
+        elif getattr(settings, field) != value:
+            different[field] = value
+    if different.get("unsigned_activations") is False and settings.asymmetric_activations:
+        different["asymmetric_activations"] = False  # which nothing else would be valid with
+    return different
 
 
-def write_records(model: nn.Module) -> None:
-    """``write_record`` for each converted model in ``model``."""
-    for module in model.modules():
-        if "octav_config" in module.__dict__:
-            write_record(module)
+def _with_exceptions(
+    modules: Mapping[str, nn.Module], actual: Mapping[str, Settings], config: OctavConfig
+) -> OctavConfig | None:
+    """``config`` with exceptions for modules that are otherwise; ``None`` if its patterns contradict ``actual``."""
+    # Other classes find the first and the last layer by name, too.
+    before, config = None, replace(config, first_last_bits=None)
+    while config != before:  # an exception for an attention module is also one for the layers in it
+        attention = attention_modules(modules, config.attention_modules)
+        quantized_attention = {name for name in actual if isinstance(modules[name], QuantizedAttention)}
+        left_out = config.left_out(modules)
+        if left_out.keys() & actual.keys() or quantized_attention - attention.keys():
+            return None
+        before, exclude, overrides = config, list(config.exclude_modules), dict(config.module_overrides)
+        for name, settings in config.settings_for(name for name in modules if name not in left_out).items():
+            different: dict[str, Any] = {}
+            layer = quantized_class_of(modules[name])
+            if name in actual:
+                different = _differences(actual[name], settings)
+            elif name in attention and settings.quantize_attention and settings.activation_bits is not None:
+                different = {"quantize_attention": False}
+            elif layer is not None and any(getattr(settings, field) for field in layer.operands.values()):
+                exclude.append(glob.escape(name))
+            if different:
+                overrides[glob.escape(name)] = overrides.get(glob.escape(name), {}) | different
+        config = replace(config, exclude_modules=exclude, module_overrides=overrides)
+    return config
 
 
-def write_record(model: nn.Module) -> None:
-    """Update the config that a Transformers model saves; call it after each change of modules, and before saving."""
-    requantize_output_embeddings(model)
-    quantizer = model.__dict__.get("hf_quantizer")
-    if quantizer is not None:
-        quantizer.quantization_config = model.config.quantization_config = recorded_config(model)  # type: ignore[union-attr]
+def _shared_config(model: nn.Module, modules: Mapping[str, nn.Module], actual: Mapping[str, Settings]) -> OctavConfig:
+    """A config without patterns, with the value of each field that most modules have."""
+    values = {field.name: _most_common(_values(field.name, actual.values())) for field in fields(ModuleSettings)}
+    granularity = {
+        operand: _most_common(
+            each[operand] for each in _values("activation_granularity", actual.values()) if operand in each
+        )
+        for operand in ("input", *ATTENTION_OPERANDS)
+    }
+    shared = {field: value for field, value in values.items() if value is not None}
+    shared["activation_granularity"] = {operand: g for operand, g in granularity.items() if g is not None}
+    shared |= {field: values[field] for field in ("weight_bits", "activation_bits", "embedding_bits")}
+    if not shared.get("unsigned_activations", True):
+        shared["asymmetric_activations"] = False
+    attention = {name for name in actual if isinstance(modules[name], QuantizedAttention)}
+    shared["quantize_attention"] = bool(attention)
+    names = None if attention <= attention_modules(modules).keys() else sorted(attention)
+    return OctavConfig(
+        **shared,
+        attention_modules=names and [glob.escape(name) for name in names],
+        sync_activation_clips=any(isinstance(module, SynchronizedFakeQuantize) for module in model.modules()),
+    )
+
+
+def _values(field: str, settings: Iterable[Settings]) -> Iterator[Any]:
+    return (each[field] for each in settings if field in each)
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    """The most frequent one, of several the first; ``None`` if there is none."""
+    values = list(values)
+    counts = Counter(map(repr, values))
+    return max(values, key=lambda value: counts[repr(value)], default=None)

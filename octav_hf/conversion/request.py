@@ -9,6 +9,7 @@ from torch import nn
 from ..config import ModuleSettings, OctavConfig
 from ..nn import FakeQuantize, QuantizedAttention, QuantizedLayer
 from .first_last import first_and_last
+from .modules import modules_without_quantizers
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,16 @@ class Request:
     left_out: Mapping[str, str]  # the modules left in float -> the reason
     settings: Mapping[str, ModuleSettings]  # of the other modules
     edges: tuple[str, ...]  # the first and the last layer, with first_last_bits
+    from_file: bool  # whether the config is the record of a model that was saved
 
     @classmethod
-    def of(cls, model: nn.Module, config: OctavConfig) -> "Request":
+    def of(cls, model: nn.Module, config: OctavConfig, *, from_file: bool = False) -> "Request":
         """Resolve ``config``; ``ValueError`` for contradicting overrides, or unclear first and last layers."""
-        modules = dict(model.named_modules())
+        modules = modules_without_quantizers(model)
         left_out = config.left_out(modules)
         settings = config.settings_for(modules.keys() - left_out.keys())
         edges = () if config.first_last_bits is None else first_and_last(model)
-        return cls(model, config, modules, left_out, settings, edges)
+        return cls(model, config, modules, left_out, settings, edges, from_file)
 
 
 class QuantizerPlan(NamedTuple):

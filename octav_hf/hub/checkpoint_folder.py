@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -20,10 +19,11 @@ from ..config import OctavConfig
 from ..conversion.convert import convert_modules
 from ..conversion.modules import activation_quantizers, layers_by_quantizer
 from ..conversion.plan import plan_conversion
+from ..conversion.verify import float_structure
 from ..nn import FakeQuantize
 from ..packing.clips_in_files import prepare_frozen
 from ..packing.clips_of_version_1 import freeze_version_1, match_version_1
-from .model_card import model_card, write_card
+from .model_card import card_of, write_card
 from .training_run import TrainingRun
 
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # neither downloaded nor uploaded: loading one can run any code
@@ -105,12 +105,10 @@ class CheckpointFolder:
     @cached_property
     def structure(self) -> PreTrainedModel:
         """The quantized model without weights, in training form, on the meta device."""
-        with torch.device("meta"):
-            model = self.model_class(AutoConfig.from_pretrained(self.path))
+        model = float_structure(self.model_class, AutoConfig.from_pretrained(self.path))
         convert_modules(model, self.config, plan_conversion(model, self.config, from_file=True))
         prepare_frozen(model, map(str, self.weight_files), all_weights=False)
         freeze_version_1(match_version_1(model, self.config.clips_of_version_1))
-        model.config.quantization_config = self.config
         return model
 
     def layers(self) -> list[StoredLayer]:
@@ -132,7 +130,7 @@ class CheckpointFolder:
 
     def write_card(self, name: str) -> None:
         """Write the model card unless a person has written one; ``name`` is what its example loads."""
-        write_card(self.path, model_card(self.structure, TrainingRun.load(self.path), name=name))
+        write_card(self.path, card_of(self.structure, self.config, TrainingRun.load(self.path), name=name))
 
     def push(
         self,

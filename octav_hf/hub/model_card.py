@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from .._utils.transformers_compat import task_mapping
 from ..config import OctavConfig
+from ..conversion.modules import quantized_modules
+from ..conversion.record import recorded_config
 from ..coverage.report import CoverageReport, Operand, coverage_report
 from ..nn.granularity import ACTIVATION_GRANULARITIES
 from .training_run import TrainingRun
@@ -49,9 +51,20 @@ def model_card(
     Raises:
         ValueError: ``model`` is not a Transformers model that ``apply_octav`` quantized.
     """
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if not isinstance(config, OctavConfig):
+    if not isinstance(model, PreTrainedModel) or not any(True for _ in quantized_modules(model)):
         raise ValueError(f"{type(model).__name__} is not a Transformers model that apply_octav quantized")
+    return card_of(model, recorded_config(model), run, name=name, license=license)
+
+
+def card_of(
+    model: PreTrainedModel,
+    config: OctavConfig,
+    run: TrainingRun | None = None,
+    *,
+    name: str | None = None,
+    license: str | None = None,
+) -> ModelCard:
+    """The same for a model with the config that is saved, in which packed weights need not be packed."""
     run, name = run or TrainingRun(), name or "PATH_OR_REPOSITORY"
     base_model = run.base_model or _loaded_from(model)
     metadata = _metadata(model, run, base_model, name, license).to_yaml()

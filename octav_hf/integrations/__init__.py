@@ -1,6 +1,7 @@
 """Hooks into other libraries; importing this registers them."""
 
+from .saving import save_pretrained
 from .transformers_conv1d import QuantizedTransformersConv1D
 from .transformers_quantizer import OctavQuantizer
 
-__all__ = ["OctavQuantizer", "QuantizedTransformersConv1D"]
+__all__ = ["OctavQuantizer", "QuantizedTransformersConv1D", "save_pretrained"]

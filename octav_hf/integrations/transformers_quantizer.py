@@ -1,6 +1,6 @@
 """The Transformers quantizer, for loading, training and saving quantized models."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,23 +11,24 @@ from transformers.quantizers.base import HfQuantizer
 from .._utils.transformers_compat import (
     argument_of_from_pretrained,
     has_adapters,
-    is_tied,
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
     save_by_own_names,
     set_upload,
+    tied_to,
+    untie,
 )
 from ..config import QUANT_METHOD, OctavConfig
 from ..conversion.convert import convert_modules, freeze_packed, restore_modules
-from ..conversion.plan import plan_conversion
-from ..conversion.record import is_packed, write_record
+from ..conversion.plan import named_as_in, plan_conversion
+from ..conversion.record import is_packed
 from ..hub.upload import UploadWithCard
+from ..nn import PackedLayer, PackedWeight
 from ..packing.clips_in_files import prepare_frozen
 from ..packing.clips_of_version_1 import OperandClips, freeze_version_1, match_version_1
-from ..packing.manifest import check_files, describe_tensors
-from ..packing.names import PackedNames, layers_in_files
-from ..packing.pack import packed_layers, prepare_packed, quantized_weights
-from .gathered_weights import given_weights
+from ..packing.manifest import TensorRecord, check_files, describe_tensors
+from ..packing.names import SCALE, PackedNames, layers_in_files
+from ..packing.pack import packed_layers, packed_to_load
 
 _OTHER_CLASS = (
     "Load it with the model class that it was saved from (architectures in config.json), and call {} before giving it "
@@ -46,6 +47,7 @@ class OctavQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: OctavConfig
+    state_dict: Mapping[str, Tensor] | None = None  # to be saved in the place of the model's own
     # Of the model whose weights are being loaded:
     _renamings: tuple[PackedNames, ...] = ()
     _clips_of_version_1: tuple[OperandClips, ...] = ()
@@ -64,11 +66,11 @@ class OctavQuantizer(HfQuantizer):
                 )
         if packed and not checkpoint_files:
             raise ValueError("a model that is packed can only be loaded from its files, not from a state_dict")
-        names = check_files(checkpoint_files or (), self.quantization_config) if packed else ()
-        plan = plan_conversion(model, self.quantization_config, from_file=self.pre_quantized)
-        convert_modules(model, self.quantization_config, plan)
+        records = check_files(checkpoint_files or (), self.quantization_config) if packed else {}
+        config = named_as_in(model, self.quantization_config) if self.pre_quantized else self.quantization_config
+        convert_modules(model, config, plan_conversion(model, config, from_file=self.pre_quantized))
         if packed:
-            self._prepare_packed(model, names)
+            self._prepare_packed(model, records)
         if self.pre_quantized:
             state_dict = argument_of_from_pretrained("state_dict")
             prepare_frozen(model, checkpoint_files or () if state_dict is None else state_dict, all_weights=frozen)
@@ -82,17 +84,27 @@ class OctavQuantizer(HfQuantizer):
         self.quantization_config.__dict__.pop("clips_of_version_1", None)
         if self.quantization_config.packed:
             freeze_packed(model)
-        save_by_own_names(model)
-        set_upload(model, UploadWithCard(model))
+        self.attach(model)
         return model
 
-    def _prepare_packed(self, model: PreTrainedModel, names: Iterable[str]) -> None:
-        layers = {name: layer for name, (layer, _) in quantized_weights(model).items()}
-        packed = layers_in_files(names, layers, model)
-        for name, shape in _missing(model, layers, packed):
+    def attach(self, model: PreTrainedModel) -> None:
+        """Give a quantized model what saving and uploading it needs."""
+        save_by_own_names(model)
+        set_upload(model, UploadWithCard(model))
+
+    def _prepare_packed(self, model: PreTrainedModel, records: Mapping[str, TensorRecord]) -> None:
+        weights = packed_to_load(model, self.quantization_config.frozen_weight_clips)
+        scales = layers_in_files(records, weights, model)
+        found = {name: weights[name] for name, scale in scales.items() if _fits(weights[name], records, scale)}
+        tied = {other for name in found for other in _tied_layers(model, name)}
+        tied -= layers_in_files(records, tied, model, "weight").keys()
+        for name, shape in _missing(model, [*weights, *sorted(tied)], found):
             problem = f"this packed checkpoint has no packed weight of shape {shape} for {type(model).__name__}"
             raise ValueError(f"{name}: {problem}. {_OTHER_CLASS.format('unpack_octav')}")
-        prepare_packed(model, packed, self.quantization_config.frozen_weight_clips)
+        for name, weight in found.items():
+            layer: Any = model.get_submodule(name)
+            PackedLayer.pack(layer, weight)
+            untie(model, f"{name}.weight")
         self._renamings = (PackedNames(packed_layers(model), model.base_model_prefix),)
 
     def get_weight_conversions(self) -> list[Any]:
@@ -103,10 +115,9 @@ class OctavQuantizer(HfQuantizer):
         """The state dict to save, ``None`` for the model's own, and the files' metadata.
 
         Raises:
-            NotImplementedError: weights are sharded, or packed ones are stored merged or split by Transformers.
+            NotImplementedError: packed weights are stored merged or split by Transformers.
         """
-        given = given_weights(model)
-        write_record(model)  # Transformers writes the config after this
+        given = None if self.state_dict is None else dict(self.state_dict)
         if not is_packed(model) or has_adapters(model):
             return given, {}
         weights = model.state_dict() if given is None else given
@@ -141,8 +152,22 @@ class OctavQuantizer(HfQuantizer):
         return True
 
 
-def _missing(model: PreTrainedModel, layers: Mapping[str, Any], found: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Name and weight's shape of the layers that are not in the files; tied ones need not be. They would be random."""
-    for name, layer in layers.items():
-        if name not in found and not is_tied(model, f"{name}.weight"):
-            yield name, tuple(layer.weight.shape)
+def _missing(model: PreTrainedModel, layers: Iterable[str], found: Container[str]) -> Iterator[tuple[str, Any]]:
+    """Name and weight's shape of the layers that are not in the files, which would be random.
+
+    One that is tied to another need not be, unless that is among the ``found`` and has no weight to share.
+    """
+    for name in layers:
+        tied = _tied_layers(model, name)
+        if name not in found and (not tied or any(other in found for other in tied)):
+            yield name, tuple(model.get_parameter(f"{name}.weight").shape)
+
+
+def _tied_layers(model: PreTrainedModel, name: str) -> list[str]:
+    return sorted(other.removesuffix(".weight") for other in tied_to(model, f"{name}.weight"))
+
+
+def _fits(weight: PackedWeight, records: Mapping[str, TensorRecord], scale: str) -> bool:
+    """Whether the tensors in the files, the scales under the name ``scale``, have the shapes of ``weight``."""
+    expected = {scale: weight.scale.shape, scale.removesuffix(SCALE) + "weight": weight.packed_data.shape}
+    return all(name in records and records[name].shape == list(shape) for name, shape in expected.items())

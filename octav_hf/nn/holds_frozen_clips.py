@@ -39,7 +39,8 @@ class HoldsFrozenClips(nn.Module):
         return {
             operand: quantizer
             for operand, quantizer in self.operand_quantizers.items()
-            if isinstance(quantizer, FakeQuantize) and (operand != "weight" or isinstance(quantizer, WeightFakeQuantize))
+            if isinstance(quantizer, FakeQuantize)
+            and (operand != "weight" or isinstance(quantizer, WeightFakeQuantize))
         }
 
     def problem_with(self, operand: str, frozen: FrozenClips) -> str:

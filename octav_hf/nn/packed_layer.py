@@ -1,12 +1,14 @@
 """Layers with packed weights: integers and scales instead of a float parameter."""
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .._utils.torch_private import own_parameters, set_own_parameters
 from .embedding import QuantizedEmbedding
 from .frozen_clips import FrozenClips
+from .packed_tensor import packed_message
 from .packed_weight import PackedWeight
 from .quantized_layer import QuantizedLayer
 
@@ -14,38 +16,59 @@ from .quantized_layer import QuantizedLayer
 class PackedLayer(QuantizedLayer):
     """Mixin in front of a quantized layer's class: ``weight`` is dequantized whenever it is read.
 
-    ``pack`` makes one from an existing layer by changing its class in place. The packed weight is not a parameter.
+    ``pack`` makes one from an existing layer by changing its class in place. The packed weight is not a parameter;
+    replacing it, or reparametrizing it, is a ``RuntimeError``.
     """
 
+    other_form: ClassVar[str] = "weight"
+    other_form_by: ClassVar[str] = "unpack_octav"
     weight_quantizer: PackedWeight
 
     @property
     def weight(self) -> Tensor:
-        """The weight on its grid; shape, dtype and values as in the training form."""
-        return self.weight_quantizer.dequantize()
+        """The weight on its grid, a ``PackedTensor``; shape, dtype and values as in the training form."""
+        return self.weight_quantizer.tensor
 
     @staticmethod
     def pack(layer: QuantizedLayer, packed: PackedWeight) -> None:
         """Replace the parameter ``weight`` of ``layer`` by ``packed``, in place."""
-        layer.register_parameter("weight", None)  # keeps its position among the parameters
         layer.weight_quantizer = packed
         base: Any = type(layer)
         layer.__class__ = _packed_class(base)
+        # It keeps its place among the parameters.
+        parameters = own_parameters(layer) | {"weight": None}
+        set_own_parameters(layer, _Parameters(parameters, packed))
 
     def unpack(self) -> None:
         """Undo ``pack`` in place; the parameter ``weight`` gets the packed values."""
-        weight, quantizer = self.weight, self.weight_quantizer_class(**self.weight_quantizer.init_kwargs)
-        if self.weight_quantizer.is_frozen:
-            quantizer.freeze(FrozenClips(True, self.weight_quantizer.compute_clip(weight)))
+        packed, quantizer = self.weight_quantizer, self.weight_quantizer_class(**self.weight_quantizer.init_kwargs)
+        if packed.is_frozen:
+            quantizer.freeze(FrozenClips(True, packed.compute_clip(self.weight)))
         self.__class__ = type(self).__bases__[1]
+        _give_parameter(self, packed)
         self.weight_quantizer = quantizer  # type: ignore[assignment]
-        self.weight = nn.Parameter(weight)  # type: ignore[misc]
 
     def restore(self) -> None:
         """Convert to a float layer with the packed values, in place."""
-        weight = self.weight
+        packed = self.weight_quantizer
         super().restore()
-        self.weight = nn.Parameter(weight)  # type: ignore[misc]
+        _give_parameter(self, packed)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in ``nn.Module``; ``RuntimeError`` for the weight, and for what reparametrizations replace it by."""
+        if name.partition("_")[0] == "weight":
+            raise _refusal(self.weight_quantizer)
+        super().register_parameter(name, param)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise _refusal(self.weight_quantizer)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            raise _refusal(self.weight_quantizer)
+        super().__delattr__(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The generated class cannot be imported by name, so its base is pickled.
@@ -57,7 +80,28 @@ class PackedEmbedding(PackedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """``weight[input]``, ``[*, embedding_dim]``."""
-        return self.weight_quantizer(self.weight_quantizer.dequantize_rows(input))
+        return self.weight_quantizer(input)
+
+
+class _Parameters(dict[str, Any]):
+    """A packed layer's own parameters. ``functional_call`` and ``weight_norm`` write to them, not to the layer."""
+
+    def __init__(self, parameters: dict[str, Any], packed: PackedWeight):
+        super().__init__(parameters)
+        self._packed = packed
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name == "weight" and value is not None:
+            raise _refusal(self._packed)
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        if name == "weight":
+            raise _refusal(self._packed)
+        super().__delitem__(name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Parameters, (dict(self), self._packed)
 
 
 @functools.cache
@@ -69,3 +113,12 @@ def _packed_class(base: Any) -> Any:
 def _rebuild(base: Any) -> nn.Module:
     cls = _packed_class(base)
     return cls.__new__(cls)
+
+
+def _give_parameter(layer: nn.Module, packed: PackedWeight) -> None:
+    weight = nn.Parameter(packed.dequantize(), requires_grad=packed.is_trainable)
+    set_own_parameters(layer, {**own_parameters(layer), "weight": weight})
+
+
+def _refusal(packed: PackedWeight) -> RuntimeError:
+    return RuntimeError(packed_message(packed.name, packed.shape, "cannot be replaced"))

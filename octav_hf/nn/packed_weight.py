@@ -1,25 +1,32 @@
 """A weight stored as integers and one scale per row, in place of its quantizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .._utils.torch_private import own_parameters, set_own_parameters
 from ..functional.bit_packing import pack_bits, packed_row_bytes, unpack_bits
 from ..functional.fake_quantize import fake_quantize
 from ..functional.grid import step_size
 from ..functional.rows import statistics_dtype, to_rows
 from .fake_quantize import FakeQuantize
+from .packed_tensor import PackedGuard, PackedTensor, packed_message
 from .recording import refuse_recording
+
+_GUARD = "guarded_weight"
 
 
 class PackedWeight(FakeQuantize):
     """A quantized weight as packed integers and the step of each row's grid; replaces the ``weight_quantizer``.
 
+    Its buffers are on the meta device until values are loaded or packed into them.
+
     Args:
         quantizer: the weight's quantizer, whose settings are kept.
-        weight: the weight, for its shape, dtype and device; its values are not read.
+        weight: the weight, for its shape, dtype and ``requires_grad``; its values are not read.
         is_frozen: whether clips stay frozen after unpacking.
 
     Attributes:
@@ -28,6 +35,7 @@ class PackedWeight(FakeQuantize):
         scale: buffer, ``[rows]`` (one row if the clip is for the whole tensor), float32, or float64 for a float64
             weight; does not follow the model's dtype.
         shape, dtype: of the dequantized weight; ``dtype`` follows the model's.
+        is_trainable: whether the weight required a gradient when it was packed.
     """
 
     packed_data: Tensor
@@ -37,12 +45,13 @@ class PackedWeight(FakeQuantize):
         super().__init__(**quantizer.init_kwargs)
         self.shape = weight.shape
         self.dtype = weight.dtype
+        self.is_trainable = weight.requires_grad
         self._is_frozen = is_frozen
         rows, self._row_length = self._to_rows(weight).shape
         size = rows * packed_row_bytes(self._row_length, self.num_bits)
         packed_dtype = torch.int8 if self.num_bits == 8 else torch.uint8
-        self.register_buffer("packed_data", torch.empty(size, dtype=packed_dtype, device=weight.device))
-        self.register_buffer("scale", torch.empty(rows, dtype=statistics_dtype(weight.dtype), device=weight.device))
+        self.register_buffer("packed_data", torch.empty(size, dtype=packed_dtype, device="meta"))
+        self.register_buffer("scale", torch.empty(rows, dtype=statistics_dtype(weight.dtype), device="meta"))
 
     @property
     def is_frozen(self) -> bool:
@@ -53,23 +62,42 @@ class PackedWeight(FakeQuantize):
     @torch.no_grad()
     def pack(cls, quantizer: FakeQuantize, weight: Tensor) -> "PackedWeight":
         """The packed form of ``quantizer(weight)``, without loss; ``ValueError`` if ``weight`` holds NaN or Inf."""
-        weight = weight.detach()
         packed = cls(quantizer, weight, is_frozen=quantizer.is_frozen)
+        weight = weight.detach()
         clip = quantizer.compute_clip(weight)
         quantized = fake_quantize(weight, clip, quantizer.num_bits, gradient=quantizer.gradient_estimator)
         step = step_size(clip.to(packed.scale.dtype), quantizer.num_bits, signed=True)
         # Rounding errors are too small to change the integer.
         levels = (quantized.to(step.dtype) / torch.where(step > 0, step, 1)).round().to(torch.int8)
-        packed.packed_data.copy_(pack_bits(packed._to_rows(levels).contiguous(), quantizer.num_bits).flatten())
-        packed.scale.copy_(step.flatten())
+        packed.packed_data = pack_bits(packed._to_rows(levels).contiguous(), quantizer.num_bits).flatten()
+        packed.scale = step.flatten()
         if not torch.equal(packed.dequantize(), quantized):
             raise ArithmeticError(f"{quantizer.name}: its integers and scales do not give the quantized weight exactly")
+        packed.guard()
         return packed
 
+    @property
+    def tensor(self) -> Tensor:
+        """The weight as others see it. A compiler, which leaves out what is not used, gets plain dequantized values."""
+        if torch.compiler.is_compiling():
+            return self.dequantize()
+        like = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        refusal = packed_message(self.name, self.shape, "can only be read")
+        tensor = PackedTensor(self.dequantize, like, self.packed_data.device, refusal)
+        tensor.__dict__.update(self.packed_data.__dict__)  # such as Transformers' mark of a weight that was loaded
+        return tensor
+
+    def guard(self) -> None:
+        """Refuse to be made trainable along with other parameters; called once the weight has values."""
+        like = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        self.register_parameter(_GUARD, PackedGuard.of(self.name, like, self.packed_data.device))
+
     def forward(self, x: Tensor, call_index: int = 0) -> Tensor:
-        """``x``, dequantized rows of the weight, unchanged; ``RuntimeError`` if the call is being recorded."""
+        """The weight if ``x`` is ``tensor``; its rows ``x`` of integers. ``RuntimeError`` if this is being recorded."""
         refuse_recording(self, x, dynamic=False)
-        return x
+        if not x.is_floating_point():
+            return self.dequantize_rows(x)
+        return self.dequantize() if isinstance(x, PackedTensor) else x
 
     def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:
         """The clips that the weight was packed with, shaped as by the clipping rule; ``x`` is not read."""
@@ -110,6 +138,38 @@ class PackedWeight(FakeQuantize):
     def _to_rows(self, weight: Tensor) -> Tensor:
         return weight.reshape(1, -1) if self.dim is None else to_rows(weight, self.dim)[0]
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """None: the guard, which is among those of the modules around this one, has nothing to move or to shard."""
+        return iter(())
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self._renew_guard()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._renew_guard()
+
+    def _renew_guard(self) -> None:
+        """Copies, pickles and moves make a plain parameter of it."""
+        if own_parameters(self):
+            self.guard()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._without_guard():
+            super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._without_guard():
+            super()._load_from_state_dict(*args, **kwargs)
+
+    @contextmanager
+    def _without_guard(self) -> Iterator[None]:
+        parameters = own_parameters(self)
+        set_own_parameters(self, {})
+        try:
+            yield
+        finally:
+            set_own_parameters(self, parameters)

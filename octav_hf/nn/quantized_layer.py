@@ -28,6 +28,9 @@ class QuantizedLayer(HoldsFrozenClips):
     # Those of ACTIVATION_GRANULARITIES["input"] whose scales factor out of the layer's sums.
     input_granularities: ClassVar[tuple[Granularity, ...]] = (Granularity.TENSOR,)
     supports_asymmetric_input: ClassVar[bool] = False  # whether the offset factors out, as a number per output feature
+    # The weight's name in the state dict of a layer in the other form, packed or not, and what makes it so.
+    other_form: ClassVar[str] = "weight_quantizer.packed_data"
+    other_form_by: ClassVar[str] = "pack_octav"
     float_class: ClassVar[type[nn.Module]]  # before conversion, set by register_quantized_layer
 
     weight_quantizer: nn.Module
@@ -57,6 +60,16 @@ class QuantizedLayer(HoldsFrozenClips):
         layer.__class__ = cls
         for operand, quantizer in quantizers.items():
             layer.add_module(f"{operand}_quantizer", quantizer)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As in ``nn.Module``; ``RuntimeError`` if the weight in ``state_dict`` has another form, strict or not."""
+        stored = state_dict.get(f"{prefix}{self.other_form}")
+        if stored is not None:
+            raise RuntimeError(
+                f"{prefix}{self.other_form} of shape {tuple(stored.shape)}: {type(self).__name__} does not store its "
+                f"weight so; call octav_hf.{self.other_form_by}(model) before load_state_dict"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def restore(self) -> None:
         """Undo ``convert``."""

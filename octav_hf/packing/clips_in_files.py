@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._utils.transformers_compat import is_tied
+from .._utils.transformers_compat import tied_to
 from ..nn import FROZEN_BUFFERS, HoldsFrozenClips
 from .names import name_variants, names_in_model
 
@@ -45,7 +45,7 @@ def prepare_frozen(
         for operand in module.freezable_quantizers if isinstance(module, HoldsFrozenClips) else ():
             clips = {buffer: find(name, f"{operand}_quantizer.{buffer}")[0] for buffer in FROZEN_BUFFERS}
             clips = {buffer: tensor for buffer, tensor in clips.items() if tensor is not None}
-            if operand == "weight" and not is_tied(model, f"{name}.weight"):
+            if operand == "weight" and not tied_to(model, f"{name}.weight"):
                 shape, is_whole = find(name, "weight")
                 if shape is None or (is_whole and shape != module.weight.shape):
                     continue

@@ -48,11 +48,17 @@ class PackedNames(WeightRenaming):
         return reverse
 
 
-def layers_in_files(names: Iterable[str], layers: Iterable[str], model: PreTrainedModel) -> set[str]:
-    """The ``layers`` of a model before loading that have a scale among the ``names``, and so are packed."""
-    found = names_in_model((name for name in names if name.endswith(f".{SCALE}")), model)
-    prefix = model.base_model_prefix
-    return {layer for layer in layers if any(f"{variant}.{SCALE}" in found for variant in name_variants(layer, prefix))}
+def layers_in_files(
+    names: Iterable[str], layers: Iterable[str], model: PreTrainedModel, tensor: str = SCALE
+) -> dict[str, str]:
+    """The ``layers`` of a model before loading that have ``tensor`` (for packed ones a scale) -> its name in files."""
+    found = names_in_model((name for name in names if name.endswith(f".{tensor}")), model)
+    return {
+        layer: found[f"{variant}.{tensor}"][0]
+        for layer in layers
+        for variant in name_variants(layer, model.base_model_prefix)
+        if f"{variant}.{tensor}" in found
+    }
 
 
 def names_in_model(names: Iterable[str], model: PreTrainedModel) -> dict[str, tuple[str, bool]]:

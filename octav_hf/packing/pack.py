@@ -1,7 +1,6 @@
 """``pack_octav`` and ``unpack_octav``: converting weights to integers and scales, and back."""
 
 import logging
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -12,7 +11,8 @@ from .._utils.torch_private import own_parameters
 from ..conversion.convert import freeze_packed, release_packed
 from ..conversion.layers import plan_layers
 from ..conversion.modules import layers_by_quantizer, shared_weights
-from ..conversion.record import asked_config, is_packed, requantize_output_embeddings, write_record
+from ..conversion.output_embeddings import requantize_output_embeddings
+from ..conversion.record import check_quantized, is_packed, recorded_config
 from ..conversion.request import Request
 from ..nn import FakeQuantize, PackedLayer, PackedWeight, WeightFakeQuantize
 
@@ -26,8 +26,9 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
 
     The outputs stay bitwise the same: a packed layer dequantizes its weight whenever it is used. For a Transformers
     model ``save_pretrained`` and ``push_to_hub`` then write the packed form, which ``from_pretrained`` loads. Packed
-    weights are not parameters, and other parameters are frozen (``requires_grad`` False). To continue training call
-    ``unpack_octav``; adapters on the packed model can be trained without it.
+    weights are read-only: writing to one, replacing it or making it trainable is a ``RuntimeError``. Other parameters
+    are frozen (``requires_grad`` False). To continue training call ``unpack_octav``; adapters on the packed model can
+    be trained without it.
 
     A weight that several modules share, such as a language-model head and the token embeddings, stays in floating point
     and is quantized when used, as in training; a warning names it.
@@ -45,12 +46,13 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
         ValueError: the model is not quantized by ``apply_octav``, or packed already; a weight holds NaN or Inf, or is
             sharded; ``embedding_bits`` contradicts the config, or a table is shared. The model is then unchanged.
     """
-    config = asked_config(model, "pack_octav")
+    check_quantized(model, "pack_octav")
     requantize_output_embeddings(model)
     if is_packed(model):
         raise ValueError(f"{type(model).__name__} is packed already; save it as it is")
     tables: list[Any] = []  # plans of embeddings
     if embedding_bits is not None:
+        config = recorded_config(model)
         if config.embedding_bits not in (None, embedding_bits):
             raise ValueError(
                 f"embedding_bits={embedding_bits}, but the model was trained with "
@@ -77,12 +79,11 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
         raise ValueError(f"{type(model).__name__} has no quantized weight of its own, so there is nothing to pack")
     for table in tables:
         table.convert()
-        model.__dict__["octav_modules"][table.name] = table.quantized_class
+    if tables and "octav_config" in model.__dict__:
+        model.octav_config = replace(model.octav_config, embedding_bits=embedding_bits)  # type: ignore[type-var]
     for layer, weight in packed:
         PackedLayer.pack(layer, weight)
-    model.octav_config = config  # type: ignore[assignment]
     freeze_packed(model)
-    write_record(model)
     left = [name for name, (layer, _) in quantized.items() if layer in shared]
     if left:
         logger.warning(
@@ -96,7 +97,8 @@ def unpack_octav(model: Model) -> Model:
     """Undo ``pack_octav`` in place, for training: weights are parameters with the packed values.
 
     Unless ``calibrate_octav`` froze them, clips are recomputed from these values. They differ slightly from those
-    before packing, and so do the outputs. All parameters get ``requires_grad`` True.
+    before packing, and so do the outputs. What packing froze gets ``requires_grad`` True again; what the user had
+    frozen stays so. A packed checkpoint does not tell, so after loading one all parameters get ``requires_grad`` True.
 
     Returns:
         ``model``.
@@ -105,23 +107,21 @@ def unpack_octav(model: Model) -> Model:
         TypeError: ``model`` is not an ``nn.Module``.
         ValueError: the model is not packed.
     """
-    asked_config(model, "unpack_octav")
+    check_quantized(model, "unpack_octav")
     if not is_packed(model):
         raise ValueError(f"{type(model).__name__} is not packed; train it as it is")
     for layer in packed_layers(model).values():
         layer.unpack()
     release_packed(model)
-    write_record(model)
     return model
 
 
-def prepare_packed(model: nn.Module, names: Iterable[str], frozen_weight_clips: bool) -> None:
-    """Give layers of a converted model empty packed weights, to load into."""
-    quantized = quantized_weights(model)
-    for name in names:
-        layer, quantizer = quantized[name]
-        is_frozen = frozen_weight_clips and isinstance(quantizer, WeightFakeQuantize)
-        PackedLayer.pack(layer, PackedWeight(quantizer, layer.weight, is_frozen))
+def packed_to_load(model: nn.Module, frozen_weight_clips: bool) -> dict[str, PackedWeight]:
+    """Name -> empty packed weight of each layer of a converted model with a quantized weight, to load into."""
+    return {
+        name: PackedWeight(quantizer, layer.weight, frozen_weight_clips and isinstance(quantizer, WeightFakeQuantize))
+        for name, (layer, quantizer) in quantized_weights(model).items()
+    }
 
 
 def quantized_weights(model: nn.Module) -> dict[str, tuple[Any, FakeQuantize]]:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ..conversion.modules import activation_quantizers, quantized_modules
-from ..conversion.record import write_records
 from ..nn import ClipObserver, FakeQuantize, FrozenClips
 
 logger = logging.getLogger(__name__)
@@ -58,7 +57,6 @@ def calibrating(model: nn.Module) -> Iterator[None]:
             dynamic.append(f"{operand.path} {operand.name}")
         else:
             operand.quantizer.freeze(clips)
-    write_records(model)
     if dynamic:
         logger.warning(
             "%d of %d activations were not reached by the calibration, and their clips stay dynamic: %s",

@@ -6,13 +6,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-
 from transformers.utils.logging import tqdm
 
 from .._utils.forward_pass import Batch, check_batch, in_evaluation_mode, run_batch, without_trace
 from .._utils.torch_private import tree_map
 from ..conversion.modules import activation_quantizers, layers_to_freeze, quantized_modules
-from ..conversion.record import write_records
 from ..nn import PackedLayer
 from .activations import calibrating
 from .weights import frozen_weights
@@ -127,7 +125,6 @@ def uncalibrate_octav(model: Model, *, activations: bool = True, weights: bool =
         raise ValueError(f"uncalibrate_octav: no clip of {kind} is frozen (asked for: {' and '.join(asked) or 'none'})")
     for quantizer in frozen:
         quantizer.unfreeze()
-    write_records(model)
     return model
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from .._utils.sharded_weights import sharded_shape
 from ..conversion.modules import layers_to_freeze, quantized_modules, shared_weights
-from ..conversion.record import is_packed, requantize_output_embeddings, write_records
+from ..conversion.output_embeddings import requantize_output_embeddings
+from ..conversion.record import is_packed
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,6 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
             else:
                 layer.weight_quantizer.freeze(frozen)
         raise
-    write_records(model)
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
@@ -50,8 +50,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
             f"calibrate_octav: {kind} is packed, and clips of its weights with it; leave weights=True out, or call "
             "unpack_octav(model) first"
         )
-    for module in model.modules():
-        requantize_output_embeddings(module)
+    requantize_output_embeddings(model)
     found, shared = layers_to_freeze(model), shared_weights(model)
     layers = {name: layer for name, layer in found.items() if layer not in shared}
     if not layers:

@@ -20,6 +20,7 @@ from octav_hf import (
     pack_octav,
     remove_octav,
 )
+from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import FakeQuantize, QuantizedAttention, QuantizedLinear
 from tests.question_answering import logits
 
@@ -51,7 +52,7 @@ def test_remove_gives_bit_identical_outputs(small_bert: MakeBert, padded_batch: 
 def test_without_a_config_it_is_the_default_one(small_bert: MakeBert, padded_batch: dict) -> None:
     model, asked = apply_octav(small_bert()), apply_octav(small_bert(), OctavConfig())
     assert torch.equal(logits(model, padded_batch), logits(asked, padded_batch))
-    assert model.config.quantization_config == OctavConfig()
+    assert recorded_config(model) == OctavConfig()
 
 
 LAYER = "bert.encoder.layer.0"

@@ -19,7 +19,6 @@ from transformers import BertConfig, BertForQuestionAnswering, Trainer, Training
 
 import octav_hf
 from octav_hf import OctavConfig, apply_octav
-from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import FakeQuantize, SynchronizedFakeQuantize, WeightFakeQuantize
 from tests.frozen_activations import frozen_activations
 
@@ -264,7 +263,7 @@ def save_sharded(folder: Path) -> dict[str, Any]:
             model.save_pretrained(folder / "part", state_dict=dict(model.named_parameters()))
         with pytest.raises(NotImplementedError):  # what an earlier call was given is forgotten
             model.save_pretrained(folder / "part")
-    return {"refusals": refusals, "files": sorted(os.listdir(folder / "part"))}
+    return {"refusals": refusals, "is_written": (folder / "part").exists()}
 
 
 def training_arguments(folder: Path, per_device: int, **arguments: Any) -> TrainingArguments:

@@ -118,7 +118,7 @@ def test_evaluation_stands_beside_fp32(small_bert: MakeBert) -> None:
 def test_an_image_classifier(small_resnet: Callable[..., ResNetForImageClassification]) -> None:
     card = model_card(apply_octav(small_resnet(), OctavConfig(first_last_bits=8)))
     assert card.data.pipeline_tag == "image-classification"
-    assert "| first and last layer | 8 bits |" in card.text
+    assert "| override for `classifier.1` | weight_bits=8, activation_bits=8 |" in card.text
 
 
 @pytest.mark.parametrize("packed", [False, True])

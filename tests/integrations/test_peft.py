@@ -11,7 +11,6 @@ from torch import nn
 from transformers import BertForQuestionAnswering
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav, check_coverage, coverage_report, remove_octav
-from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import QuantizedLinear
 from tests.frozen_activations import frozen_activations
 
@@ -141,11 +140,18 @@ def test_frozen_clips_of_a_quantized_model_with_adapters_come_back(
     assert torch.equal(logits(loaded, padded_batch), logits(merged, padded_batch))
 
 
-def test_a_head_that_peft_copies_keeps_its_name_in_the_record(small_bert: MakeBert, padded_batch: dict) -> None:
-    model = calibrate_octav(apply_octav(small_bert(), OctavConfig()), [padded_batch], progress_bar=False)
-    before = recorded_config(model)
-    peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], modules_to_save=["qa_outputs"], r=2))
-    assert recorded_config(model) == before
+@pytest.mark.parametrize("modules_to_save", [None, ["qa_outputs"]])
+def test_a_base_model_with_adapters_around_its_layers_is_not_saved(
+    small_bert: MakeBert, tmp_path: Path, modules_to_save: list[str] | None
+) -> None:
+    model = apply_octav(small_bert(), OctavConfig())
+    config = peft.LoraConfig(target_modules=["query"], modules_to_save=modules_to_save, r=2)
+    adapted = peft.get_peft_model(model, config)
+    with pytest.raises(ValueError, match=r"self\.query.*save adapters by their own save_pretrained, or merge"):
+        model.save_pretrained(tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+    adapted.unload().save_pretrained(tmp_path / "base")
+    assert isinstance(BertForQuestionAnswering.from_pretrained(tmp_path / "base").qa_outputs, QuantizedLinear)
 
 
 def test_frozen_clips_of_quantized_adapters_come_back(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:

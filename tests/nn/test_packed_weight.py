@@ -116,7 +116,7 @@ def test_unpacking_gives_back_a_parameter_in_its_place() -> None:
     model = quantized(lambda: nn.Linear(30, 7), weight_bits=3, weight_gradient_estimator="ste")
     names, before = [name for name, _ in model.named_parameters()], str(model)
     weight = pack(model)[0].weight
-    assert [name for name, _ in model.named_parameters()] == ["0.bias"]
+    assert [name for name, _ in model.named_parameters()] == ["0.bias", "0.weight_quantizer.guarded_weight"]
     model[0].unpack()
     assert [name for name, _ in model.named_parameters()] == names
     assert torch.equal(model[0].weight, weight)

@@ -12,6 +12,7 @@ from safetensors.torch import load
 from transformers import BertConfig, BertForQuestionAnswering
 
 from octav_hf import OctavConfig, apply_octav, pack_octav
+from octav_hf.conversion.record import recorded_config
 from octav_hf.packing.manifest import check_files
 
 Edit = tuple[str, float, bytes]
@@ -34,7 +35,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, OctavConfig,
     model = BertForQuestionAnswering(BertConfig(vocab_size=10, max_position_embeddings=8, **sizes))
     folder = tmp_path_factory.mktemp("whole")
     pack_octav(apply_octav(model, OctavConfig())).save_pretrained(folder)
-    return (folder / "model.safetensors").read_bytes(), model.config.quantization_config, folder / "edited.safetensors"
+    return (folder / "model.safetensors").read_bytes(), recorded_config(model), folder / "edited.safetensors"
 
 
 def edited(content: bytes, edit: Edit) -> bytes:

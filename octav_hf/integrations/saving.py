@@ -1,0 +1,101 @@
+"""What ``save_pretrained`` writes follows from the modules of the model that is saved.
+
+``PreTrainedModel.save_pretrained`` is replaced by importing this module. Transformers asks the quantizer of the saved
+model only; a model around or inside the one that was quantized has none, and a float model that was made from the
+config of a quantized one would be saved as quantized.
+"""
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .._utils.sharded_weights import sharded_shape
+from .._utils.transformers_compat import has_adapters
+from ..config import OctavConfig
+from ..conversion.modules import quantized_modules
+from ..conversion.output_embeddings import requantize_output_embeddings
+from ..conversion.record import recorded_config
+from ..conversion.verify import check_comes_back
+from .transformers_quantizer import OctavQuantizer
+
+_transformers_save_pretrained = PreTrainedModel.save_pretrained
+_SIGNATURE = inspect.signature(_transformers_save_pretrained)
+
+
+@functools.wraps(_transformers_save_pretrained)
+def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    state_dict = _SIGNATURE.bind(self, *args, **kwargs).arguments.get("state_dict")
+    with _as_recorded(self, state_dict):
+        return _transformers_save_pretrained(self, *args, **kwargs)
+
+
+PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+@contextmanager
+def _as_recorded(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """A context in which the model has the quantizer and its config has the ``quantization_config`` to be saved.
+
+    Raises:
+        ValueError: the model would not come back as it is.
+        NotImplementedError: a weight is sharded and neither gathered nor sharded by Transformers itself.
+    """
+    quantized, configs = any(True for _ in quantized_modules(model)), list(_octav_configs(model.config))
+    if not quantized and not configs:
+        yield
+        return
+    quantizer = None
+    if quantized:
+        _check_complete(model, state_dict)
+        requantize_output_embeddings(model)
+        record = recorded_config(model)
+        if not has_adapters(model):  # of which only the adapters are saved
+            check_comes_back(model, record, state_dict)
+        quantizer = OctavQuantizer(record)
+        quantizer.state_dict = state_dict
+    before, had = {id(config): config.quantization_config for config in configs}, model.__dict__.get("hf_quantizer")
+    for config in configs:
+        del config.quantization_config
+    model.__dict__["hf_quantizer"] = quantizer
+    if quantizer is not None:
+        model.config.quantization_config = quantizer.quantization_config
+    try:
+        yield
+    finally:
+        model.__dict__["hf_quantizer"] = had
+        if had is None:
+            del model.__dict__["hf_quantizer"]
+        model.config.__dict__.pop("quantization_config", None)
+        for config in configs:
+            config.quantization_config = before[id(config)]
+
+
+def _octav_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """The configs of a model and its parts that have an ``OctavConfig``."""
+    if isinstance(config.__dict__.get("quantization_config"), OctavConfig):
+        yield config
+    for part in vars(config).values():
+        if isinstance(part, PreTrainedConfig):
+            yield from _octav_configs(part)
+
+
+def _check_complete(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None) -> None:
+    if getattr(model.config, "distributed_config", None) is not None:
+        return
+    for name, weight in (dict(model.named_parameters()) if state_dict is None else state_dict).items():
+        shape = sharded_shape(weight)
+        if shape is not None:
+            raise NotImplementedError(
+                f"{name} of shape {shape} is sharded, and this process has only a part of it. Trainer gathers the "
+                'weights if fsdp_config has "state_dict_type": "FULL_STATE_DICT", or DeepSpeed\'s config '
+                '"stage3_gather_16bit_weights_on_model_save": true. By hand, on every rank: state_dict = '
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions("
+                "full_state_dict=True, cpu_offload=True)), or of a DeepSpeed engine "
+                "engine._zero3_consolidated_16bit_state_dict(); then on rank 0: model.save_pretrained(folder, "
+                "state_dict=state_dict)"
+            )
