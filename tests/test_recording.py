@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
-from transformers import BertForQuestionAnswering
+from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav, pack_octav
 
 MakeBert = Callable[..., BertForQuestionAnswering]
 Tensor = torch.Tensor
 
-REMEDY = "calibrate_octav(model, batches) and octav_hf.pack_octav(model), then torch.export.export"
+REMEDY = (
+    "calibrate_octav(model, batches, weights=True), then torch.export.export(model, …), or for ONNX torch.onnx.export"
+)
 
 
 def layers() -> nn.Sequential:
     torch.manual_seed(0)
     return apply_octav(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), OctavConfig()).eval()
+
+
+def frozen(model: nn.Module, *batches: object) -> nn.Module:
+    return calibrate_octav(model, batches, weights=True, progress_bar=False)
 
 
 def frozen_and_packed(model: nn.Module, *batches: object) -> nn.Module:
@@ -56,12 +63,16 @@ def test_a_frozen_and_packed_model_is_exported_exactly(small_bert: MakeBert, imp
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_frozen_and_packed_layers_are_exported_exactly(x: Tensor, strict: bool) -> None:
-    model = frozen_and_packed(layers(), x)
+@pytest.mark.parametrize("packed", [True, False])
+def test_frozen_layers_are_exported_exactly(x: Tensor, strict: bool, packed: bool) -> None:
+    model = frozen_and_packed(layers(), x) if packed else frozen(layers(), x)
     with torch.no_grad():
-        exported = torch.export.export(model, (x,), strict=strict).module()
+        program = torch.export.export(model, (x,), strict=strict)
+        exported = program.module()
         assert torch.equal(exported(x), model(x))
         assert torch.equal(exported(10 * x), model(10 * x))
+    # ONNX has no operator for it
+    assert packed == any(node.target is torch.ops.aten.view.dtype for node in program.graph.nodes)
 
 
 def test_strict_export_of_attention_is_refused(small_bert: MakeBert) -> None:
@@ -114,6 +125,22 @@ def test_jit_and_fx_are_refused(x: Tensor, config: dict, packed: bool) -> None:
         with pytest.raises(RuntimeError, match=r"^0 \w+: torch.fx.symbolic_trace cannot record"):
             torch.fx.symbolic_trace(model)
     assert model(x).isfinite().all()
+
+
+def test_export_of_a_shared_weight_says_to_exclude_it() -> None:
+    def tied(config: OctavConfig) -> BertForMaskedLM:
+        return frozen(apply_octav(BertForMaskedLM(sizes).eval(), config), ids)
+
+    sizes = BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=0, num_attention_heads=2, intermediate_size=8)
+    ids, _ = bert_inputs(2, 16)
+    ids = ids % 50
+    head = "cls.predictions.decoder"
+    with torch.no_grad():
+        remedy = re.escape(f"(a shared weight or an embedding: exclude_modules=['{head}'] in the config)")
+        with pytest.raises(RuntimeError, match=rf"^{head} weight: torch.export cannot record .*{remedy}"):
+            torch.export.export(tied(OctavConfig(quantize_attention=False)), (ids,))
+        model = tied(OctavConfig(quantize_attention=False, exclude_modules=[head]))
+        assert torch.equal(torch.export.export(model, (ids,)).module()(ids).logits, model(ids).logits)
 
 
 def test_jit_of_bert_is_refused_and_it_still_runs(small_bert: MakeBert, padded_batch: dict) -> None:

@@ -27,7 +27,7 @@ from reporting.run_environment import environment
 from reporting.script_options import fill_in, refuse_given
 from squad_task.features import Windows, training_batch
 from torch import Tensor
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, set_seed
 
 from octav_hf import OctavConfig, apply_octav
 from octav_hf.functional import CLIP_RULES, mse_sweep_clip
@@ -108,6 +108,7 @@ def model_tensors(options: argparse.Namespace, bits: int) -> list[SeenTensor]:
     set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
     windows = Windows(options.max_seq_length, options.doc_stride, max_query_length=64, pad_to_max_length=False)
+    windows.check_model(AutoConfig.from_pretrained(options.model_name_or_path))
     batch = training_batch(options.train_file, tokenizer, windows, options.max_samples, options.seed)
     model = AutoModelForQuestionAnswering.from_pretrained(options.model_name_or_path, dtype=torch.float32).train()
     return seen_tensors(apply_octav(model, OctavConfig(weight_bits=bits, activation_bits=bits)), batch)

@@ -27,7 +27,7 @@ from clip_measurements.tensors import SeenTensor, seen_tensors
 from reporting.run_environment import environment
 from reporting.script_options import fill_in, refuse_given
 from squad_task.features import Windows, training_batch
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, set_seed
 
 from octav_hf import OctavConfig, apply_octav, remove_octav
 from octav_hf.functional.grid import MAX_BITS, MIN_BITS
@@ -104,6 +104,7 @@ def run(options: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
     windows = Windows(options.max_seq_length, options.doc_stride, options.max_query_length, pad_to_max_length=False)
     windows.check(tokenizer)
+    windows.check_model(AutoConfig.from_pretrained(options.model_name_or_path))
     batch = training_batch(options.train_file, tokenizer, windows, options.max_samples, options.seed)
     model = AutoModelForQuestionAnswering.from_pretrained(options.model_name_or_path, dtype=torch.float32).train()
     is_float = getattr(model.config, "quantization_config", None) is None

@@ -89,12 +89,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_args.max_seq_length, data_args.doc_stride, data_args.max_query_length, data_args.pad_to_max_length
     )
     windows.check(tokenizer)
+    windows.check_model(config)
     teacher = model_args.distill_from
-    if teacher and AutoTokenizer.from_pretrained(teacher).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"--distill_from {teacher} reads other token ids than {model_args.model_name_or_path}: give a teacher "
-            f"whose tokenizer has the same vocabulary."
-        )
+    if teacher:
+        if AutoTokenizer.from_pretrained(teacher).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"--distill_from {teacher} reads other token ids than {model_args.model_name_or_path}: give a teacher "
+                f"whose tokenizer has the same vocabulary."
+            )
+        windows.check_model(AutoConfig.from_pretrained(teacher), "teacher")
     examples: dict[str, Dataset] = {}
     features: dict[str, Dataset] = {}
     if training_args.do_train or output_args.calibration_batches:

@@ -1,7 +1,7 @@
 """The quantizer module: a grid, a clipping rule and a gradient estimator."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,7 @@ class FakeQuantize(FullPrecisionBuffers):
     offset: Tensor | None
     observer: ClipObserver | None = None
     clips_computed: int = 0
+    _left_by_calls: ClassVar[tuple[str, ...]] = ("clips_computed",)
 
     def __init__(
         self,
@@ -305,6 +306,10 @@ class FakeQuantize(FullPrecisionBuffers):
 
     def _has_values(self, x: Tensor) -> bool:
         return x.numel() > 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: not what calls leave, so that a hash of the model depends on the model alone."""
+        return {name: value for name, value in self.__dict__.items() if name not in self._left_by_calls}
 
     def extra_repr(self) -> str:
         frozen = self.frozen

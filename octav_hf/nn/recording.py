@@ -18,8 +18,11 @@ def refuse_recording(quantizer: nn.Module, x: Tensor, dynamic: bool) -> None:
         recorder = "torch.export"
     else:
         return
-    name = quantizer.name or "FakeQuantize"  # not read before: a compiler would recompile for each name
+    name = str(quantizer.name or "FakeQuantize")  # not read before: a compiler would recompile for each name
+    module, _, operand = name.rpartition(" ")
+    shared = f" (a shared weight or an embedding: exclude_modules=[{module!r}] in the config)"
     raise RuntimeError(
         f"{name}: {recorder} cannot record a quantizer that computes its clip from the data; call "
-        "octav_hf.calibrate_octav(model, batches) and octav_hf.pack_octav(model), then torch.export.export(model, …)"
+        f"octav_hf.calibrate_octav(model, batches, weights=True){shared if operand == 'weight' else ''}, then "
+        "torch.export.export(model, …), or for ONNX torch.onnx.export(model, …, dynamo=True)"
     )

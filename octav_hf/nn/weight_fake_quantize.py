@@ -22,6 +22,7 @@ class WeightFakeQuantize(FakeQuantize):
 
     _known: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
     _probe: Tensor | None = None
+    _left_by_calls = (*FakeQuantize._left_by_calls, "_known", "_probe")
 
     def freeze_at(self, weight: Tensor) -> None:
         """Freeze the clips at those of ``weight``; ``ValueError`` if it holds NaN or Inf."""

@@ -1,15 +1,25 @@
 """``apply_octav`` and ``remove_octav``: what is swapped, what stays as it was, and what is refused."""
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
+from datasets.fingerprint import Hasher
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering
 
-from octav_hf import OctavConfig, apply_octav, check_coverage, coverage_report, remove_octav
+from octav_hf import (
+    OctavConfig,
+    apply_octav,
+    calibrate_octav,
+    check_coverage,
+    coverage_report,
+    pack_octav,
+    remove_octav,
+)
 from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import FakeQuantize, QuantizedAttention, QuantizedLinear
 from tests.question_answering import logits
@@ -160,6 +170,25 @@ def test_copies_are_quantized_too(small_bert: MakeBert, padded_batch: dict, dupl
     assert torch.equal(logits(twin, padded_batch), logits(model, padded_batch))
     assert torch.equal(logits(remove_octav(twin), padded_batch), logits(small_bert(), padded_batch))
     assert isinstance(model.bert.encoder.layer[0].attention.self, QuantizedAttention)
+
+
+@pytest.mark.parametrize("form", ["dynamic", "frozen", "packed"])
+def test_a_forward_pass_does_not_change_the_hash(small_bert: MakeBert, padded_batch: dict, form: str) -> None:
+    """By which ``datasets.map`` finds its cache."""
+    model = apply_octav(small_bert(), OctavConfig.accurate(embedding_bits=8))
+    if form != "dynamic":
+        calibrate_octav(model, [padded_batch], progress_bar=False)
+    if form == "packed":
+        pack_octav(model)
+    before = Hasher.hash(model)
+    expected = logits(model, padded_batch)
+    assert Hasher.hash(model) == before
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    assert torch.equal(logits(torch.load(file, weights_only=False), padded_batch), expected)
+    with torch.no_grad():
+        model.qa_outputs.bias.add_(1)
+    assert Hasher.hash(model) != before
 
 
 def masked_lm(tied: bool) -> BertForMaskedLM:

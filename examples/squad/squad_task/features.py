@@ -11,9 +11,10 @@ from typing import Any
 
 from datasets import Dataset
 from torch import Tensor
-from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 
 from squad_task.dataset import read_squad_file, sample
+from squad_task.positions import max_positions
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,7 @@ class Windows:
                 f"{type(tokenizer).__name__} is not a fast tokenizer and gives no character offsets. "
                 f"Use a model whose folder has a tokenizer.json."
             )
-        if self.max_seq_length > tokenizer.model_max_length:
-            raise ValueError(
-                f"--max_seq_length {self.max_seq_length} exceeds the {tokenizer.model_max_length} tokens that the "
-                f"model takes. Lower --max_seq_length to at most {tokenizer.model_max_length}."
-            )
+        self._check_length(tokenizer.model_max_length, "model")
         if self.doc_stride < 0 or self.max_query_length < 1:
             raise ValueError(
                 f"--doc_stride {self.doc_stride} must be at least 0 and --max_query_length "
@@ -52,6 +49,19 @@ class Windows:
         # a batch padded on the left shifts every token, so that stored token positions would point at the wrong ones
         if tokenizer.padding_side == "left" and not self.pad_to_max_length:
             raise ValueError("This tokenizer pads on the left: pass --pad_to_max_length true.")
+
+    def check_model(self, config: PreTrainedConfig, name: str = "model") -> None:
+        """Raise `ValueError` when a model of `config`, which the message calls `name`, has too few positions."""
+        limit = max_positions(config)
+        if limit is not None:
+            self._check_length(limit, name)
+
+    def _check_length(self, limit: int, name: str) -> None:
+        if self.max_seq_length > limit:
+            raise ValueError(
+                f"--max_seq_length {self.max_seq_length} exceeds the {limit} tokens that the {name} takes. "
+                f"Lower --max_seq_length to at most {limit}."
+            )
 
 
 def training_features(examples: Dataset, tokenizer: PreTrainedTokenizerBase, windows: Windows) -> Dataset:
@@ -169,12 +179,14 @@ def _answer_tokens(
     null = _null_index(encoded, feature, tokenizer)
     if not answers["text"]:
         return null, null
-    first = answers["answer_start"][0]
-    last = first + len(answers["text"][0])
+    text = answers["text"][0]
+    # blanks around the answer may be tokens of their own, or belong to none
+    first = answers["answer_start"][0] + len(text) - len(text.lstrip())
+    last = first + len(text.strip())
     offsets = encoded["offset_mapping"][feature]
     context = [i for i, part in enumerate(encoded.sequence_ids(feature)) if part == 1]
     if not context or offsets[context[0]][0] > first or offsets[context[-1]][1] < last:
         return null, null
-    # tokens that share a character with the answer; blanks inside the answer belong to none
-    inside = [i for i in context if offsets[i][0] < last and offsets[i][1] > first]
+    # tokens that share a character with the answer
+    inside = [i for i in context if max(offsets[i][0], first) < min(offsets[i][1], last)]
     return (inside[0], inside[-1]) if inside else (null, null)

@@ -1,7 +1,8 @@
 """From start and end logits to answer texts.
 
 Every span of at most `max_answer_length` tokens inside a window is scored (start logit + end logit), not only those
-between the best few starts and ends, so that the best span is never missed. Windows of one question compete.
+between the best few starts and ends, so that the best span is never missed. A span of blanks alone, which some
+tokenizers make tokens of, is no answer. Windows of one question compete.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ class Predictions:
     """Answers of a model, by question id.
 
     Attributes:
-        texts: the answer; "" for no answer.
+        texts: the answer; "" for no answer (with SQuAD v1.1 only where no window has a span).
         nbest: the best candidates, highest score first: `text`, `score` (start logit + end logit), `probability`
             (softmax over the list), `offsets` ([start, end] in characters of the context).
-        null_odds: score of "no answer" minus that of the best span (SQuAD v2.0 only, otherwise empty).
+        null_odds: score of "no answer" minus that of the best span, or the largest float where there is no span
+            (SQuAD v2.0 only, otherwise empty).
         null_probability: softmax of "no answer" against the candidates (SQuAD v2.0 only, otherwise empty).
     """
 
@@ -76,20 +78,21 @@ def predict_answers(
             f"Start logits {start_logits.shape} and end logits {end_logits.shape} should both be "
             f"(features, tokens) with {len(features)} features."
         )
-    spans, null_scores = _span_candidates(features, start_logits, end_logits, n_best_size, max_answer_length)
+    contexts = dict(zip(examples["id"], examples["context"], strict=True))
+    spans, null_scores = _span_candidates(contexts, features, start_logits, end_logits, n_best_size, max_answer_length)
     result = Predictions({}, {}, {}, {})
-    for identifier, context in zip(examples["id"], examples["context"], strict=True):
+    for identifier, context in contexts.items():
         # overlapping windows give the same span twice: the better score counts
         ranked = sorted(spans[identifier].items(), key=lambda item: (-item[1], item[0]))[:n_best_size]
         candidates = [(context[first:last], score, [first, last]) for (first, last), score in ranked]
         answer = candidates[0][0] if candidates else ""
         if version_2_with_negative:
-            null = null_scores[identifier]
-            best = candidates[0][1] if candidates else -np.inf
-            result.null_odds[identifier] = float(null - best)
-            if null - best > null_score_diff_threshold:
+            no_answer = ("", null_scores[identifier], [0, 0])
+            best = candidates[0][1] if candidates else np.finfo(np.float64).min  # JSON has no infinity
+            result.null_odds[identifier] = float(no_answer[1] - best)
+            if result.null_odds[identifier] > null_score_diff_threshold:
                 answer = ""
-            candidates = sorted([*candidates, ("", null, [0, 0])], key=lambda candidate: -candidate[1])
+            candidates = sorted([*candidates, no_answer], key=lambda candidate: -candidate[1])
         scores = np.array([score for _, score, _ in candidates])
         probabilities = np.exp(scores - scores.max()) if len(scores) else scores
         probabilities = probabilities / probabilities.sum()
@@ -99,14 +102,17 @@ def predict_answers(
             for (text, score, offsets), probability in zip(candidates, probabilities, strict=True)
         ]
         if version_2_with_negative:
-            result.null_probability[identifier] = float(
-                next(p for (text, _, _), p in zip(candidates, probabilities, strict=True) if text == "")
-            )
+            result.null_probability[identifier] = float(probabilities[candidates.index(no_answer)])
     return result
 
 
 def _span_candidates(
-    features: Dataset, start_logits: np.ndarray, end_logits: np.ndarray, n_best_size: int, max_answer_length: int
+    contexts: dict[str, str],
+    features: Dataset,
+    start_logits: np.ndarray,
+    end_logits: np.ndarray,
+    n_best_size: int,
+    max_answer_length: int,
 ) -> tuple[dict[str, dict[tuple[int, int], float]], dict[str, float]]:
     """Best spans of each question as {(first, last character): score}, and its lowest score for "no answer"."""
     spans: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
@@ -129,8 +135,13 @@ def _span_candidates(
         low, count = context[0], len(context)
         # scores[i, d]: the span from context token i to token i + d
         padded = np.concatenate([end[low : low + count], np.full(max_answer_length - 1, -np.inf)])
-        ends = np.lib.stride_tricks.sliding_window_view(padded, max_answer_length)
-        scores = (start[low : low + count, None] + ends).ravel()
+        scores = start[low : low + count, None] + np.lib.stride_tricks.sliding_window_view(padded, max_answer_length)
+        # written[k]: how many of the context's first k characters are no blanks
+        written = np.cumsum([0, *(not character.isspace() for character in contexts[identifier])])
+        before, until = written[np.array(offsets[low : low + count])].T
+        padded = np.concatenate([until, np.full(max_answer_length - 1, until[-1])])
+        until = np.lib.stride_tricks.sliding_window_view(padded, max_answer_length)
+        scores = np.where(until > before[:, None], scores, -np.inf).ravel()
         keep = min(n_best_size, scores.size)
         for flat in np.argpartition(-scores, keep - 1)[:keep]:
             if np.isneginf(scores[flat]):

@@ -6,7 +6,17 @@ import pytest
 from datasets import Dataset
 from squad_files import DATA
 from squad_task.dataset import read_squad_file
-from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import RobertaProcessing
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +28,17 @@ def minilm_path() -> str:
 @pytest.fixture
 def tokenizer(minilm_path: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(minilm_path)
+
+
+@pytest.fixture(params=[True, False], ids=["trimmed", "untrimmed"])
+def byte_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    """One like RoBERTa's: blanks too many are a token, whose offsets are (k, k) where they are trimmed."""
+    names = ["<s>", "<pad>", "</s>", *sorted(ByteLevel.alphabet()), "ca", "car", "Ġcar", "re", "red", "ĠĠ"]
+    merges = [("c", "a"), ("ca", "r"), ("Ġ", "car"), ("r", "e"), ("re", "d"), ("Ġ", "Ġ")]
+    tokenizer = Tokenizer(BPE({name: i for i, name in enumerate(names)}, merges))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0), request.param, False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, cls_token="<s>", sep_token="</s>", pad_token="<pad>")
 
 
 @pytest.fixture(scope="session")

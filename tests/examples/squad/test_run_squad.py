@@ -6,13 +6,15 @@ import json
 import shutil
 from pathlib import Path
 
+import compare_rules
+import measure_clips
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from run_squad import main
 from safetensors.torch import load_file
 from squad_files import DATA, question, write_squad
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, BertForQuestionAnswering
 
 from tests.twins import octav_clip_twin
 
@@ -247,6 +249,30 @@ def test_distilled_from_itself_a_float_model_does_not_change(tiny_model: str, tm
     run = json.loads((tmp_path / "quantized/octav_run.json").read_text())
     assert run["recipe"]["distilled from"] == "./start"
     assert "| distilled from | ./start |" in (tmp_path / "quantized/README.md").read_text()
+
+
+def test_windows_longer_than_the_positions_are_refused_before_any_work(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of models whose tokenizer knows no limit."""
+    monkeypatch.setattr("run_squad.load_examples", lambda *args: pytest.fail("the data were read"))
+    for name, positions in (("long", 128), ("short", 64)):
+        config = AutoConfig.from_pretrained(tiny_model, max_position_embeddings=positions)
+        BertForQuestionAnswering(config).save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(tiny_model, model_max_length=10**30).save_pretrained(tmp_path / name)
+    long, short = str(tmp_path / "long"), str(tmp_path / "short")
+    for words, message in (
+        ([short, "--do_train", "--quantize"], "--max_seq_length 128 exceeds the 64 tokens that the model.*at most 64"),
+        ([long, "--do_train", "--distill_from", short], "128 exceeds the 64 tokens that the teacher.*at most 64"),
+        ([long, "--do_eval", "--max_seq_length", "129"], "129 exceeds the 128 tokens that the model.*at most 128"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(arguments(words[0], tmp_path / "out", *words[1:]))
+    batch = ["--model_name_or_path", short, "--train_file", str(DATA / "train.json"), "--max_seq_length", "65"]
+    for script in (measure_clips, compare_rules):
+        with pytest.raises(ValueError, match="--max_seq_length 65 exceeds the 64 tokens that the model"):
+            script.main([*batch, "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(tiny_model: str, tmp_path: Path) -> None:

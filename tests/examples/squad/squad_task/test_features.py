@@ -72,6 +72,19 @@ def test_question_without_answer_is_labelled_cls(tokenizer: PreTrainedTokenizerB
     assert (feature["start_positions"], feature["end_positions"]) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("answer", "tokens"),
+    [("car", "Ġcar"), (" car", "Ġcar"), ("   car  ", "Ġcar"), ("red   car", "red ĠĠ Ġcar"), (" ", "<s>")],
+    ids=["text", "blank", "blanks", "within", "alone"],
+)
+def test_labels_do_not_begin_or_end_in_blanks(
+    byte_tokenizer: PreTrainedTokenizerBase, answer: str, tokens: str
+) -> None:
+    feature = training_features(examples("red   car  ", "red", answer), byte_tokenizer, Windows(16, 2, 4, False))[0]
+    labelled = feature["input_ids"][feature["start_positions"] : feature["end_positions"] + 1]
+    assert byte_tokenizer.convert_ids_to_tokens(labelled) == tokens.split()
+
+
 def test_dynamic_padding_keeps_features_short(tokenizer: PreTrainedTokenizerBase) -> None:
     windows = Windows(max_seq_length=128, doc_stride=32, pad_to_max_length=False)
     feature = training_features(examples(CONTEXT, "Who?", "Egypt"), tokenizer, windows)[0]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
+from squad_files import examples
 from squad_task.dataset import read_squad_file
 from squad_task.features import Windows, evaluation_features, training_features
 from squad_task.metric import SquadMetric
@@ -110,11 +111,47 @@ def test_v2_threshold(threshold: float, text: str) -> None:
     assert prediction.null_probability["q"] == null["probability"]
 
 
-def test_context_without_tokens_gives_no_answer() -> None:
-    window = Dataset.from_list([{"example_id": "q", "null_index": 0, "offset_mapping": [None, None]}])
-    prediction = predict_answers(ROWS, window, np.zeros((1, 2)), np.zeros((1, 2)))
+@pytest.mark.parametrize("blank", [[4, 4], [3, 4], [3, 5]], ids=str)
+def test_a_span_of_blanks_is_no_candidate(blank: list[int]) -> None:
+    rows = Dataset.from_dict({"id": ["q"], "context": ["red  car"]})
+    window = Dataset.from_list([{"example_id": "q", "null_index": 0, "offset_mapping": [None, [0, 3], blank, [5, 8]]}])
+    start, end = np.array([[1.0, 0, 3, 0]]), np.array([[1.0, 0, 3, 2]])  # no answer 2, red 0, blank 6, car 2
+    words = {"max_answer_length": 1, "n_best_size": 1}
+    assert predict_answers(rows, window, start, end, **words).texts == {"q": "car"}
+    words = {"max_answer_length": 1, "version_2_with_negative": True}
+    prediction = predict_answers(rows, window, start, end, **words)
+    assert [(c["text"], c["offsets"]) for c in prediction.nbest["q"]] == [
+        ("car", [5, 8]),
+        ("", [0, 0]),
+        ("red", [0, 3]),
+    ]
+    assert prediction.null_odds["q"] == 0.0
+    assert prediction.null_probability["q"] == pytest.approx(np.e**2 / (2 * np.e**2 + 1))
+
+
+def test_blanks_within_an_answer_stay(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = examples("red   car ", "red", "car", "red   car")
+    features = evaluation_features(rows, byte_tokenizer, Windows(16, 2, 4, False))
+    logits = np.zeros((1, len(features["offset_mapping"][0])))
+    texts = {c["text"] for c in predict_answers(rows, features, logits, logits, 100).nbest["q1"]}
+    assert {"red", "car", "red   car"} <= {text.strip() for text in texts} - {""}
+    assert all(text.strip() for text in texts)
+
+
+@pytest.mark.parametrize("offsets", [[None, None], [None, [0, 1], [1, 1]]], ids=["none", "blanks"])
+def test_context_without_text_gives_no_answer(tmp_path: Path, offsets: list[list[int] | None]) -> None:
+    rows = Dataset.from_dict({"id": ["q"], "context": ["  "]})
+    window = Dataset.from_list([{"example_id": "q", "null_index": 0, "offset_mapping": offsets}])
+    logits = np.array([[-5.0, 0, 0][: len(offsets)]])
+    prediction = predict_answers(rows, window, logits, logits)
     assert prediction.texts == {"q": ""}
     assert prediction.nbest == {"q": []}
+    prediction = predict_answers(rows, window, logits, logits, version_2_with_negative=True)
+    assert prediction.texts == {"q": ""}
+    assert prediction.null_probability == {"q": 1.0}
+    prediction.write(tmp_path, "eval")
+    odds = json.loads((tmp_path / "eval_null_odds.json").read_text(), parse_constant=pytest.fail)
+    assert odds["q"] > 1e300
 
 
 def test_nan_is_an_error() -> None:
