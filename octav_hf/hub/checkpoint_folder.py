@@ -82,7 +82,6 @@ class CheckpointFolder:
             )
         self.config: OctavConfig = OctavConfig.from_dict(quantization)
         self.format_version: int = quantization.get("format_version", 1)
-        self._clips_in_config = quantization.get("activation_clips") or {}  # of format version 1
         if "transformers_weights" in stored:
             raise ValueError(f"{config_file} has transformers_weights, which names other files; remove it")
         self.model_class = _model_class(stored.get("architectures"), config_file)
@@ -155,7 +154,7 @@ class CheckpointFolder:
     @property
     def frozen_activations(self) -> int:
         """The number of activations whose clips are frozen."""
-        in_config = sum(len(operands) for operands in self._clips_in_config.values())
+        in_config = sum(len(operands) for operands in self.config.clips_of_version_1.values())
         return in_config + sum(_FROZEN_ACTIVATION.fullmatch(name) is not None for name in self._stored)
 
     @property
