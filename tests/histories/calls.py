@@ -2,8 +2,9 @@
 
 from typing import Any
 
-import octav_hf
 from torch import nn
+
+import octav_hf
 
 
 def calibrate(model: nn.Module, batches: list[Any] | None, weights: bool) -> None:

@@ -68,12 +68,12 @@ def settings(model: nn.Module) -> dict[str, Any]:
 def rows(model: nn.Module) -> list[dict[str, Any]]:
     """The coverage report in plain values, without the reasons, which need not be in a file.
 
-    T5's float embeddings are left out: they are three modules, or one under three names after resizing.
+    Two of T5's embeddings are left out: after resizing they are the third one under another name.
     """
     return [
         {key: value for key, value in asdict(row).items() if key != "reason"}
         for row in coverage_report(model)
-        if row.kind != "embedding" or row.bits is not None
+        if row.module not in ("encoder.embed_tokens", "decoder.embed_tokens")
     ]
 
 
@@ -164,6 +164,9 @@ def saved_and_loaded(model: PreTrainedModel, batch: Batch, save: Callable[[str],
             return after
         loaded, _ = call(lambda: type(model).from_pretrained(folder), "from_pretrained", refuses=False)
     came_back = outputs(loaded, batch)
+    if not same_outputs(found, came_back):
+        # Sums can have another order where a tensor of the file begins at an address that is no multiple of 64.
+        came_back = outputs(copy.deepcopy(loaded), batch)
     if not same_outputs(found, came_back):
         differences = [(a - b).abs().max().item() for a, b in zip(found, came_back, strict=True) if a.shape == b.shape]
         raise Broken("other outputs after loading", f"differences {differences}")

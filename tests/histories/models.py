@@ -101,7 +101,13 @@ KINDS: dict[str, Kind] = {
         ("query", "key"),
     ),
     "deberta": Kind(
-        *(hf.DebertaV2ForSequenceClassification, hf.DebertaV2Config, _SIZES | _DEBERTA, "classifier", _BERT_LAYERS[0:1]),
+        *(
+            hf.DebertaV2ForSequenceClassification,
+            hf.DebertaV2Config,
+            _SIZES | _DEBERTA,
+            "classifier",
+            _BERT_LAYERS[0:1],
+        ),
         *(hf.DebertaV2Model, hf.DebertaV2ForTokenClassification, ("query_proj", "value_proj")),
     ),
     "gpt2": Kind(

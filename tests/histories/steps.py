@@ -7,7 +7,6 @@ import io
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -30,7 +29,6 @@ def has_adapters(model: nn.Module) -> bool:
     """Whether PEFT has put adapters into the model."""
     kinds = peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.ModulesToSaveWrapper
     return any(isinstance(module, kinds) for module in model.modules())
-
 
 
 @dataclass
@@ -605,7 +603,7 @@ def load_as(subject: Subject, other: str = "base", go_on: bool = False) -> None:
         else:
             model = type(subject.model).from_pretrained(folder, num_labels=7, ignore_mismatched_sizes=True)
     base = kind.base(model) if hasattr(model, "encoder") or other != "base" else model
-    if not torch.equal(outputs(base, batch)[0], expected):
+    if not torch.equal(outputs(copy.deepcopy(base), batch)[0], expected):
         raise Broken(f"the common part of another class ({other}) has other outputs")
     whole = batch if isinstance(model, kind.base_class) and "decoder_input_ids" not in subject.batch else subject.batch
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
