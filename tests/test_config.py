@@ -193,7 +193,7 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
         ({"module_overrides": {"qa_outputs": {"weight_bits": 16}}}, r"module_overrides\['qa_outputs'\].*2 to 8"),
         ({"activation_clips": {}}, "OctavConfig has no field 'activation_clips'; did you mean 'activation_clip'"),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_refuses_what_cannot_be(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

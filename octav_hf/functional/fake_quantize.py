@@ -1,11 +1,13 @@
 """Fake quantization: rounding to the grid in the forward pass, a gradient estimator in the backward pass."""
 
+import functools
 from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._utils.torch_private import without_function_modes
 from .grid import check_num_bits, integer_range, round_to_step, step_size
 from .kernels.fused import elementwise, fused
 from .rows import check_floating, statistics_dtype
@@ -117,8 +119,18 @@ class _MagnitudeAware(torch.autograd.Function):
 def _grid(x: Tensor, clip: Tensor, num_bits: int, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Step, lowest and highest integer, as tensors: numbers would be compiled in as constants."""
     step = step_size(clip.to(statistics_dtype(x.dtype)), num_bits, signed)
-    low, high = integer_range(num_bits, signed)
-    return step, step.new_full((), low), step.new_full((), high)
+    if torch.compiler.is_compiling() or type(step) is not Tensor:  # a tracer's tensor, which must not be kept
+        low, high = integer_range(num_bits, signed)
+        return step, step.new_full((), low), step.new_full((), high)
+    return step, *_integers(num_bits, signed, step.dtype, step.device)
+
+
+@functools.cache
+def _integers(num_bits: int, signed: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Lowest and highest integer; made once, since a tensor from a number is work for the host in each forward pass."""
+    with torch.inference_mode(False), without_function_modes():
+        low, high = (torch.tensor(value, dtype=dtype, device=device) for value in integer_range(num_bits, signed))
+    return low, high
 
 
 def _quantize(x: Tensor, clip: Tensor, num_bits: int, signed: bool) -> Tensor:
@@ -137,7 +149,11 @@ def _round_and_compare(
     """``x`` on the grid, and 1 inside the clip, 0 outside, as bytes."""
     value = x.to(step.dtype)
     # By way of floats, which is vectorized; storing the comparison's result directly is not.
+<<<<<<< HEAD
     inside = ((value >= bottom) & (value <= top)).to(step.dtype)
+=======
+    inside = ((value >= bottom) & (value <= top)).to(value.dtype)
+>>>>>>> buffers
     return round_to_step(x, step, low, high).to(x.dtype), inside.to(torch.uint8)
 
 

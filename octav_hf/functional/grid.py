@@ -59,5 +59,5 @@ def round_to_step(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """``round_to_grid`` with the grid given by its step, in the dtype of the result, and its integer range."""
     # The cast is explicit because a 0-dim step does not promote x. A zero step (all-zero data, or a clip below the
     # smallest float) must not divide: 0 / 0 would be NaN.
-    levels = x.to(step.dtype) / torch.where(step > 0, step, 1)
+    levels = x.to(step.dtype) / (step + (step == 0))
     return levels.round_().clamp_(low, high).mul_(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering
 
-from octav_hf import OctavConfig, apply_octav, calibrate_octav, remove_octav
+from octav_hf import OctavConfig, apply_octav, calibrate_octav, pack_octav, remove_octav
 from tests.frozen_activations import frozen_activations
 from tests.question_answering import logits
 
@@ -198,16 +199,43 @@ def test_a_tied_heads_clips(padded_batch: dict) -> None:
 
 
 class HostWork(TorchDispatchMode):
-    """Counts tensors made from Python numbers, and tensors read as such."""
+    """Counts the tensors that are made from Python numbers, and the numbers that are read from tensors."""
 
-    made = ("lift_fresh", "full", "scalar_tensor", "_local_scalar_dense", "item", "zeros", "ones", "new_full")
+    made = ("lift_fresh", "full", "new_full", "full_like", "scalar_tensor", "arange", "_local_scalar_dense", "item")
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: dict[str, int] = {}
+        self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func._schema.name.partition("::")[2]
-        if name in self.made:
-            self.counts[name] = self.counts.get(name, 0) + 1
+        self.counts.update([name] if name in self.made else [])
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("granularity", [{}, HEADS], ids=["tensor", "heads"])
+@pytest.mark.parametrize("form", ["training", "packed"])
+def test_frozen_clips_are_no_work_for_the_host(
+    small_bert: MakeBert,
+    padded_batch: dict,
+    implementation: str,
+    granularity: dict[str, str],
+    form: str,
+) -> None:
+    batch = {"input_ids": padded_batch["input_ids"]}  # for a mask it is asked whether a row attends to nothing
+
+    def host_work(model: nn.Module) -> Counter[str]:
+        model(**batch)  # once, for what is kept
+        with HostWork() as work:
+            model(**batch)
+        return work.counts
+
+    arguments = {"num_hidden_layers": 12, "attn_implementation": implementation}
+    expected = host_work(small_bert(**arguments))
+    model = apply_octav(small_bert(**arguments), OctavConfig(activation_granularity=granularity))
+    assert not host_work(model) <= expected
+    calibrate_octav(model, [batch], weights=True, progress_bar=False)
+    if form == "packed":
+        pack_octav(model)
+    assert host_work(model) <= expected
