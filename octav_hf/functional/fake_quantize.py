@@ -149,11 +149,7 @@ def _round_and_compare(
     """``x`` on the grid, and 1 inside the clip, 0 outside, as bytes."""
     value = x.to(step.dtype)
     # By way of floats, which is vectorized; storing the comparison's result directly is not.
-<<<<<<< HEAD
     inside = ((value >= bottom) & (value <= top)).to(step.dtype)
-=======
-    inside = ((value >= bottom) & (value <= top)).to(value.dtype)
->>>>>>> buffers
     return round_to_step(x, step, low, high).to(x.dtype), inside.to(torch.uint8)
 
 
