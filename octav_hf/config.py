@@ -119,6 +119,12 @@ class ModuleSettings:
         "this is `False`.",
     )
 
+    frozen_weight_clips: bool = _field(
+        False,
+        "Whether clips of weights are frozen and stored with the weights; written by `calibrate_octav(model, "
+        "weights=True)`.",
+    )
+
     def granularity(self, operand: str) -> str:
         """What one clip of this activation is for."""
         return self.activation_granularity.get(operand, Granularity.TENSOR)
@@ -197,11 +203,6 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
         "a pattern with wildcards; two patterns of one kind must not disagree.",
     )
     packed: bool = _field(False, "Whether weights are stored as integers; written by `pack_octav`.")
-    frozen_weight_clips: bool = _field(
-        False,
-        "Whether clips of weights are stored with the weights; written where `calibrate_octav(model, weights=True)` "
-        "froze them.",
-    )
 
     clips_of_version_1: ClassVar[ClipsOfVersion1] = {}  # of an instance that was read from that format, until loaded
 

@@ -52,7 +52,7 @@ def apply_octav(model: Model, config: OctavConfig | None = None) -> Model:
         )
     if config.packed:
         raise ValueError("packed=True is not for apply_octav; train the model first, then call pack_octav(model)")
-    if config.frozen_weight_clips:
+    if any(each.get("frozen_weight_clips") for each in (vars(config), *config.module_overrides.values())):
         raise ValueError(
             "frozen_weight_clips=True is not for apply_octav; leave it out, then call calibrate_octav(model, "
             "weights=True)"

@@ -12,7 +12,6 @@ from ..config import ModuleSettings, OctavConfig
 from ..nn import (
     FakeQuantize,
     PackedLayer,
-    PackedWeight,
     QuantizedAttention,
     QuantizedLayer,
     SynchronizedFakeQuantize,
@@ -30,20 +29,6 @@ _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 def is_packed(model: nn.Module) -> bool:
     """Whether a layer of the model is packed."""
     return any(isinstance(module, PackedLayer) for module in model.modules())
-
-
-def has_frozen_weight_clips(model: nn.Module) -> bool:
-    """Whether all weights that can have frozen clips have them, or had when they were packed."""
-    shared = shared_weights(model)
-    states = [
-        layer.weight_quantizer.is_frozen
-        for layer in model.modules()
-        if isinstance(layer, QuantizedLayer)
-        and layer not in shared
-        and issubclass(layer.weight_quantizer_class, WeightFakeQuantize)
-        and isinstance(layer.weight_quantizer, WeightFakeQuantize | PackedWeight)
-    ]
-    return bool(states) and all(states)
 
 
 def check_quantized(model: nn.Module, function: str) -> None:
@@ -81,15 +66,22 @@ def recorded_config(model: nn.Module) -> OctavConfig:
     actual = {
         name: settings for name, module in modules.items() if (settings := _settings_of(name, module)) is not None
     }
+    shared = shared_weights(model)
+    for name, settings in actual.items():
+        if modules[name] in shared:  # whose clips are never frozen
+            settings.pop("frozen_weight_clips", None)
     asked = model.__dict__.get("octav_config")
+    if asked is not None:
+        is_frozen = _most_common(_values("frozen_weight_clips", actual.values())) or False
+        asked = replace(asked, frozen_weight_clips=is_frozen)
     record = None if asked is None else _with_exceptions(modules, actual, asked)
     if record is None:
         record = _with_exceptions(modules, actual, _shared_config(model, modules, actual))
     assert record is not None  # it has no patterns to contradict the modules
-    return replace(record, packed=is_packed(model), frozen_weight_clips=has_frozen_weight_clips(model))
+    return replace(record, packed=is_packed(model))
 
 
-Settings = Mapping[str, Any]
+Settings = dict[str, Any]
 """Fields of ``ModuleSettings`` -> values, those that matter to one module; granularity of its own operands only."""
 
 
@@ -118,6 +110,8 @@ def _settings_of(name: str, module: nn.Module) -> Settings | None:
         values |= _clip_settings("weight", weight)
         if len(module.weight_granularities) > 1:
             values["weight_granularity"] = Granularity.TENSOR if weight.dim is None else Granularity.CHANNEL
+        if issubclass(module.weight_quantizer_class, WeightFakeQuantize):
+            values["frozen_weight_clips"] = weight.is_frozen
     if "input" in module.operands:
         values |= _input_settings(name, module)
     return values

@@ -136,7 +136,7 @@ class CheckpointFolder:
         """The quantized model without weights, in training form, on the meta device."""
         model = float_structure(self.model_class, self._model_config())
         convert_modules(model, self.config, plan_conversion(model, self.config, from_file=True))
-        prepare_frozen(model, map(str, self.weight_files), all_weights=False)
+        prepare_frozen(model, map(str, self.weight_files), frozen_weights=())
         freeze_version_1(match_version_1(model, self.config.clips_of_version_1))
         return model
 
@@ -160,8 +160,9 @@ class CheckpointFolder:
     @property
     def frozen_weights(self) -> int:
         """The number of weights whose clips are frozen; packed, these are their scales."""
-        if self.config.packed and self.config.frozen_weight_clips:
-            return sum(name.endswith(f".{SCALE}") for name in self._stored)
+        if self.config.packed:
+            layers = [name.removesuffix(f".{SCALE}") for name in self._stored if name.endswith(f".{SCALE}")]
+            return sum(settings.frozen_weight_clips for settings in self.config.settings_for(layers).values())
         return sum(_FROZEN_WEIGHT.fullmatch(name) is not None for name in self._stored)
 
     def layers(self) -> list[StoredLayer]:

@@ -20,10 +20,11 @@ from .._utils.transformers_compat import (
 )
 from ..config import QUANT_METHOD, OctavConfig
 from ..conversion.convert import convert_modules, freeze_packed, restore_modules
+from ..conversion.modules import layers_by_quantizer
 from ..conversion.plan import named_as_in, plan_conversion
 from ..conversion.record import is_packed
 from ..hub.upload import UploadWithCard
-from ..nn import PackedLayer, PackedWeight
+from ..nn import PackedLayer, PackedWeight, WeightFakeQuantize
 from ..packing.clips_in_files import prepare_frozen
 from ..packing.clips_of_version_1 import OperandClips, freeze_version_1, match_version_1
 from ..packing.manifest import TensorRecord, check_files, describe_tensors
@@ -55,11 +56,11 @@ class OctavQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        packed, frozen = self.quantization_config.packed, self.quantization_config.frozen_weight_clips
+        packed = self.quantization_config.packed
         if not self.pre_quantized:
             if packed:
                 raise ValueError("packed=True is not for a float model; call pack_octav(model) after training")
-            if frozen:
+            if self.quantization_config.frozen_weight_clips:
                 raise ValueError(
                     "frozen_weight_clips=True is not for a float model; leave it out, then call "
                     "calibrate_octav(model, weights=True)"
@@ -69,11 +70,13 @@ class OctavQuantizer(HfQuantizer):
         records = check_files(checkpoint_files or (), self.quantization_config) if packed else {}
         config = named_as_in(model, self.quantization_config) if self.pre_quantized else self.quantization_config
         convert_modules(model, config, plan_conversion(model, config, from_file=self.pre_quantized))
+        layers = config.settings_for(layers_by_quantizer(model, WeightFakeQuantize)).items()
+        frozen = {name for name, settings in layers if settings.frozen_weight_clips}
         if packed:
-            self._prepare_packed(model, records)
+            self._prepare_packed(model, records, frozen)
         if self.pre_quantized:
             state_dict = argument_of_from_pretrained("state_dict")
-            prepare_frozen(model, checkpoint_files or () if state_dict is None else state_dict, all_weights=frozen)
+            prepare_frozen(model, checkpoint_files or () if state_dict is None else state_dict, frozen_weights=frozen)
             self._clips_of_version_1 = match_version_1(model, self.quantization_config.clips_of_version_1)
         return model
 
@@ -92,13 +95,19 @@ class OctavQuantizer(HfQuantizer):
         save_by_own_names(model)
         set_upload(model, UploadWithCard(model))
 
-    def _prepare_packed(self, model: PreTrainedModel, records: Mapping[str, TensorRecord]) -> None:
-        weights = packed_to_load(model, self.quantization_config.frozen_weight_clips)
+    def _prepare_packed(
+        self, model: PreTrainedModel, records: Mapping[str, TensorRecord], frozen: Container[str]
+    ) -> None:
+        weights = packed_to_load(model, frozen)
         scales = layers_in_files(records, weights, model)
         found = {name: weights[name] for name, scale in scales.items() if _fits(weights[name], records, scale)}
         tied = {other for name in found for other in _tied_layers(model, name)}
         tied -= layers_in_files(records, tied, model, "weight").keys()
-        for name, shape in _missing(model, [*weights, *sorted(tied)], found):
+        stored_as_weight = layers_in_files(records, weights, model, "weight")
+        floating = {
+            name for name, stored in stored_as_weight.items() if records[stored].shape == list(weights[name].shape)
+        }
+        for name, shape in _missing(model, [*(weights.keys() - floating), *sorted(tied)], found):
             problem = f"this packed checkpoint has no packed weight of shape {shape} for {type(model).__name__}"
             raise ValueError(f"{name}: {problem}. {_OTHER_CLASS.format('unpack_octav')}")
         for name, weight in found.items():

@@ -122,7 +122,8 @@ class PackedWeight(FakeQuantize):
 
     def _values(self, packed: Tensor, scale: Tensor) -> Tensor:
         levels = unpack_bits(packed, self.num_bits, self._row_length)
-        return (levels.to(scale.dtype) * scale.unsqueeze(-1)).to(self.dtype)
+        dtype = torch.promote_types(scale.dtype, self.dtype)
+        return (levels.to(dtype) * scale.to(dtype).unsqueeze(-1)).to(self.dtype)
 
     @property
     def _packed_rows(self) -> Tensor:

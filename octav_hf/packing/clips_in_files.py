@@ -1,6 +1,6 @@
 """Frozen clips in a checkpoint's files: the model gets buffers for them before its weights are loaded."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ _ENDS = tuple(f"_quantizer.{name}" for name in FROZEN_BUFFERS)
 
 
 def prepare_frozen(
-    model: PreTrainedModel, checkpoint: Iterable[str] | Mapping[str, Tensor], *, all_weights: bool
+    model: PreTrainedModel, checkpoint: Iterable[str] | Mapping[str, Tensor], *, frozen_weights: Collection[str]
 ) -> None:
     """Freeze the clips that a checkpoint has for modules of a converted model; the values are loaded with the weights.
 
@@ -25,13 +25,13 @@ def prepare_frozen(
 
     Args:
         checkpoint: files, or a state dict.
-        all_weights: whether the config says that clips of weights are frozen.
+        frozen_weights: the layers whose clips of the weight are frozen according to the config.
 
     Raises:
         ValueError: clips do not fit their module, or those of a weight are missing.
     """
     found = _clips_and_shapes(checkpoint)
-    if not all_weights and not any(isinstance(entry, Tensor) for entry in found.values()):
+    if not frozen_weights and not any(isinstance(entry, Tensor) for entry in found.values()):
         return
     in_model, prefix = names_in_model(found, model), model.base_model_prefix
 
@@ -49,7 +49,7 @@ def prepare_frozen(
                 shape, is_whole = find(name, "weight")
                 if shape is None or (is_whole and shape != module.weight.shape):
                     continue
-                if all_weights and not clips:
+                if name in frozen_weights and not clips:
                     raise ValueError(
                         f"{name}: this checkpoint has no clips for its weight of shape {tuple(module.weight.shape)}, "
                         "which should be frozen. Load it with the model class that it was saved from (architectures in "

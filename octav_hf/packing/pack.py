@@ -1,6 +1,7 @@
 """``pack_octav`` and ``unpack_octav``: converting weights to integers and scales, and back."""
 
 import logging
+from collections.abc import Container
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from ..conversion.modules import layers_by_quantizer, shared_weights
 from ..conversion.output_embeddings import requantize_output_embeddings
 from ..conversion.record import check_quantized, is_packed, recorded_config
 from ..conversion.request import Request
-from ..nn import FakeQuantize, PackedLayer, PackedWeight, WeightFakeQuantize
+from ..nn import FakeQuantize, PackedLayer, PackedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +117,13 @@ def unpack_octav(model: Model) -> Model:
     return model
 
 
-def packed_to_load(model: nn.Module, frozen_weight_clips: bool) -> dict[str, PackedWeight]:
-    """Name -> empty packed weight of each layer of a converted model with a quantized weight, to load into."""
+def packed_to_load(model: nn.Module, frozen: Container[str]) -> dict[str, PackedWeight]:
+    """Name -> empty packed weight of each layer of a converted model with a quantized weight, to load into.
+
+    ``frozen``: the layers whose clips are frozen.
+    """
     return {
-        name: PackedWeight(quantizer, layer.weight, frozen_weight_clips and isinstance(quantizer, WeightFakeQuantize))
+        name: PackedWeight(quantizer, layer.weight, is_frozen=name in frozen)
         for name, (layer, quantizer) in quantized_weights(model).items()
     }
 

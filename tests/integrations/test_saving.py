@@ -23,7 +23,15 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from octav_hf import OctavConfig, apply_octav, coverage_report, pack_octav, remove_octav
+from octav_hf import (
+    OctavConfig,
+    apply_octav,
+    calibrate_octav,
+    coverage_report,
+    pack_octav,
+    remove_octav,
+    unpack_octav,
+)
 from octav_hf.nn import FakeQuantize, PackedLayer, QuantizedLayer, QuantizedLinear, SynchronizedFakeQuantize
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -266,3 +274,29 @@ def test_the_first_layer_is_found_without_the_last(tmp_path: Path) -> None:
 def test_a_head_that_is_new_is_quantized(tmp_path: Path) -> None:
     apply_octav(classifier()).save_pretrained(tmp_path)
     assert isinstance(BertForQuestionAnswering.from_pretrained(tmp_path).qa_outputs, QuantizedLinear)
+
+
+def frozen(model: nn.Module) -> dict[str, bool]:
+    return {name: m.weight_quantizer.is_frozen for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["training form", "packed"])
+def test_clips_of_some_weights_are_frozen(packed: bool, tmp_path: Path) -> None:
+    model = calibrate_octav(apply_octav(classifier()), weights=True)
+    model.classifier.weight_quantizer.unfreeze()
+    if packed:
+        pack_octav(model)
+    loaded = assert_comes_back(model, tmp_path)
+    assert frozen(loaded) == frozen(model)
+    assert not frozen(model)["classifier"]
+    if packed:
+        assert frozen(unpack_octav(loaded)) == frozen(model)
+
+
+def test_some_layers_are_packed(tmp_path: Path) -> None:
+    model = pack_octav(apply_octav(classifier()))
+    model.bert.encoder.layer[1] = apply_octav(classifier(seed=1), OctavConfig(weight_bits=6)).bert.encoder.layer[1]
+    calibrate_octav(model, [IDS], progress_bar=False)
+    loaded = assert_comes_back(model, tmp_path)
+    assert isinstance(loaded.bert.encoder.layer[0].output.dense, PackedLayer)
+    assert isinstance(loaded.bert.encoder.layer[1].output.dense.weight, nn.Parameter)
