@@ -75,6 +75,13 @@ def unknown_weights(module: nn.Module) -> list[str]:
     ]
 
 
+def running_module(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The innermost of this module and those around it that has a forward, which ``nn.ParameterList`` has not."""
+    while name and type(modules[name]).forward is nn.Module.forward:
+        name = name.rpartition(".")[0]
+    return name
+
+
 def _plan_layer(
     request: Request, name: str, module: nn.Module, layer_class: type[QuantizedLayer], bits: dict[str, int | None]
 ) -> ModulePlan:

@@ -14,7 +14,7 @@ from ..config import OctavConfig
 from ..nn import QUANTIZED_LAYERS, quantized_class_of
 from .attention import plan_attention
 from .first_last import check_nothing_else_is_asked
-from .layers import left_in_float, plan_layers
+from .layers import left_in_float, plan_layers, running_module
 from .request import ModulePlan, Request
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,11 @@ def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = 
                 "quantization_config=OctavConfig(…) to from_pretrained, or call apply_octav first"
             )
     if not from_file:
-        _warn_of_float(request, {name: others[name] for name in others.keys() - {planned.name for planned in plan}})
+        planned = {module_plan.name for module_plan in plan}
+        in_float = {
+            name: found for name, found in others.items() if running_module(name, request.modules) not in planned
+        }
+        _warn_of_float(request, in_float)
     return plan
 
 
@@ -85,9 +89,9 @@ def named_as_in(model: PreTrainedModel, config: OctavConfig) -> OctavConfig:
 def _warn_of_float(request: Request, others: Mapping[str, Sequence[str]]) -> None:
     """Name the parameters of other modules that look like matrices, unlike position embeddings ``[1, n, d]``."""
     matrices = {}
-    for name in (name for name in request.modules if name in others):
+    for name, parameters in others.items():
         module = request.modules[name]
-        found = [parameter for parameter in others[name] if min(module.get_parameter(parameter).shape) > 1]
+        found = [parameter for parameter in parameters if min(module.get_parameter(parameter).shape) > 1]
         if found:
             matrices[name] = f"{name or type(module).__name__} ({', '.join(found)})"
     if matrices:

@@ -8,7 +8,7 @@ from torch import nn
 from .._utils.text_table import aligned
 from ..config import OctavConfig
 from ..conversion.attention_modules import attention_modules
-from ..conversion.layers import unknown_weights
+from ..conversion.layers import running_module, unknown_weights
 from ..nn import (
     ATTENTION_OPERANDS,
     QUANTIZED_LAYERS,
@@ -176,9 +176,7 @@ def _rows(place: _Place, module: nn.Module, attention: Collection[str]) -> Itera
 def _parameters(place: _Place, modules: Mapping[str, nn.Module]) -> Iterator[Operand]:
     """The parameters of a module that is no layer, for the innermost module around it that has a forward."""
     module = modules[place.name]
-    runner = place.name
-    while runner and type(modules[runner]).forward is nn.Module.forward:
-        runner = runner.rpartition(".")[0]
+    runner = running_module(place.name, modules)
     if quantized_class_of(module) is not None or isinstance(modules[runner], QuantizedAttention):
         return
     kind = type(modules[runner]).__name__
