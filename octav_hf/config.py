@@ -44,6 +44,7 @@ WRITTEN_FIELDS = ("packed", "frozen_weight_clips")
 """What the modules of a model say, and its record with them: not for users to set."""
 _PATTERN_LISTS = ("exclude_modules", "target_modules", "attention_modules")
 _MAX_NAMES = 5  # that a message lists
+_MAX_INTEGER_BITS = 64
 _MAX_DEPTH = 32  # of lists and dicts in each other
 _VERSION_NUMBER = re.compile(r"\d{1,4}(\.\d{1,8}){0,4}((a|b|rc)\d{1,4})?(\.post\d{1,4})?(\.dev\d{1,8})?", re.ASCII)
 
@@ -219,7 +220,7 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # of the instance too, whose __dict__ Transformers writes
         for entry in fields(self):
             value = getattr(self, entry.name)
-            _check_depth(value, entry.name)
+            _check_sizes(value, entry.name)
             if entry.name in _PATTERN_LISTS:
                 is_list = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
                 setattr(self, entry.name, list(value) if is_list else value)
@@ -253,7 +254,7 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
         for name, value in values.items():
             if not isinstance(name, str):
                 raise ValueError(f"the fields of a quantization_config must be strings, got {shown(name)}")
-            _check_depth(value, escaped(name))
+            _check_sizes(value, escaped(name))
         version = values.pop("format_version", 1)  # older than the field
         _check_version(version, values.pop("octav_hf_version", "unknown"))
         clips: ClipsOfVersion1 = {}
@@ -366,10 +367,13 @@ OctavConfig.__doc__ = f"{OctavConfig.__doc__}\n    Args:\n" + "\n".join(
 )
 
 
-def _check_depth(value: Any, field: str) -> None:
-    """Raise ``ValueError`` if lists and dicts are nested more deeply than Python's recursion allows."""
+def _check_sizes(value: Any, field: str) -> None:
+    """Raise ``ValueError`` for lists and dicts too deep for Python's recursion, and integers too large for a float."""
     layer = [value]
     for _ in range(_MAX_DEPTH):
+        large = next((part for part in layer if isinstance(part, int) and abs(part) >= 2**_MAX_INTEGER_BITS), None)
+        if large is not None:
+            raise ValueError(f"{field}: {shown(large)} is too large; write an integer below 2**{_MAX_INTEGER_BITS}")
         containers = [part for part in layer if isinstance(part, dict | list | tuple)]
         layer = [part for each in containers for part in (each.values() if isinstance(each, dict) else each)]
         if not layer:

@@ -531,6 +531,7 @@ def test_a_terminal_gets_no_commands(trained: Path, tmp_path: Path, capsys: pyte
         error = error_of(capsys, "inspect", trained)
         assert r"\x1b[2J" in error
         assert error.isprintable()
+    assert error_of(capsys, "card", "no\x1b[2J") == r"octav-hf: no\x1b[2J is not a folder"
 
 
 @pytest.mark.parametrize("arguments", [[], ["pack"], ["pack", "a"], ["explain", "a"], ["push", "a"]])
