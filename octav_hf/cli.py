@@ -122,7 +122,7 @@ def _inspect(options: argparse.Namespace) -> None:
         print(json.dumps(facts, indent=1))
         return
     config = folder.config
-    frozen = f"frozen for {facts['frozen_clips']} activations" if facts['frozen_clips'] else "dynamic"
+    frozen = f"frozen for {facts['frozen_clips']} activations" if facts["frozen_clips"] else "dynamic"
     print(f"{options.source}: {facts['architecture']}, {facts['form']} form, format version {facts['format_version']}")
     weights = f"clip {config.weight_clip} per {config.weight_granularity}"
     weights += ", frozen" if config.frozen_weight_clips else ""

@@ -10,8 +10,8 @@ from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
 
 import octav_hf
 from octav_hf import coverage_report
-from tests.frozen_activations import frozen_activations
 from tests import config_table
+from tests.frozen_activations import frozen_activations
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -97,7 +97,7 @@ def convert_modules(model: nn.Module, config: OctavConfig, plan: Sequence[Module
         module_plan.convert()
     converted = {module_plan.name: module_plan.quantized_class for module_plan in plan}
     model.__dict__.update(octav_config=copy.deepcopy(config), octav_modules=converted)
-    model.octav_state_dict_hook = model.register_load_state_dict_pre_hook(_cover_tied_layers)  # type: ignore[assignment]
+    model.octav_state_dict_hook = model.register_load_state_dict_pre_hook(_cover_tied_layers)
     if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), QuantizedLayer):
         handle = model.register_forward_pre_hook(requantize_output_embeddings)
         model.octav_output_embeddings_hook = handle  # type: ignore[assignment]

@@ -7,7 +7,15 @@ from typing import Any
 from torch import nn
 
 from ..config import OctavConfig
-from ..nn import FakeQuantize, FrozenClips, PackedLayer, PackedWeight, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
+from ..nn import (
+    FakeQuantize,
+    FrozenClips,
+    PackedLayer,
+    PackedWeight,
+    QuantizedAttention,
+    QuantizedLayer,
+    WeightFakeQuantize,
+)
 from .layers import plan_layers
 from .modules import layers_to_freeze, shared_weights
 from .request import Request
@@ -85,8 +93,8 @@ def keep_head_clips(model: nn.Module) -> None:
         frozen = before.frozen
         if frozen is not None:
             device = model.get_output_embeddings().weight.device  # type: ignore[operator]
-            clips, offset = (None if x is None else x.to(device) for x in frozen[1:])
-            quantizer.freeze(FrozenClips(frozen.signed, clips, offset))
+            offset = None if frozen.offset is None else frozen.offset.to(device)
+            quantizer.freeze(FrozenClips(frozen.signed, frozen.clips.to(device), offset))
     model.__dict__["octav_head_quantizer"] = quantizer
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..functional import CLIP_RULES, fake_quantize, integer_range
 from ..functional.rows import Dim, statistics_dtype

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +23,10 @@ from octav_hf import (
     pack_octav,
     uncalibrate_octav,
 )
-from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import ATTENTION_OPERANDS, FakeQuantize, QuantizedAttention
-from tests.frozen_activations import frozen_activations
 from tests.architectures.models import ARCHITECTURES
 from tests.bert_twin import clips_of_parts
+from tests.frozen_activations import frozen_activations
 from tests.question_answering import logits
 from tests.twins import as_float64, quantize_twin
 

@@ -22,10 +22,9 @@ from octav_hf import (
     pack_octav,
     uncalibrate_octav,
 )
-from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import FakeQuantize, FrozenClips
-from tests.frozen_activations import frozen_activations
 from tests import twins
+from tests.frozen_activations import frozen_activations
 
 Tensor = torch.Tensor
 

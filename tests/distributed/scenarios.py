@@ -19,7 +19,6 @@ from transformers import BertConfig, BertForQuestionAnswering, Trainer, Training
 
 import octav_hf
 from octav_hf import OctavConfig, apply_octav
-from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import FakeQuantize, SynchronizedFakeQuantize, WeightFakeQuantize
 from tests.frozen_activations import frozen_activations
 

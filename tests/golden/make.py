@@ -25,8 +25,8 @@ from transformers import (
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav, pack_octav
 from octav_hf.config import FORMAT_VERSION
-from tests.frozen_activations import frozen_activations
 from octav_hf.nn import FakeQuantize, QuantizedLayer
+from tests.frozen_activations import frozen_activations
 
 HERE = Path(__file__).parent
 

@@ -24,7 +24,6 @@ from transformers import (
 )
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav, coverage_report, pack_octav
-from octav_hf.conversion.record import recorded_config
 from tests.frozen_activations import frozen_activations
 from tests.question_answering import Spans, logits
 

@@ -33,9 +33,9 @@ from octav_hf import (
 from octav_hf.conversion.record import recorded_config
 from octav_hf.functional import CLIP_RULES, max_clip
 from octav_hf.nn import FROZEN_BUFFERS, FakeQuantize, QuantizedAttention, QuantizedLayer
-from tests.frozen_activations import frozen_activations
 from tests import twins
 from tests.architectures.models import ARCHITECTURES
+from tests.frozen_activations import frozen_activations
 from tests.question_answering import logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
