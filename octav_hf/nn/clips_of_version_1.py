@@ -77,7 +77,5 @@ def _is_number(value: Any) -> bool:
 
 def as_frozen_clips(signed: bool, clips: list[Any], offset: float | None = None) -> FrozenClips:
     """An operand's frozen clips, validated before, in float64."""
-    stacked = torch.tensor(clips, dtype=torch.float64, device="cpu")
-    return FrozenClips(
-        signed, stacked, offset if offset is None else torch.tensor(offset, dtype=torch.float64, device="cpu")
-    )
+    begin = None if offset is None else torch.tensor(offset, dtype=torch.float64, device="cpu")
+    return FrozenClips(signed, torch.tensor(clips, dtype=torch.float64, device="cpu"), begin)
