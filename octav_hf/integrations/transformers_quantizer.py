@@ -107,7 +107,7 @@ class OctavQuantizer(HfQuantizer):
         floating = {
             name for name, stored in stored_as_weight.items() if records[stored].shape == list(weights[name].shape)
         }
-        for name, shape in _missing(model, [*(weights.keys() - floating), *sorted(tied)], found):
+        for name, shape in _missing(model, [*(name for name in weights if name not in floating), *sorted(tied)], found):
             problem = f"this packed checkpoint has no packed weight of shape {shape} for {type(model).__name__}"
             raise ValueError(f"{name}: {problem}. {_OTHER_CLASS.format('unpack_octav')}")
         for name, weight in found.items():

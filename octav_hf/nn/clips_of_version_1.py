@@ -77,8 +77,6 @@ def _is_number(value: Any) -> bool:
 
 
 def as_frozen_clips(signed: bool, clips: list[Any], offset: float | None = None) -> FrozenClips:
-    """An operand's frozen clips, in float64; ``ValueError`` if those of one call have another shape than of another."""
-    stacked = torch.tensor(clips, dtype=torch.float64, device="cpu")
-    return FrozenClips(
-        signed, stacked, offset if offset is None else torch.tensor(offset, dtype=torch.float64, device="cpu")
-    )
+    """An operand's frozen clips, validated before, in float64."""
+    begin = None if offset is None else torch.tensor(offset, dtype=torch.float64, device="cpu")
+    return FrozenClips(signed, torch.tensor(clips, dtype=torch.float64, device="cpu"), begin)

@@ -33,7 +33,7 @@ _read = WeakTensorKeyDictionary()  # tensor -> its version, and its values
 def values_key(x: Tensor | None) -> Hashable:
     """Equal for tensors of equal dtype, shape and values. They are read once, and again after an in-place write.
 
-    A write through ``.data`` is not noticed, since it is not counted. Of a tensor without values, the tensor's identity.
+    A write through ``.data`` is not noticed, since it is not counted. Of a tensor without values, its identity.
     """
     if x is None or not has_values(x):
         return None if x is None else id(x)
@@ -63,8 +63,8 @@ class ClipObserver:
         Args:
             call_index: which multiplication of the operand in one forward pass of its module, from 0; a 0 begins the
                 next forward pass.
-            clips: signed -> the sum of ``count`` clips on that grid, for each grid that this tensor allows; ``[*parts]``
-                as in ``FrozenClips``. Empty for an empty tensor.
+            clips: signed -> the sum of ``count`` clips on that grid, for each grid that this tensor allows;
+                ``[*parts]`` as in ``FrozenClips``. Empty for an empty tensor.
             count: the number of batch elements in those sums.
             offset: where the grid begins if it is asymmetric.
             like: a tensor with the dtype and device of clips.
@@ -85,8 +85,8 @@ class ClipObserver:
             low = offset.detach().cpu().double()
             self._offset = low if self._offset is None else torch.minimum(self._offset, low)
         for signed, clip in sums.items():
-            before = self._sums.get((call_index, signed))
-            self._sums[call_index, signed] = clip if before is None else before + clip
+            total = self._sums.get((call_index, signed))
+            self._sums[call_index, signed] = clip if total is None else total + clip
             self._counts[call_index, signed] = self._counts.get((call_index, signed), 0) + count
 
     @property

@@ -18,7 +18,7 @@ from .weight_fake_quantize import WeightFakeQuantize
 class HoldsFrozenClips(nn.Module):
     """Mixin of modules with quantizers, ``<operand>_quantizer``, whose frozen clips a state dict may have.
 
-    ``load_state_dict`` makes clips frozen where the state dict has them, of whatever shape they are. Where it has none,
+    ``load_state_dict`` makes clips frozen where the state dict has them, of whatever shape they are. Where it has none
     but covers the module, clips become dynamic; a state dict of other modules, such as an adapter's, changes nothing.
     """
 

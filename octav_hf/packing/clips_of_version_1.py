@@ -50,5 +50,5 @@ def freeze_version_1(clips: Iterable[OperandClips]) -> None:
         place = next(module.parameters(), numbers)
         dtype = statistics_dtype(place.dtype)
         device = "cpu" if place.is_meta else place.device  # where weights are offloaded
-        moved = (None if x is None else x.to(device, dtype) for x in (numbers, offset))
-        module.freezable_quantizers[operand].freeze(FrozenClips(signed, *moved))
+        begin = None if offset is None else offset.to(device, dtype)
+        module.freezable_quantizers[operand].freeze(FrozenClips(signed, numbers.to(device, dtype), begin))

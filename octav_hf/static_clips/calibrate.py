@@ -44,12 +44,12 @@ def calibrate_octav(
     saved, loaded, copied and moved with the weights. Loading a state dict freezes the clips that it has, and makes
     those dynamic that it lacks. ``coverage_report`` shows what each operand has.
 
-    Where several processes train one model, give each the same batches, or, with ``sync_activation_clips``, each its own
-    batches, as many as the others; the clips are then equal in all processes.
+    Where several processes train one model, give each the same batches, or, with ``sync_activation_clips``, each its
+    own batches, as many as the others; the clips are then equal in all processes.
 
     Args:
-        model: one that ``apply_octav`` quantized, or that contains such a model, or a part of one. Its mode, buffers and
-            the random state are restored.
+        model: one that ``apply_octav`` quantized, or that contains such a model, or a part of one. Its mode, buffers
+            and the random state are restored.
         batches: any iterable, such as a DataLoader. Each batch is a mapping of the forward's keyword arguments, a tuple
             or list of positional ones, or a single tensor; its tensors are moved to the model's device. ``None``:
             activations are left as they are.

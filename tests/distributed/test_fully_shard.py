@@ -38,7 +38,7 @@ def test_it_is_gathered_saved_reloaded_and_packed(succeed: Run, tmp_path: Path) 
         assert "encoder.layer.0.attention.self.query: its weight of shape (16, 16) is sharded; save the model" in pack
         assert "bert.embeddings.word_embeddings.weight of shape (100, 16) is sharded" in save
         assert "model.save_pretrained(folder, state_dict=state_dict)" in save
-    assert not (first["is_written"] or second["is_written"])
+    assert not any(each["is_written"] for each in (first, second))
     whole = apply_octav(bert("float32"), OctavConfig()).eval()
     loaded = BertForQuestionAnswering.from_pretrained(tmp_path / "sharded" / "gathered")
     pack_octav(loaded).save_pretrained(tmp_path / "packed")

@@ -44,7 +44,8 @@ for number in range(int(sys.argv[1])):
     model = AutoModelForQuestionAnswering.from_pretrained(f"ada/case-{number}")
     tokenizer = AutoTokenizer.from_pretrained(f"ada/case-{number}")
     config = model.config.quantization_config
-    case = {"bits": config.weight_bits, "dtype": str(model.dtype)[6:], "frozen": model.qa_outputs.input_quantizer.is_frozen}
+    is_frozen = model.qa_outputs.input_quantizer.is_frozen
+    case = {"bits": config.weight_bits, "dtype": str(model.dtype)[6:], "frozen": is_frozen}
     packed = type(model.qa_outputs).__name__
     results.append({"logits": logits(model), "scores": scores(model, tokenizer), "case": case, "packed": packed})
 torch.save(results, sys.argv[2])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForQuestionAnswering,
     Trainer,
+    TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -218,6 +221,46 @@ def test_frozen_clips_are_saved_loaded_and_trained_on(small_bert: MakeBert, padd
     resumed.train(resume_from_checkpoint=str(tmp_path / "training" / "checkpoint-3"))
     for name, value in resumed.model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+class Freeze(TrainerCallback):
+    """Freezes all clips after a step."""
+
+    def __init__(self, batch: dict, step: int):
+        self.batch, self.step = batch, step
+
+    def on_step_end(self, args: object, state: TrainerState, control: object, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            calibrate_octav(model, [self.batch], weights=True, progress_bar=False)
+
+
+def test_clips_frozen_during_training_are_resumed(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
+    models = [apply_octav(small_bert(), OctavConfig()) for _ in range(2)]
+    trainers = [trainer(model, tmp_path) for model in models]
+    for each in trainers:
+        each.add_callback(Freeze(padded_batch, 2))
+    trainers[0].train()
+    trainers[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    straight, resumed = (model.state_dict() for model in models)
+    assert len(frozen_activations(models[1])) == 13 + 2
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], value) for name, value in straight.items())
+
+
+def test_the_best_model_has_the_clips_that_it_was_evaluated_with(
+    small_bert: MakeBert, padded_batch: dict, tmp_path: Path
+) -> None:
+    """Whether it is of a step before the freezing or after it."""
+    model = apply_octav(small_bert(), OctavConfig())
+    training = trainer(model, tmp_path)
+    training.add_callback(Freeze(padded_batch, 4))
+    training.train()
+    evaluated = training.model.state_dict()
+    for step, is_frozen in ((3, False), (6, True)):
+        training.state.best_model_checkpoint = str(tmp_path / f"checkpoint-{step}")
+        training._load_best_model()
+        assert bool(frozen_activations(model)) is is_frozen
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in evaluated.items())
 
 
 @pytest.mark.parametrize("weights", [False, True], ids=["activations", "weights too"])

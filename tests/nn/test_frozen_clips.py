@@ -120,6 +120,11 @@ def test_layers_share_an_input_only_where_clips_are_equal(x: Tensor) -> None:
         for quantizer in (other, unsigned, dynamic):
             assert torch.equal(quantize_input(quantizer, x), quantizer(x))
             assert not torch.equal(quantize_input(quantizer, x), result)
+    equal.clips.fill_(2.0)  # as loading a state dict does
+    with shared_inputs():
+        result = quantize_input(first, x)
+        assert torch.equal(quantize_input(equal, x), quantize_input(other, x))
+        assert not torch.equal(quantize_input(equal, x), result)
 
 
 def test_each_that_is_observed_is_called(x: Tensor) -> None:
