@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import BertForMaskedLM, BertForQuestionAnswering, ResNetForImageClassification
+from transformers import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    ResNetForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from octav_hf import (
     OctavConfig,
@@ -21,7 +27,7 @@ from octav_hf import (
     unpack_octav,
 )
 from octav_hf.conversion.record import recorded_config
-from octav_hf.nn import PackedLayer, QuantizedLayer
+from octav_hf.nn import PackedLayer, PackedWeight, QuantizedLayer
 from octav_hf.packing.pack import packed_layers
 from tests.question_answering import logits
 
@@ -163,6 +169,22 @@ def test_what_is_not_a_quantized_model_is_refused(small_bert: MakeBert) -> None:
         unpack_octav(apply_octav(small_bert(), OctavConfig()))
     with pytest.raises(ValueError, match="packed=True is not for apply_octav"):
         apply_octav(small_bert(), OctavConfig(packed=True))
+
+
+def test_a_model_that_reads_the_dtype_of_a_weight_dequantizes_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T5 compares ``wo.weight.dtype`` with that of its input in every forward pass."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    model = apply_octav(
+        T5ForConditionalGeneration(T5Config(vocab_size=100, decoder_start_token_id=0, **sizes)).eval(), OctavConfig()
+    )
+    ids = torch.arange(5, 37).view(2, 16)
+    expected = model(input_ids=ids, labels=ids).logits
+    layers, calls = packed_layers(pack_octav(model)), []
+    dequantize = PackedWeight.dequantize
+    monkeypatch.setattr(PackedWeight, "dequantize", lambda self: calls.append(self.name) or dequantize(self))
+    assert torch.equal(model(input_ids=ids, labels=ids).logits, expected)
+    assert sorted(calls) == sorted(layer.weight_quantizer.name for layer in layers.values())
 
 
 def trainable(model: nn.Module) -> dict[str, bool]:

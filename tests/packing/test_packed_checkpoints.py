@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -91,6 +92,20 @@ def test_sharded_and_with_a_device_map(packed: nn.Module, padded_batch: dict, tm
     for device_map in (None, "auto", {"": "cpu"}):
         loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path, device_map=device_map)
         assert torch.equal(logits(loaded, padded_batch), logits(packed, padded_batch))
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_offloaded_weights_come_back_for_each_use(
+    small_bert: MakeBert, padded_batch: dict, tmp_path: Path, where: str
+) -> None:
+    model = pack_octav(apply_octav(small_bert(), OctavConfig(embedding_bits=8)))
+    expected, device = logits(model, padded_batch), torch.device("cpu")
+    if where == "memory":
+        cpu_offload(model, execution_device=device, offload_buffers=True)
+    else:
+        disk_offload(model, tmp_path, execution_device=device, offload_buffers=True)
+    assert model.qa_outputs.weight.is_meta
+    assert torch.equal(logits(model, padded_batch), expected)
 
 
 def test_another_dtype_rounds_the_weights_and_not_the_scales(folder: Path, packed: nn.Module) -> None:
