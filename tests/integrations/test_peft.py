@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import BertForQuestionAnswering
+from transformers import BertForQuestionAnswering, RobertaConfig, RobertaForSequenceClassification
 
-from octav_hf import OctavConfig, apply_octav, calibrate_octav, check_coverage, coverage_report, remove_octav
+from octav_hf import (
+    OctavConfig,
+    apply_octav,
+    calibrate_octav,
+    check_coverage,
+    coverage_report,
+    pack_octav,
+    remove_octav,
+)
 from octav_hf.nn import QuantizedLinear
 from tests.frozen_activations import frozen_activations
 
@@ -170,3 +178,58 @@ def test_frozen_clips_of_quantized_adapters_come_back(small_bert: MakeBert, padd
     assert torch.equal(logits(loaded, padded_batch), logits(model, padded_batch))
     peft.set_peft_model_state_dict(loaded, {name: x for name, x in adapters.items() if not name.endswith("clips")})
     assert frozen_activations(loaded) == {name: clips for name, clips in clips.items() if "lora" not in name}
+
+
+PACKED = r"weight: this weight of shape .* is packed and .*call octav_hf\.unpack_octav\(model\) first"
+
+MERGES: dict[str, Callable[[peft.PeftModel], object]] = {
+    "merge_and_unload": lambda model: model.merge_and_unload(),
+    "safe_merge": lambda model: model.merge_and_unload(safe_merge=True),
+    "merge_adapter": lambda model: model.merge_adapter(),
+    "safe merge_adapter": lambda model: model.merge_adapter(safe_merge=True),
+}
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("adapter", ["LoRA", "DoRA", "IA3"])
+@pytest.mark.parametrize("merge", MERGES)
+def test_merging_into_packed_weights_is_an_error(
+    small_bert: MakeBert, padded_batch: dict, merge: str, adapter: str
+) -> None:
+    torch.manual_seed(1)
+    config = (
+        peft.IA3Config(target_modules=["query", "qa_outputs"], feedforward_modules=[], init_ia3_weights=False)
+        if adapter == "IA3"
+        else peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, use_dora=adapter == "DoRA")
+    )
+    model = peft.get_peft_model(pack_octav(apply_octav(small_bert(), OctavConfig())), config)
+    expected, text = logits(model, padded_batch), str(model)
+    with pytest.raises(RuntimeError, match=PACKED):
+        MERGES[merge](model)
+    assert str(model) == text
+    assert torch.equal(logits(model, padded_batch), expected)
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_adapters_on_a_packed_model_train(small_bert: MakeBert, padded_batch: dict, bias: str) -> None:
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, bias=bias)
+    model = peft.get_peft_model(pack_octav(apply_octav(small_bert(), OctavConfig())), config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train(model, padded_batch)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"lora" if "lora_" in name else name.rpartition(".")[2] for name in changed} == (
+        {"lora", "bias"} if bias == "all" else {"lora"}
+    )
+
+
+@pytest.mark.versions
+def test_a_packed_layer_is_not_saved_as_trained(small_bert: MakeBert) -> None:
+    """``modules_to_save`` copies a layer, or a head of several, for training; only its biases would change."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    roberta = RobertaForSequenceClassification(RobertaConfig(vocab_size=100, **sizes))
+    for model, head in ((small_bert(), "qa_outputs"), (roberta, "classifier")):
+        config = peft.LoraConfig(target_modules=["query"], modules_to_save=[head], r=2)
+        with pytest.raises(RuntimeError, match=PACKED):
+            peft.get_peft_model(pack_octav(apply_octav(model, OctavConfig())), config)

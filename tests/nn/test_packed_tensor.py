@@ -113,7 +113,12 @@ def unchanged(model: nn.Sequential) -> Iterator[None]:
 
     def described() -> Any:
         values = {name: value.tolist() for name, value in model.state_dict().items()}
-        return values, str(model), dict(model.named_parameters()), model[1].weight.tolist()
+        return (
+            values,
+            str(model),
+            [(name, value.requires_grad) for name, value in model.named_parameters()],
+            model[1].weight.tolist(),
+        )
 
     before = described()
     yield

@@ -2,12 +2,20 @@
 
 import copy
 import logging
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from transformers import BertForMaskedLM, BertForQuestionAnswering, ResNetForImageClassification
+from transformers import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    ResNetForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from octav_hf import (
     OctavConfig,
@@ -19,7 +27,7 @@ from octav_hf import (
     unpack_octav,
 )
 from octav_hf.conversion.record import recorded_config
-from octav_hf.nn import PackedLayer, QuantizedLayer
+from octav_hf.nn import PackedLayer, PackedWeight, QuantizedLayer
 from octav_hf.packing.pack import packed_layers
 from tests.question_answering import logits
 
@@ -157,6 +165,58 @@ def test_what_is_not_a_quantized_model_is_refused(small_bert: MakeBert) -> None:
         unpack_octav(apply_octav(small_bert(), OctavConfig()))
     with pytest.raises(ValueError, match="packed=True is not for apply_octav"):
         apply_octav(small_bert(), OctavConfig(packed=True))
+
+
+def test_a_model_that_reads_the_dtype_of_a_weight_dequantizes_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T5 compares ``wo.weight.dtype`` with that of its input in every forward pass."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    model = apply_octav(
+        T5ForConditionalGeneration(T5Config(vocab_size=100, decoder_start_token_id=0, **sizes)).eval(), OctavConfig()
+    )
+    ids = torch.arange(5, 37).view(2, 16)
+    expected = model(input_ids=ids, labels=ids).logits
+    layers, calls = packed_layers(pack_octav(model)), []
+    dequantize = PackedWeight.dequantize
+    monkeypatch.setattr(PackedWeight, "dequantize", lambda self: calls.append(self.name) or dequantize(self))
+    assert torch.equal(model(input_ids=ids, labels=ids).logits, expected)
+    assert sorted(calls) == sorted(layer.weight_quantizer.name for layer in layers.values())
+
+
+def trainable(model: nn.Module) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("undo", [unpack_octav, remove_octav], ids=["unpack", "remove"])
+def test_what_the_user_froze_stays_frozen(small_bert: MakeBert, undo: Callable[[nn.Module], nn.Module]) -> None:
+    model = apply_octav(small_bert(), OctavConfig(embedding_bits=8))
+    model.bert.embeddings.requires_grad_(False)
+    model.qa_outputs.bias.requires_grad_(False)
+    model.bert.encoder.layer[1].output.dense.weight.requires_grad_(False)
+    before = trainable(model)
+    packed = pickle.loads(pickle.dumps(copy.deepcopy(pack_octav(model)).to(torch.float64)))
+    assert not any(trainable(packed).values())
+    assert list(trainable(undo(packed)).items()) == list(before.items())
+    assert trainable(undo(model)) == before
+
+
+def test_after_loading_all_is_trainable(small_bert: MakeBert, tmp_path: Path) -> None:
+    model = apply_octav(small_bert(), OctavConfig())
+    model.requires_grad_(False)
+    pack_octav(model).save_pretrained(tmp_path)
+    assert not any(trainable(unpack_octav(model)).values())
+    assert all(trainable(unpack_octav(BertForQuestionAnswering.from_pretrained(tmp_path))).values())
+
+
+def test_a_packed_weight_cannot_be_made_trainable_with_what_is_around_it(small_bert: MakeBert, tmp_path: Path) -> None:
+    model = pack_octav(apply_octav(small_bert(), OctavConfig()))
+    model.save_pretrained(tmp_path)
+    for other in (model, copy.deepcopy(model), BertForQuestionAnswering.from_pretrained(tmp_path)):
+        for module in (other, other.bert.encoder.layer[0].attention, nn.ModuleList([nn.ReLU(), other.qa_outputs])):
+            with pytest.raises(RuntimeError, match=r"weight: .* is packed and cannot be trained; .*unpack_octav"):
+                module.requires_grad_(True)
+    floats = dict(small_bert().named_parameters())
+    assert model.num_parameters() == sum(value.numel() for name, value in floats.items() if name in model.state_dict())
 
 
 def test_training_a_packed_model_is_refused_and_after_unpacking_it_trains(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -17,10 +18,15 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForMaskedLM,
     BertForQuestionAnswering,
+    BertForSequenceClassification,
     BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
 )
 
-from octav_hf import OctavConfig, apply_octav, coverage_report, pack_octav, unpack_octav
+from octav_hf import OctavConfig, apply_octav, coverage_report, freeze_weight_clips, pack_octav, unpack_octav
+from octav_hf.nn import PackedLayer
 from octav_hf.packing.pack import packed_layers
 from tests.question_answering import logits
 
@@ -88,6 +94,20 @@ def test_sharded_and_with_a_device_map(packed: nn.Module, padded_batch: dict, tm
         assert torch.equal(logits(loaded, padded_batch), logits(packed, padded_batch))
 
 
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_offloaded_weights_come_back_for_each_use(
+    small_bert: MakeBert, padded_batch: dict, tmp_path: Path, where: str
+) -> None:
+    model = pack_octav(apply_octav(small_bert(), OctavConfig(embedding_bits=8)))
+    expected, device = logits(model, padded_batch), torch.device("cpu")
+    if where == "memory":
+        cpu_offload(model, execution_device=device, offload_buffers=True)
+    else:
+        disk_offload(model, tmp_path, execution_device=device, offload_buffers=True)
+    assert model.qa_outputs.weight.is_meta
+    assert torch.equal(logits(model, padded_batch), expected)
+
+
 def test_another_dtype_rounds_the_weights_and_not_the_scales(folder: Path, packed: nn.Module) -> None:
     loaded = AutoModelForQuestionAnswering.from_pretrained(folder, dtype=torch.bfloat16)
     assert loaded.dtype == torch.bfloat16
@@ -135,6 +155,125 @@ def test_the_whole_model_can_be_loaded_from_the_base_model(small_bert: MakeBert,
 def test_another_head_is_refused_not_initialised(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"no packed weight of shape .* for BertForSequenceClassification"):
         AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialized tensors hold NaN, and integers 85, so that their values cannot pass for right ones."""
+
+    def poisoned(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def make(*args: object, **kwargs: object) -> torch.Tensor:
+            tensor = function(*args, **kwargs)
+            return tensor if tensor.is_meta else tensor.detach().fill_(torch.nan if tensor.is_floating_point() else 85)
+
+        return make
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+STORED = {"packed": pack_octav, "frozen": freeze_weight_clips}
+
+
+@pytest.mark.versions
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("stored", STORED)
+def test_uninitialized_memory_is_never_used(
+    small_bert: MakeBert, padded_batch: dict, tmp_path: Path, stored: str
+) -> None:
+    config = small_bert().config
+    for name, model_class in (("head", BertForSequenceClassification), ("tied head", BertForMaskedLM)):
+        torch.manual_seed(0)
+        model = STORED[stored](apply_octav(model_class(config).eval(), OctavConfig(embedding_bits=None)))
+        expected, hidden = model(**padded_batch).logits, model.bert(**padded_batch).last_hidden_state
+        for shards in ("5GB", "10KB"):
+            folder = tmp_path / f"{name} {shards}"
+            model.save_pretrained(folder, max_shard_size=shards)
+            assert torch.equal(model_class.from_pretrained(folder)(**padded_batch).logits, expected)
+            base = AutoModel.from_pretrained(folder, add_pooling_layer=name == "head")
+            assert torch.equal(base(**padded_batch).last_hidden_state, hidden)
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_head_of_another_shape_is_refused(small_bert: MakeBert, tmp_path: Path, ignored: bool) -> None:
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(small_bert().config)
+    pack_octav(apply_octav(model, OctavConfig())).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"classifier: .* no packed weight of shape \(5, 32\) for .* call unpack_octav"
+    ):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=ignored)
+
+
+def llama(model_class: type[nn.Module] = LlamaForCausalLM, **fields: object) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    return model_class(LlamaConfig(vocab_size=100, **sizes, **fields)).eval()
+
+
+def test_a_head_that_would_be_tied_to_a_packed_table_is_refused(tmp_path: Path) -> None:
+    base = pack_octav(apply_octav(llama(LlamaModel, tie_word_embeddings=True), OctavConfig(embedding_bits=8)))
+    base.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lm_head: .* no packed weight of shape \(100, 32\) for LlamaForCausalLM"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_float_head_that_would_be_tied_to_a_packed_table_is_refused(tmp_path: Path) -> None:
+    base = llama(LlamaModel, tie_word_embeddings=True)
+    base.lm_head = nn.Linear(32, 100)
+    pack_octav(apply_octav(base, OctavConfig(embedding_bits=8, exclude_modules=["lm_head"])))
+    del base.lm_head
+    base.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lm_head: .* no packed weight of shape \(100, 32\) for LlamaForCausalLM"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_head_of_its_own_in_a_model_that_ties_comes_back(tmp_path: Path, padded_batch: dict) -> None:
+    model = llama(tie_word_embeddings=True)
+    model.lm_head = nn.Linear(32, 100, bias=False)
+    expected = pack_octav(apply_octav(model, OctavConfig()))(**padded_batch).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path)(**padded_batch).logits, expected)
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("mean_resizing", [True, False])
+def test_a_packed_table_cannot_be_resized(mean_resizing: bool) -> None:
+    model = pack_octav(apply_octav(llama(), OctavConfig(embedding_bits=8)))
+    before, text, config = model.state_dict(), str(model), model.config.to_dict()
+    for size in (120, 80):
+        with pytest.raises(RuntimeError, match=r"embed_tokens weight: .* \(100, 32\) is packed .*unpack_octav"):
+            model.resize_token_embeddings(size, mean_resizing=mean_resizing)
+        assert (str(model), model.config.to_dict()) == (text, config)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("used", [True, False])
+def test_a_packed_head_beside_a_table_that_was_resized_comes_back(
+    padded_batch: dict, tmp_path: Path, used: bool
+) -> None:
+    model = pack_octav(apply_octav(llama(), OctavConfig()))
+    model.resize_token_embeddings(120, mean_resizing=False)
+    if used:
+        model(**padded_batch)
+    model.save_pretrained(tmp_path)
+    assert isinstance(model.lm_head, PackedLayer)
+    with pytest.raises(RuntimeError, match=r"lm_head weight: .* \(120, 32\) is packed and cannot be trained"):
+        model.lm_head.requires_grad_(True)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**padded_batch).logits, model(**padded_batch).logits)
+
+
+@pytest.mark.versions
+def test_initializing_a_packed_model_again_is_an_error(folder: Path, packed: nn.Module) -> None:
+    for model in (packed, AutoModelForQuestionAnswering.from_pretrained(folder)):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(RuntimeError, match=r"qa_outputs weight: .*call octav_hf\.unpack_octav"):
+            model.qa_outputs.reset_parameters()
+        model.init_weights()  # of what is not initialized yet
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.versions
