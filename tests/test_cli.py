@@ -20,7 +20,7 @@ from transformers import (
 from octav_hf import OctavConfig, TrainingRun, apply_octav, calibrate_octav, pack_octav
 from octav_hf.cli import main
 from octav_hf.hub import checkpoint_folder
-from octav_hf.hub.checkpoint_folder import atomic_output_dir
+from octav_hf.hub.checkpoint_folder import CheckpointFolder, atomic_output_dir, summary
 from tests.question_answering import logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
@@ -293,18 +293,15 @@ def test_subfolders_of_modules_are_copied(trained: Path, tmp_path: Path, capsys:
         assert (tmp_path / output / "2_Dense" / "model.safetensors").read_text() == "2_Dense/model.safetensors"
 
 
-@pytest.mark.parametrize(
-    "path", ["..", "../trained", "/etc", "a/b", "a\\b", ".git", "a\x1b[2J", 3, None, ["a"]], ids=ascii
-)
-def test_modules_elsewhere_are_refused(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, path: object
-) -> None:
-    write_modules(trained, "", path)
-    error = error_of(capsys, "pack", trained, tmp_path / "packed")
-    assert f"modules.json names the folder {path!r}; it must be one beside it" in error
-    assert not (tmp_path / "packed").exists()
+def test_modules_elsewhere_are_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for path in ("..", "../trained", "/etc", "a/b", "a\\b", ".git", "a\x1b[2J", 3, None, ["a"]):
+        write_modules(trained, "", path)
+        with pytest.raises(ValueError, match=r"modules.json names the folder .*; it must be one beside it") as caught:
+            CheckpointFolder(str(trained)).copy_companions(tmp_path)
+        assert f"{path!r}; it must" in str(caught.value)
     (trained / "modules.json").write_text("[[]]")
     assert "must be a list of JSON objects" in error_of(capsys, "pack", trained, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
 
 
 def test_a_transformer_in_a_subfolder_is_found(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -317,18 +314,17 @@ def test_a_transformer_in_a_subfolder_is_found(trained: Path, tmp_path: Path, ca
     assert f"modules.json says that it is in 0_Transformer/: give {whole}/0_Transformer instead" in error
 
 
-@pytest.mark.parametrize("output", [".", "link/", "dangling", "~/home"])
+@pytest.mark.parametrize("output", [".", "link/", "~/home"])
 def test_outputs_that_are_not_plain_new_folders(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
     """An empty folder stays the folder that it is, and what is written has the permissions of any other."""
     (tmp_path / "there").mkdir(mode=0o750)
     (tmp_path / "link").symlink_to("there")
-    (tmp_path / "dangling").symlink_to("new")
     (tmp_path / "plain").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path / "there" if output.startswith(".") else tmp_path)
-    target = {"d": "new", "~": "home"}.get(output[0], "there")
+    target = "home" if output == "~/home" else "there"
     before = (tmp_path / "there").stat()
     assert main(["pack", str(trained), output]) == 0
     assert AutoModelForQuestionAnswering.from_pretrained(tmp_path / target).config.quantization_config.packed
@@ -348,31 +344,40 @@ def test_outputs_that_are_not_plain_new_folders(
 @pytest.mark.parametrize("output", ["new/deep", "there", "link"])
 @pytest.mark.parametrize("step", ["save", "move"])
 def test_a_run_that_fails_leaves_the_output_as_it_was(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, step: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, step: str
 ) -> None:
-    def interrupted(*arguments: object, **options: object) -> None:
+    def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
+
+    def run() -> None:
+        with atomic_output_dir(tmp_path / output) as folder:
+            for name in ("a", "config.json", "z"):
+                (folder / name).write_text(name)
+            if step == "save":
+                interrupted()
 
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there")
     before = sorted(tmp_path.rglob("*"))
-    if step == "save":
-        monkeypatch.setattr(BertForQuestionAnswering, "save_pretrained", interrupted)
-    else:
-        monkeypatch.setattr(Path, "rename" if output == "new/deep" else "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main(["pack", str(trained), str(tmp_path / output)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename" if output == "new/deep" else "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run()
     made = {tmp_path / "new"} if (step, output) == ("move", "new/deep") else set()
     assert set(tmp_path.rglob("*")) == {*before, *made}
+    if step == "move":
+        run()
+        assert set(listing(tmp_path / output)) == {"a", "config.json", "z"}
 
 
-@pytest.mark.parametrize("output", ["new", "there", "link"])
+@pytest.mark.parametrize("output", ["new", "there", "link", "dangling"])
 @pytest.mark.parametrize("late", [False, True], ids=["one after the other", "at once"])
 def test_of_two_runs_the_first_to_finish_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, late: bool
 ) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there")
+    (tmp_path / "dangling").symlink_to("nowhere")
     first, second = atomic_output_dir(tmp_path / output), atomic_output_dir(tmp_path / output)
     folders = [first.__enter__(), second.__enter__()]
     assert folders[0] != folders[1]
@@ -403,10 +408,14 @@ def test_outputs_in_and_around_the_source(trained: Path, tmp_path: Path, capsys:
         assert f"{refused} exists already" in error_of(capsys, "pack", trained, refused)
     error_of(capsys, "pack", trained, tmp_path / "a file" / "below")
     assert listing(tmp_path) == before
-    for inside in ("packed", "1_Pooling"):
-        assert main(["pack", str(trained), str(trained / inside)]) == 0
-        assert AutoModelForQuestionAnswering.from_pretrained(trained / inside)
-        shutil.rmtree(trained / inside)
+    assert main(["pack", str(trained), str(trained / "packed")]) == 0
+    assert CheckpointFolder(str(trained / "packed")).load()
+    shutil.rmtree(trained / "packed")
+    with atomic_output_dir(trained / "1_Pooling") as folder:
+        CheckpointFolder(str(trained)).copy_companions(folder)
+        (folder / "config.json").write_text("{}")
+        assert not list(folder.rglob(".octav*"))
+    shutil.rmtree(trained / "1_Pooling")
     assert listing(tmp_path) == before
 
 
@@ -435,9 +444,7 @@ def test_inspect_shows_what_each_operand_has(
             calibrate_octav(model, [padded_batch], progress_bar=False)
         model.save_pretrained(tmp_path / "model")
         capsys.readouterr()
-        assert main(["inspect", str(tmp_path / "model"), "--json"]) == 0
-        facts = json.loads(capsys.readouterr().out)
-        granularity = facts["activation_granularity"]
+        granularity = summary(CheckpointFolder(str(tmp_path / "model")))["activation_granularity"]
         assert granularity == {operand: config.granularity(operand) for operand in granularity}
         assert main(["inspect", str(tmp_path / "model")]) == 0
         return capsys.readouterr().out.splitlines()
@@ -467,34 +474,23 @@ def test_inspect_shows_what_each_operand_has(
     assert "activations: 4 bits, clip octav per token, attention matmuls in floating point, dynamic" in alone
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        *("pipeline", "models", "utils", "AutoModel", "BertConfig", "PreTrainedModel", "__name__", "os"),
-        *("BertModel.forward", "\x1b[2J", 3, None, ["BertModel"]),
-    ],
-    ids=ascii,
-)
-def test_an_architecture_has_to_be_a_model(trained: Path, capsys: pytest.CaptureFixture, architecture: object) -> None:
+def test_an_architecture_has_to_be_a_model(trained: Path, capsys: pytest.CaptureFixture) -> None:
     config = json.loads((trained / "config.json").read_text())
-    (trained / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
-    assert f"Transformers has no model class {architecture!r}" in error_of(capsys, "inspect", trained)
+    names = ("pipeline", "models", "utils", "AutoModel", "BertConfig", "PreTrainedModel", "__name__", "os")
+    for architecture in (*names, "BertModel.forward", "\x1b[2J", 3, None, ["BertModel"]):
+        (trained / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+        assert f"Transformers has no model class {architecture!r}" in error_of(capsys, "inspect", trained)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "..", "x.bin", "", 3, None, "\x9b.safetensors"],
-    ids=ascii,
-)
-def test_an_index_names_files_beside_it(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: object
-) -> None:
+def test_an_index_names_files_beside_it(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shutil.copy(trained / "model.safetensors", tmp_path / "x.safetensors")
     tensors = load_file(trained / "model.safetensors")
     (trained / "model.safetensors").unlink()
     index = trained / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}))
-    assert f"weight_map names the file {name!r}; it must be the name of" in error_of(capsys, "inspect", trained)
+    paths = ("../x.safetensors", f"{tmp_path}/x.safetensors", "a/x.safetensors", "a\\x.safetensors", "..")
+    for name in (*paths, "x.bin", "", 3, None, "\x9b.safetensors"):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}))
+        assert f"weight_map names the file {name!r}; it must be the name of" in error_of(capsys, "inspect", trained)
     for content in ("[]", "{}", '{"weight_map": []}'):
         index.write_text(content)
         assert "must be a JSON object with a weight_map" in error_of(capsys, "inspect", trained)
