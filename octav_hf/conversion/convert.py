@@ -101,7 +101,7 @@ def convert_modules(model: nn.Module, config: OctavConfig, plan: Sequence[Module
     for module_plan in plan:
         module_plan.convert()
     model.__dict__["octav_config"] = copy.deepcopy(config)
-    model.octav_state_dict_hook = model.register_load_state_dict_pre_hook(_cover_tied_layers)
+    model.octav_state_dict_hook = model.register_load_state_dict_pre_hook(_before_loading)
     for inner in transformers_models(model):
         output_embeddings.attach(inner)
 
@@ -145,19 +145,21 @@ def release_packed(model: nn.Module) -> None:
                 parameter.requires_grad_(True)
 
 
-def _cover_tied_layers(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-    """Make clips dynamic where a state dict has neither them nor the layer's weight, but has that by a tied name.
+def _before_loading(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    """Check a state dict before any of it is loaded, and make clips dynamic where it has the weight by a tied name.
 
-    A file has a tied weight once, so the layer itself cannot tell such a state dict from one of other modules.
+    A state dict may have a tied weight once, so the layer itself cannot tell it from one of other modules.
     """
+    named = model.named_modules(prefix=prefix.removesuffix("."))
+    layers = {f"{path}." if path else "": layer for path, layer in named if isinstance(layer, QuantizedLayer)}
+    for own, layer in layers.items():
+        layer.check_form(state_dict, own)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(f"{prefix}{name}")
-    for path, layer in model.named_modules():
-        own = f"{prefix}{path}."
-        if not isinstance(layer, QuantizedLayer) or layer.is_covered(state_dict, own):
-            continue
-        if any(name in state_dict for name in names.get(id(own_parameters(layer).get("weight")), ())):
+    for own, layer in layers.items():
+        tied = names.get(id(own_parameters(layer).get("weight")), ())
+        if not layer.is_covered(state_dict, own) and any(name in state_dict for name in tied):
             layer.unfreeze_missing(state_dict, own)
 
 

@@ -63,13 +63,17 @@ class QuantizedLayer(HoldsFrozenClips):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As in ``nn.Module``; ``RuntimeError`` if the weight in ``state_dict`` has another form, strict or not."""
+        self.check_form(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def check_form(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """``RuntimeError`` if the weight of a state dict, in which names begin with ``prefix``, has another form."""
         stored = state_dict.get(f"{prefix}{self.other_form}")
         if stored is not None:
             raise RuntimeError(
                 f"{prefix}{self.other_form} of shape {tuple(stored.shape)}: {type(self).__name__} does not store its "
                 f"weight so; call octav_hf.{self.other_form_by}(model) before load_state_dict"
             )
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def restore(self) -> None:
         """Undo ``convert``."""

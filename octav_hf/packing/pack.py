@@ -25,11 +25,12 @@ Model = TypeVar("Model", bound=nn.Module)
 def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
     """Store the quantized weights as integers of their bit width and one scale per row, in place.
 
-    The outputs stay bitwise the same: a packed layer dequantizes its weight whenever it is used. For a Transformers
-    model ``save_pretrained`` and ``push_to_hub`` then write the packed form, which ``from_pretrained`` loads. Packed
-    weights are read-only: writing to one, replacing it or making it trainable is a ``RuntimeError``. Other parameters
-    are frozen (``requires_grad`` False). To continue training call ``unpack_octav``; adapters on the packed model can
-    be trained without it.
+    The outputs stay bitwise the same: a packed layer dequantizes its weight whenever it is used. Only a quantized
+    embedding table that the model reads by its ``weight``, without calling it, was in float there and is quantized now.
+    For a Transformers model ``save_pretrained`` and ``push_to_hub`` then write the packed form, which
+    ``from_pretrained`` loads. Packed weights are read-only: writing to one, replacing it or making it trainable is a
+    ``RuntimeError``. Other parameters are frozen (``requires_grad`` False). To continue training call ``unpack_octav``;
+    adapters on the packed model can be trained without it.
 
     A weight that several modules share, such as a language-model head and the token embeddings, stays in floating point
     and is quantized when used, as in training; a warning names it.
