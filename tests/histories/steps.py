@@ -15,10 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from octav_hf import OctavConfig, apply_octav, calibrating, pack_octav, remove_octav, unpack_octav
+from octav_hf import (
+    OctavConfig,
+    apply_octav,
+    calibrate_octav,
+    calibrating,
+    pack_octav,
+    remove_octav,
+    uncalibrate_octav,
+    unpack_octav,
+)
 from octav_hf.nn import FakeQuantize, QuantizedAttention, QuantizedLayer
 
-from . import calls
 from .check import MEMORY, Broken, Picture, outputs, same_outputs, saved_and_loaded, settings
 from .models import ROWS, Kind
 
@@ -170,7 +178,7 @@ def apply(subject: Subject, on: str = "model", **fields: Any) -> None:
 def calibrate(subject: Subject, on: str = "model", activations: bool = True, weights: bool = False) -> None:
     """``calibrate_octav``, of activations, weights or both."""
     batches = [subject.kind.batch(seed) for seed in (1, 2)]
-    calls.calibrate(subject.named(on), batches if activations else None, weights)
+    calibrate_octav(subject.named(on), batches if activations else None, weights=weights, progress_bar=False)
 
 
 @action(1)
@@ -183,7 +191,7 @@ def calibrate_base(subject: Subject) -> None:
 @action(2, on=["model", "model", "outer"], activations=[True, True, False], weights=[True, False])
 def uncalibrate(subject: Subject, on: str = "model", activations: bool = True, weights: bool = True) -> None:
     """``uncalibrate_octav``."""
-    calls.uncalibrate(subject.named(on), activations, weights)
+    uncalibrate_octav(subject.named(on), activations=activations, weights=weights)
 
 
 @action(6, on=["model", "model", "outer", "base"], embedding_bits=[None, None, 8, 4])
