@@ -23,6 +23,9 @@ class WeightFakeQuantize(FakeQuantize):
     _known: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
     _probe: Tensor | None = None
 
+    # As clips computed under inference mode; a buffer is saved for the backward pass, too.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def freeze_at(self, weight: Tensor) -> None:
         """Freeze the clips at those of ``weight``; ``ValueError`` if it holds NaN or Inf."""
         self.freeze(FrozenClips(True, self.dynamic_clips(weight.detach()).clone()))
