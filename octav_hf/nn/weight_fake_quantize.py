@@ -24,6 +24,9 @@ class WeightFakeQuantize(FakeQuantize):
     _probe: Tensor | None = None
     _left_by_calls = (*FakeQuantize._left_by_calls, "_known", "_probe")
 
+    # As clips computed under inference mode; a buffer is saved for the backward pass, too.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def freeze_at(self, weight: Tensor) -> None:
         """Freeze the clips at those of ``weight``; ``ValueError`` if it holds NaN or Inf."""
         self.freeze(FrozenClips(True, self.dynamic_clips(weight.detach()).clone()))

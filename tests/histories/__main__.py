@@ -35,9 +35,7 @@ def main() -> None:
     seconds, failed = time.process_time() - begun, [each for each in results if each["kind"]]
     ran = max(len(results) - first, 1)
     counts = {name: sum(each[name] for each in results) for name in ("done", "refused")}
-    print(
-        f"{len(results)} histories, {len(failed)} failed; steps: {counts}; {seconds / ran:.3f} s of processor time per history"
-    )
+    print(f"{len(results)} histories, {len(failed)} failed; steps: {counts}; {seconds / ran:.3f} CPU seconds each")
     kinds: dict[str, list[dict]] = {}
     for each in failed:
         kinds.setdefault(each["kind"], []).append(each)

@@ -295,6 +295,14 @@ def test_packed_weights_keep_their_clips(frozen: BertForQuestionAnswering, padde
     assert frozen_activations(frozen) == {}
 
 
+def test_frozen_under_inference_mode_for_training(small_bert: MakeBert, padded_batch: dict) -> None:
+    model = apply_octav(small_bert(), OctavConfig())
+    with torch.inference_mode():
+        calibrate_octav(model, [padded_batch], weights=True, progress_bar=False)
+        model.load_state_dict(model.state_dict())
+    train(model, padded_batch, steps=1)
+
+
 def test_frozen_again_at_the_present_weights(frozen: BertForQuestionAnswering, padded_batch: dict) -> None:
     before = frozen_layers(frozen)[LAYER].weight_quantizer.clips.clone()
     with torch.no_grad():
