@@ -60,6 +60,11 @@ class PackedLayer(QuantizedLayer):
             raise _refusal(self.weight_quantizer)
         super().register_parameter(name, param)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As in ``nn.Module``; ``RuntimeError`` for True, before the bias is changed."""
+        self.weight.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise _refusal(self.weight_quantizer)
