@@ -52,6 +52,7 @@ class OctavQuantizer(HfQuantizer):
     # Of the model whose weights are being loaded:
     _renamings: tuple[PackedNames, ...] = ()
     _clips_of_version_1: tuple[OperandClips, ...] = ()
+    _new_layers: Sequence[Any] = ()  # whose clips of the weight are to be frozen
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -76,14 +77,18 @@ class OctavQuantizer(HfQuantizer):
             self._prepare_packed(model, records, frozen)
         if self.pre_quantized:
             state_dict = argument_of_from_pretrained("state_dict")
-            prepare_frozen(model, checkpoint_files or () if state_dict is None else state_dict, frozen_weights=frozen)
+            checkpoint = checkpoint_files or () if state_dict is None else state_dict
+            self._new_layers = prepare_frozen(model, checkpoint, frozen_weights=frozen)
             self._clips_of_version_1 = match_version_1(model, self.quantization_config.clips_of_version_1)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self._renamings = ()
         freeze_version_1(self._clips_of_version_1)
-        self._clips_of_version_1 = ()
+        for layer in self._new_layers:
+            if not layer.weight.is_meta:  # offloaded
+                layer.weight_quantizer.freeze_at(layer.weight)
+        self._clips_of_version_1 = self._new_layers = ()
         self.quantization_config.__dict__.pop("clips_of_version_1", None)
         if self.quantization_config.packed:
             freeze_packed(model)

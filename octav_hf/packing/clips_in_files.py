@@ -17,22 +17,23 @@ _ENDS = tuple(f"_quantizer.{name}" for name in FROZEN_BUFFERS)
 
 def prepare_frozen(
     model: PreTrainedModel, checkpoint: Iterable[str] | Mapping[str, Tensor], *, frozen_weights: Collection[str]
-) -> None:
+) -> list[Any]:
     """Freeze the clips that a checkpoint has for modules of a converted model; the values are loaded with the weights.
-
-    Clips of a weight go with the weight: where a checkpoint has none that fits this model, as for another head, they
-    stay dynamic.
 
     Args:
         checkpoint: files, or a state dict.
         frozen_weights: the layers whose clips of the weight are frozen according to the config.
+
+    Returns:
+        Those of them whose weight in the checkpoint does not fit, or is not there, as of another head. Their clips can
+        be frozen when the weight is initialized.
 
     Raises:
         ValueError: clips do not fit their module, or those of a weight are missing.
     """
     found = _clips_and_shapes(checkpoint)
     if not frozen_weights and not any(isinstance(entry, Tensor) for entry in found.values()):
-        return
+        return []
     in_model, prefix = names_in_model(found, model), model.base_model_prefix
 
     def find(module: str, tensor: str) -> tuple[Any, bool]:
@@ -41,6 +42,7 @@ def prepare_frozen(
         name, is_whole = next((in_model[name] for name in names if name in in_model), (None, True))
         return None if name is None else found[name], is_whole
 
+    new = []
     for name, module in model.named_modules():
         for operand in module.freezable_quantizers if isinstance(module, HoldsFrozenClips) else ():
             clips = {buffer: find(name, f"{operand}_quantizer.{buffer}")[0] for buffer in FROZEN_BUFFERS}
@@ -48,6 +50,7 @@ def prepare_frozen(
             if operand == "weight" and not tied_to(model, f"{name}.weight"):
                 shape, is_whole = find(name, "weight")
                 if shape is None or (is_whole and shape != module.weight.shape):
+                    new += [module] if name in frozen_weights else []
                     continue
                 if name in frozen_weights and not clips:
                     raise ValueError(
@@ -58,6 +61,7 @@ def prepare_frozen(
             problem = module.freeze_from(operand, clips) if clips else ""
             if problem:
                 raise ValueError(f"{name}.{operand}_quantizer: the frozen clips in this checkpoint {problem}")
+    return new
 
 
 def _clips_and_shapes(checkpoint: Iterable[str] | Mapping[str, Tensor]) -> dict[str, Tensor | torch.Size]:
