@@ -241,19 +241,16 @@ def test_clips_of_another_shape_in_files_are_refused(frozen: BertForQuestionAnsw
 
 
 @pytest.mark.versions
-def test_clips_of_a_head_with_other_labels_follow_the_new_weight(padded_batch: dict, tmp_path: Path) -> None:
+def test_clips_of_a_head_with_other_labels_are_those_of_the_new_weight(padded_batch: dict, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     model = BertForSequenceClassification(BertConfig(vocab_size=100, **sizes))
     freeze(apply_octav(model)).save_pretrained(tmp_path)
     loaded = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
     head = loaded.classifier
-    assert set(frozen_layers(loaded)) == set(frozen_layers(model)) - {"classifier"}
+    assert frozen_layers(loaded).keys() == frozen_layers(model).keys()
     expected = torch.tensor([twins.octav_clip_twin(row, 4) for row in head.weight.detach()])
-    torch.testing.assert_close(head.weight_quantizer.compute_clip(head.weight).flatten(), expected, rtol=1e-4, atol=0)
-    loaded.save_pretrained(tmp_path / "again")  # of which some are frozen
-    again = BertForSequenceClassification.from_pretrained(tmp_path / "again")
-    assert frozen_layers(again).keys() == frozen_layers(loaded).keys()
+    torch.testing.assert_close(head.weight_quantizer.clips.flatten(), expected, rtol=1e-4, atol=0)
 
 
 def test_the_field_is_refused_where_there_are_no_clips(small_bert: MakeBert, tmp_path: Path) -> None:
