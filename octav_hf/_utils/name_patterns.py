@@ -49,11 +49,6 @@ def matches(pattern: str, module_name: str) -> bool:
     return bool(NamePatterns([pattern]).matching(module_name))
 
 
-def targets(pattern: str, module_name: str) -> bool:
-    """The same for a pattern of ``target_modules``, which may be the last parts of a name, as in PEFT."""
-    return bool(NamePatterns([pattern], anywhere=True).matching(module_name))
-
-
 def validate_patterns(patterns: Iterable[object], field: str) -> None:
     """Raise ``ValueError`` unless these are strings, no more and no longer than a matching of names can take."""
     patterns = list(patterns)

@@ -1,15 +1,15 @@
 """One list of what happens to which module, with every check that could fail, before anything is changed."""
 
+import glob
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from .._utils.name_patterns import matches, targets
+from .._utils.name_patterns import NamePatterns
 from ..config import OctavConfig
 from ..nn import QUANTIZED_LAYERS, quantized_class_of
 from .attention import plan_attention
@@ -19,11 +19,12 @@ from .request import ModulePlan, Request
 
 logger = logging.getLogger(__name__)
 
-_PATTERN_FIELDS: dict[str, Callable[[str, str], bool]] = {
-    "exclude_modules": matches,
-    "target_modules": targets,
-    "attention_modules": lambda pattern, name: fnmatchcase(name, pattern),
-    "module_overrides": matches,
+# What NamePatterns is told of them.
+_PATTERN_FIELDS: dict[str, dict[str, bool]] = {
+    "exclude_modules": {},
+    "target_modules": {"anywhere": True},
+    "attention_modules": {"alone": True},
+    "module_overrides": {},
 }
 
 
@@ -68,22 +69,44 @@ def named_as_in(model: PreTrainedModel, config: OctavConfig) -> OctavConfig:
     """``config`` with its patterns by the names of ``model``, which may be of another class than the one saved.
 
     As weights' names do, a pattern that matches nothing gets or loses the prefix of the base model, such as ``bert``,
-    if it then matches. One that matches neither way stays: it is about a head that is not there.
+    if it then matches. One that matches neither way stays: it is about a head that is not there. In the base model, one
+    that needs the prefix, such as ``bert`` or ``b*.layer.0``, becomes the names of the modules that it is for.
     """
+    if type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
+        return config
     names, prefix = [name for name, _ in model.named_modules() if name], f"{model.base_model_prefix}."
+    is_base = not hasattr(model, model.base_model_prefix)
 
-    def renamed(pattern: str, is_match: Callable[[str, str], bool]) -> str:
-        variants = (pattern, f"{prefix}{pattern}", pattern.removeprefix(prefix))
-        return next((each for each in variants if any(is_match(each, name) for name in names)), pattern)
+    def renamed(pattern: str, options: Mapping[str, bool]) -> list[str]:
+        meant = _matching(pattern, names, options, prefix) if is_base else []
+        for each in (pattern, f"{prefix}{pattern}", pattern.removeprefix(prefix)):
+            found = _matching(each, names, options)
+            if found and (not meant or found == meant):
+                return [each]
+        if not options.get("alone"):  # what is below a module goes with it
+            meant = [name for name in meant if name.rpartition(".")[0] not in meant]
+        return [glob.escape(name) for name in meant] or [pattern]
 
     changed: dict[str, Any] = {}
-    for field, is_match in _PATTERN_FIELDS.items():
+    for field, options in _PATTERN_FIELDS.items():
         patterns = getattr(config, field)
+        if patterns is None:
+            continue
+        new = {pattern: renamed(pattern, options) for pattern in patterns}
         if isinstance(patterns, dict):
-            changed[field] = {renamed(pattern, is_match): value for pattern, value in patterns.items()}
-        elif patterns is not None:
-            changed[field] = [renamed(pattern, is_match) for pattern in patterns]
+            changed[field] = {}
+            for pattern in sorted(new, key=lambda each: len(new[each]) == 1):  # an exact name last, since it wins
+                for name in new[pattern]:
+                    changed[field][name] = changed[field].get(name, {}) | patterns[pattern]
+        else:
+            changed[field] = [name for pattern in patterns for name in new[pattern]]
     return replace(config, **changed)
+
+
+def _matching(pattern: str, names: Iterable[str], options: Mapping[str, bool], prefix: str = "") -> list[str]:
+    """Those of the ``names`` that match with the ``prefix``."""
+    patterns = NamePatterns([pattern], **options)
+    return [name for name in names if patterns.matching(f"{prefix}{name}")]
 
 
 def _warn_of_float(request: Request, others: Mapping[str, Sequence[str]]) -> None:
@@ -103,9 +126,10 @@ def _warn_of_float(request: Request, others: Mapping[str, Sequence[str]]) -> Non
 
 
 def _check_patterns(request: Request) -> None:
-    for field, is_match in _PATTERN_FIELDS.items():
+    names = [name for name in request.modules if name]
+    for field, options in _PATTERN_FIELDS.items():
         for pattern in getattr(request.config, field) or ():
-            if not any(name and is_match(pattern, name) for name in request.modules):
+            if not _matching(pattern, names, options):
                 raise ValueError(
                     f"{field}: {pattern!r} matches no module of {type(request.model).__name__}; write a full dotted "
                     "name, or a pattern for it: print([name for name, _ in model.named_modules()]) lists them"

@@ -106,7 +106,8 @@ class OctavQuantizer(HfQuantizer):
         scales = layers_in_files(records, weights, model)
         found = {name: weights[name] for name, scale in scales.items() if _fits(weights[name], records, scale)}
         tied = {other for name in found for other in _tied_layers(model, name)}
-        tied -= layers_in_files(records, tied, model, "weight").keys()
+        in_float = layers_in_files(records, tied, model, "weight").keys() - found.keys()
+        tied = {name for name in tied - in_float if in_float.isdisjoint(_tied_layers(model, name))}
         stored_as_weight = layers_in_files(records, weights, model, "weight")
         floating = {
             name for name, stored in stored_as_weight.items() if records[stored].shape == list(weights[name].shape)
