@@ -12,7 +12,7 @@ from .._utils.forward_pass import Batch, check_batch, in_evaluation_mode, run_ba
 from .._utils.torch_private import tree_map
 from ..conversion.modules import activation_quantizers, layers_to_freeze, quantized_modules
 from ..nn import PackedLayer
-from .activations import calibrating
+from .activations import calibrating, warn_of_adapters
 from .weights import frozen_weights
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -78,6 +78,8 @@ def calibrate_octav(
     with frozen_weights(model) if weights else nullcontext():
         if batches is not None:
             _calibrate_activations(model, batches, progress_bar)
+    if batches is None:
+        warn_of_adapters(model)
     return model
 
 
