@@ -43,15 +43,14 @@ class NamePatterns:
         ]
         return found
 
+    def matching_any(self, module_names: Iterable[str]) -> set[str]:
+        """Those that match at least one of the modules."""
+        return {pattern for name in module_names for pattern in self.matching(name)}
+
 
 def matches(pattern: str, module_name: str) -> bool:
     """Whether ``pattern`` names the module or one of those that contain it."""
     return bool(NamePatterns([pattern]).matching(module_name))
-
-
-def targets(pattern: str, module_name: str) -> bool:
-    """The same for a pattern of ``target_modules``, which may be the last parts of a name, as in PEFT."""
-    return bool(NamePatterns([pattern], anywhere=True).matching(module_name))
 
 
 def validate_patterns(patterns: Iterable[object], field: str) -> None:

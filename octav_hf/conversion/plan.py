@@ -1,15 +1,15 @@
 """One list of what happens to which module, with every check that could fail, before anything is changed."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from .._utils.name_patterns import matches, targets
+from .._utils.name_patterns import NamePatterns
 from ..config import OctavConfig
 from ..nn import QUANTIZED_LAYERS, quantized_class_of
 from .attention import plan_attention
@@ -19,12 +19,13 @@ from .request import ModulePlan, Request
 
 logger = logging.getLogger(__name__)
 
-_PATTERN_FIELDS: dict[str, Callable[[str, str], bool]] = {
-    "exclude_modules": matches,
-    "target_modules": targets,
-    "attention_modules": lambda pattern, name: fnmatchcase(name, pattern),
-    "module_overrides": matches,
+_PATTERN_FIELDS: dict[str, dict[str, bool]] = {
+    "exclude_modules": {},
+    "target_modules": {"anywhere": True},
+    "attention_modules": {"alone": True},
+    "module_overrides": {},
 }
+"""Fields with name patterns -> how these match, as arguments of ``NamePatterns``."""
 
 
 def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = False) -> list[ModulePlan]:
@@ -36,7 +37,7 @@ def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = 
         ValueError: the model cannot be quantized as asked; the message names the module and what to write instead.
     """
     config.validate()
-    request = Request.of(model, config, from_file=from_file)
+    request = Request.of(model, config)
     if not from_file:
         _check_patterns(request)
         for edge in request.edges:
@@ -55,13 +56,28 @@ def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = 
                 "object (by a device_map, or another library), so a quantized one would never run; pass "
                 "quantization_config=OctavConfig(…) to from_pretrained, or call apply_octav first"
             )
-    if not from_file:
-        planned = {module_plan.name for module_plan in plan}
-        in_float = {
-            name: found for name, found in others.items() if running_module(name, request.modules) not in planned
-        }
-        _warn_of_float(request, in_float)
+    planned = {module_plan.name for module_plan in plan}
+    _warn_of_float(
+        request,
+        {name: found for name, found in others.items() if running_module(name, request.modules) not in planned},
+    )
     return plan
+
+
+def check_for_float_model(config: OctavConfig) -> None:
+    """Raise ``ValueError`` for a config with what only a checkpoint's says."""
+    if config.packed:
+        raise ValueError("packed=True is not for a float model; train it, then call pack_octav(model)")
+    if any(each.get("frozen_weight_clips") for each in (vars(config), *config.module_overrides.values())):
+        raise ValueError(
+            "frozen_weight_clips=True is not for a float model; leave it out, then call calibrate_octav(model, "
+            "weights=True)"
+        )
+    if config.clips_of_version_1:
+        raise ValueError(
+            "this config is of a checkpoint of format version 1, whose frozen clips are not for a float model; load "
+            "that checkpoint with from_pretrained, or call calibrate_octav on this model"
+        )
 
 
 def named_as_in(model: PreTrainedModel, config: OctavConfig) -> OctavConfig:
@@ -71,18 +87,20 @@ def named_as_in(model: PreTrainedModel, config: OctavConfig) -> OctavConfig:
     if it then matches. One that matches neither way stays: it is about a head that is not there.
     """
     names, prefix = [name for name, _ in model.named_modules() if name], f"{model.base_model_prefix}."
-
-    def renamed(pattern: str, is_match: Callable[[str, str], bool]) -> str:
-        variants = (pattern, f"{prefix}{pattern}", pattern.removeprefix(prefix))
-        return next((each for each in variants if any(is_match(each, name) for name in names)), pattern)
-
     changed: dict[str, Any] = {}
-    for field, is_match in _PATTERN_FIELDS.items():
+    for field, how in _PATTERN_FIELDS.items():
         patterns = getattr(config, field)
+        if not patterns:
+            continue
+        variants = {pattern: (pattern, f"{prefix}{pattern}", pattern.removeprefix(prefix)) for pattern in patterns}
+        found = NamePatterns(chain.from_iterable(variants.values()), **how).matching_any(names)
+        renamed = {
+            pattern: next((each for each in variants[pattern] if each in found), pattern) for pattern in patterns
+        }
         if isinstance(patterns, dict):
-            changed[field] = {renamed(pattern, is_match): value for pattern, value in patterns.items()}
-        elif patterns is not None:
-            changed[field] = [renamed(pattern, is_match) for pattern in patterns]
+            changed[field] = {renamed[pattern]: value for pattern, value in patterns.items()}
+        else:
+            changed[field] = list(renamed.values())
     return replace(config, **changed)
 
 
@@ -103,9 +121,12 @@ def _warn_of_float(request: Request, others: Mapping[str, Sequence[str]]) -> Non
 
 
 def _check_patterns(request: Request) -> None:
-    for field, is_match in _PATTERN_FIELDS.items():
-        for pattern in getattr(request.config, field) or ():
-            if not any(name and is_match(pattern, name) for name in request.modules):
+    names = [name for name in request.modules if name]
+    for field, how in _PATTERN_FIELDS.items():
+        patterns = getattr(request.config, field) or ()
+        found = NamePatterns(patterns, **how).matching_any(names) if patterns else ()
+        for pattern in patterns:
+            if pattern not in found:
                 raise ValueError(
                     f"{field}: {pattern!r} matches no module of {type(request.model).__name__}; write a full dotted "
                     "name, or a pattern for it: print([name for name, _ in model.named_modules()]) lists them"

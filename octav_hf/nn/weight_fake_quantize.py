@@ -32,7 +32,7 @@ class WeightFakeQuantize(FakeQuantize):
         self.freeze(FrozenClips(True, self.dynamic_clips(weight.detach()).clone()))
 
     def frozen_problem(self, frozen: FrozenClips, weight_shape: tuple[int, ...], max_calls: int | None) -> str:
-        shape = to_rows(torch.empty(weight_shape, device="meta"), self.dim)[1]
+        shape = to_rows(torch.empty(weight_shape, dtype=torch.float32, device="meta"), self.dim)[1]
         if frozen.signed and frozen.offset is None and tuple(frozen.clips.shape) == shape:
             return ""
         return (
