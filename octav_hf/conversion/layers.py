@@ -7,7 +7,7 @@ from torch import nn
 
 from .._utils.torch_private import own_parameters
 from ..config import OctavConfig
-from ..nn import QuantizedLayer, quantized_class_of
+from ..nn import QuantizedLayer, WeightFakeQuantize, quantized_class_of
 from ..nn.granularity import Granularity
 from .operands import activation_quantizer, weight_quantizer
 from .request import ModulePlan, Request
@@ -106,7 +106,8 @@ def _plan_layer(
             asymmetric=settings.asymmetric_activations and layer_class.supports_asymmetric_input,
             granularity=granularity if granularity in layer_class.input_granularities else Granularity.TENSOR,
         )
-    return ModulePlan(name, module, layer_class, quantizers)
+    can_freeze = issubclass(layer_class.weight_quantizer_class, WeightFakeQuantize)
+    return ModulePlan(name, module, layer_class, quantizers, can_freeze and settings.frozen_weight_clips)
 
 
 def _check_override(

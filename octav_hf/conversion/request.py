@@ -48,6 +48,7 @@ class ModulePlan:
     module: nn.Module
     quantized_class: type[QuantizedLayer] | type[QuantizedAttention]
     quantizers: Mapping[str, QuantizerPlan | None]
+    frozen_weight_clips: bool = False  # whether a checkpoint has the clips of the weight
 
     def convert(self) -> None:
         """Convert the module in place."""

@@ -20,11 +20,10 @@ from .._utils.transformers_compat import (
 )
 from ..config import QUANT_METHOD, OctavConfig
 from ..conversion.convert import convert_modules, freeze_packed, restore_modules
-from ..conversion.modules import layers_by_quantizer
 from ..conversion.plan import check_for_float_model, named_as_in, plan_conversion
 from ..conversion.record import is_packed
 from ..hub.upload import UploadWithCard
-from ..nn import PackedLayer, PackedWeight, WeightFakeQuantize
+from ..nn import PackedLayer, PackedWeight
 from ..packing.clips_in_files import prepare_frozen
 from ..packing.clips_of_version_1 import OperandClips, freeze_version_1, match_version_1
 from ..packing.manifest import TensorRecord, check_files, describe_tensors
@@ -66,9 +65,9 @@ class OctavQuantizer(HfQuantizer):
             raise ValueError("a model that is packed can only be loaded from its files, not from a state_dict")
         records = check_files(checkpoint_files or (), self.quantization_config) if packed else {}
         config = named_as_in(model, self.quantization_config)
-        convert_modules(model, config, plan_conversion(model, config, from_file=True))
-        layers = config.settings_for(layers_by_quantizer(model, WeightFakeQuantize)).items()
-        frozen = {name for name, settings in layers if settings.frozen_weight_clips}
+        plan = plan_conversion(model, config, from_file=True)
+        convert_modules(model, config, plan)
+        frozen = {each.name for each in plan if each.frozen_weight_clips}
         if packed:
             self._prepare_packed(model, records, frozen)
         state_dict = argument_of_from_pretrained("state_dict")

@@ -273,10 +273,9 @@ def test_frozen_clips_load_into_other_classes(
         other = auto_class.from_pretrained(float_checkpoint)
         assert frozen_activations(other.base_model) == frozen_activations(model.bert)
         frozen = {row.module for row in coverage_report(other) if row.operand == "weight" and row.frozen}
-        assert len(frozen) == (12 if weights else 0)
-    head = other.classifier
-    assert not head.input_quantizer.is_frozen
-    assert not head.weight_quantizer.is_frozen
+        assert (len(frozen) >= 12) if weights else not frozen
+    assert not other.classifier.input_quantizer.is_frozen
+    assert other.classifier.weight_quantizer.is_frozen is weights  # at the clips of the new weight
 
 
 @pytest.mark.versions
