@@ -9,11 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octav_hf import (
-    OctavConfig,
-    apply_octav,
-    remove_octav,
-)
+from octav_hf import OctavConfig, apply_octav, remove_octav
 from octav_hf.nn import FakeQuantize, QuantizedAttention, QuantizedLayer
 
 from .check import Broken
