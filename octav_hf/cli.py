@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, logging
 from ._utils.escaping import escaped, shown
 from ._utils.text_table import aligned
 from .config import OctavConfig
-from .hub.checkpoint_folder import CheckpointFolder, atomic_output_dir, summary
+from .hub.checkpoint_folder import CheckpointFolder, summary
 from .hub.model_card import bits_in_words
+from .hub.output_dir import atomic_output_dir
 from .hub.training_run import TrainingRun
 from .packing.pack import pack_octav, unpack_octav
 

@@ -19,8 +19,9 @@ from transformers import (
 
 from octav_hf import OctavConfig, TrainingRun, apply_octav, calibrate_octav, pack_octav
 from octav_hf.cli import main
-from octav_hf.hub import checkpoint_folder
-from octav_hf.hub.checkpoint_folder import CheckpointFolder, atomic_output_dir, summary
+from octav_hf.hub import output_dir
+from octav_hf.hub.checkpoint_folder import CheckpointFolder, summary
+from octav_hf.hub.output_dir import atomic_output_dir
 from tests.question_answering import logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
@@ -388,8 +389,8 @@ def test_of_two_runs_the_first_to_finish_stays(
     first.__exit__(None, None, None)
     if late:  # as if the first had finished after the second had looked
         looks = iter([lambda *_: None])
-        check = checkpoint_folder._check_empty
-        monkeypatch.setattr(checkpoint_folder, "_check_empty", lambda *where: next(looks, check)(*where))
+        check = output_dir._check_empty
+        monkeypatch.setattr(output_dir, "_check_empty", lambda *where: next(looks, check)(*where))
     with pytest.raises(FileExistsError, match=f"{output} exists already; choose another output"):
         second.__exit__(None, None, None)
     assert {name: content for name, (_, content) in listing(tmp_path / output).items()} == {

@@ -43,6 +43,14 @@ class NamePatterns:
         ]
         return found
 
+    def by_pattern(self, module_names: Iterable[str]) -> dict[str, list[str]]:
+        """Those that match at least one of the modules -> the names that each matches."""
+        found: dict[str, list[str]] = {}
+        for name in module_names if self._exact or self._wildcards else ():
+            for pattern in self.matching(name):
+                found.setdefault(pattern, []).append(name)
+        return found
+
 
 def matches(pattern: str, module_name: str) -> bool:
     """Whether ``pattern`` names the module or one of those that contain it."""

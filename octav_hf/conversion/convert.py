@@ -15,7 +15,7 @@ from ..config import OctavConfig
 from ..nn import PackedWeight, QuantizedLayer
 from . import output_embeddings
 from .modules import quantized_modules, transformers_models
-from .plan import plan_conversion
+from .plan import check_for_float_model, plan_conversion
 from .record import recorded_config
 from .request import ModulePlan
 
@@ -50,18 +50,7 @@ def apply_octav(model: Model, config: OctavConfig | None = None) -> Model:
         raise TypeError(
             f"apply_octav takes an OctavConfig, got {type(config).__name__}; write OctavConfig(weight_bits=4)"
         )
-    if config.packed:
-        raise ValueError("packed=True is not for apply_octav; train the model first, then call pack_octav(model)")
-    if any(each.get("frozen_weight_clips") for each in (vars(config), *config.module_overrides.values())):
-        raise ValueError(
-            "frozen_weight_clips=True is not for apply_octav; leave it out, then call calibrate_octav(model, "
-            "weights=True)"
-        )
-    if config.clips_of_version_1:
-        raise ValueError(
-            "this config is of a checkpoint of format version 1, whose frozen clips are not for apply_octav; load that "
-            "checkpoint with from_pretrained, or call calibrate_octav on this model"
-        )
+    check_for_float_model(config)
     _check_not_quantized(model)
     convert_modules(model, config, plan_conversion(model, config))
     for inner in transformers_models(model):  # get what from_pretrained gives a model beside quantized modules

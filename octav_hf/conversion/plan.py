@@ -2,8 +2,9 @@
 
 import glob
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,7 @@ _PATTERN_FIELDS: dict[str, dict[str, bool]] = {
     "attention_modules": {"alone": True},
     "module_overrides": {},
 }
+"""Fields with name patterns -> how these match, as arguments of ``NamePatterns``."""
 
 
 def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = False) -> list[ModulePlan]:
@@ -37,7 +39,7 @@ def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = 
         ValueError: the model cannot be quantized as asked; the message names the module and what to write instead.
     """
     config.validate()
-    request = Request.of(model, config, from_file=from_file)
+    request = Request.of(model, config)
     if not from_file:
         _check_patterns(request)
         for edge in request.edges:
@@ -56,13 +58,28 @@ def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = 
                 "object (by a device_map, or another library), so a quantized one would never run; pass "
                 "quantization_config=OctavConfig(…) to from_pretrained, or call apply_octav first"
             )
-    if not from_file:
-        planned = {module_plan.name for module_plan in plan}
-        in_float = {
-            name: found for name, found in others.items() if running_module(name, request.modules) not in planned
-        }
-        _warn_of_float(request, in_float)
+    planned = {module_plan.name for module_plan in plan}
+    _warn_of_float(
+        request,
+        {name: found for name, found in others.items() if running_module(name, request.modules) not in planned},
+    )
     return plan
+
+
+def check_for_float_model(config: OctavConfig) -> None:
+    """Raise ``ValueError`` for a config with what only a checkpoint's says."""
+    if config.packed:
+        raise ValueError("packed=True is not for a float model; train it, then call pack_octav(model)")
+    if any(each.get("frozen_weight_clips") for each in (vars(config), *config.module_overrides.values())):
+        raise ValueError(
+            "frozen_weight_clips=True is not for a float model; leave it out, then call calibrate_octav(model, "
+            "weights=True)"
+        )
+    if config.clips_of_version_1:
+        raise ValueError(
+            "this config is of a checkpoint of format version 1, whose frozen clips are not for a float model; load "
+            "that checkpoint with from_pretrained, or call calibrate_octav on this model"
+        )
 
 
 def named_as_in(model: PreTrainedModel, config: OctavConfig) -> OctavConfig:
@@ -75,24 +92,23 @@ def named_as_in(model: PreTrainedModel, config: OctavConfig) -> OctavConfig:
     if type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
         return config
     names, prefix = [name for name, _ in model.named_modules() if name], f"{model.base_model_prefix}."
-    is_base = not hasattr(model, model.base_model_prefix)
-
-    def renamed(pattern: str, options: Mapping[str, bool]) -> list[str]:
-        meant = _matching(pattern, names, options, prefix) if is_base else []
-        for each in (pattern, f"{prefix}{pattern}", pattern.removeprefix(prefix)):
-            found = _matching(each, names, options)
-            if found and (not meant or found == meant):
-                return [each]
-        if not options.get("alone"):  # what is below a module goes with it
-            meant = [name for name in meant if name.rpartition(".")[0] not in meant]
-        return [glob.escape(name) for name in meant] or [pattern]
-
+    prefixed = () if hasattr(model, model.base_model_prefix) else [f"{prefix}{name}" for name in names]
     changed: dict[str, Any] = {}
     for field, options in _PATTERN_FIELDS.items():
         patterns = getattr(config, field)
-        if patterns is None:
+        if not patterns:
             continue
-        new = {pattern: renamed(pattern, options) for pattern in patterns}
+        variants = {pattern: (pattern, f"{prefix}{pattern}", pattern.removeprefix(prefix)) for pattern in patterns}
+        matched = NamePatterns(chain.from_iterable(variants.values()), **options).by_pattern(names)
+        meant = NamePatterns(patterns, **options).by_pattern(prefixed)
+        new: dict[str, list[str]] = {}
+        for pattern in patterns:
+            wanted = [name.removeprefix(prefix) for name in meant.get(pattern, ())]
+            same = (each for each in variants[pattern] if each in matched and (not wanted or matched[each] == wanted))
+            variant = next(same, None)
+            if variant is None and not options.get("alone"):  # what is below a module goes with it
+                wanted = [name for name in wanted if name.rpartition(".")[0] not in wanted]
+            new[pattern] = [variant] if variant is not None else [glob.escape(name) for name in wanted] or [pattern]
         if isinstance(patterns, dict):
             changed[field] = {}
             for pattern in sorted(new, key=lambda each: len(new[each]) == 1):  # an exact name last, since it wins
@@ -101,12 +117,6 @@ def named_as_in(model: PreTrainedModel, config: OctavConfig) -> OctavConfig:
         else:
             changed[field] = [name for pattern in patterns for name in new[pattern]]
     return replace(config, **changed)
-
-
-def _matching(pattern: str, names: Iterable[str], options: Mapping[str, bool], prefix: str = "") -> list[str]:
-    """Those of the ``names`` that match with the ``prefix``."""
-    patterns = NamePatterns([pattern], **options)
-    return [name for name in names if patterns.matching(f"{prefix}{name}")]
 
 
 def _warn_of_float(request: Request, others: Mapping[str, Sequence[str]]) -> None:
@@ -128,8 +138,10 @@ def _warn_of_float(request: Request, others: Mapping[str, Sequence[str]]) -> Non
 def _check_patterns(request: Request) -> None:
     names = [name for name in request.modules if name]
     for field, options in _PATTERN_FIELDS.items():
-        for pattern in getattr(request.config, field) or ():
-            if not _matching(pattern, names, options):
+        patterns = getattr(request.config, field) or ()
+        matched = NamePatterns(patterns, **options).by_pattern(names)
+        for pattern in patterns:
+            if pattern not in matched:
                 raise ValueError(
                     f"{field}: {pattern!r} matches no module of {type(request.model).__name__}; write a full dotted "
                     "name, or a pattern for it: print([name for name, _ in model.named_modules()]) lists them"

@@ -22,16 +22,15 @@ class Request:
     left_out: Mapping[str, str]  # the modules left in float -> the reason
     settings: Mapping[str, ModuleSettings]  # of the other modules
     edges: tuple[str, ...]  # the first and the last layer, with first_last_bits
-    from_file: bool  # whether the config is the record of a model that was saved
 
     @classmethod
-    def of(cls, model: nn.Module, config: OctavConfig, *, from_file: bool = False) -> "Request":
+    def of(cls, model: nn.Module, config: OctavConfig) -> "Request":
         """Resolve ``config``; ``ValueError`` for contradicting overrides, or unclear first and last layers."""
         modules = modules_without_quantizers(model)
         left_out = config.left_out(modules)
         settings = config.settings_for(modules.keys() - left_out.keys())
         edges = () if config.first_last_bits is None else first_and_last(model)
-        return cls(model, config, modules, left_out, settings, edges, from_file)
+        return cls(model, config, modules, left_out, settings, edges)
 
 
 class QuantizerPlan(NamedTuple):

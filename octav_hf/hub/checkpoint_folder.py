@@ -1,11 +1,8 @@
-"""Folders of checkpoints: inspecting, loading, uploading, and writing atomically."""
+"""Folders of checkpoints: inspecting, loading, copying what is beside the weights, and uploading."""
 
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,14 +26,14 @@ from ..packing.clips_in_files import prepare_frozen
 from ..packing.clips_of_version_1 import freeze_version_1, match_version_1
 from ..packing.names import SCALE
 from .model_card import card_of, write_card
+from .output_dir import UNFINISHED
 from .training_run import TrainingRun
 
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib"]
 """Neither downloaded nor uploaded nor copied: loading one can run any code."""
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "config.json"]
 _TRAINER_FILES = ["trainer_state.json", "*_results.json", "*_predictions.json", "*_null_odds.json"]
-_UNFINISHED = ".octav-hf-unfinished-"  # begins the name of a temporary folder
-_NOT_UPLOADED = [*PICKLES, "trainer_state.json", "checkpoint-*/*", "runs/*", "packed/*", f"{_UNFINISHED}*/*"]
+_NOT_UPLOADED = [*PICKLES, "trainer_state.json", "checkpoint-*/*", "runs/*", "packed/*", f"{UNFINISHED}*/*"]
 _MODULES = "modules.json"  # of Sentence Transformers: the parts of a model, one of which is the transformer
 _FROZEN_ACTIVATION = re.compile(rf"(?:.*\.)?({'|'.join(ACTIVATION_GRANULARITIES)})_quantizer\.(unsigned_)?clips")
 _FROZEN_WEIGHT = re.compile(r"(?:.*\.)?weight_quantizer\.clips")
@@ -226,7 +223,7 @@ class CheckpointFolder:
         copied = self._module_folders()
         for path in sorted(self.path.iterdir()):
             is_weights_or_trainers = any(path.match(each) for each in (*_WEIGHTS, *_TRAINER_FILES, *PICKLES))
-            if path.name.startswith(_UNFINISHED) or (path.is_file() and is_weights_or_trainers):
+            if path.name.startswith(UNFINISHED) or (path.is_file() and is_weights_or_trainers):
                 continue
             if path.is_dir() and path.name not in copied:
                 left_out.append(f"{escaped(path.name)}/ ({_MODULES} does not name it)")
@@ -240,7 +237,7 @@ class CheckpointFolder:
         if path.is_dir() and not path.is_symlink():
             target.mkdir()
             for part in sorted(path.iterdir()):
-                if not part.name.startswith(_UNFINISHED):
+                if not part.name.startswith(UNFINISHED):
                     yield from self._copy(part, target / part.name)
         elif not path.is_file() or not self._is_inside(path):
             yield f"{name} (a link to elsewhere, or no file)"
@@ -305,63 +302,6 @@ def _model_class(architectures: Any, config_file: Path) -> type[PreTrainedModel]
 def _is_plain_name(name: Any) -> bool:
     """Whether it is the name of a visible file or folder, without a path to it."""
     return isinstance(name, str) and name.isprintable() and name[:1] not in ("", ".") and not re.search(r"[/\\:]", name)
-
-
-@contextmanager
-def atomic_output_dir(output: Path) -> Iterator[Path]:
-    """A temporary folder, of this run alone, whose content becomes that of ``output`` at the end.
-
-    An ``output`` that does not exist appears with all its files at once. An empty folder, or a link to one, stays the
-    folder that it is: the files are moved into it, ``config.json`` last. After an error, or if another run was faster,
-    ``output`` is as it was. What a killed run leaves behind is ignored.
-
-    Raises:
-        FileExistsError: ``output`` exists and is not an empty folder, at the beginning or at the end.
-        OSError: it cannot be written.
-    """
-    folder = Path(os.path.realpath(output))
-    is_new = not folder.exists()
-    _check_empty(folder, output)
-    # In the folder itself, whose parent may be read-only or another file system; otherwise in the nearest parent.
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=place) as temporary:
-        unfinished = Path(temporary, folder.name or "output")
-        unfinished.mkdir()  # with the permissions of any new folder, which the temporary one has not
-        yield unfinished
-        _check_empty(folder, output)
-        try:
-            if is_new:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                unfinished.rename(folder)
-            else:
-                _move_files(unfinished, folder)
-        except OSError:
-            _check_empty(folder, output)
-            raise
-
-
-def _check_empty(folder: Path, output: Path) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir() or any(not path.name.startswith(_UNFINISHED) for path in folder.iterdir()):
-        raise FileExistsError(f"{output} exists already; choose another output")
-
-
-def _move_files(source: Path, target: Path) -> None:
-    """Move what is in ``source`` into the empty folder ``target``; all or, after an error, nothing."""
-    last = target / "config.json"
-    moved = []
-    last.touch(exist_ok=False)  # of two runs one gets past this
-    try:
-        for path in source.iterdir():
-            if path.name != last.name:
-                moved.append(target / path.name)
-                path.rename(target / path.name)
-        (source / last.name).replace(last)
-    except BaseException:
-        for path in (*moved, last):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        raise
 
 
 def summary(folder: CheckpointFolder) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from .._utils.transformers_compat import (
 )
 from ..config import QUANT_METHOD, OctavConfig
 from ..conversion.convert import convert_modules, freeze_packed, restore_modules
-from ..conversion.plan import named_as_in, plan_conversion
+from ..conversion.plan import check_for_float_model, named_as_in, plan_conversion
 from ..conversion.record import is_packed
 from ..hub.upload import UploadWithCard
 from ..nn import PackedLayer, PackedWeight
@@ -56,29 +56,24 @@ class OctavQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        packed = self.quantization_config.packed
         if not self.pre_quantized:
-            if packed:
-                raise ValueError("packed=True is not for a float model; call pack_octav(model) after training")
-            if self.quantization_config.frozen_weight_clips:
-                raise ValueError(
-                    "frozen_weight_clips=True is not for a float model; leave it out, then call "
-                    "calibrate_octav(model, weights=True)"
-                )
+            check_for_float_model(self.quantization_config)
+            convert_modules(model, self.quantization_config, plan_conversion(model, self.quantization_config))
+            return model
+        packed = self.quantization_config.packed
         if packed and not checkpoint_files:
             raise ValueError("a model that is packed can only be loaded from its files, not from a state_dict")
         records = check_files(checkpoint_files or (), self.quantization_config) if packed else {}
-        config = named_as_in(model, self.quantization_config) if self.pre_quantized else self.quantization_config
-        plan = plan_conversion(model, config, from_file=self.pre_quantized)
+        config = named_as_in(model, self.quantization_config)
+        plan = plan_conversion(model, config, from_file=True)
         convert_modules(model, config, plan)
         frozen = {each.name for each in plan if each.frozen_weight_clips}
         if packed:
             self._prepare_packed(model, records, frozen)
-        if self.pre_quantized:
-            state_dict = argument_of_from_pretrained("state_dict")
-            checkpoint = checkpoint_files or () if state_dict is None else state_dict
-            self._new_layers = prepare_frozen(model, checkpoint, frozen_weights=frozen)
-            self._clips_of_version_1 = match_version_1(model, self.quantization_config.clips_of_version_1)
+        state_dict = argument_of_from_pretrained("state_dict")
+        checkpoint = checkpoint_files or () if state_dict is None else state_dict
+        self._new_layers = prepare_frozen(model, checkpoint, frozen_weights=frozen)
+        self._clips_of_version_1 = match_version_1(model, self.quantization_config.clips_of_version_1)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -50,8 +50,8 @@ def _validate_frozen(where: str, operand: str, signed: Any, clips: Any, offset: 
         )
     if not isinstance(clips, list) or not clips or not all(map(_is_clip, clips)):
         raise ValueError(
-            f"{where}: clips must be a list of finite numbers >= 0, got {shown(clips)}; one that differs among heads or "
-            "channels is a list of numbers, or of lists of them that are all as long as each other"
+            f"{where}: clips must be a list of finite numbers >= 0, got {shown(clips)}; one that differs among heads "
+            "or channels is a list of numbers, or of lists of them that are all as long as each other"
         )
     if len(set(map(_shape, clips))) != 1:
         raise ValueError(f"{where}: clips of all calls must have one shape, got {sorted(set(map(_shape, clips)))}")

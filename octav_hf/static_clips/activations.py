@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..conversion.modules import activation_quantizers, quantized_modules
+from ..conversion.modules import activation_quantizers
+from ..conversion.record import check_quantized
 from ..nn import ClipObserver, FakeQuantize, FrozenClips
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         TypeError: ``model`` is not an ``nn.Module``.
         ValueError: as ``calibrate_octav``; or nothing ran, or the model is being calibrated already.
     """
-    operands = activations(model, "calibrate_octav")
+    operands = _activations(model)
     if any(operand.quantizer.observer for operand in operands):
         raise ValueError(f"{type(model).__name__} is being calibrated already; end that before you begin anew")
     observers = [ClipObserver() for _ in operands]
@@ -69,15 +70,15 @@ def warn_of_adapters(model: nn.Module) -> None:
     """Warn if ``model``, frozen now, has PEFT's adapters, which are saved without the model around them."""
     if any(getattr(module, "peft_config", None) for module in model.modules()):
         logger.warning(
-            "%s has adapters, whose checkpoints have no frozen clips of the base model: resumed or loaded, it has those "
-            "of the base model then. Freeze clips before adding adapters, and save the base model so; or merge the "
+            "%s has adapters, whose checkpoints have no frozen clips of the base model: resumed or loaded, it has "
+            "those of the base model then. Freeze clips before adding adapters, and save the base model so; or merge the "
             "adapters, and save the result.",
             type(model).__name__,
         )
 
 
 @dataclass(frozen=True)
-class Activation:
+class _Activation:
     """A quantized activation of a model."""
 
     path: str  # of the module
@@ -85,26 +86,19 @@ class Activation:
     quantizer: FakeQuantize
 
 
-def activations(model: nn.Module, caller: str) -> list[Activation]:
-    """The quantized activations of ``model``.
-
-    Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: there is none.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller} takes a model (an nn.Module), got {type(model).__name__}")
-    found = {quantizer: Activation(path, name, quantizer) for path, name, quantizer in activation_quantizers(model)}
-    if found:
-        return list(found.values())
-    if any(True for _ in quantized_modules(model)):
-        problem = "has no quantized activations; set activation_bits in its OctavConfig"
-    else:
-        problem = "is not quantized; call apply_octav(model, OctavConfig()) first"
-    raise ValueError(f"{caller}: {type(model).__name__} {problem}")
+def _activations(model: nn.Module) -> list[_Activation]:
+    """The quantized activations of ``model``; the errors of ``calibrate_octav`` without one."""
+    check_quantized(model, "calibrate_octav")
+    found = {quantizer: _Activation(path, name, quantizer) for path, name, quantizer in activation_quantizers(model)}
+    if not found:
+        raise ValueError(
+            f"calibrate_octav: {type(model).__name__} has no quantized activations; set activation_bits in its "
+            "OctavConfig"
+        )
+    return list(found.values())
 
 
-def _check_call_counts(operand: Activation, counts: set[int]) -> None:
+def _check_call_counts(operand: _Activation, counts: set[int]) -> None:
     if len(counts) > 1:
         name = operand.quantizer.name.removesuffix(f" {operand.name}")
         raise ValueError(
@@ -115,7 +109,7 @@ def _check_call_counts(operand: Activation, counts: set[int]) -> None:
         )
 
 
-def _mean(operand: Activation, observer: ClipObserver) -> FrozenClips | None:
+def _mean(operand: _Activation, observer: ClipObserver) -> FrozenClips | None:
     try:
         return observer.mean()
     except ValueError as error:

@@ -10,7 +10,8 @@ from transformers.utils.logging import tqdm
 
 from .._utils.forward_pass import Batch, check_batch, in_evaluation_mode, run_batch, without_trace
 from .._utils.torch_private import tree_map
-from ..conversion.modules import activation_quantizers, layers_to_freeze, quantized_modules
+from ..conversion.modules import activation_quantizers, layers_to_freeze
+from ..conversion.record import check_quantized
 from ..nn import PackedLayer
 from .activations import calibrating, warn_of_adapters
 from .weights import frozen_weights
@@ -103,13 +104,11 @@ def uncalibrate_octav(model: Model, *, activations: bool = True, weights: bool =
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: no such clip of the model is frozen; or those of weights were, and the model has been packed since.
+        ValueError: the model is not quantized, or no such clip of it is frozen; or those of weights were, and it has
+            been packed since.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"uncalibrate_octav takes a model (an nn.Module), got {type(model).__name__}")
+    check_quantized(model, "uncalibrate_octav")
     kind = type(model).__name__
-    if not any(True for _ in quantized_modules(model)):
-        raise ValueError(f"uncalibrate_octav: {kind} is not quantized; call apply_octav(model, OctavConfig()) first")
     quantizers: list[Any] = []
     if activations:
         quantizers += [quantizer for _, _, quantizer in activation_quantizers(model)]

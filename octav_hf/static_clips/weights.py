@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from .._utils.sharded_weights import sharded_shape
-from ..conversion.modules import layers_to_freeze, quantized_modules, shared_weights
+from ..conversion.modules import layers_to_freeze, shared_weights
 from ..conversion.output_embeddings import requantize_output_embeddings
-from ..conversion.record import is_packed
+from ..conversion.record import check_quantized, is_packed
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +40,8 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
 
 def _layers(model: nn.Module) -> dict[str, Any]:
     """Full name -> layer whose weight's clips are to be frozen."""
+    check_quantized(model, "calibrate_octav")
     kind = type(model).__name__
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"calibrate_octav takes a model (an nn.Module), got {kind}")
-    if not any(True for _ in quantized_modules(model)):
-        raise ValueError(f"calibrate_octav: {kind} is not quantized; call apply_octav(model, OctavConfig()) first")
     if is_packed(model):
         raise ValueError(
             f"calibrate_octav: {kind} is packed, and clips of its weights with it; leave weights=True out, or call "
@@ -61,8 +58,8 @@ def _layers(model: nn.Module) -> dict[str, Any]:
             raise ValueError(f"{name}: its weight of shape {shape} is sharded; freeze the clips before you shard it")
         if layer.weight.is_meta:
             raise ValueError(
-                f"{name}: its weight of shape {tuple(layer.weight.shape)} is offloaded or has no values; load the whole "
-                "model before freezing its clips"
+                f"{name}: its weight of shape {tuple(layer.weight.shape)} is offloaded or has no values; load the "
+                "whole model before freezing its clips"
             )
     dynamic = [name for name in found if name not in layers]
     if dynamic:

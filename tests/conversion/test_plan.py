@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 import octav_hf
 from octav_hf import OctavConfig, apply_octav
+from octav_hf.conversion.plan import named_as_in
 
 PACKAGE = str(Path(octav_hf.__file__).parent)
 OVERRIDES = {"*.query": {"weight_bits": 8}, "qa_outputs": {"activation_bits": 8}}
@@ -59,3 +60,9 @@ def test_a_module_costs_few_calls(bert: BertForQuestionAnswering) -> None:
     config = OctavConfig()
     calls = calls_of(lambda: apply_octav(bert, config))
     assert calls.total() < 3300, calls.most_common(10)  # 17,380 when the config was resolved for each operand
+
+
+def test_patterns_are_matched_in_one_pass_over_the_modules(bert: BertForQuestionAnswering) -> None:
+    config = OctavConfig(module_overrides={f"head.{index}": {"weight_bits": 8} for index in range(1000)})
+    calls = calls_of(lambda: named_as_in(bert, config))
+    assert calls["NamePatterns.matching"] <= len(list(bert.modules()))

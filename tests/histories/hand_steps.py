@@ -10,11 +10,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from octav_hf import (
-    OctavConfig,
-    apply_octav,
-    remove_octav,
-)
+from octav_hf import OctavConfig, apply_octav, remove_octav
 from octav_hf.nn import FakeQuantize, QuantizedAttention, QuantizedLayer
 
 from .check import Broken

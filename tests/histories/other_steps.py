@@ -13,10 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from octav_hf import (
-    OctavConfig,
-    apply_octav,
-)
+from octav_hf import OctavConfig, apply_octav
 
 from .check import MEMORY, Broken, Picture, outputs, same_outputs, saved_and_loaded, settings
 from .hand_steps import FIXED_HEADS, cast_saved

@@ -11,9 +11,7 @@ import peft
 from torch import nn
 from transformers import PreTrainedModel
 
-from octav_hf import (
-    OctavConfig,
-)
+from octav_hf import OctavConfig
 from octav_hf.nn import QuantizedAttention, QuantizedLayer
 
 from .check import Picture, saved_and_loaded

@@ -163,7 +163,7 @@ def test_what_is_not_a_quantized_model_is_refused(small_bert: MakeBert) -> None:
         pack_octav(packed)
     with pytest.raises(ValueError, match="is not packed"):
         unpack_octav(apply_octav(small_bert(), OctavConfig()))
-    with pytest.raises(ValueError, match="packed=True is not for apply_octav"):
+    with pytest.raises(ValueError, match="packed=True is not for a float model"):
         apply_octav(small_bert(), OctavConfig(packed=True))
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from transformers import (
     LlamaModel,
 )
 
-from octav_hf import OctavConfig, apply_octav, coverage_report, freeze_weight_clips, pack_octav, unpack_octav
+from octav_hf import OctavConfig, apply_octav, calibrate_octav, coverage_report, pack_octav, unpack_octav
 from octav_hf.nn import PackedLayer
 from octav_hf.packing.pack import packed_layers
 from tests.question_answering import logits
@@ -172,7 +173,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
-STORED = {"packed": pack_octav, "frozen": freeze_weight_clips}
+STORED = {"packed": pack_octav, "frozen": partial(calibrate_octav, weights=True)}
 
 
 @pytest.mark.versions

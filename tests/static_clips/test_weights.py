@@ -254,11 +254,13 @@ def test_clips_of_a_head_with_other_labels_are_those_of_the_new_weight(padded_ba
 
 
 def test_the_field_is_refused_where_there_are_no_clips(small_bert: MakeBert, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"frozen_weight_clips=True.*calibrate_octav\(model, weights=True\)"):
-        apply_octav(small_bert(), OctavConfig(frozen_weight_clips=True))
     small_bert().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="frozen_weight_clips=True is not for a float model"):
-        BertForQuestionAnswering.from_pretrained(tmp_path, quantization_config=OctavConfig(frozen_weight_clips=True))
+    field: dict = {"frozen_weight_clips": True}
+    for config in (OctavConfig(**field), OctavConfig(module_overrides={"qa_outputs": field})):
+        with pytest.raises(ValueError, match=r"is not for a float model; .*calibrate_octav\(model, weights=True\)"):
+            apply_octav(small_bert(), config)
+        with pytest.raises(ValueError, match="frozen_weight_clips=True is not for a float model"):
+            BertForQuestionAnswering.from_pretrained(tmp_path, quantization_config=config)
     with pytest.raises(ValueError, match="frozen_weight_clips must be True or False, got 1"):
         OctavConfig(frozen_weight_clips=1)  # type: ignore[arg-type]
 
@@ -266,7 +268,7 @@ def test_the_field_is_refused_where_there_are_no_clips(small_bert: MakeBert, tmp
 def test_what_cannot_be_frozen(small_bert: MakeBert, frozen: BertForQuestionAnswering) -> None:
     with pytest.raises(TypeError, match="calibrate_octav takes a model"):
         freeze(None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="is not quantized; call apply_octav"):
+    with pytest.raises(ValueError, match="has no module quantized by apply_octav"):
         freeze(small_bert())
     with pytest.raises(ValueError, match="nothing to freeze; pass batches .* weights=True"):
         calibrate_octav(frozen)
