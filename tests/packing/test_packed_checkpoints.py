@@ -1,5 +1,6 @@
 """Packed models on disk: they come back bit for bit, say what they are, and Transformers alone stops at them."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from transformers import (
     LlamaModel,
 )
 
-from octav_hf import OctavConfig, apply_octav, coverage_report, freeze_weight_clips, pack_octav, unpack_octav
+from octav_hf import OctavConfig, apply_octav, calibrate_octav, coverage_report, pack_octav, unpack_octav
 from octav_hf.nn import PackedLayer
 from octav_hf.packing.pack import packed_layers
 from tests.question_answering import logits
@@ -172,7 +173,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
-STORED = {"packed": pack_octav, "frozen": freeze_weight_clips}
+STORED = {"packed": pack_octav, "frozen": functools.partial(calibrate_octav, weights=True)}
 
 
 @pytest.mark.versions
