@@ -71,8 +71,8 @@ def warn_of_adapters(model: nn.Module) -> None:
     if any(getattr(module, "peft_config", None) for module in model.modules()):
         logger.warning(
             "%s has adapters, whose checkpoints have no frozen clips of the base model: resumed or loaded, it has "
-            "those of the base model then. Freeze clips before adding adapters, and save the base model so; or merge the "
-            "adapters, and save the result.",
+            "those of the base model then. Freeze clips before adding adapters, and save the base model so; or merge "
+            "the adapters, and save the result.",
             type(model).__name__,
         )
 
