@@ -69,9 +69,9 @@ def warn_of_adapters(model: nn.Module) -> None:
     """Warn if ``model``, frozen now, has PEFT's adapters, which are saved without the model around them."""
     if any(getattr(module, "peft_config", None) for module in model.modules()):
         logger.warning(
-            "%s has adapters, whose checkpoints have no frozen clips of the base model: resumed or loaded, it has those "
-            "of the base model then. Freeze clips before adding adapters, and save the base model so; or merge the "
-            "adapters, and save the result.",
+            "%s has adapters, whose checkpoints have no frozen clips of the base model: resumed or loaded, it has the "
+            "clips that the base model then has. Freeze clips before adding adapters, and save the base model so; or "
+            "merge the adapters, and save the result.",
             type(model).__name__,
         )
 

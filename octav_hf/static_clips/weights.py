@@ -61,8 +61,8 @@ def _layers(model: nn.Module) -> dict[str, Any]:
             raise ValueError(f"{name}: its weight of shape {shape} is sharded; freeze the clips before you shard it")
         if layer.weight.is_meta:
             raise ValueError(
-                f"{name}: its weight of shape {tuple(layer.weight.shape)} is offloaded or has no values; load the whole "
-                "model before freezing its clips"
+                f"{name}: its weight of shape {tuple(layer.weight.shape)} is offloaded or has no values; load the "
+                "whole model before freezing its clips"
             )
     dynamic = [name for name in found if name not in layers]
     if dynamic:

@@ -25,7 +25,7 @@ from transformers import (
     LlamaModel,
 )
 
-from octav_hf import OctavConfig, apply_octav, coverage_report, freeze_weight_clips, pack_octav, unpack_octav
+from octav_hf import OctavConfig, apply_octav, calibrate_octav, coverage_report, pack_octav, unpack_octav
 from octav_hf.nn import PackedLayer
 from octav_hf.packing.pack import packed_layers
 from tests.question_answering import logits
@@ -106,6 +106,9 @@ def test_offloaded_weights_come_back_for_each_use(
         disk_offload(model, tmp_path, execution_device=device, offload_buffers=True)
     assert model.qa_outputs.weight.is_meta
     assert torch.equal(logits(model, padded_batch), expected)
+    with pytest.raises(NotImplementedError, match=r"offloaded, and a packed checkpoint .* load the whole model"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.glob("saved/*.safetensors"))
 
 
 def test_another_dtype_rounds_the_weights_and_not_the_scales(folder: Path, packed: nn.Module) -> None:
@@ -172,7 +175,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
-STORED = {"packed": pack_octav, "frozen": freeze_weight_clips}
+STORED = {"packed": pack_octav, "frozen": lambda model: calibrate_octav(model, weights=True)}
 
 
 @pytest.mark.versions
