@@ -124,7 +124,7 @@ class OctavQuantizer(HfQuantizer):
         """The state dict to save, ``None`` for the model's own, and the files' metadata.
 
         Raises:
-            NotImplementedError: packed weights are stored merged or split by Transformers.
+            NotImplementedError: packed weights are stored merged or split by Transformers, or a tensor is offloaded.
         """
         given = None if self.state_dict is None else dict(self.state_dict)
         if not is_packed(model) or has_adapters(model):
@@ -132,6 +132,12 @@ class OctavQuantizer(HfQuantizer):
         weights = model.state_dict() if given is None else given
         names = PackedNames(packed_layers(model), model.base_model_prefix).reverse_transform()
         state = {names.rename_source_key(name)[0]: tensor for name, tensor in weights.items()}
+        for name, tensor in state.items():
+            if tensor.is_meta:
+                raise NotImplementedError(
+                    f"{name} of shape {tuple(tensor.shape)} is offloaded, and a packed checkpoint is recorded before "
+                    "it is written; load the whole model, without a device_map, before saving it"
+                )
         # As Transformers will do: the record is about the tensors in the files.
         stored = revert_weight_conversion(model, remove_tied_weights_from_state_dict(dict(state), model))
         kept = {id(tensor) for tensor in state.values()}

@@ -165,6 +165,7 @@ class PackedWeight(FakeQuantize):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with self._without_guard():
             super()._load_from_state_dict(*args, **kwargs)
+        self._renew_guard()  # assigning may bring the weight from the meta device
 
     @contextmanager
     def _without_guard(self) -> Iterator[None]:

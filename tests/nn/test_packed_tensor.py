@@ -199,3 +199,12 @@ def test_averages_of_a_packed_model_stay_packed(model: nn.Sequential) -> None:
         for _ in range(3):
             average.update_parameters(model)
         assert torch.equal(average.module[1].weight, model[1].weight)
+
+
+def test_a_model_without_values_gets_them_from_a_state_dict(model: nn.Sequential) -> None:
+    empty = copy.deepcopy(model).to("meta")
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty[1].weight, model[1].weight)
+    assert {parameter.device.type for parameter in empty.parameters()} == {"cpu"}
+    with pytest.raises(RuntimeError, match="cannot be trained"):
+        empty.requires_grad_(True)

@@ -107,6 +107,9 @@ def test_offloaded_weights_come_back_for_each_use(
         disk_offload(model, tmp_path, execution_device=device, offload_buffers=True)
     assert model.qa_outputs.weight.is_meta
     assert torch.equal(logits(model, padded_batch), expected)
+    with pytest.raises(NotImplementedError, match=r"offloaded, and a packed checkpoint .* load the whole model"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.glob("saved/*.safetensors"))
 
 
 def test_another_dtype_rounds_the_weights_and_not_the_scales(folder: Path, packed: nn.Module) -> None:
