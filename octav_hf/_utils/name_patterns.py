@@ -43,9 +43,13 @@ class NamePatterns:
         ]
         return found
 
-    def matching_any(self, module_names: Iterable[str]) -> set[str]:
-        """Those that match at least one of the modules."""
-        return {pattern for name in module_names for pattern in self.matching(name)}
+    def by_pattern(self, module_names: Iterable[str]) -> dict[str, list[str]]:
+        """Those that match at least one of the modules -> the names that each matches."""
+        found: dict[str, list[str]] = {}
+        for name in module_names if self._exact or self._wildcards else ():
+            for pattern in self.matching(name):
+                found.setdefault(pattern, []).append(name)
+        return found
 
 
 def matches(pattern: str, module_name: str) -> bool:

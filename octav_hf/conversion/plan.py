@@ -1,5 +1,6 @@
 """One list of what happens to which module, with every check that could fail, before anything is changed."""
 
+import glob
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from .request import ModulePlan, Request
 
 logger = logging.getLogger(__name__)
 
+# What NamePatterns is told of them.
 _PATTERN_FIELDS: dict[str, dict[str, bool]] = {
     "exclude_modules": {},
     "target_modules": {"anywhere": True},
@@ -84,23 +86,36 @@ def named_as_in(model: PreTrainedModel, config: OctavConfig) -> OctavConfig:
     """``config`` with its patterns by the names of ``model``, which may be of another class than the one saved.
 
     As weights' names do, a pattern that matches nothing gets or loses the prefix of the base model, such as ``bert``,
-    if it then matches. One that matches neither way stays: it is about a head that is not there.
+    if it then matches. One that matches neither way stays: it is about a head that is not there. In the base model, one
+    that needs the prefix, such as ``bert`` or ``b*.layer.0``, becomes the names of the modules that it is for.
     """
+    if type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
+        return config
     names, prefix = [name for name, _ in model.named_modules() if name], f"{model.base_model_prefix}."
+    prefixed = () if hasattr(model, model.base_model_prefix) else [f"{prefix}{name}" for name in names]
     changed: dict[str, Any] = {}
-    for field, how in _PATTERN_FIELDS.items():
+    for field, options in _PATTERN_FIELDS.items():
         patterns = getattr(config, field)
         if not patterns:
             continue
         variants = {pattern: (pattern, f"{prefix}{pattern}", pattern.removeprefix(prefix)) for pattern in patterns}
-        found = NamePatterns(chain.from_iterable(variants.values()), **how).matching_any(names)
-        renamed = {
-            pattern: next((each for each in variants[pattern] if each in found), pattern) for pattern in patterns
-        }
+        matched = NamePatterns(chain.from_iterable(variants.values()), **options).by_pattern(names)
+        meant = NamePatterns(patterns, **options).by_pattern(prefixed)
+        new: dict[str, list[str]] = {}
+        for pattern in patterns:
+            wanted = [name.removeprefix(prefix) for name in meant.get(pattern, ())]
+            same = (each for each in variants[pattern] if each in matched and (not wanted or matched[each] == wanted))
+            variant = next(same, None)
+            if variant is None and not options.get("alone"):  # what is below a module goes with it
+                wanted = [name for name in wanted if name.rpartition(".")[0] not in wanted]
+            new[pattern] = [variant] if variant is not None else [glob.escape(name) for name in wanted] or [pattern]
         if isinstance(patterns, dict):
-            changed[field] = {renamed[pattern]: value for pattern, value in patterns.items()}
+            changed[field] = {}
+            for pattern in sorted(new, key=lambda each: len(new[each]) == 1):  # an exact name last, since it wins
+                for name in new[pattern]:
+                    changed[field][name] = changed[field].get(name, {}) | patterns[pattern]
         else:
-            changed[field] = list(renamed.values())
+            changed[field] = [name for pattern in patterns for name in new[pattern]]
     return replace(config, **changed)
 
 
@@ -122,11 +137,11 @@ def _warn_of_float(request: Request, others: Mapping[str, Sequence[str]]) -> Non
 
 def _check_patterns(request: Request) -> None:
     names = [name for name in request.modules if name]
-    for field, how in _PATTERN_FIELDS.items():
+    for field, options in _PATTERN_FIELDS.items():
         patterns = getattr(request.config, field) or ()
-        found = NamePatterns(patterns, **how).matching_any(names) if patterns else ()
+        matched = NamePatterns(patterns, **options).by_pattern(names)
         for pattern in patterns:
-            if pattern not in found:
+            if pattern not in matched:
                 raise ValueError(
                     f"{field}: {pattern!r} matches no module of {type(request.model).__name__}; write a full dotted "
                     "name, or a pattern for it: print([name for name, _ in model.named_modules()]) lists them"

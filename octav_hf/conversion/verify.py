@@ -1,6 +1,8 @@
 """Whether a quantized model would come back as it is from a checkpoint."""
 
 import copy
+import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +12,19 @@ from transformers import PreTrainedModel
 
 from .._utils.sharded_weights import sharded_shape
 from ..config import OctavConfig
-from ..nn import FakeQuantize, QuantizedAttention, QuantizedLayer, quantized_class_of
+from ..nn import (
+    FakeQuantize,
+    PackedLayer,
+    QuantizedAttention,
+    QuantizedLayer,
+    WeightFakeQuantize,
+    quantized_class_of,
+)
 from .plan import plan_conversion
 from .record import named_by_state_dict
 from .request import ModulePlan, QuantizerPlan
+
+logger = logging.getLogger(__name__)
 
 
 def float_structure(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
@@ -35,16 +46,58 @@ def check_comes_back(
         ValueError: it does not; the message names the module and says what to do.
     """
     name = type(model).__name__
-    structure = float_structure(type(model), model.config)
+    if not _needs_a_config_only(type(model)):
+        logger.warning(
+            "%s takes more arguments than its config, so it is not checked that the checkpoint comes back as it is; "
+            "load it with the same arguments, and compare the outputs.",
+            name,
+        )
+        return
     try:
+        structure = float_structure(type(model), model.config)
         plan = {each.name: each for each in plan_conversion(structure, record, from_file=True)}
-    except ValueError as error:
+    except Exception as error:  # of the model's class, too
         raise ValueError(f"{name} cannot be saved, since loading it would fail: {error}") from error
     expected, modules = dict(structure.named_modules()), named_by_state_dict(model)
+    _check_lists(expected, modules)
     for name, module in modules.items():
         problem = _problem(name, module, expected, plan.get(name), state_dict or {})
+        problem = problem or _problem_with_ties(model, name, modules)
         if problem:
             raise ValueError(f"{name}: {problem}")
+
+
+def _needs_a_config_only(model_class: type[PreTrainedModel]) -> bool:
+    try:
+        inspect.signature(model_class).bind(None)
+    except TypeError:
+        return False
+    return True
+
+
+def _check_lists(expected: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> None:
+    """Check that no list of blocks has become shorter; the others would be new ones."""
+    for name, there in expected.items():
+        own = modules.get(name)
+        if isinstance(there, nn.ModuleList) and isinstance(own, nn.ModuleList) and len(own) < len(there):
+            raise ValueError(
+                f"{name}: it has {len(own)} modules, and {len(there)} by the model's config; set what it follows from, "
+                "such as model.config.num_hidden_layers, to what the model has"
+            )
+
+
+def _problem_with_ties(model: PreTrainedModel, name: str, modules: Mapping[str, nn.Module]) -> str:
+    """What is wrong about a packed layer that others get their weight from."""
+    if not isinstance(modules[name], PackedLayer):
+        return ""
+    targets = (other for other, source in model.all_tied_weights_keys.items() if source == f"{name}.weight")
+    for other in (each.removesuffix(".weight") for each in targets):
+        if other in modules and not isinstance(modules[other], PackedLayer):
+            return (
+                f"it is packed, and the class of the model gives its weight to {other} too, which is not; call "
+                f"unpack_octav, then pack_octav on all of {type(model).__name__}"
+            )
+    return ""
 
 
 def _problem(
@@ -66,6 +119,17 @@ def _problem(
             f"the model's class has {there}, so this {described} would not be loaded again; save adapters by their own "
             "save_pretrained, or merge or unload them first, and put a layer of the same kind in the place of another"
         )
+    if isinstance(module, QuantizedLayer) and state_dict:
+        try:
+            module.check_form(state_dict, f"{name}.")
+        except RuntimeError as error:
+            return str(error)
+        frozen = isinstance(module.weight_quantizer, WeightFakeQuantize) and module.weight_quantizer.is_frozen
+        if frozen and f"{name}.weight" in state_dict and f"{name}.weight_quantizer.clips" not in state_dict:
+            return (
+                "clips of its weight are frozen, and the given state_dict has none; take one from model.state_dict(), "
+                "or call uncalibrate_octav(model)"
+            )
     if is_layer:
         shape = _shape(state_dict.get(f"{name}.weight", module.weight))
         wanted = tuple(original.weight.shape)

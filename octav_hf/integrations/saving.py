@@ -5,6 +5,7 @@ model only; a model around or inside the one that was quantized has none, and a 
 config of a quantized one would be saved as quantized.
 """
 
+import copy
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .._utils.sharded_weights import sharded_shape
 from .._utils.transformers_compat import has_adapters
-from ..config import OctavConfig
+from ..config import QUANT_METHOD, OctavConfig
 from ..conversion.modules import quantized_modules
 from ..conversion.output_embeddings import requantize_output_embeddings
 from ..conversion.record import recorded_config
@@ -39,14 +40,16 @@ PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 @contextmanager
 def _as_recorded(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """A context in which the model has the quantizer and its config has the ``quantization_config`` to be saved.
+    """A context in which the model has the quantizer and a config with the ``quantization_config`` to be saved.
+
+    That is a copy of its config, since other models may have the same one, and be saved at the same time.
 
     Raises:
         ValueError: the model would not come back as it is.
         NotImplementedError: a weight is sharded and neither gathered nor sharded by Transformers itself.
     """
-    quantized, configs = any(True for _ in quantized_modules(model)), list(_octav_configs(model.config))
-    if not quantized and not configs:
+    quantized, config = any(True for _ in quantized_modules(model)), model.config
+    if not quantized and not any(True for _ in _octav_configs(config)):
         yield
         return
     quantizer = None
@@ -58,26 +61,25 @@ def _as_recorded(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None
             check_comes_back(model, record, state_dict)
         quantizer = OctavQuantizer(record)
         quantizer.state_dict = state_dict
-    before, had = {id(config): config.quantization_config for config in configs}, model.__dict__.get("hf_quantizer")
-    for config in configs:
-        del config.quantization_config
-    model.__dict__["hf_quantizer"] = quantizer
+    saved, had = copy.deepcopy(config), model.__dict__.get("hf_quantizer")
+    for each in _octav_configs(saved):
+        del each.quantization_config
     if quantizer is not None:
-        model.config.quantization_config = quantizer.quantization_config
+        saved.quantization_config = quantizer.quantization_config
+    model.config, model.__dict__["hf_quantizer"] = saved, quantizer
     try:
         yield
     finally:
-        model.__dict__["hf_quantizer"] = had
+        model.config, model.__dict__["hf_quantizer"] = config, had
         if had is None:
             del model.__dict__["hf_quantizer"]
-        model.config.__dict__.pop("quantization_config", None)
-        for config in configs:
-            config.quantization_config = before[id(config)]
 
 
 def _octav_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """The configs of a model and its parts that have an ``OctavConfig``."""
-    if isinstance(config.__dict__.get("quantization_config"), OctavConfig):
+    """The configs of a model and its parts that have an ``OctavConfig``, or what a file has for one."""
+    recorded = config.__dict__.get("quantization_config")
+    method = recorded.get("quant_method") if isinstance(recorded, dict) else None
+    if isinstance(recorded, OctavConfig) or method == QUANT_METHOD:
         yield config
     for part in vars(config).values():
         if isinstance(part, PreTrainedConfig):

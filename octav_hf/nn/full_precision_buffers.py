@@ -5,9 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..functional.rows import statistics_dtype
+
 
 class FullPrecisionBuffers(nn.Module):
-    """Mixin: buffers follow the model to another device, but keep their dtype.
+    """Mixin: buffers follow the model to another device, but keep their dtype, also if a state dict has a narrower one.
 
     Clips and scales are kept in full precision (section 3 of the paper).
     """
@@ -20,3 +22,10 @@ class FullPrecisionBuffers(nn.Module):
             if moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self._buffers:
+            tensor = state_dict.get(f"{prefix}{name}")
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():  # with assign=True it becomes the buffer
+                state_dict[f"{prefix}{name}"] = tensor.to(statistics_dtype(tensor.dtype))
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -91,7 +91,7 @@ class PackedTensor(Tensor):
         raise RuntimeError(self._refusal)
 
     # These write, or let others write, without an operation that is dispatched.
-    apply_ = map_ = map2_ = share_memory_ = data_ptr = __dlpack__ = _refuse
+    apply_ = map_ = map2_ = share_memory_ = storage = data_ptr = __dlpack__ = _refuse
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[PackedTensor]:

@@ -63,6 +63,18 @@ def calibrating(model: nn.Module) -> Iterator[None]:
             "%d of %d activations were not reached by the calibration, and their clips stay dynamic: %s",
             *(len(dynamic), len(operands), ", ".join(dynamic)),
         )
+    warn_of_adapters(model)
+
+
+def warn_of_adapters(model: nn.Module) -> None:
+    """Warn if ``model``, frozen now, has PEFT's adapters, which are saved without the model around them."""
+    if any(getattr(module, "peft_config", None) for module in model.modules()):
+        logger.warning(
+            "%s has adapters, whose checkpoints have no frozen clips of the base model: resumed or loaded, it has "
+            "those of the base model then. Freeze clips before adding adapters, and save the base model so; or merge "
+            "the adapters, and save the result.",
+            type(model).__name__,
+        )
 
 
 @dataclass(frozen=True)

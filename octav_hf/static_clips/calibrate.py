@@ -13,7 +13,7 @@ from .._utils.torch_private import tree_map
 from ..conversion.modules import activation_quantizers, layers_to_freeze
 from ..conversion.record import check_quantized
 from ..nn import PackedLayer
-from .activations import calibrating
+from .activations import calibrating, warn_of_adapters
 from .weights import frozen_weights
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -79,6 +79,8 @@ def calibrate_octav(
     with frozen_weights(model) if weights else nullcontext():
         if batches is not None:
             _calibrate_activations(model, batches, progress_bar)
+    if batches is None:
+        warn_of_adapters(model)
     return model
 
 

@@ -56,6 +56,11 @@ def _layers(model: nn.Module) -> dict[str, Any]:
         shape = sharded_shape(layer.weight)
         if shape is not None:
             raise ValueError(f"{name}: its weight of shape {shape} is sharded; freeze the clips before you shard it")
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"{name}: its weight of shape {tuple(layer.weight.shape)} is offloaded or has no values; load the "
+                "whole model before freezing its clips"
+            )
     dynamic = [name for name in found if name not in layers]
     if dynamic:
         logger.warning("Several modules share these weights, and their clips stay dynamic: %s", ", ".join(dynamic))

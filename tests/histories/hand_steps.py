@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from octav_hf import OctavConfig, apply_octav, remove_octav
@@ -22,6 +23,8 @@ def resize(subject: Subject, rows: int = ROWS + 3) -> None:
     """``resize_token_embeddings``."""
     if "input_ids" not in subject.batch:
         raise ValueError("the history's model has no tokens")
+    if isinstance(subject.model.get_output_embeddings(), ModulesToSaveWrapper):
+        raise ValueError("the history's head is one of PEFT's, which Transformers cannot resize")
     subject.model.resize_token_embeddings(rows, mean_resizing=False)
     if subject.model.get_input_embeddings().weight.shape[0] != rows:
         raise Broken("resize_token_embeddings did nothing")
@@ -143,12 +146,17 @@ def _quantizer(subject: Subject, operand: str, layer: int) -> FakeQuantize:
 @action(3, dtype=["bfloat16", "float64", "half()"])
 def cast(subject: Subject, dtype: str = "bfloat16") -> None:
     """Another dtype, but for buffers that are not saved, such as Llama's frequencies, which come back as they were."""
-    model, saved = subject.model, subject.model.state_dict().keys()
+    cast_saved(subject.model, torch.float16 if dtype == "half()" else getattr(torch, dtype), by_half=dtype == "half()")
+
+
+def cast_saved(model: nn.Module, dtype: torch.dtype, *, by_half: bool = False) -> None:
+    """Cast what is in the model's state dict."""
+    saved = model.state_dict().keys()
     kept = {name: buffer.clone() for name, buffer in model.named_buffers() if name not in saved}
-    if dtype == "half()":
+    if by_half:
         model.half()
     else:
-        model.to(getattr(torch, dtype))
+        model.to(dtype)
     for name, buffer in kept.items():
         model.get_buffer(name).data = buffer
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from octav_hf import OctavConfig, apply_octav
 
 from .check import MEMORY, Broken, Picture, outputs, same_outputs, saved_and_loaded, settings
-from .hand_steps import FIXED_HEADS
+from .hand_steps import FIXED_HEADS, cast_saved
 from .package_steps import base_batch
 from .subject import Arguments, Subject, action, has_adapters
 
@@ -141,7 +141,8 @@ def resume(subject: Subject, earlier: int = -1, into: str = "current", strict: b
     if into == "current":
         outer, model = copy.deepcopy((subject.outer, subject.model))
     else:
-        outer = model = type(subject.model)(copy.deepcopy(subject.model.config)).eval().to(subject.model.dtype)
+        outer = model = type(subject.model)(copy.deepcopy(subject.model.config)).eval()
+        cast_saved(model, subject.model.dtype)
         if subject.config is not None:
             apply_octav(model, subject.config)
     result = model.load_state_dict(picture.state, strict=strict)

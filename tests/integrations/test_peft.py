@@ -148,6 +148,23 @@ def test_frozen_clips_of_a_quantized_model_with_adapters_come_back(
     assert torch.equal(logits(loaded, padded_batch), logits(merged, padded_batch))
 
 
+@pytest.mark.parametrize("added_by", ["peft", "transformers"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_freezing_under_adapters_warns(
+    small_bert: MakeBert, padded_batch: dict, caplog: pytest.LogCaptureFixture, added_by: str, weights: bool
+) -> None:
+    """Their checkpoints are the adapters alone."""
+    base = apply_octav(small_bert(), OctavConfig())
+    calibrate_octav(base, [padded_batch], weights=True, progress_bar=False)
+    assert not caplog.records
+    model = base if added_by == "transformers" else peft.get_peft_model(base, lora(["query"]))
+    if model is base:
+        base.add_adapter(lora(["query"]))
+    calibrate_octav(model, None if weights else [padded_batch], weights=weights, progress_bar=False)
+    (record,) = caplog.records
+    assert "checkpoints have no frozen clips of the base model" in record.getMessage()
+
+
 @pytest.mark.parametrize("modules_to_save", [None, ["qa_outputs"]])
 def test_a_base_model_with_adapters_around_its_layers_is_not_saved(
     small_bert: MakeBert, tmp_path: Path, modules_to_save: list[str] | None

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import (
     AutoModel,
     BertConfig,
+    BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertLMHeadModel,
@@ -21,6 +22,9 @@ from transformers import (
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    modeling_utils,
 )
 
 from octav_hf import (
@@ -140,13 +144,99 @@ def test_models_made_from_one_config_object(tmp_path: Path) -> None:
     pack_octav(models[6])
     for bits, model in models.items():
         loaded = assert_comes_back(model, tmp_path / str(bits))
-        # One made from the config of a quantized model that was loaded is a float model, too.
-        student = type(loaded)(loaded.config)
-        student.save_pretrained(tmp_path / "student")
-        assert not isinstance(type(loaded).from_pretrained(tmp_path / "student").classifier, QuantizedLayer)
+        # One made from the config of a quantized model that was loaded, or from its file, is a float model, too.
+        for of_quantized in (loaded.config, BertConfig.from_pretrained(tmp_path / str(bits))):
+            student, before = type(loaded)(of_quantized), copy.deepcopy(of_quantized.quantization_config)
+            student.save_pretrained(tmp_path / "student")
+            assert not isinstance(type(loaded).from_pretrained(tmp_path / "student").classifier, QuantizedLayer)
+            assert of_quantized.quantization_config == before
         assert loaded.config.quantization_config.weight_bits == bits
     assert_comes_back(teacher, tmp_path / "teacher")
     assert not hasattr(config, "quantization_config")
+
+
+def test_models_of_one_config_object_are_saved_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = bert_config()
+    models = {bits: apply_octav(classifier(config), OctavConfig(bits, bits)) for bits in (4, 8)}
+    begin_writing = modeling_utils.split_torch_state_dict_into_shards
+
+    def other_first(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(modeling_utils, "split_torch_state_dict_into_shards", begin_writing)
+        assert not hasattr(config, "quantization_config")
+        models[8].save_pretrained(tmp_path / "8")
+        return begin_writing(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_utils, "split_torch_state_dict_into_shards", other_first)
+    models[4].save_pretrained(tmp_path / "4")
+    for bits, model in models.items():
+        assert operands(type(model).from_pretrained(tmp_path / str(bits))) == operands(model)
+        assert model.config is config
+
+
+class NeedsMore(BertForSequenceClassification):
+    def __init__(self, config: BertConfig, *, width: int):
+        super().__init__(config)
+        self.classifier = nn.Linear(16, width)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["training form", "packed"])
+def test_a_class_that_takes_more_than_a_config(packed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = apply_octav(NeedsMore(bert_config(), width=5))
+    if packed:
+        pack_octav(model)
+    with caplog.at_level("WARNING", "octav_hf"):
+        model.save_pretrained(tmp_path)
+    assert "NeedsMore takes more arguments than its config" in caplog.text
+    assert torch.equal(output(NeedsMore.from_pretrained(tmp_path, width=5)), output(model))
+
+
+class ReadsWeights(BertForSequenceClassification):
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
+        self.largest = self.classifier.weight.max().item()
+
+
+def test_a_class_that_cannot_be_loaded(tmp_path: Path) -> None:
+    model = apply_octav(ReadsWeights(bert_config()))
+    with pytest.raises(ValueError, match=r"ReadsWeights cannot be saved, since loading it would fail: .*meta"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_state_dict_of_another_form_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = apply_octav(classifier())
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    frozen = calibrate_octav(copy.deepcopy(model), weights=True)
+    packed = pack_octav(copy.deepcopy(model))
+    for saved, state_dict, message in (
+        (frozen, weights, r"clips of its weight are frozen, and the given state_dict has none"),
+        (packed, weights, r"call octav_hf\.unpack_octav"),
+        (model, packed.state_dict(), r"call octav_hf\.pack_octav"),
+    ):
+        with pytest.raises(ValueError, match=rf"bert\.encoder\.layer\.0\.attention\.self\.query: .*{message}"):
+            saved.save_pretrained(tmp_path / "saved", state_dict=state_dict)
+        assert not (tmp_path / "saved").exists()
+    frozen.save_pretrained(tmp_path / "saved", state_dict=frozen.state_dict())
+
+
+def test_a_part_with_a_tied_table_is_packed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model: Any = BertForMaskedLM(bert_config())
+    pack_octav(apply_octav(model.bert, OctavConfig(embedding_bits=4)))
+    with pytest.raises(ValueError, match=r"word_embeddings: it is packed, .* to cls\.predictions\.decoder too"):
+        model.save_pretrained(tmp_path / "masked")
+    assert not (tmp_path / "masked").exists()
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=40, decoder_start_token_id=0, **sizes)).eval()
+    pack_octav(apply_octav(model.encoder, OctavConfig(embedding_bits=4)))
+    model.save_pretrained(tmp_path / "t5")
+    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path / "t5")
+    with torch.no_grad():
+        expected, actual = (each(input_ids=IDS, decoder_input_ids=IDS).logits for each in (model, loaded))
+    assert torch.equal(actual, expected)
 
 
 def test_what_was_changed_by_hand(tmp_path: Path) -> None:
@@ -192,6 +282,10 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a layer that was added": (
         lambda model: model.add_module("extra", nn.Linear(16, 2)),
         r"extra: the model's class has no such module",
+    ),
+    "a layer that was left out": (
+        lambda model: setattr(model.bert.encoder, "layer", model.bert.encoder.layer[:1]),
+        r"bert\.encoder\.layer: it has 1 modules, and 2 by the model's config; .*num_hidden_layers",
     ),
     "other labels than in the config": (
         lambda model: setattr(model, "classifier", nn.Linear(16, 5)),
@@ -245,8 +339,18 @@ def test_a_float_model_again(tmp_path: Path) -> None:
         OctavConfig(module_overrides={"classifier": {"weight_bits": 8}, "bert.encoder.layer.1": {"weight_bits": 2}}),
         OctavConfig(target_modules=["bert.encoder.layer.1"]),
         OctavConfig(attention_modules=["bert.encoder.layer.1.attention.self"]),
+        OctavConfig(exclude_modules=["bert"]),
+        OctavConfig(target_modules=["bert"]),
+        OctavConfig(
+            module_overrides={"bert": {"weight_bits": 7}, "bert.*.dense": {"weight_gradient_estimator": "ste"}}
+            | {"bert.pooler.dense": {"weight_gradient_estimator": "pwl"}}
+        ),
+        OctavConfig(attention_modules=["b*.layer.0.attention.self"], exclude_modules=["b*.layer.1", "*.pooler"]),
     ],
-    ids=["exclude", "exclude by a pattern", "override", "target", "attention"],
+    ids=[
+        *("exclude", "exclude by a pattern", "override", "target", "attention"),
+        *("exclude the base", "target the base", "override the base", "patterns with the prefix"),
+    ],
 )
 def test_names_are_found_with_and_without_the_prefix_of_the_base_model(config: OctavConfig, tmp_path: Path) -> None:
     model = apply_octav(classifier(), config)

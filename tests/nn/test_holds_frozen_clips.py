@@ -141,6 +141,18 @@ def test_clips_follow_the_module_to_its_device() -> None:
     assert same(target, frozen())
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_narrower_state_dict_leaves_full_precision(assign: bool) -> None:
+    static, packed = frozen(), pack_octav(net())
+    for model in (static, packed):
+        names = [name for name in model.state_dict() if "_quantizer." in name and not name.endswith("packed_data")]
+        narrow = {name: x.bfloat16() if name in names else x for name, x in model.state_dict().items()}
+        model.load_state_dict(narrow, assign=assign)
+        assert names
+        assert {model.state_dict()[name].dtype for name in names} == {torch.float32}
+        assert narrow[names[0]].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_averaged_copies(use_buffers: bool) -> None:
     static = frozen()

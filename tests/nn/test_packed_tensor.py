@@ -68,6 +68,7 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "swap_tensors": lambda w: swap_tensors(w, OTHER.clone()),
     "apply_": lambda w: w.apply_(lambda x: 0),
     "data_ptr": lambda w: w.data_ptr(),
+    "storage": lambda w: w.storage(),
     "share_memory_": lambda w: w.share_memory_(),
     "dlpack": torch.from_dlpack,
     "requires_grad_": lambda w: w.requires_grad_(True),

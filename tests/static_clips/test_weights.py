@@ -274,6 +274,8 @@ def test_what_cannot_be_frozen(small_bert: MakeBert, frozen: BertForQuestionAnsw
         calibrate_octav(frozen)
     with pytest.raises(ValueError, match="no quantized weight"):
         freeze(apply_octav(small_bert(), OctavConfig(weight_bits=None)))
+    with pytest.raises(ValueError, match=r"query: its weight of shape \(32, 32\) is offloaded or has no values"):
+        freeze(apply_octav(small_bert(), OctavConfig()).to("meta"))
     dynamic = apply_octav(small_bert(), OctavConfig())
     for model, asked in ((dynamic, {}), (frozen, {"weights": False})):
         with pytest.raises(ValueError, match="no clip of BertForQuestionAnswering is frozen"):
