@@ -101,13 +101,13 @@ class OctavQuantizer(HfQuantizer):
         scales = layers_in_files(records, weights, model)
         found = {name: weights[name] for name, scale in scales.items() if _fits(weights[name], records, scale)}
         tied = {other for name in found for other in _tied_layers(model, name)}
-        in_float = layers_in_files(records, tied, model, "weight").keys() - found.keys()
-        tied = {name for name in tied - in_float if in_float.isdisjoint(_tied_layers(model, name))}
-        stored_as_weight = layers_in_files(records, weights, model, "weight")
+        stored = layers_in_files(records, {*weights, *tied}, model, "weight")
         floating = {
-            name for name, stored in stored_as_weight.items() if records[stored].shape == list(weights[name].shape)
+            name
+            for name, in_file in stored.items()
+            if name not in found and (name not in weights or records[in_file].shape == list(weights[name].shape))
         }
-        for name, shape in _missing(model, [*(name for name in weights if name not in floating), *sorted(tied)], found):
+        for name, shape in _missing(model, [*weights, *sorted(tied)], found, floating):
             problem = f"this packed checkpoint has no packed weight of shape {shape} for {type(model).__name__}"
             raise ValueError(f"{name}: {problem}. {_OTHER_CLASS.format('unpack_octav')}")
         for name, weight in found.items():
@@ -167,14 +167,19 @@ class OctavQuantizer(HfQuantizer):
         return True
 
 
-def _missing(model: PreTrainedModel, layers: Iterable[str], found: Container[str]) -> Iterator[tuple[str, Any]]:
+def _missing(
+    model: PreTrainedModel, layers: Iterable[str], packed: Container[str], floating: Container[str]
+) -> Iterator[tuple[str, Any]]:
     """Name and weight's shape of the layers that are not in the files, which would be random.
 
-    One that is tied to another need not be, unless that is among the ``found`` and has no weight to share.
+    One that is tied to another need not be, unless that is ``packed`` and none of them is ``floating``: a packed layer
+    has no weight to share.
     """
     for name in layers:
         tied = _tied_layers(model, name)
-        if name not in found and (not tied or any(other in found for other in tied)):
+        if name in packed or any(each in floating for each in (name, *tied)):
+            continue
+        if not tied or any(other in packed for other in tied):
             yield name, tuple(model.get_parameter(f"{name}.weight").shape)
 
 

@@ -24,6 +24,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav, coverage_report, pack_octav, unpack_octav
@@ -239,6 +241,20 @@ def test_a_head_of_its_own_in_a_model_that_ties_comes_back(tmp_path: Path, padde
     expected = pack_octav(apply_octav(model, OctavConfig()))(**padded_batch).logits
     model.save_pretrained(tmp_path)
     assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path)(**padded_batch).logits, expected)
+
+
+@pytest.mark.parametrize("embedding_bits", [None, 8])
+def test_a_head_of_its_own_beside_a_table_that_three_modules_share(
+    tmp_path: Path, padded_batch: dict, embedding_bits: int | None
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=100, **sizes)).eval()
+    model.lm_head = nn.Linear(16, 100, bias=False)
+    pack_octav(apply_octav(model, OctavConfig(embedding_bits=embedding_bits))).save_pretrained(tmp_path)
+    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path)
+    tokens = {"input_ids": padded_batch["input_ids"], "decoder_input_ids": padded_batch["input_ids"]}
+    assert torch.equal(loaded(**tokens).logits, model(**tokens).logits)
 
 
 @pytest.mark.versions
