@@ -2,7 +2,7 @@
 
 import glob
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -77,22 +77,20 @@ def named_as_in(model: PreTrainedModel, config: OctavConfig) -> OctavConfig:
     names, prefix = [name for name, _ in model.named_modules() if name], f"{model.base_model_prefix}."
     is_base = not hasattr(model, model.base_model_prefix)
 
-    def renamed(pattern: str, options: Mapping[str, bool]) -> list[str]:
-        meant = _matching(pattern, names, options, prefix) if is_base else []
-        for each in (pattern, f"{prefix}{pattern}", pattern.removeprefix(prefix)):
-            found = _matching(each, names, options)
-            if found and (not meant or found == meant):
-                return [each]
-        if not options.get("alone"):  # what is below a module goes with it
-            meant = [name for name in meant if name.rpartition(".")[0] not in meant]
-        return [glob.escape(name) for name in meant] or [pattern]
-
     changed: dict[str, Any] = {}
     for field, options in _PATTERN_FIELDS.items():
         patterns = getattr(config, field)
         if patterns is None:
             continue
-        new = {pattern: renamed(pattern, options) for pattern in patterns}
+        variants = {each: (each, f"{prefix}{each}", each.removeprefix(prefix)) for each in patterns}
+        found = _matching({variant for each in variants.values() for variant in each}, names, options)
+        meant = _matching(patterns, names, options, prefix) if is_base else {}
+        new = {}
+        for pattern, wanted in ((each, meant.get(each)) for each in patterns):
+            same = (each for each in variants[pattern] if found[each] and (not wanted or found[each] == wanted))
+            new[pattern] = [next(same, "")]
+            if not new[pattern][0]:
+                new[pattern] = [glob.escape(name) for name in _topmost(wanted or (), options)] or [pattern]
         if isinstance(patterns, dict):
             changed[field] = {}
             for pattern in sorted(new, key=lambda each: len(new[each]) == 1):  # an exact name last, since it wins
@@ -103,10 +101,21 @@ def named_as_in(model: PreTrainedModel, config: OctavConfig) -> OctavConfig:
     return replace(config, **changed)
 
 
-def _matching(pattern: str, names: Iterable[str], options: Mapping[str, bool], prefix: str = "") -> list[str]:
-    """Those of the ``names`` that match with the ``prefix``."""
-    patterns = NamePatterns([pattern], **options)
-    return [name for name in names if patterns.matching(f"{prefix}{name}")]
+def _topmost(names: Collection[str], options: Mapping[str, bool]) -> list[str]:
+    """Without those that go with another, unless each pattern is for one module alone."""
+    return [name for name in names if options.get("alone") or name.rpartition(".")[0] not in names]
+
+
+def _matching(
+    patterns: Iterable[str], names: Iterable[str], options: Mapping[str, bool], prefix: str = ""
+) -> dict[str, list[str]]:
+    """Pattern -> those of the ``names`` that match it with the ``prefix``."""
+    found: dict[str, list[str]] = {pattern: [] for pattern in patterns}
+    matcher = NamePatterns(found, **options)
+    for name in names:
+        for pattern in matcher.matching(f"{prefix}{name}"):
+            found[pattern].append(name)
+    return found
 
 
 def _warn_of_float(request: Request, others: Mapping[str, Sequence[str]]) -> None:
@@ -128,8 +137,8 @@ def _warn_of_float(request: Request, others: Mapping[str, Sequence[str]]) -> Non
 def _check_patterns(request: Request) -> None:
     names = [name for name in request.modules if name]
     for field, options in _PATTERN_FIELDS.items():
-        for pattern in getattr(request.config, field) or ():
-            if not _matching(pattern, names, options):
+        for pattern, matching in _matching(getattr(request.config, field) or (), names, options).items():
+            if not matching:
                 raise ValueError(
                     f"{field}: {pattern!r} matches no module of {type(request.model).__name__}; write a full dotted "
                     "name, or a pattern for it: print([name for name, _ in model.named_modules()]) lists them"
