@@ -342,7 +342,7 @@ def test_a_float_model_again(tmp_path: Path) -> None:
         OctavConfig(exclude_modules=["bert"]),
         OctavConfig(target_modules=["bert"]),
         OctavConfig(
-            module_overrides={"bert": {"weight_bits": 7}, "bert.*.dense": {"weight_gradient_estimator": "ste"}}
+            module_overrides={"bert": {"weight_bits": 7}, "b*.dense": {"weight_gradient_estimator": "ste"}}
             | {"bert.pooler.dense": {"weight_gradient_estimator": "pwl"}}
         ),
         OctavConfig(attention_modules=["b*.layer.0.attention.self"], exclude_modules=["b*.layer.1", "*.pooler"]),
