@@ -215,6 +215,8 @@ def test_files_without_a_clip_are_refused(frozen: BertForQuestionAnswering, tmp_
 def test_a_state_dict_brings_its_clips(frozen: BertForQuestionAnswering, padded_batch: dict, tmp_path: Path) -> None:
     frozen.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
+    tensors[CLIPS] = tensors[CLIPS] / 2  # which are not those of the weight
+    frozen.load_state_dict(tensors)
     config = BertConfig.from_pretrained(tmp_path)
     loaded = BertForQuestionAnswering.from_pretrained(None, config=config, state_dict=tensors)
     assert torch.equal(logits(loaded.eval(), padded_batch), logits(frozen, padded_batch))
