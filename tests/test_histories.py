@@ -13,13 +13,18 @@ from .histories.models import KINDS
 from .histories.steps import ACTIONS
 
 COUNT = int(os.environ.get("OCTAV_HF_HISTORIES", "500"))
-PARTS = 10
+FIRST, PARTS = 20, 10
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", range(PARTS))
-def test_a_model_comes_back_as_it_is_whatever_was_done_to_it(part: int) -> None:
-    failed = [history for number in range(part, COUNT, PARTS) if (history := History.drawn(number)).failure()]
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        pytest.param(range(FIRST), marks=pytest.mark.versions, id="first"),
+        *(pytest.param(range(FIRST + i, COUNT, PARTS), marks=pytest.mark.slow, id=str(i)) for i in range(PARTS)),
+    ],
+)
+def test_a_model_comes_back_as_it_is_whatever_was_done_to_it(numbers: range) -> None:
+    failed = [history for number in numbers if (history := History.drawn(number)).failure()]
     shortest = [str(history.shortened()) for history in failed[:2]]
     assert not failed, "\n\n".join([f"{len(failed)} histories failed, such as", *shortest])
 

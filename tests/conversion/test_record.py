@@ -141,6 +141,7 @@ def masked_lm() -> BertForMaskedLM:
     return calibrate_octav(apply_octav(BertForMaskedLM(config).eval()), [{"input_ids": IDS}], progress_bar=False)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("before", "after"),
     [

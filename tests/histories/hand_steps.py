@@ -146,6 +146,8 @@ def _quantizer(subject: Subject, operand: str, layer: int) -> FakeQuantize:
 @action(3, dtype=["bfloat16", "float64", "half()"])
 def cast(subject: Subject, dtype: str = "bfloat16") -> None:
     """Another dtype, but for buffers that are not saved, such as Llama's frequencies, which come back as they were."""
+    if subject.model._keep_in_fp32_modules:
+        raise ValueError("the history's model is loaded with some parameters in float32, whatever they were")
     cast_saved(subject.model, torch.float16 if dtype == "half()" else getattr(torch, dtype), by_half=dtype == "half()")
 
 

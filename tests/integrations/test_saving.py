@@ -97,6 +97,7 @@ def test_a_model_inside_the_one_that_was_quantized(
     assert type(loaded.classifier) is nn.Linear
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("packed", [False, True], ids=["training form", "packed"])
 def test_a_model_around_the_one_that_was_quantized(packed: bool, tmp_path: Path) -> None:
     model = classifier()
@@ -114,6 +115,7 @@ def test_a_model_around_the_one_that_was_quantized(packed: bool, tmp_path: Path)
     assert isinstance(part.pooler.dense, PackedLayer) is packed
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("packed", [False, True], ids=["training form", "packed"])
 def test_a_part_of_the_one_that_was_quantized(packed: bool, tmp_path: Path) -> None:
     model = apply_octav(classifier(), OctavConfig(module_overrides={"bert.encoder.layer.0": {"activation_bits": 6}}))
@@ -123,6 +125,7 @@ def test_a_part_of_the_one_that_was_quantized(packed: bool, tmp_path: Path) -> N
     assert loaded.encoder.layer[0].attention.self.query.input_quantizer.num_bits == 6
 
 
+@pytest.mark.versions
 def test_two_quantized_models_in_one(tmp_path: Path) -> None:
     torch.manual_seed(0)
     decoder = BertLMHeadModel(bert_config(is_decoder=True, add_cross_attention=True))
@@ -137,6 +140,7 @@ def test_two_quantized_models_in_one(tmp_path: Path) -> None:
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.versions
 def test_models_made_from_one_config_object(tmp_path: Path) -> None:
     config = bert_config()
     teacher = classifier(config)
@@ -375,6 +379,7 @@ def test_the_first_layer_is_found_without_the_last(tmp_path: Path) -> None:
     assert base.encoder.stages[0].layers[0].layer[0].convolution.weight_quantizer.num_bits == 4
 
 
+@pytest.mark.versions
 def test_a_head_that_is_new_is_quantized(tmp_path: Path) -> None:
     apply_octav(classifier()).save_pretrained(tmp_path)
     assert isinstance(BertForQuestionAnswering.from_pretrained(tmp_path).qa_outputs, QuantizedLinear)
@@ -384,6 +389,7 @@ def frozen(model: nn.Module) -> dict[str, bool]:
     return {name: m.weight_quantizer.is_frozen for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("packed", [False, True], ids=["training form", "packed"])
 def test_clips_of_some_weights_are_frozen(packed: bool, tmp_path: Path) -> None:
     model = calibrate_octav(apply_octav(classifier()), weights=True)
@@ -397,6 +403,7 @@ def test_clips_of_some_weights_are_frozen(packed: bool, tmp_path: Path) -> None:
         assert frozen(unpack_octav(loaded)) == frozen(model)
 
 
+@pytest.mark.versions
 def test_some_layers_are_packed(tmp_path: Path) -> None:
     model = pack_octav(apply_octav(classifier()))
     model.bert.encoder.layer[1] = apply_octav(classifier(seed=1), OctavConfig(weight_bits=6)).bert.encoder.layer[1]

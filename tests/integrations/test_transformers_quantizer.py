@@ -263,6 +263,7 @@ def test_the_best_model_has_the_clips_that_it_was_evaluated_with(
     assert all(torch.equal(model.state_dict()[name], value) for name, value in evaluated.items())
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("weights", [False, True], ids=["activations", "weights too"])
 def test_frozen_clips_load_into_other_classes(
     small_bert: MakeBert, padded_batch: dict, float_checkpoint: Path, weights: bool

@@ -211,15 +211,19 @@ def test_files_without_a_clip_are_refused(frozen: BertForQuestionAnswering, tmp_
     assert not torch.equal(other.classifier.weight_quantizer(other.classifier.weight), torch.zeros(2, 32))
 
 
+@pytest.mark.versions
 def test_a_state_dict_brings_its_clips(frozen: BertForQuestionAnswering, padded_batch: dict, tmp_path: Path) -> None:
     frozen.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
+    tensors[CLIPS] = tensors[CLIPS] / 2  # which are not those of the weight
+    frozen.load_state_dict(tensors)
     config = BertConfig.from_pretrained(tmp_path)
     loaded = BertForQuestionAnswering.from_pretrained(None, config=config, state_dict=tensors)
     assert torch.equal(logits(loaded.eval(), padded_batch), logits(frozen, padded_batch))
     assert frozen_layers(loaded).keys() == frozen_layers(frozen).keys()
 
 
+@pytest.mark.versions
 def test_a_pickled_checkpoint_brings_its_clips(
     frozen: BertForQuestionAnswering, padded_batch: dict, tmp_path: Path
 ) -> None:
