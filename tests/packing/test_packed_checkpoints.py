@@ -235,6 +235,7 @@ def test_a_float_head_that_would_be_tied_to_a_packed_table_is_refused(tmp_path: 
         LlamaForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.versions
 def test_a_head_of_its_own_in_a_model_that_ties_comes_back(tmp_path: Path, padded_batch: dict) -> None:
     model = llama(tie_word_embeddings=True)
     model.lm_head = nn.Linear(32, 100, bias=False)
