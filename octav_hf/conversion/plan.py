@@ -112,7 +112,7 @@ def _matching(
     """Pattern -> those of the ``names`` that match it with the ``prefix``."""
     found: dict[str, list[str]] = {pattern: [] for pattern in patterns}
     matcher = NamePatterns(found, **options)
-    for name in names:
+    for name in names if found else ():
         for pattern in matcher.matching(f"{prefix}{name}"):
             found[pattern].append(name)
     return found
