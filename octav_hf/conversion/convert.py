@@ -14,7 +14,7 @@ from .._utils.transformers_compat import mark_as_float, unset_upload
 from ..config import OctavConfig
 from ..nn import PackedWeight, QuantizedLayer
 from . import output_embeddings
-from .modules import quantized_modules, transformers_models
+from .modules import is_quantized, quantized_modules, transformers_models
 from .plan import check_for_float_model, plan_conversion
 from .record import recorded_config
 from .request import ModulePlan
@@ -54,7 +54,7 @@ def apply_octav(model: Model, config: OctavConfig | None = None) -> Model:
     _check_not_quantized(model)
     convert_modules(model, config, plan_conversion(model, config))
     for inner in transformers_models(model):  # get what from_pretrained gives a model beside quantized modules
-        if any(True for _ in quantized_modules(inner)):
+        if is_quantized(inner):
             # Its config object does not say so, since other models may have been made from it.
             asked = config if inner is model else recorded_config(inner)
             quantizer = AutoHfQuantizer.from_config(copy.deepcopy(asked), pre_quantized=False)
@@ -73,7 +73,7 @@ def remove_octav(model: Model) -> Model:
     Raises:
         ValueError: no module of the model was quantized by ``apply_octav``.
     """
-    if not any(True for _ in quantized_modules(model)):
+    if not is_quantized(model):
         raise ValueError(f"remove_octav: {type(model).__name__} has no module quantized by apply_octav")
     restore_modules(model)
     for module in model.modules():  # the model may stand inside another, such as PEFT's
@@ -153,7 +153,7 @@ def _before_loading(model: nn.Module, state_dict: Mapping[str, Any], prefix: str
 
 
 def _check_not_quantized(model: nn.Module) -> None:
-    if any(True for _ in quantized_modules(model)):
+    if is_quantized(model):
         raise ValueError(
             f"{type(model).__name__} is already quantized by apply_octav; use it as it is, or call "
             "remove_octav(model) first"

@@ -15,6 +15,11 @@ def quantized_modules(model: nn.Module) -> Iterator[QuantizedLayer | QuantizedAt
     return (module for module in model.modules() if isinstance(module, QuantizedLayer | QuantizedAttention))
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a module of the model is quantized."""
+    return any(True for _ in quantized_modules(model))
+
+
 def modules_without_quantizers(model: nn.Module) -> dict[str, nn.Module]:
     """Full name -> module, of those that a float model has."""
     return {name: module for name, module in model.named_modules() if not name.endswith("_quantizer")}

@@ -20,7 +20,7 @@ from ..nn import (
 )
 from ..nn.granularity import ATTENTION_OPERANDS, Granularity, granularity_of
 from .attention_modules import attention_modules
-from .modules import modules_without_quantizers, quantized_modules, shared_weights
+from .modules import is_quantized, modules_without_quantizers, shared_weights
 
 # Parts of names that wrappers for sharding and activation checkpointing add, and leave out of the state dict.
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -40,7 +40,7 @@ def check_quantized(model: nn.Module, function: str) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function} takes a model (an nn.Module), got {type(model).__name__}")
-    if not any(True for _ in quantized_modules(model)):
+    if not is_quantized(model):
         raise ValueError(
             f"{function}: {type(model).__name__} has no module quantized by apply_octav; call "
             "apply_octav(model, OctavConfig()) first"

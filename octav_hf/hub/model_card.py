@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .._utils.escaping import markdown_code, markdown_text, shown
 from .._utils.transformers_compat import task_mapping
 from ..config import OctavConfig
-from ..conversion.modules import quantized_modules
+from ..conversion.modules import is_quantized
 from ..conversion.record import recorded_config
 from ..coverage.report import CoverageReport, Operand, coverage_report
 from ..nn.granularity import ACTIVATION_GRANULARITIES
@@ -53,7 +53,7 @@ def model_card(
     Raises:
         ValueError: ``model`` is not a Transformers model that ``apply_octav`` quantized.
     """
-    if not isinstance(model, PreTrainedModel) or not any(True for _ in quantized_modules(model)):
+    if not isinstance(model, PreTrainedModel) or not is_quantized(model):
         raise ValueError(f"{type(model).__name__} is not a Transformers model that apply_octav quantized")
     return card_of(model, recorded_config(model), run, name=name, license=license)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .._utils.sharded_weights import sharded_shape
 from .._utils.transformers_compat import has_adapters
 from ..config import QUANT_METHOD, OctavConfig
-from ..conversion.modules import quantized_modules
+from ..conversion.modules import is_quantized
 from ..conversion.output_embeddings import requantize_output_embeddings
 from ..conversion.record import recorded_config
 from ..conversion.verify import check_comes_back
@@ -48,7 +48,7 @@ def _as_recorded(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None
         ValueError: the model would not come back as it is.
         NotImplementedError: a weight is sharded and neither gathered nor sharded by Transformers itself.
     """
-    quantized, config = any(True for _ in quantized_modules(model)), model.config
+    quantized, config = is_quantized(model), model.config
     if not quantized and not any(True for _ in _octav_configs(config)):
         yield
         return
