@@ -41,7 +41,8 @@ from transformers import (
 
 # opening a quantized checkpoint needs the plugin to be imported, also when nothing is quantized anew
 import octav_hf
-from octav_hf.hub.checkpoint_folder import CheckpointFolder, atomic_output_dir
+from octav_hf.hub.checkpoint_folder import CheckpointFolder
+from octav_hf.hub.output_dir import atomic_output_dir
 from octav_hf.training.checkpoints import check_checkpoint
 
 logger = logging.getLogger(__name__)

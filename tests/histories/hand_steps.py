@@ -11,11 +11,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from octav_hf import OctavConfig, apply_octav, remove_octav
-from octav_hf.nn import FakeQuantize, QuantizedAttention, QuantizedLayer
+from octav_hf.nn import FakeQuantize, PackedLayer, QuantizedAttention, QuantizedLayer
 
 from .check import Broken
 from .models import ROWS
-from .subject import Subject, action
+from .subject import Subject, action, has_adapters
 
 
 @action(4, rows=[ROWS + 3, ROWS + 3, ROWS - 4, ROWS])
@@ -82,6 +82,8 @@ def graft(subject: Subject, layer: int = 0) -> None:
     name, _ = _choose(subject.model, layer)
     other = subject.kind.make().to(subject.model.dtype)
     apply_octav(other, OctavConfig(weight_bits=8, activation_bits=8, embedding_bits=8))
+    if has_adapters(subject.model):
+        raise ValueError("the history's model has adapters")
     new = other.get_submodule(name)
     if new.weight.shape != subject.model.get_submodule(name).weight.shape:
         raise ValueError("the history's layer has another shape now")
@@ -181,7 +183,7 @@ def train(subject: Subject, steps: int = 1) -> None:
             with torch.no_grad():
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None:
-                        parameter -= 0.1 * gradient
+                        parameter -= 0.1 * gradient / gradient.norm().clamp(min=1)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -197,6 +199,12 @@ def training_mode(subject: Subject, mode: bool = True) -> None:
 def requires_grad(subject: Subject, which: str = "base", on: bool = False) -> None:
     """Freeze some parameters, or the contrary."""
     module = subject.model.base_model if which == "base" else subject.model
+    if on and which != "biases" and any(isinstance(layer, PackedLayer) for layer in module.modules()):
+        try:  # torch goes through the parameters one by one, up to the first packed weight
+            copy.deepcopy(module).requires_grad_(True)
+        except RuntimeError:
+            return
+        raise Broken("packed weights became trainable")
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and (which != "biases" or name.endswith("bias")):
             parameter.requires_grad_(on)

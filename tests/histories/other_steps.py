@@ -121,6 +121,8 @@ def end_lora(subject: Subject, how: str = "merge") -> None:
     """``merge_and_unload``, which must add the adapter's part to the weights, or ``unload``."""
     if not isinstance(subject.outer, peft.PeftModel):
         raise ValueError("the history's model has no adapter")
+    if len({parameter.dtype for parameter in subject.outer.parameters()}) > 1:
+        raise ValueError("the history's adapters have another dtype, and PEFT stops in the middle of merging them")
     expected: dict[str, Tensor] = {}
     for name, module in subject.model.named_modules():
         if isinstance(module, peft.tuners.lora.Linear):
@@ -178,7 +180,7 @@ def load(subject: Subject, how: str = "plain", options: Arguments | None = None)
     """Save, and go on with what ``from_pretrained`` gives."""
     if has_adapters(subject.model):
         raise ValueError("the history's model has adapters")
-    saved_and_loaded(subject.model, subject.batch, lambda folder: _save(subject, folder, how))
+    saved_and_loaded(subject.model, subject.batch, lambda folder: _save(subject, folder, how), is_empty=how != "over")
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         _save(subject, folder, how)
         subject.set_model(type(subject.model).from_pretrained(folder, **(options or {})))

@@ -15,6 +15,7 @@ from octav_hf import (
     uncalibrate_octav,
     unpack_octav,
 )
+from octav_hf.nn import QuantizedEmbedding
 
 from .check import Broken, outputs, same_outputs
 from .models import Kind
@@ -89,6 +90,9 @@ def uncalibrate(subject: Subject, on: str = "model", activations: bool = True, w
 @action(6, on=["model", "model", "outer", "base"], embedding_bits=[None, None, 8, 4])
 def pack(subject: Subject, on: str = "model", embedding_bits: int | None = None) -> None:
     """``pack_octav``."""
+    table = getattr(getattr(subject.model.base_model, "encoder", None), "rel_embeddings", None)
+    if isinstance(table, QuantizedEmbedding):
+        raise ValueError("DeBERTa reads this table by its weight, so that packing changes the outputs")
     pack_octav(subject.named(on), embedding_bits=embedding_bits)
     before = subject.earlier[-1].outputs
     if embedding_bits is None and not same_outputs(before, outputs(subject.model, subject.batch)):
