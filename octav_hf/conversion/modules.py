@@ -20,11 +20,6 @@ def is_quantized(model: nn.Module) -> bool:
     return any(True for _ in quantized_modules(model))
 
 
-def modules_without_quantizers(model: nn.Module) -> dict[str, nn.Module]:
-    """Full name -> module, of those that a float model has."""
-    return {name: module for name, module in model.named_modules() if not name.endswith("_quantizer")}
-
-
 def transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
     """The Transformers models in ``model``, or ``model`` itself, without those that are parts of one."""
     if isinstance(model, PreTrainedModel):

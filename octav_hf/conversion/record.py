@@ -20,7 +20,7 @@ from ..nn import (
 )
 from ..nn.granularity import ATTENTION_OPERANDS, Granularity, granularity_of
 from .attention_modules import attention_modules
-from .modules import is_quantized, modules_without_quantizers, shared_weights
+from .modules import is_quantized, shared_weights
 
 # Parts of names that wrappers for sharding and activation checkpointing add, and leave out of the state dict.
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -48,9 +48,13 @@ def check_quantized(model: nn.Module, function: str) -> None:
 
 
 def named_by_state_dict(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules but quantizers, by the names that the state dict has for them."""
-    modules = modules_without_quantizers(model)
-    return {".".join(part for part in name.split(".") if part not in _WRAPPERS): m for name, m in modules.items()}
+    """The modules but quantizers, by all names that the state dict has for them."""
+    named = model.named_modules(remove_duplicate=False)  # T5's table may be one module by three names
+    return {
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): module
+        for name, module in named
+        if not name.endswith("_quantizer")
+    }
 
 
 def recorded_config(model: nn.Module) -> OctavConfig:

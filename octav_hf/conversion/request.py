@@ -9,7 +9,6 @@ from torch import nn
 from ..config import ModuleSettings, OctavConfig
 from ..nn import FakeQuantize, QuantizedAttention, QuantizedLayer
 from .first_last import first_and_last
-from .modules import modules_without_quantizers
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Request:
     @classmethod
     def of(cls, model: nn.Module, config: OctavConfig) -> "Request":
         """Resolve ``config``; ``ValueError`` for contradicting overrides, or unclear first and last layers."""
-        modules = modules_without_quantizers(model)
+        modules = {name: module for name, module in model.named_modules() if not name.endswith("_quantizer")}
         left_out = config.left_out(modules)
         settings = config.settings_for(modules.keys() - left_out.keys())
         edges = () if config.first_last_bits is None else first_and_last(model)

@@ -411,3 +411,17 @@ def test_some_layers_are_packed(tmp_path: Path) -> None:
     loaded = assert_comes_back(model, tmp_path)
     assert isinstance(loaded.bert.encoder.layer[0].output.dense, PackedLayer)
     assert isinstance(loaded.bert.encoder.layer[1].output.dense.weight, nn.Parameter)
+
+
+def test_a_table_that_is_one_module_by_several_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=40, decoder_start_token_id=0, **sizes)).eval()
+    model.resize_token_embeddings(43, mean_resizing=False)
+    assert model.decoder.embed_tokens is model.shared
+    apply_octav(model, OctavConfig(embedding_bits=8, target_modules=["decoder"]))
+    model.save_pretrained(tmp_path)
+    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected, actual = (m(input_ids=IDS, decoder_input_ids=IDS).logits for m in (model, loaded))
+    assert torch.equal(actual, expected)
