@@ -96,6 +96,8 @@ def replace_embeddings(subject: Subject) -> None:
     old = subject.model.get_input_embeddings()
     if not isinstance(old, nn.Embedding):
         raise ValueError("the history's model has no tokens")
+    if isinstance(subject.model.get_output_embeddings(), ModulesToSaveWrapper):
+        raise ValueError("the history's head is one of PEFT's, which Transformers cannot tie")
     new = nn.Embedding(old.num_embeddings, old.embedding_dim, old.padding_idx).to(subject.model.dtype)
     subject.model.set_input_embeddings(new)
     subject.model.tie_weights()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from octav_hf import OctavConfig, apply_octav
+from octav_hf.nn import PackedLayer
 
 from .check import MEMORY, Broken, Picture, outputs, same_outputs, saved_and_loaded, settings
 from .hand_steps import FIXED_HEADS, cast_saved
@@ -106,6 +107,12 @@ def lora(subject: Subject, targets: str = "some", save_head: bool = False) -> No
         init_lora_weights=False,
         modules_to_save=[head] if save_head else None,
     )
+    if save_head and any(isinstance(layer, PackedLayer) for layer in subject.model.get_submodule(head).modules()):
+        try:  # which leaves the adapters that PEFT has put in before
+            peft.get_peft_model(copy.deepcopy(subject.model), config)
+        except RuntimeError as error:
+            raise ValueError("the history's head is packed") from error
+        raise Broken("modules_to_save takes a packed head")
     subject.outer = peft.get_peft_model(subject.model, config)
     subject.model = subject.outer.get_base_model()
     for name, module in subject.model.named_modules():
