@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn import FakeQuantize, PackedLayer, PackedWeight, QuantizedLayer
-from ..nn.quantized_layer import QUANTIZED_LAYERS
+from ..nn import QUANTIZED_LAYERS, FakeQuantize, PackedLayer, PackedWeight, QuantizedLayer
 from .modules import shared_weights
 
 
