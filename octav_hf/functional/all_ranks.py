@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .rows import Dim, finite_range
+from .rows import Dim, not_finite_error
 
 
 def several_ranks() -> bool:
@@ -42,7 +42,8 @@ class AllRanks:
         lows, highs, sizes = self._gather(values).unbind(dim=1)
         invalid = (sizes > 0) & ~(lows.isfinite() & highs.isfinite())
         if invalid.any():
-            finite_range(x, operation)  # raises where the values are
+            if not x.isfinite().all():
+                raise not_finite_error(x, operation)
             ranks = ", ".join(map(str, invalid.nonzero().flatten().tolist()))
             raise ValueError(
                 f"{operation}: the part of x on rank {ranks} holds NaN or Inf, so that there is no clipping scalar "

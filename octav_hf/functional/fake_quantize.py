@@ -1,16 +1,14 @@
 """Fake quantization: rounding to the grid in the forward pass, a gradient estimator in the backward pass."""
 
-import functools
 from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._utils.torch_private import without_function_modes
-from .grid import check_num_bits, integer_range, round_to_step, step_size
+from .grid import check_num_bits, integer_bounds, round_to_step, step_size
 from .kernels.fused import elementwise, fused
-from .rows import check_floating, statistics_dtype
+from .rows import Sign, check_floating, statistics_dtype
 
 
 class GradientEstimator(StrEnum):
@@ -21,7 +19,7 @@ class GradientEstimator(StrEnum):
     MAD = "mad"
 
 
-def fake_quantize(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True, gradient: str = "mad") -> Tensor:
+def fake_quantize(x: Tensor, clip: Tensor, num_bits: int, *, signed: Sign = True, gradient: str = "mad") -> Tensor:
     """Round ``x`` to the grid of ``num_bits`` bits clipped at ``clip`` (Eq. 2 and 3; footnote 2's integer range).
 
     The gradient into ``x`` is the incoming one times (section 4)
@@ -42,7 +40,8 @@ def fake_quantize(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True
         x: float16, bfloat16, float32 or float64, any shape.
         clip: clipping scalar(s) s >= 0 in the units of ``x``, floating point, broadcastable against ``x``.
         num_bits: 2 to 8.
-        signed: integers ``[-2^(B-1), 2^(B-1)-1]``, or ``[0, 2^B-1]``.
+        signed: integers ``[-2^(B-1), 2^(B-1)-1]``, or ``[0, 2^B-1]``; or a bool tensor ``[]`` on the device of ``x`` that
+            says which.
         gradient: ``"ste"``, ``"pwl"`` or ``"mad"``.
 
     Returns:
@@ -75,7 +74,7 @@ def fake_quantize(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, num_bits: int, signed: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, clip: Tensor, num_bits: int, signed: Sign) -> Tensor:
         return _quantize(x, clip, num_bits, signed)
 
     @staticmethod
@@ -85,12 +84,12 @@ class _StraightThrough(torch.autograd.Function):
 
 class _PiecewiseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, num_bits: int, signed: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, clip: Tensor, num_bits: int, signed: Sign) -> Tensor:
         if not ctx.needs_input_grad[0]:
             return _quantize(x, clip, num_bits, signed)
         grid = _grid(x, clip, num_bits, signed)
         top = clip.to(grid[0].dtype)
-        bottom = -top if signed else torch.zeros_like(top)
+        bottom = top * -_as_number(signed, top)
         rounded, inside = elementwise(_round_and_compare, (x,), (*grid, bottom, top))
         ctx.save_for_backward(inside)
         return rounded
@@ -103,37 +102,30 @@ class _PiecewiseLinear(torch.autograd.Function):
 
 class _MagnitudeAware(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, num_bits: int, signed: bool) -> Tensor:
-        ctx.signed = signed
+    def forward(ctx: Any, x: Tensor, clip: Tensor, num_bits: int, signed: Sign) -> Tensor:
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(x, clip)
+            clip = clip.to(statistics_dtype(x.dtype))
+            ctx.save_for_backward(x, clip, _as_number(signed, clip))
         return _quantize(x, clip, num_bits, signed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        x, clip = ctx.saved_tensors
-        clip = clip.to(statistics_dtype(x.dtype))
-        return elementwise(_attenuate, (grad, x), (clip,), ctx.signed)[0], None, None, None
+        x, clip, signed = ctx.saved_tensors
+        return elementwise(_attenuate, (grad, x), (clip, signed))[0], None, None, None
 
 
-def _grid(x: Tensor, clip: Tensor, num_bits: int, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Step, lowest and highest integer, as tensors: numbers would be compiled in as constants."""
+def _as_number(signed: Sign, like: Tensor) -> Tensor:
+    """1 for a signed grid, 0 for an unsigned one, ``[]``; a tensor, since numbers would be compiled in as constants."""
+    return signed.to(like.dtype) if isinstance(signed, Tensor) else like.new_full((), signed)
+
+
+def _grid(x: Tensor, clip: Tensor, num_bits: int, signed: Sign) -> tuple[Tensor, Tensor, Tensor]:
+    """Step, lowest and highest integer."""
     step = step_size(clip.to(statistics_dtype(x.dtype)), num_bits, signed)
-    if torch.compiler.is_compiling() or type(step) is not Tensor:  # a tracer's tensor, which must not be kept
-        low, high = integer_range(num_bits, signed)
-        return step, step.new_full((), low), step.new_full((), high)
-    return step, *_integers(num_bits, signed, step.dtype, step.device)
+    return step, *integer_bounds(num_bits, signed, step)
 
 
-@functools.cache
-def _integers(num_bits: int, signed: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Lowest and highest integer; made once, since a tensor from a number is work for the host in each forward pass."""
-    with torch.inference_mode(False), without_function_modes():
-        low, high = (torch.tensor(value, dtype=dtype, device=device) for value in integer_range(num_bits, signed))
-    return low, high
-
-
-def _quantize(x: Tensor, clip: Tensor, num_bits: int, signed: bool) -> Tensor:
+def _quantize(x: Tensor, clip: Tensor, num_bits: int, signed: Sign) -> Tensor:
     return elementwise(_round, (x,), _grid(x, clip, num_bits, signed))[0]
 
 
@@ -160,13 +152,11 @@ def _keep(grad: Tensor, inside: Tensor) -> tuple[Tensor]:
 
 
 @fused
-def _attenuate(grad: Tensor, x: Tensor, clip: Tensor, signed: bool) -> tuple[Tensor]:
-    """MAD: the gradient times ``clip / |x|`` outside the clip."""
+def _attenuate(grad: Tensor, x: Tensor, clip: Tensor, signed: Tensor) -> tuple[Tensor]:
+    """MAD: the gradient times ``clip / |x|`` outside the clip, and times ``signed``, 1 or 0, below zero."""
     # Inside, the divisor is the clip itself, so the factor is exactly 1; 0 / 0 is a zero inside a zero clip.
     factor = (clip / torch.maximum(x.to(clip.dtype).abs(), clip)).nan_to_num(nan=1.0)
-    if not signed:
-        factor = torch.where(x < 0, 0, factor)
-    return ((factor * grad).to(grad.dtype),)
+    return ((torch.where(x < 0, factor * signed, factor) * grad).to(grad.dtype),)
 
 
 GRADIENT_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {

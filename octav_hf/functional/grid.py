@@ -1,10 +1,8 @@
 """The quantization grid: step, integer range and rounding for a bit width and sign (Eq. 2 and 3, footnote 2)."""
 
-import math
-
 from torch import Tensor
 
-from .rows import statistics_dtype
+from .rows import Sign, statistics_dtype
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -20,38 +18,42 @@ def integer_range(num_bits: int, signed: bool) -> tuple[int, int]:
     return (-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1) if signed else (0, 2**num_bits - 1)
 
 
-def step_size(clip: Tensor, num_bits: int, signed: bool) -> Tensor:
+def step_size(clip: Tensor, num_bits: int, signed: Sign) -> Tensor:
     """Step between two levels, in units of ``clip``: ``clip / 2^(B-1)``, or ``clip / 2^B`` unsigned."""
     check_num_bits(num_bits)
-    return clip * 2.0 ** ((1 if signed else 0) - num_bits)
+    return clip * 2.0**-num_bits * (signed + 1)
 
 
-def noise_factor(num_bits: int, signed: bool) -> float:
+def noise_factor(num_bits: int, signed: Sign) -> Tensor | float:
     """Rounding noise inside the clip, divided by ``s^2`` (Eq. 4): ``4^-B / 3``, or ``4^-B / 12`` unsigned."""
     check_num_bits(num_bits)
-    return 4.0**-num_bits / (3 if signed else 12)
+    return 4.0**-num_bits / 12 * (signed.double() * 3 + 1 if isinstance(signed, Tensor) else signed * 3 + 1)
 
 
-def gaussian_clip(noise: float) -> float:
-    """Approximate minimizer of Eq. 4 with this noise factor for Gaussian data, in units of its mean magnitude."""
-    return (math.sqrt(-2 * math.log(noise)) - 1.05) * math.sqrt(math.pi / 2)
+def integer_bounds(num_bits: int, signed: Sign, like: Tensor) -> tuple[Tensor, Tensor]:
+    """``integer_range`` as tensors ``[]`` of the dtype and device of ``like``."""
+    if not isinstance(signed, Tensor):
+        lowest, highest = integer_range(num_bits, signed)
+        return like.new_full((), lowest), like.new_full((), highest)
+    lowest, highest = integer_range(num_bits, True)
+    low = signed.to(like.dtype) * lowest
+    return low, low + (highest - lowest)
 
 
-def round_to_grid(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool = True) -> Tensor:
+def round_to_grid(x: Tensor, clip: Tensor, num_bits: int, *, signed: Sign = True) -> Tensor:
     """Quantize and dequantize: round to the nearest grid value, ties to the even integer.
 
     Args:
         x: floating point, any shape.
         clip: clipping scalar(s) ``s >= 0``, broadcastable against ``x``. The result is 0 where it is 0.
         num_bits: 2 to 8.
-        signed: two's complement, or unsigned (a negative ``x`` becomes 0).
+        signed: two's complement, or unsigned (a negative ``x`` becomes 0); or a bool tensor ``[]`` that says which.
 
     Returns:
         ``step * clamp(round(x / step))``, shape of ``x``, in float32 (float64 for float64 input). NaN stays NaN.
     """
-    low, high = integer_range(num_bits, signed)
     step = step_size(clip.to(statistics_dtype(x.dtype)), num_bits, signed)
-    return round_to_step(x, step, step.new_full((), low), step.new_full((), high))
+    return round_to_step(x, step, *integer_bounds(num_bits, signed, step))
 
 
 def round_to_step(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -1,22 +1,17 @@
-"""OCTAV: the clipping scalar that minimises the modelled quantization error, by Newton-Raphson (Sakr et al. 2022)."""
+"""OCTAV: the clipping scalar that minimises the modelled quantization error (Eq. 6 of Sakr et al. 2022)."""
 
 import torch
 from torch import Tensor
 
 from .._utils.escaping import shown
-from . import fixed_point
-from .all_ranks import AllRanks, check_whole
-from .error import lower_error
 from .grid import check_num_bits, noise_factor
-from .kernels import cpu
+from .kernels.operations import operation
 from .registry import register_clip_rule
-from .rows import Dim, check_floating, finite_range, statistics_dtype, to_rows
-from .tail_sums import TailSums, TailSumsOfAllRanks
+from .rows import Dim, Sign, check_floating, checked_clips, clips_of, empty_clips, scaled_magnitudes, statistics_dtype
+from .table import Tails, empty_clip, is_finite, magnitude_table, uses_table
 
-_MAX_UPDATES = 100  # after which the recursion counts as a cycle of more than two values
-_MAX_UPDATES_FROM_GUESS = 8  # near the fixed point it converges soon, or alternates
 _MAX_ITERATIONS = 1000  # that can be asked for
-_TOLERANCE_IN_EPS = 8  # relative change at convergence
+_PARTS, _ROUNDS = 64, 3  # of a bin: the clip is found to 64^-3 of the bin's width
 
 
 def _check_options(max_iterations: int | None = None) -> None:
@@ -28,15 +23,36 @@ def _check_options(max_iterations: int | None = None) -> None:
         )
 
 
-@register_clip_rule("octav", check_options=_check_options)
+def octav_of_table(table: Tensor, num_bits: int, signed: Tensor, max_iterations: int | None = None) -> Tensor:
+    """``octav_clip`` of a tensor with this magnitude table: float32 ``[]``, NaN if not all values are finite.
+
+    Args:
+        table: int64, from ``magnitude_table``, or the sum of those of a tensor's parts.
+        num_bits, max_iterations: as in ``octav_clip``.
+        signed: bool ``[]``.
+    """
+    if max_iterations is None:
+        return fixed_point_of_table(table, num_bits, signed)
+    tails = Tails.of(table, signed)
+    noise = noise_factor(num_bits, signed)
+    clip = tails.excess(tails.nonzero * 0) / tails.nonzero.clamp(min=1)
+    for _ in range(max_iterations):
+        within = tails.bins(clip)
+        count = tails.count_in(within, clip)
+        total = tails.excess_in(within, clip) + clip * count
+        clip = torch.where(count > 0, total / (noise * (tails.nonzero - count) + count), clip)
+    return torch.where(is_finite(table), clip, torch.nan).to(torch.float32)
+
+
+@register_clip_rule("octav", check_options=_check_options, of_table=octav_of_table, tensor_sign=True)
 @torch.no_grad()
 def octav_clip(
     x: Tensor,
     num_bits: int,
     *,
-    signed: bool = True,
+    signed: Sign = True,
     dim: Dim = None,
-    ranks: AllRanks | None = None,
+    skip: Tensor | None = None,
     max_iterations: int | None = None,
 ) -> Tensor:
     r"""MSE-optimal clipping scalar(s) by the recursion of Eq. 6 (unsigned: Appendix A).
@@ -48,124 +64,103 @@ def octav_clip(
 
     Exact zeros carry no noise and are left out, and so are negative values on an unsigned grid, which become zero.
 
-    The derivative of the modelled error, :math:`h(s) = c s \sum 1\{0<|x|\le s\} - \sum (|x|-s) 1\{|x|>s\}`, increases
-    with s, so its sign changes once, usually at the recursion's fixed point. Where many elements share one magnitude, h
-    can jump over zero there, and the recursion alternates between a value below and one above: then the one with the
-    lower measured error (``quantization_error``) is returned, or the smaller one. In the rare longer cycles, the
-    magnitude at which h changes sign is returned.
+    The fixed point is where the derivative of the modelled error,
+
+    .. math::
+        h(s) = c\,s \sum 1\{0<|x|\le s\} - \sum (|x|-s)\, 1\{|x|>s\},
+
+    which increases with s, changes its sign. It is computed without iteration: of rows of less than 32768 elements from
+    their sorted magnitudes, exactly; of longer ones, and of whole tensors of that size, from their magnitude table
+    (``table.py``), to within 1e-4 of it, 2e-4 at 8 bits, where few values are above. Where many elements share one
+    magnitude, h jumps over zero there, Eq. 6 has no fixed point and alternates, and the clip is that magnitude.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape, any strides, any device.
         num_bits: bits B, 2 to 8.
-        signed: two's-complement or unsigned grid.
+        signed: two's-complement or unsigned grid; or a bool tensor ``[]`` on the device of ``x`` that says which.
         dim: dimension(s) that share a scalar; ``None`` for one scalar for the whole tensor.
-        ranks: ``AllRanks(x, ...)``, for the clip of the tensor whose parts are the ranks' ``x``; about five small
-            collectives. Only with ``dim=None``.
+        skip: bool ``[]`` on the device of ``x``; where it is true, ``x`` is not read, and clips are 0.
         max_iterations: number of updates from s_1, 0 to 1000 (10 in the paper, which at 8 bits stops about 0.4 %
-            short); ``None`` runs to the fixed point, to within 5e-5 at worst (``fixed_point.py``).
+            short); ``None`` for the fixed point.
 
     Returns:
         The clip s >= 0 in the units of ``x``, float32 (float64 for float64 input), without gradient; 0-dim for
-        ``dim=None``, otherwise the shape of ``x`` with ``dim`` of size 1. Rows that are empty or all zero give 0; a row
-        whose nonzero values share one magnitude gives that magnitude up to rounding.
+        ``dim=None``, otherwise the shape of ``x`` with ``dim`` of size 1. Rows that are empty or all zero give 0. A
+        table, and so the clip of a tensor of 32768 elements or more, is the same bit for bit whatever the order of the
+        elements and the number of threads. Where reading a value would wait for the device, or in a compiled graph, a
+        row with NaN or Inf gives NaN.
 
     Raises:
         TypeError: ``x`` is not floating point.
-        ValueError: ``x`` holds NaN or Inf; ``num_bits``, ``dim`` or ``max_iterations`` is out of range, or ``dim`` is
-            given with ``ranks``.
+        ValueError: ``x``, on the CPU, holds NaN or Inf; ``num_bits``, ``dim`` or ``max_iterations`` is out of range.
     """
     check_floating(x, "octav_clip")
     check_num_bits(num_bits)
     _check_options(max_iterations)
-    rows, shape = to_rows(x, dim)
-    if ranks is not None:
-        check_whole(dim, "octav_clip")
-    if (rows.numel() if ranks is None else ranks.numel) == 0:
-        return torch.zeros(shape, dtype=statistics_dtype(x.dtype), device=x.device)
-    if ranks is not None:
-        return _clip_of_all_ranks(rows, num_bits, signed, max_iterations, ranks).reshape(())
-    clip = None if max_iterations is not None else _fast(rows, num_bits, signed)
-    if clip is None:
-        tail = TailSums(rows, signed, *finite_range(x, "octav_clip"))
-        clip = _recursion(tail, rows, num_bits, signed, max_iterations)
-    elif (missing := clip.isnan()).any():
-        tail = TailSums(rows[missing], signed, *finite_range(x, "octav_clip"))
-        clip[missing] = _recursion(tail, rows[missing], num_bits, signed)
-    return clip.reshape(shape)
+    if max_iterations is None:
+        return clips_of(octav_of_rows, x, dim, num_bits, signed=signed, skip=skip, name="octav_clip")
+    return clips_of(updates_of_rows, x, dim, num_bits, max_iterations, signed=signed, skip=skip, name="octav_clip")
 
 
-def _fast(rows: Tensor, num_bits: int, signed: bool) -> Tensor | None:
-    """The fixed points by kernels or by search, NaN where they prove none; ``None`` if they do not support ``rows``."""
-    clip = cpu.fixed_points(rows, num_bits, signed) if cpu.is_supported(rows) else None
-    if clip is None and fixed_point.is_worthwhile(rows):
-        clip = fixed_point.fixed_points(rows, num_bits, signed)
-    return clip
-
-
-def _clip_of_all_ranks(
-    rows: Tensor, num_bits: int, signed: bool, max_iterations: int | None, ranks: AllRanks
-) -> Tensor:
-    """The clip, ``[1]``, of a row distributed over the ranks, whose part is ``rows``, ``[1, n]``."""
-    if max_iterations is not None:
-        return _recursion(TailSumsOfAllRanks(rows, signed, ranks), rows, num_bits, signed, max_iterations)
-    # Each update is a collective, and few are needed from the mean of the ranks' own clips.
-    tail = TailSumsOfAllRanks(rows, signed, ranks, guess=octav_clip(rows, num_bits, signed=signed))
-    # Above every magnitude Eq. 6 would start over from 0.
-    highest = max(-ranks.low if signed else 0.0, ranks.high) * (1 - 2.0**-20)
-    clip = tail.guess.clamp(max=highest) * tail.unit
-    for _ in range(_MAX_UPDATES_FROM_GUESS):
-        after = _update(tail, clip, noise_factor(num_bits, signed))
-        if bool((after - clip).abs() <= _TOLERANCE_IN_EPS * torch.finfo(clip.dtype).eps * clip):
-            return after / tail.unit
-        clip = after
-    return _recursion(tail, rows, num_bits, signed, ranks=ranks)
-
-
-def _update(tail: TailSums, clip: Tensor, noise: float) -> Tensor:
-    """One step of Eq. 6 for each row. A clip with nothing above it, which Eq. 6 would turn into 0, stays."""
-    total, outside = tail.above(clip)
-    denominator = noise * (tail.nonzero - outside) + outside
-    return torch.where(outside > 0, total / denominator.clamp(min=noise), clip)
-
-
-def _recursion(
-    tail: TailSums,
-    rows: Tensor,
-    num_bits: int,
-    signed: bool,
-    max_iterations: int | None = None,
-    ranks: AllRanks | None = None,
-) -> Tensor:
-    """Eq. 6 for each row, ``[rows]``, from s_1 on; see ``octav_clip`` for the result."""
+@operation("(Tensor rows, int num_bits, Tensor signed, Tensor? skip, bool check) -> Tensor", empty_clips)
+def octav_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
+    """The fixed points of Eq. 6 of rows, ``[rows, n]``: ``[rows]``; see ``octav_clip``."""
+    if uses_table(rows):
+        found = [fixed_point_of_table(magnitude_table(row), num_bits, signed) for row in rows]
+        return checked_clips(torch.stack(found), skip, check)
+    magnitudes, unit = scaled_magnitudes(rows, signed)
+    magnitudes = magnitudes.sort(dim=1, descending=True).values
     noise = noise_factor(num_bits, signed)
-    clip = tail.total / tail.nonzero.clamp(min=1)
-    if max_iterations is not None:
-        for _ in range(max_iterations):
-            clip = _update(tail, clip, noise)
-        return clip / tail.unit
-    tolerance = _TOLERANCE_IN_EPS * torch.finfo(clip.dtype).eps
-    before = torch.full_like(clip, -1)
-    for _ in range(_MAX_UPDATES):
-        after = _update(tail, clip, noise)
-        settled = (after - clip).abs() <= tolerance * clip
-        alternates = ~settled & ((after - before).abs() <= tolerance * clip)
-        done = settled | alternates
-        if done.all():
-            break
-        # Rows that are done keep their last two values.
-        before, clip = torch.where(done, before, clip), torch.where(done, clip, after)
-    if alternates.any():
-        first, second = clip[alternates] / tail.unit, after[alternates] / tail.unit
-        after[alternates] = lower_error(rows[alternates], first, second, num_bits, signed, ranks) * tail.unit
-    return (after if done.all() else torch.where(done, after, _sign_change(tail, noise))) / tail.unit
+    nonzero = (magnitudes > 0).sum(dim=1, keepdim=True)
+    # With the k largest above it, a clip s has h(s) = c s (N - k) - (S_k - k s).
+    count = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
+    total = magnitudes.cumsum(dim=1)
+    at_magnitudes = noise * magnitudes * (nonzero - count + 1) - (total - count * magnitudes)
+    # The smallest magnitude at which h is not negative: the sign changes there, by a jump, or below.
+    risen = (at_magnitudes >= 0) & (magnitudes > 0)
+    index = ((count * risen).amax(dim=1, keepdim=True) - 1).clamp(min=0).to(torch.int64)
+    count, total, magnitude = index + 1, total.gather(1, index), magnitudes.gather(1, index)
+    clips = torch.minimum(magnitude, total / (noise * (nonzero - count) + count))
+    return checked_clips((clips * unit)[:, 0].to(statistics_dtype(rows.dtype)), skip, check)
 
 
-def _sign_change(tail: TailSums, noise: float) -> Tensor:
-    """The sign change of the modelled error's derivative, where updates stop raising the clip, by bisection."""
-    low, high = torch.zeros_like(tail.total), tail.total
-    while True:
-        middle = (low + high) / 2
-        if ((middle == low) | (middle == high)).all():
-            return high
-        rises = _update(tail, middle, noise) > middle
-        low, high = torch.where(rises, middle, low), torch.where(rises, high, middle)
+@operation("(Tensor rows, int num_bits, int updates, Tensor signed, Tensor? skip, bool check) -> Tensor", empty_clips)
+def updates_of_rows(
+    rows: Tensor, num_bits: int, updates: int, signed: Tensor, skip: Tensor | None, check: bool
+) -> Tensor:
+    """Eq. 6 as it is written, ``updates`` times from s_1 on, of rows, ``[rows, n]``: ``[rows]``."""
+    magnitudes, unit = scaled_magnitudes(rows, signed)
+    noise = noise_factor(num_bits, signed)
+    nonzero = (magnitudes > 0).sum(dim=1, keepdim=True)
+    clips = magnitudes.sum(dim=1, keepdim=True) / nonzero.clamp(min=1)
+    for _ in range(updates):
+        outside = magnitudes > clips
+        count = outside.sum(dim=1, keepdim=True)
+        total = (magnitudes * outside).sum(dim=1, keepdim=True)
+        # With nothing above it, which Eq. 6 would turn into 0, a clip stays.
+        clips = torch.where(count > 0, total / (noise * (nonzero - count) + count), clips)
+    return checked_clips((clips * unit)[:, 0].to(statistics_dtype(rows.dtype)), skip, check)
+
+
+@operation("(Tensor table, int num_bits, Tensor signed) -> Tensor", empty_clip)
+def fixed_point_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
+    """The fixed point of Eq. 6 of a magnitude table; see ``octav_of_table``."""
+    tails = Tails.of(table, signed)
+    return torch.where(is_finite(table), fixed_point(tails, noise_factor(num_bits, signed)), torch.nan).float()
+
+
+def fixed_point(tails: Tails, noise: Tensor | float) -> Tensor:
+    """Where h changes its sign, ``[]`` float64; 0 if there are no magnitudes."""
+    counts, excesses = tails.at_edges()
+    below = noise * tails.edges * (tails.nonzero - counts) < excesses
+    # The highest bin whose lower edge is below the clip, then ever smaller parts of it.
+    index = (torch.arange(len(below), dtype=torch.int64, device=below.device) * below).amax()
+    within = tails.bin(index)
+    low, high = within.edge, within.edge + within.width
+    shares = torch.arange(_PARTS + 1, dtype=torch.float64, device=below.device) / _PARTS
+    for _ in range(_ROUNDS):
+        points = low + (high - low) * shares
+        h = noise * points * (tails.nonzero - tails.count_in(within, points)) - tails.excess_in(within, points)
+        above = (h < 0).sum().clamp(1, _PARTS).view(1)
+        low, high = points.index_select(0, above - 1)[0], points.index_select(0, above)[0]
+    return torch.where(tails.nonzero > 0, (low + high) / 2, 0.0)

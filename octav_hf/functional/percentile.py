@@ -8,8 +8,10 @@ from torch import Tensor
 
 from .._utils.escaping import shown
 from .grid import check_num_bits
+from .kernels.operations import operation
 from .registry import register_clip_rule
-from .rows import Dim, check_floating, finite_range, magnitude, statistics_dtype, to_rows
+from .rows import Dim, Sign, check_floating, checked_clips, clips_of, empty_clips, magnitude
+from .table import Tails, is_finite, magnitude_table, number_of_values, uses_table
 
 
 def _check_options(percentile: float = 99.9) -> None:
@@ -18,16 +20,32 @@ def _check_options(percentile: float = 99.9) -> None:
         raise ValueError(f"percentile must be above 0 and at most 100, got {shown(percentile)}; 99.9 is usual")
 
 
-@register_clip_rule("percentile", check_options=_check_options)
+def percentile_of_table(table: Tensor, num_bits: int, signed: Tensor, percentile: float = 99.9) -> Tensor:
+    """``percentile_clip`` of a tensor with this magnitude table, as in ``octav_of_table``; its bin is exact."""
+    tails, number = Tails.of(table, signed), number_of_values(table)
+    # 99.9 % of 1000 is 999.0000000000001 in floating point; its rank is 999.
+    rank = (number * (percentile / 100) - 1e-6).ceil().clamp(min=1)
+    clip = tails.magnitude_below(number - rank)
+    return torch.where(is_finite(table), clip, torch.nan).to(torch.float32)
+
+
+@register_clip_rule("percentile", check_options=_check_options, of_table=percentile_of_table, tensor_sign=True)
 @torch.no_grad()
 def percentile_clip(
-    x: Tensor, num_bits: int, *, signed: bool = True, dim: Dim = None, percentile: float = 99.9
+    x: Tensor,
+    num_bits: int,
+    *,
+    signed: Sign = True,
+    dim: Dim = None,
+    skip: Tensor | None = None,
+    percentile: float = 99.9,
 ) -> Tensor:
     """The nearest-rank percentile of the magnitudes, zeros included (the inverted empirical distribution function).
 
     Arguments, result and errors as in ``octav_clip``; the paper's static variants use 99.9, 99.99 and 99.999. If at
     least this share of the elements is 0, so is the clip, and everything is quantized to 0. ``num_bits`` is checked,
-    but does not change the result.
+    but does not change the result. Of 32768 elements or more it is read off their magnitude table, which tells the
+    bin of 1/128 octave exactly and the place in it nearly.
 
     Args:
         percentile: above 0, at most 100; 100 is max-scaling.
@@ -35,10 +53,16 @@ def percentile_clip(
     check_floating(x, "percentile_clip")
     check_num_bits(num_bits)
     _check_options(percentile)
-    finite_range(x, "percentile_clip")
-    rows, shape = to_rows(x, dim)
-    if rows.numel() == 0:
-        return torch.zeros(shape, dtype=statistics_dtype(x.dtype), device=x.device)
-    # 99.9 % of 1000 is 999.0000000000001 in floating point; its rank is 999.
-    rank = max(1, math.ceil(percentile / 100 * rows.shape[1] - 1e-6))
-    return magnitude(rows, signed).kthvalue(rank, dim=1).values.reshape(shape)
+    return clips_of(percentile_of_rows, x, dim, float(percentile), signed=signed, skip=skip, name="percentile_clip")
+
+
+@operation("(Tensor rows, float percentile, Tensor signed, Tensor? skip, bool check) -> Tensor", empty_clips)
+def percentile_of_rows(rows: Tensor, percentile: float, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
+    """The percentile of each of ``[rows, n]``: ``[rows]``."""
+    if uses_table(rows):
+        clips = torch.stack([percentile_of_table(magnitude_table(row), 8, signed, percentile) for row in rows])
+    else:
+        rank = max(1, math.ceil(percentile / 100 * rows.shape[1] - 1e-6))
+        clips = magnitude(rows, signed).kthvalue(rank, dim=1).values
+        clips = torch.where(rows.abs().amax(dim=1) < torch.inf, clips, torch.nan)
+    return checked_clips(clips, skip, check)

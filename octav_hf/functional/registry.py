@@ -1,32 +1,42 @@
 """Clipping rules by name."""
 
-import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+
+from .rows import Dim
 
 ClipRule = Callable[..., Tensor]
 Rule = TypeVar("Rule", bound=ClipRule)
 
 CLIP_RULES: dict[str, ClipRule] = {}
-"""Name -> ``rule(x, num_bits, *, signed=True, dim=None, **options) -> clip``.
-
-Rules that support a tensor distributed over several ranks also take ``ranks: AllRanks | None = None``.
-"""
+"""Name -> ``rule(x, num_bits, *, signed=True, dim=None, **options) -> clip``."""
 
 OPTION_CHECKS: dict[str, Callable[..., None]] = {}
 """Name -> ``check(**options)``, which raises ``ValueError`` for options that the rule refuses; needs no tensor."""
 
-RULE_ARGUMENTS = ("x", "num_bits", "signed", "dim", "ranks")
+RULES_OF_TABLES: dict[str, ClipRule] = {}
+"""Name -> ``rule(table, num_bits, signed, **options) -> clip`` of a tensor with this magnitude table."""
+
+RULE_ARGUMENTS = ("x", "num_bits", "signed", "dim", "skip")
 """Arguments of rules that are not options."""
+
+_TENSOR_SIGN: set[str] = set()  # rules whose ``signed`` may be a tensor, and which take ``skip``
 
 
 def rules_for_all_ranks() -> list[str]:
-    return sorted(name for name, rule in CLIP_RULES.items() if "ranks" in inspect.signature(rule).parameters)
+    return sorted([*RULES_OF_TABLES, "max"])
 
 
-def register_clip_rule(name: str, *, check_options: Callable[..., None] | None = None) -> Callable[[Rule], Rule]:
+def register_clip_rule(
+    name: str,
+    *,
+    check_options: Callable[..., None] | None = None,
+    of_table: ClipRule | None = None,
+    tensor_sign: bool = False,
+) -> Callable[[Rule], Rule]:
     """Decorator: register a clipping rule under ``name``, for the config too; ``ValueError`` if it is taken.
 
     Options come from checkpoints too, which anybody may have written, so a rule has to refuse those that would make it
@@ -36,6 +46,10 @@ def register_clip_rule(name: str, *, check_options: Callable[..., None] | None =
         name: what ``OctavConfig.weight_clip`` and ``activation_clip`` call it.
         check_options: called with the options when a config is made; raises ``ValueError`` for impossible ones. Without
             it the rule itself is called then, with a tensor of one element.
+        of_table: the rule as a function of a magnitude table (``table.py``). Without it there is no clip of a tensor
+            whose parts are on several ranks or in several batches.
+        tensor_sign: whether ``signed`` may also be a bool tensor ``[]``, for a sign that the data decide without a
+            read on the host, and whether the rule takes ``skip``. A rule that does not is called for both signs.
     """
 
     def register(rule: Rule) -> Rule:
@@ -44,6 +58,21 @@ def register_clip_rule(name: str, *, check_options: Callable[..., None] | None =
         CLIP_RULES[name] = rule
         if check_options is not None:
             OPTION_CHECKS[name] = check_options
+        if of_table is not None:
+            RULES_OF_TABLES[name] = of_table
+        if tensor_sign:
+            _TENSOR_SIGN.add(name)
         return rule
 
     return register
+
+
+def clip_for_sign(
+    name: str, x: Tensor, num_bits: int, *, signed: Tensor, dim: Dim, skip: Tensor | None = None, **options: Any
+) -> Tensor:
+    """The clip by the rule ``name`` on the grid that ``signed``, bool ``[]``, says; any value where ``skip`` is true."""
+    rule = CLIP_RULES[name]
+    if name in _TENSOR_SIGN:
+        return rule(x, num_bits, signed=signed, dim=dim, skip=skip, **options)
+    of_signed, of_unsigned = (rule(x, num_bits, signed=sign, dim=dim, **options) for sign in (True, False))
+    return torch.where(signed, of_signed, of_unsigned)

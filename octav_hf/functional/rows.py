@@ -1,11 +1,16 @@
-"""Shared by the clipping rules: a tensor as rows, its magnitudes, its range, and checks."""
+"""Shared by the clipping rules: a tensor as rows, their magnitudes and signs, and checks."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .kernels.operations import NotFinite, operation
+
 Dim = int | tuple[int, ...] | None
+Sign = bool | Tensor
+"""Whether a grid is signed; a bool tensor ``[]`` on the device of the data where the data say it."""
 
 
 def check_floating(x: Tensor, operation: str) -> None:
@@ -16,15 +21,10 @@ def check_floating(x: Tensor, operation: str) -> None:
         )
 
 
-def finite_range(x: Tensor, operation: str) -> tuple[float, float]:
-    """Lowest and highest value of ``x``, ``(0, 0)`` if it is empty; ``ValueError`` if it holds NaN or Inf."""
-    if x.numel() == 0:
-        return 0.0, 0.0
-    low, high = torch.stack(torch.aminmax(x)).tolist()  # NaN propagates
-    if math.isfinite(low) and math.isfinite(high):
-        return low, high
+def not_finite_error(x: Tensor, operation: str) -> ValueError:
+    """The error for a tensor with NaN or Inf."""
     nans, infs = int(torch.isnan(x).sum()), int(torch.isinf(x).sum())
-    raise ValueError(
+    return ValueError(
         f"{operation}: x of shape {tuple(x.shape)} and dtype {x.dtype} holds {nans} NaN and {infs} Inf, so it has no "
         "clipping scalar; find where they arise (an overflow in float16, a learning rate too high, a bad checkpoint), "
         "or replace them with torch.nan_to_num first"
@@ -40,7 +40,8 @@ def to_rows(x: Tensor, dim: Dim) -> tuple[Tensor, tuple[int, ...]]:
     """
     if dim is None:
         # In memory order a transposed tensor, such as an attention key, flattens without a copy.
-        return x.permute(memory_order(x)).reshape(1, -1), ()
+        in_order = x if torch.compiler.is_compiling() else x.permute(memory_order(x))
+        return in_order.reshape(1, -1), ()
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     for d in dims:
         if not -x.dim() <= d < x.dim():
@@ -60,12 +61,68 @@ def memory_order(x: Tensor) -> list[int]:
     return sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
 
 
-def magnitude(x: Tensor, signed: bool) -> Tensor:
+def clips_of(
+    clips_of_rows: Any, x: Tensor, dim: Dim, *arguments: Any, signed: Sign, skip: Tensor | None, name: str
+) -> Tensor:
+    """``clips_of_rows(rows, *arguments, signed, skip, check)`` of the rows of ``x``, in a shape that broadcasts to it.
+
+    Args:
+        clips_of_rows: a custom operation that gives ``[rows]``; with ``check`` it raises ``NotFinite`` for a row on the
+            CPU with NaN or Inf, whose clip is NaN otherwise.
+        name: of the rule, for that error.
+    """
+    rows, shape = to_rows(x.detach(), dim)
+    if rows.numel() == 0:
+        return torch.zeros(shape, dtype=statistics_dtype(x.dtype), device=x.device)
+    if not isinstance(signed, Tensor):
+        signed = torch.full((), signed, dtype=torch.bool, device=x.device)
+    if torch.compiler.is_compiling():
+        return clips_of_rows(rows, *arguments, signed, skip, False).reshape(shape)
+    try:
+        return clips_of_rows(rows, *arguments, signed, skip, True).reshape(shape)
+    except NotFinite:
+        raise not_finite_error(x, name) from None
+
+
+def empty_clips(rows: Tensor, *_: Any) -> Tensor:
+    """What ``clips_of_rows`` gives for rows without values: ``[rows]``."""
+    return torch.empty(rows.shape[0], dtype=statistics_dtype(rows.dtype), device=rows.device)
+
+
+def checked_clips(clips: Tensor, skip: Tensor | None, check: bool) -> Tensor:
+    """``clips``, ``[rows]``, or 0 if ``skip`` is true; ``NotFinite`` for NaN on the CPU if ``check``."""
+    if skip is not None:
+        clips = torch.where(skip, 0, clips)
+    if check and clips.device.type == "cpu" and bool(clips.isnan().any()):
+        raise NotFinite
+    return clips
+
+
+def scaled_magnitudes(rows: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
+    """The magnitudes of ``[rows, n]`` in units of the largest value, float64, and these units, ``[rows, 1]``.
+
+    Units keep sums from overflowing. The unit of a row with NaN or Inf is NaN.
+    """
+    rows = rows.double()
+    unit = rows.abs().amax(dim=1, keepdim=True)
+    unit = torch.where(unit < torch.inf, unit, torch.nan)
+    return magnitude(rows, signed) / torch.where(unit > 0, unit, 1), unit
+
+
+def magnitude(x: Tensor, signed: Sign) -> Tensor:
     """``|x|``, or ``max(x, 0)`` for an unsigned grid, in ``statistics_dtype``."""
     x = x.to(statistics_dtype(x.dtype))
+    if isinstance(signed, Tensor):
+        return torch.where(signed, x.abs(), x.clamp(min=0))
     return x.abs() if signed else x.clamp(min=0)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which clips are computed and kept: float32, or float64 for float64 input."""
     return torch.promote_types(dtype, torch.float32)
+
+
+@operation("(Tensor x) -> Tensor", lambda x: torch.empty((), dtype=torch.bool, device=x.device))
+def has_negative(x: Tensor) -> Tensor:
+    """Whether a value of ``x``, floating point, any shape, is below zero: bool ``[]``."""
+    return (x < 0).any()

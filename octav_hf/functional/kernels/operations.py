@@ -1,0 +1,52 @@
+"""Custom operations: what compilers, fake tensors and dispatch modes see of a clip's computation is one operation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NAMESPACE = "octav_hf"
+_library = torch.library.Library(_NAMESPACE, "DEF")
+
+Kernels = Callable[[Tensor], Any]
+
+_kernels: dict[str, Kernels] = {}
+"""Device type -> ``kernels(x)``: the module with faster functions of the operations' names for ``x``, or ``None``."""
+
+
+class NotFinite(ValueError):
+    """Rows hold NaN or Inf, so that they have no clip; who knows the tensor and its name says more."""
+
+
+def operation(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Any]:
+    """Decorator: make a readable function of torch operations a custom operation of its name.
+
+    It runs as it is written where no kernel is faster, on every device, and must not read values on the host.
+
+    Args:
+        schema: arguments and result, as ``torch.library`` writes them, without the name; the first one is a tensor.
+        fake: the same arguments -> an empty result, for tensors without values.
+    """
+
+    def declare(reference: Callable[..., Tensor]) -> Any:
+        name = reference.__name__
+
+        def run(*arguments: Any) -> Tensor:
+            kernels = _kernels.get(arguments[0].device.type)
+            module = None if kernels is None else kernels(arguments[0])
+            return (reference if module is None else getattr(module, name))(*arguments)
+
+        _library.define(f"{name}{schema}")
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+        overload = getattr(torch.ops, _NAMESPACE).__getattr__(name).default
+        overload.reference = reference
+        return overload
+
+    return declare
+
+
+def use_kernels(device_type: str, kernels: Kernels) -> None:
+    """Let operations on a device use the functions of ``kernels(x)``, of the same names and arguments."""
+    _kernels[device_type] = kernels
