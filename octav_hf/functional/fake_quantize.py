@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .grid import check_num_bits, integer_bounds, round_to_step, step_size
-from .kernels.fused import elementwise, fused
+from .grid import check_num_bits, integer_bounds, round_to_step
+from .kernels.fused import elementwise
 from .rows import Sign, check_floating, statistics_dtype
 
 
@@ -19,7 +19,15 @@ class GradientEstimator(StrEnum):
     MAD = "mad"
 
 
-def fake_quantize(x: Tensor, clip: Tensor, num_bits: int, *, signed: Sign = True, gradient: str = "mad") -> Tensor:
+def fake_quantize(
+    x: Tensor,
+    clip: Tensor,
+    num_bits: int,
+    *,
+    signed: Sign = True,
+    offset: Tensor | None = None,
+    gradient: str = "mad",
+) -> Tensor:
     """Round ``x`` to the grid of ``num_bits`` bits clipped at ``clip`` (Eq. 2 and 3; footnote 2's integer range).
 
     The gradient into ``x`` is the incoming one times (section 4)
@@ -40,8 +48,10 @@ def fake_quantize(x: Tensor, clip: Tensor, num_bits: int, *, signed: Sign = True
         x: float16, bfloat16, float32 or float64, any shape.
         clip: clipping scalar(s) s >= 0 in the units of ``x``, floating point, broadcastable against ``x``.
         num_bits: 2 to 8.
-        signed: integers ``[-2^(B-1), 2^(B-1)-1]``, or ``[0, 2^B-1]``; or a bool tensor ``[]`` on the device of ``x`` that
-            says which.
+        signed: integers ``[-2^(B-1), 2^(B-1)-1]``, or ``[0, 2^B-1]``; or a bool tensor ``[]`` that says which, on the
+            device of ``x``.
+        offset: ``[]`` on the device of ``x``; the grid, and what is inside the clip, are those of ``x - offset``:
+            ``offset + Q(x - offset)``. It gets no gradient.
         gradient: ``"ste"``, ``"pwl"`` or ``"mad"``.
 
     Returns:
@@ -69,94 +79,92 @@ def fake_quantize(x: Tensor, clip: Tensor, num_bits: int, *, signed: Sign = True
             f"fake_quantize: clip of shape {tuple(clip.shape)} is on {clip.device}, and x of shape {tuple(x.shape)} on "
             f"{x.device}; write clip.to(x.device)"
         )
-    return GRADIENT_FUNCTIONS[gradient].apply(x, clip.detach(), num_bits, signed)
+    clip = clip.detach().to(statistics_dtype(x.dtype))
+    low, high = integer_bounds(num_bits, signed, clip)
+    offset = None if offset is None else offset.detach().to(clip.dtype)
+    return GRADIENT_FUNCTIONS[gradient].apply(x, clip, low, high, offset)
+
+
+_NO_GRADIENTS = (None, None, None, None)  # into clip, low, high and offset
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, num_bits: int, signed: Sign) -> Tensor:
-        return _quantize(x, clip, num_bits, signed)
+    def forward(ctx: Any, x: Tensor, *grid: Tensor | None) -> Tensor:
+        return round_to_levels(x, *grid)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *_NO_GRADIENTS
 
 
 class _PiecewiseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, num_bits: int, signed: Sign) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *grid: Tensor | None) -> Tensor:
         if not ctx.needs_input_grad[0]:
-            return _quantize(x, clip, num_bits, signed)
-        grid = _grid(x, clip, num_bits, signed)
-        top = clip.to(grid[0].dtype)
-        bottom = top * -_as_number(signed, top)
-        rounded, inside = elementwise(_round_and_compare, (x,), (*grid, bottom, top))
+            return round_to_levels(x, *grid)
+        rounded, inside = round_and_compare(x, *grid)
         ctx.save_for_backward(inside)
         return rounded
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (inside,) = ctx.saved_tensors
-        return elementwise(_keep, (grad, inside), ())[0], None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return keep_inside(grad, *ctx.saved_tensors), *_NO_GRADIENTS
 
 
 class _MagnitudeAware(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, num_bits: int, signed: Sign) -> Tensor:
+    def forward(ctx: Any, x: Tensor, clip: Tensor, low: Tensor, high: Tensor, offset: Tensor | None) -> Tensor:
         if ctx.needs_input_grad[0]:
-            clip = clip.to(statistics_dtype(x.dtype))
-            ctx.save_for_backward(x, clip, _as_number(signed, clip))
-        return _quantize(x, clip, num_bits, signed)
+            ctx.save_for_backward(x, clip, low, offset)
+        return round_to_levels(x, clip, low, high, offset)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        x, clip, signed = ctx.saved_tensors
-        return elementwise(_attenuate, (grad, x), (clip, signed))[0], None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return attenuate_outside(grad, *ctx.saved_tensors), *_NO_GRADIENTS
 
 
-def _as_number(signed: Sign, like: Tensor) -> Tensor:
-    """1 for a signed grid, 0 for an unsigned one, ``[]``; a tensor, since numbers would be compiled in as constants."""
-    return signed.to(like.dtype) if isinstance(signed, Tensor) else like.new_full((), signed)
+# Integers are tensors, since numbers would be compiled in as constants.
 
 
-def _grid(x: Tensor, clip: Tensor, num_bits: int, signed: Sign) -> tuple[Tensor, Tensor, Tensor]:
-    """Step, lowest and highest integer."""
-    step = step_size(clip.to(statistics_dtype(x.dtype)), num_bits, signed)
-    return step, *integer_bounds(num_bits, signed, step)
+@elementwise("(Tensor x, Tensor clip, Tensor low, Tensor high, Tensor? offset) -> Tensor")
+def round_to_levels(x: Tensor, clip: Tensor, low: Tensor, high: Tensor, offset: Tensor | None) -> Tensor:
+    """``x`` on the grid with the integers from ``low`` to ``high``; the step is the clip over ``high + 1``."""
+    rounded = round_to_step(_difference(x, clip, offset), clip / (high + 1), low, high)
+    return (rounded if offset is None else rounded + offset).to(x.dtype)
 
 
-def _quantize(x: Tensor, clip: Tensor, num_bits: int, signed: Sign) -> Tensor:
-    return elementwise(_round, (x,), _grid(x, clip, num_bits, signed))[0]
-
-
-@fused
-def _round(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor]:
-    return (round_to_step(x, step, low, high).to(x.dtype),)
-
-
-@fused
-def _round_and_compare(
-    x: Tensor, step: Tensor, low: Tensor, high: Tensor, bottom: Tensor, top: Tensor
+@elementwise("(Tensor x, Tensor clip, Tensor low, Tensor high, Tensor? offset) -> (Tensor, Tensor)")
+def round_and_compare(
+    x: Tensor, clip: Tensor, low: Tensor, high: Tensor, offset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``x`` on the grid, and 1 inside the clip, 0 outside, as bytes."""
-    value = x.to(step.dtype)
+    value, step = _difference(x, clip, offset), clip / (high + 1)
     # By way of floats, which is vectorized; storing the comparison's result directly is not.
-    inside = ((value >= bottom) & (value <= top)).to(step.dtype)
-    return round_to_step(x, step, low, high).to(x.dtype), inside.to(torch.uint8)
+    inside = ((value >= step * low) & (value <= clip)).to(step.dtype)
+    rounded = round_to_step(value, step, low, high)
+    return (rounded if offset is None else rounded + offset).to(x.dtype), inside.to(torch.uint8)
 
 
-@fused
-def _keep(grad: Tensor, inside: Tensor) -> tuple[Tensor]:
+@elementwise("(Tensor grad, Tensor inside) -> Tensor", tensors=2)
+def keep_inside(grad: Tensor, inside: Tensor) -> Tensor:
     """PWL: the gradient inside the clip, 0 outside."""
-    return (grad * inside.to(grad.dtype),)
+    return grad * inside.to(grad.dtype)
 
 
-@fused
-def _attenuate(grad: Tensor, x: Tensor, clip: Tensor, signed: Tensor) -> tuple[Tensor]:
-    """MAD: the gradient times ``clip / |x|`` outside the clip, and times ``signed``, 1 or 0, below zero."""
+@elementwise("(Tensor grad, Tensor x, Tensor clip, Tensor low, Tensor? offset) -> Tensor", tensors=2)
+def attenuate_outside(grad: Tensor, x: Tensor, clip: Tensor, low: Tensor, offset: Tensor | None) -> Tensor:
+    """MAD: the gradient times ``clip / |x|`` outside the clip; 0 below zero on an unsigned grid."""
+    value = _difference(x, clip, offset)
     # Inside, the divisor is the clip itself, so the factor is exactly 1; 0 / 0 is a zero inside a zero clip.
-    factor = (clip / torch.maximum(x.to(clip.dtype).abs(), clip)).nan_to_num(nan=1.0)
-    return ((torch.where(x < 0, factor * signed, factor) * grad).to(grad.dtype),)
+    factor = (clip / torch.maximum(value.abs(), clip)).nan_to_num(nan=1.0)
+    return (torch.where((value < 0) & (low == 0), 0, factor) * grad).to(grad.dtype)
+
+
+def _difference(x: Tensor, clip: Tensor, offset: Tensor | None) -> Tensor:
+    """``x - offset`` in the dtype of clips: in a narrower one the difference would lose digits of ``x``."""
+    value = x.to(clip.dtype)
+    return value if offset is None else value - offset
 
 
 GRADIENT_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {

@@ -119,7 +119,7 @@ def magnitude(x: Tensor, signed: Sign) -> Tensor:
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which clips are computed and kept: float32, or float64 for float64 input."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @operation("(Tensor x) -> Tensor", lambda x: torch.empty((), dtype=torch.bool, device=x.device))

@@ -1,5 +1,6 @@
 """Elementwise functions compiled into one loop over a large tensor."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._utils.torch_private import compilation_errors, function_mode_stack, without_innermost_function_mode
+from ..._utils.torch_private import compilation_errors, function_mode_stack, tree_map, without_innermost_function_mode
 from ..rows import memory_order
 from .compilation import can_compile, disable_kernels, kernels_disabled
+from .operations import operation
 
 MIN_NUMEL = 1 << 15  # elements from which a compiled call, with an overhead of 50 microseconds, is faster
 _RECOMPILE_LIMIT = 64  # dtypes, ranks, signs and inference mode give more variants than torch's default of 8
@@ -20,19 +22,52 @@ def fuses(x: Tensor) -> bool:
     return x.numel() >= MIN_NUMEL and can_compile(x, ("cpu", "cuda"))
 
 
-class fused:
-    """Decorator: calls run the function compiled, without gradients and for tensors of any size.
+class Elementwise:
+    """A function of a few tensors of one shape and of parameters that broadcast to it, as one custom operation.
 
-    If compilation fails, for example without a C++ compiler, a warning is issued and the function runs as it is
-    written, which is also available as ``plain``.
+    It runs compiled, as one loop in memory order, without gradients and for tensors of any size; a compiler that traces
+    a caller gets the function itself and fuses it with what is around. If compilation fails, for example without a C++
+    compiler, a warning is issued and the function runs as it is written, which is also available as ``plain``.
     """
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(self, function: Callable[..., Any], schema: str, tensors: int):
         self.plain = function
         self.__doc__ = function.__doc__
+        self._tensors = tensors
         self._compiled: Callable[..., Any] | None = None
 
+        @functools.wraps(function)
+        def run(*arguments: Any) -> Any:
+            return self._run(arguments[:tensors], arguments[tensors:])
+
+        self._operation = operation(schema, function)(run)
+
     def __call__(self, *arguments: Any) -> Any:
+        tensors = arguments[: self._tensors]
+        differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)  # double backward
+        if torch.compiler.is_compiling() or differentiated:
+            return self.plain(*arguments)
+        return self._operation(*arguments)
+
+    def _run(self, tensors: tuple[Tensor, ...], parameters: tuple[Tensor | None, ...]) -> Any:
+        first = tensors[0]
+        if not fuses(first):
+            return self.plain(*tensors, *parameters)
+        order = memory_order(first)
+        ordered = first.permute(order)
+        same_layout = ordered.is_contiguous() and all(tensor.stride() == first.stride() for tensor in tensors)
+        in_order = [None if parameter is None else _in_order(parameter, order) for parameter in parameters]
+        loops = _loops(ordered.shape, in_order) if same_layout else None
+        if loops is None:
+            return self.plain(*tensors, *parameters)
+        sizes, viewed = loops
+        results = self._call_compiled(
+            first.device.type, *(tensor.permute(order).view(sizes) for tensor in tensors), *viewed
+        )
+        inverse = sorted(range(first.dim()), key=order.__getitem__)
+        return tree_map(lambda result: result.view(ordered.shape).permute(inverse), results)
+
+    def _call_compiled(self, device: str, *arguments: Tensor | None) -> Any:
         if kernels_disabled():
             return self.plain(*arguments)
         if self._compiled is None:
@@ -40,11 +75,17 @@ class fused:
                 self.plain, dynamic=True, fullgraph=True, recompile_limit=_RECOMPILE_LIMIT
             )
         try:
-            with _neutral(arguments[0].device.type):
-                return self._compiled(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
+            with _neutral(device):
+                # Detached, since a view's base would be guarded on.
+                return self._compiled(*(a if a is None else a.detach() for a in arguments))
         except compilation_errors() as error:
             disable_kernels(error)
             return self.plain(*arguments)
+
+
+def elementwise(schema: str, tensors: int = 1) -> Callable[[Callable[..., Any]], Elementwise]:
+    """Decorator: make a function of this schema, of which the first arguments are ``tensors``, an ``Elementwise``."""
+    return lambda function: Elementwise(function, schema, tensors)
 
 
 @contextmanager
@@ -58,30 +99,6 @@ def _neutral(device: str) -> Iterator[None]:
         yield
 
 
-def elementwise(
-    function: fused, tensors: tuple[Tensor, ...], parameters: tuple[Tensor, ...], *constants: Any
-) -> tuple[Tensor, ...]:
-    """``function(*tensors, *parameters, *constants)``, elementwise, as one loop in memory order if possible.
-
-    ``tensors`` and the results have one shape, to which ``parameters`` are broadcastable.
-    """
-    first = tensors[0]
-    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)  # double backward
-    # A compiler fuses the plain function itself, and does not know the strides to sort.
-    if torch.compiler.is_compiling() or differentiated or not fuses(first):
-        return function.plain(*tensors, *parameters, *constants)
-    order = memory_order(first)
-    ordered = first.permute(order)
-    same_layout = ordered.is_contiguous() and all(tensor.stride() == first.stride() for tensor in tensors)
-    loops = _loops(ordered.shape, [_in_order(parameter, order) for parameter in parameters]) if same_layout else None
-    if loops is None:
-        return function.plain(*tensors, *parameters, *constants)
-    sizes, viewed = loops
-    results = function(*(tensor.permute(order).view(sizes) for tensor in tensors), *viewed, *constants)
-    inverse = sorted(range(first.dim()), key=order.__getitem__)
-    return tuple(result.view(ordered.shape).permute(inverse) for result in results)
-
-
 def _in_order(parameter: Tensor, order: list[int]) -> Tensor:
     """``parameter`` with dimensions as in ``order``; 0-dim if it is a single number."""
     if parameter.numel() == 1:
@@ -89,13 +106,13 @@ def _in_order(parameter: Tensor, order: list[int]) -> Tensor:
     return parameter[(None,) * (len(order) - parameter.dim())].permute(order)
 
 
-def _loops(shape: torch.Size, parameters: list[Tensor]) -> tuple[list[int], list[Tensor]] | None:
+def _loops(shape: torch.Size, parameters: list[Tensor | None]) -> tuple[list[int], list[Tensor | None]] | None:
     """``shape``, of a contiguous tensor, and the parameters with as few dimensions as possible.
 
     Merges neighbouring dimensions if the parameters, which are 0-dim or broadcastable to ``shape``, vary along all or
     none of them, so that few variants are compiled. ``None`` if the parameters differ in this.
     """
-    shapes = {parameter.shape for parameter in parameters if parameter.dim()}
+    shapes = {parameter.shape for parameter in parameters if parameter is not None and parameter.dim()}
     if len(shapes) > 1:
         return None
     sizes: list[int] = []
@@ -110,4 +127,4 @@ def _loops(shape: torch.Size, parameters: list[Tensor]) -> tuple[list[int], list
             sizes.append(size)
             of_parameters.append(values)
         varied = values > 1
-    return sizes, [parameter.reshape(of_parameters) if parameter.dim() else parameter for parameter in parameters]
+    return sizes, [p.reshape(of_parameters) if p is not None and p.dim() else p for p in parameters]
