@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .kernels.operations import NotFinite, operation
+from .table import LONG_ROW
 
 Dim = int | tuple[int, ...] | None
 Sign = bool | Tensor
@@ -39,9 +40,10 @@ def to_rows(x: Tensor, dim: Dim) -> tuple[Tensor, tuple[int, ...]]:
         dimensions have size 1; ``()`` for ``dim=None``, which reduces all.
     """
     if dim is None:
-        # In memory order a transposed tensor, such as an attention key, flattens without a copy.
-        in_order = x if torch.compiler.is_compiling() else x.permute(memory_order(x))
-        return in_order.reshape(1, -1), ()
+        # A table has no order, and in memory order a transposed tensor, such as an attention key, needs no copy. The sums
+        # of a short row depend on the order, which is that of the dimensions, whatever the strides are.
+        any_order = not torch.compiler.is_compiling() and x.numel() >= LONG_ROW
+        return (x.permute(memory_order(x)) if any_order else x).reshape(1, -1), ()
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     for d in dims:
         if not -x.dim() <= d < x.dim():

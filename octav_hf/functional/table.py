@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .kernels.operations import operation
 
-_LONG_ROW = 1 << 15
+LONG_ROW = 1 << 15
+"""Elements from which a row's clip is a function of its table; that of a shorter one is exact."""
 _BINS = 1 << 15
 _NOT_FINITE = 255 << 7  # the first bin of Inf and NaN
 _REST_BITS = 16
@@ -21,8 +22,8 @@ _WINDOW = 32 * 128  # bins below the highest that matter: a clip is above max / 
 
 
 def uses_table(rows: Tensor) -> bool:
-    """Whether the clips of ``rows``, ``[rows, n]``, are functions of their tables; short ones are solved exactly."""
-    return rows.shape[1] >= _LONG_ROW and rows.dtype != torch.float64
+    """Whether the clips of ``rows``, ``[rows, n]``, are functions of their tables."""
+    return rows.shape[1] >= LONG_ROW and rows.dtype != torch.float64
 
 
 def empty_clip(table: Tensor, *_: object) -> Tensor:
