@@ -17,6 +17,7 @@ from .static_clips.activations import calibrating
 from .static_clips.calibrate import calibrate_octav, uncalibrate_octav
 from .training.checkpoints import last_whole_checkpoint
 from .training.distillation import distill
+from .training.finite_clips import check_finite
 
 __all__ = [
     "CoverageCheck",
@@ -30,6 +31,7 @@ __all__ = [
     "calibrate_octav",
     "calibrating",
     "check_coverage",
+    "check_finite",
     "coverage_report",
     "distill",
     "last_whole_checkpoint",

@@ -3,12 +3,14 @@
 Only `save_by_own_names` is about differences between versions from 5.0 on.
 """
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers import PreTrainedModel, conversion_mapping, core_model_loading, modeling_utils
+from transformers import PreTrainedModel, TrainerCallback, conversion_mapping, core_model_loading, modeling_utils
 from transformers.loss import loss_utils
+from transformers.trainer_callback import CallbackHandler
 
 # Conversion of names and tensors between files and a model. No documented function tells which layers are packed in
 # files, or by which names packed weights will be saved, which their record needs.
@@ -92,3 +94,17 @@ def unset_upload(model: Any) -> None:
 def upload(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """Transformers' own upload."""
     return type(model)._upload_modified_files(model, *args, **kwargs)
+
+
+def add_trainer_callback(callback: type[TrainerCallback]) -> None:
+    """Give every Trainer made from now on an instance of ``callback``, called after all others.
+
+    The undocumented list ``trainer.DEFAULT_CALLBACKS`` would do too, but importing its module takes half a second.
+    """
+    initialize = CallbackHandler.__init__
+
+    @functools.wraps(initialize)
+    def __init__(self: CallbackHandler, callbacks: Iterable[Any], *args: Any, **kwargs: Any) -> None:
+        initialize(self, [*callbacks, callback], *args, **kwargs)
+
+    CallbackHandler.__init__ = __init__  # type: ignore[method-assign]

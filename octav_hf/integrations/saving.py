@@ -22,6 +22,7 @@ from ..conversion.modules import is_quantized
 from ..conversion.output_embeddings import requantize_output_embeddings
 from ..conversion.record import recorded_config
 from ..conversion.verify import check_comes_back
+from ..training.finite_clips import check_finite
 from .transformers_quantizer import OctavQuantizer
 
 _transformers_save_pretrained = PreTrainedModel.save_pretrained
@@ -45,7 +46,7 @@ def _as_recorded(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None
     That is a copy of its config, since other models may have the same one, and be saved at the same time.
 
     Raises:
-        ValueError: the model would not come back as it is.
+        ValueError: the model would not come back as it is, or a tensor in its last forward passes held NaN or Inf.
         NotImplementedError: a weight is sharded and neither gathered nor sharded by Transformers itself.
     """
     quantized, config = is_quantized(model), model.config
@@ -54,6 +55,7 @@ def _as_recorded(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None
         return
     quantizer = None
     if quantized:
+        check_finite(model)
         _check_complete(model, state_dict)
         requantize_output_embeddings(model)
         record = recorded_config(model)

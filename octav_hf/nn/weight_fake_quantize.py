@@ -1,28 +1,48 @@
-"""The quantizer of a weight, which recomputes clips only after the weight has changed."""
+"""The quantizer of a weight, which computes clips once for each value of the weight in training."""
 
+import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..functional.rows import Dim, statistics_dtype, to_rows
+from .._utils.torch_private import storage_id, version_counter
+from ..functional.rows import Dim, to_rows
 from .fake_quantize import FakeQuantize, Grid
 from .frozen_clips import FrozenClips
-from .function_modes import outside_function_modes
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    # A compiled step would be compiled anew for each count; the writes in it raise the version counter.
+    if not torch.compiler.is_compiling():
+        _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class WeightFakeQuantize(FakeQuantize):
-    """``FakeQuantize`` for a weight ``[rows, ...]`` that keeps its clips until the weight changes.
+    """``FakeQuantize`` for a weight ``[rows, ...]`` that keeps its clips from one training step to the next change.
 
     Frozen ``clips`` are as the clipping rule gives them for the weight: ``[rows, 1, ...]``, or 0-dim for one.
 
-    The weight's fingerprint is its matmul with a fixed random vector: the version counter misses writes through
-    ``.data``. A change too small to show in it is too small to matter to the clips.
+    In grad mode the clips of an ``nn.Parameter`` are kept until its version counter, its storage or these settings
+    change, an optimizer of PyTorch makes a step (some write to weights without raising the version counter, as FSDP2
+    and DeepSpeed do), or ``train()`` and ``eval()`` change the mode. They are computed at every call without grad mode,
+    in which weights are merged and averaged, for a weight that is no parameter, such as a parametrized one, and in
+    compiled graphs and CUDA graphs. No value is read to find out.
+
+    So a write to ``weight.data`` is missed if it comes between two forward passes in grad mode, keeps the storage, and
+    neither an optimizer step nor a change of mode comes between them. Write to the weight itself, under
+    ``torch.no_grad()``.
     """
 
-    _known: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
-    _probe: Tensor | None = None
-    _left_by_calls = (*FakeQuantize._left_by_calls, "_known", "_probe")
+    _kept: tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor] | None = None
+    _left_by_calls = (*FakeQuantize._left_by_calls, "_kept")
 
     # As clips computed under inference mode; a buffer is saved for the backward pass, too.
     @torch.inference_mode(False)
@@ -44,31 +64,45 @@ class WeightFakeQuantize(FakeQuantize):
     def active_dim(self) -> Dim:
         return self.dim
 
-    def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:
+    def compute_clip(self, x: Tensor, signed: bool | Tensor | None = None) -> Tensor:
         """The frozen clips if there are, else those of ``x``."""
         return self.dynamic_clips(x) if self.clips is None else self.clips
 
     def _frozen_grid(self, frozen: FrozenClips, x: Tensor, call_index: int) -> Grid:
         return Grid(True, frozen.clips)
 
-    @torch.compiler.disable
-    @outside_function_modes
-    # Clips computed under inference mode may be kept for a training step, which saves them for its backward pass.
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def dynamic_clips(self, x: Tensor) -> Tensor:
         """The clips of ``x``, whether clips are frozen or not."""
-        values = x.detach().to(statistics_dtype(x.dtype)).flatten(1)
-        with torch.autocast(values.device.type, enabled=False):  # whose precision hides small changes
-            fingerprint = values @ self._random_vector(values)
-        if self._known is None or self._known[0] != self.cache_key or not torch.equal(self._known[1], fingerprint):
-            self._known = self.cache_key, fingerprint, super().compute_clip(x)
-        return self._known[2]
+        if not _can_keep(x):
+            return super().compute_clip(x)
+        settings = self.num_bits, self.clip, self.signed, self.dim, dict(self.clip_options)
+        state = version_counter(x), storage_id(x), x.data_ptr(), x.dtype, _optimizer_steps, settings
+        kept = self._kept
+        if kept is not None and kept[0]() is x and kept[1] == state:
+            return kept[2]
+        clip = super().compute_clip(x)
+        self._kept = weakref.ref(x), state, clip
+        return clip
 
-    def _random_vector(self, values: Tensor) -> Tensor:
-        probe, shape = self._probe, values.shape[1:]
-        if probe is None or (probe.shape, probe.dtype, probe.device) != (shape, values.dtype, values.device):
-            generator = torch.Generator(device="cpu").manual_seed(0)
-            probe = torch.rand(shape, generator=generator, device="cpu", dtype=values.dtype).to(values.device) + 0.5
-            self._probe = probe
-        return probe
+    def forget(self) -> None:
+        super().forget()
+        self._kept = None
+
+    def train(self, mode: bool = True) -> Any:
+        """As in ``nn.Module``; a change of the mode drops the clips that are kept."""
+        if mode != self.training:
+            self._kept = None
+        return super().train(mode)
+
+
+def _can_keep(x: Tensor) -> bool:
+    """Whether what ``dynamic_clips`` compares tells if ``x`` has changed, and its clips may be used later."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is nn.Parameter  # and no tensor of another type, fake ones included
+        and torch.is_grad_enabled()
+        and not torch.is_inference_mode_enabled()
+        and not x.is_inference()
+        # The graph is to compute the clips of the weight as it is when it runs.
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )

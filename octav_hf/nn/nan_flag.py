@@ -1,0 +1,74 @@
+"""Remembering on the device that a quantizer met NaN or Inf, for an error that comes where the host waits anyway."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.torch_private import has_values
+
+
+class NanFlag(nn.Module):
+    """Mixin of modules that compute clips: knows whether one of them was NaN, without a read by the host.
+
+    On the CPU in eager mode a clipping rule raises at once. On other devices and in compiled graphs the clip of a
+    tensor with NaN or Inf is NaN, and is added to a sum on the device, which then stays NaN: one operation for a clip.
+    The sum is no buffer, since it is no part of the model: state dicts and pickles do not have it, and
+    ``DistributedDataParallel`` does not broadcast it.
+    """
+
+    _sum_of_clips: Tensor  # [], float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clear()
+
+    def remember(self, clip: Tensor) -> None:
+        """Note whether ``clip``, of any shape, holds NaN."""
+        device = clip.device
+        if not torch.compiler.is_compiling() and device.type in ("cpu", "meta"):
+            return
+        if self._sum_of_clips.device != device:  # the module was not moved, as if its weights were loaded to a device
+            self._clear(clip)
+        with torch.no_grad():
+            self._sum_of_clips.add_(clip if clip.dim() == 0 else clip.sum())
+
+    def forget(self) -> None:
+        """Forget what was noted, and what would be used again without being noted."""
+        self._clear(self._sum_of_clips)
+
+    # An inference tensor could not be written to in training.
+    @torch.inference_mode(False)
+    def _clear(self, like: Tensor | None = None) -> None:
+        like = torch.empty((), dtype=torch.float32, device="cpu") if like is None else like
+        self._sum_of_clips = like.new_zeros((), dtype=torch.float32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        before = self._sum_of_clips
+        moved = fn(before)  # which may have another dtype
+        if has_values(before):
+            with torch.inference_mode(False):
+                self._sum_of_clips = before.to(moved.device)
+        else:
+            self._clear(moved)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._clear()
+
+
+def met_nan(modules: Sequence[NanFlag]) -> list[bool]:
+    """Whether each module noted NaN since it last forgot; one read for each device."""
+    by_device: dict[torch.device, list[int]] = {}
+    for index, module in enumerate(modules):
+        if has_values(module._sum_of_clips):
+            by_device.setdefault(module._sum_of_clips.device, []).append(index)
+    found = [False] * len(modules)
+    for indices in by_device.values():
+        sums = torch.stack([modules[index]._sum_of_clips for index in indices])
+        for index, is_nan in zip(indices, sums.isnan().tolist(), strict=True):
+            found[index] = is_nan
+    return found

@@ -1,0 +1,106 @@
+"""The error for NaN and Inf where no operation can raise it: on a GPU, and in compiled models."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .._utils.transformers_compat import add_trainer_callback
+from ..nn import FakeQuantize
+from ..nn.nan_flag import met_nan
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise an error if a dynamic clip of ``model`` was NaN since the last call, which waits for its device.
+
+    A tensor with NaN or Inf has no clip. On the CPU, unless the model is compiled, the forward pass raises an error at
+    once. Elsewhere that would make each quantizer wait for the device; its clip is NaN, so that all of its output is
+    NaN, and the quantizer remembers it on the device. Trainer and ``save_pretrained`` call this function by themselves;
+    in a training loop of your own, call it where you read the loss. It reads one number per quantizer, all at once.
+
+    Frozen clips are not remembered, as they do not depend on the data, and neither are those of the replicas that
+    ``nn.DataParallel`` makes.
+
+    Raises:
+        ValueError: with the name of the first such quantizer in the order of ``model.modules()``. After it the
+            quantizers remember nothing.
+    """
+    _check(_quantizers(model), "")
+
+
+def _quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
+    """Path -> quantizer, in the model's order."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, FakeQuantize)}
+
+
+def _check(quantizers: Mapping[str, FakeQuantize], when: str) -> None:
+    """``check_finite`` for some quantizers by path; ``when`` follows "held NaN or Inf" in the message."""
+    found = met_nan(list(quantizers.values()))
+    if not any(found):
+        return
+    names = [
+        quantizer.name or path for (path, quantizer), is_nan in zip(quantizers.items(), found, strict=True) if is_nan
+    ]
+    for quantizer in quantizers.values():
+        quantizer.forget()
+    others = "" if len(names) == 1 else f", the first of {len(names)} such operands in the model's order"
+    raise ValueError(
+        f"{names[0]}: this operand held NaN or Inf{when}, so it has no clipping scalar{others}; find where they arise "
+        "(an overflow in float16, a learning rate too high, a bad checkpoint, a broken batch). The forward pass on the "
+        "CPU, not compiled, raises the error at the first of them and says how many there are"
+    )
+
+
+class FiniteClips(TrainerCallback):
+    """``check_finite`` where Trainer has just waited for the device, or is about to. Every Trainer gets one.
+
+    Trainer waits in each step with ``logging_nan_inf_filter``, which replaces a NaN loss without a word; else where it
+    logs, evaluates and saves, and at the end. The check before an optimizer step keeps NaN out of the weights.
+    """
+
+    def __init__(self) -> None:
+        self._quantizers: dict[str, FakeQuantize] = {}
+        self._finite_until = 0  # the last step that is known to be finite
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._quantizers = _quantizers(kwargs["model"])
+        self._finite_until = state.global_step
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.logging_nan_inf_filter:
+            self._check(state.global_step + 1)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_log or control.should_evaluate or control.should_save:
+            self._check(state.global_step)
+
+    on_epoch_end = on_step_end
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._check(state.global_step)
+        self._quantizers = {}
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _check(_quantizers(kwargs["model"]), " in evaluation")
+
+    on_predict = on_evaluate
+
+    def _check(self, step: int) -> None:
+        first = min(self._finite_until + 1, step)
+        steps = f"step {step}" if first == step else f"a step from {first} to {step}"
+        _check(self._quantizers, f" in {steps} of the training")
+        self._finite_until = step
+
+
+add_trainer_callback(FiniteClips)
