@@ -6,11 +6,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import CLIP_RULES, fake_quantize, integer_range
-from ..functional.rows import Dim, statistics_dtype
+from ..functional import fake_quantize, integer_range
+from ..functional.fake_quantize import from_offset
+from ..functional.registry import clip_for_sign
+from ..functional.rows import Dim, Sign, has_negative, statistics_dtype
 from .frozen_clips import ClipObserver, FrozenClips, values_key
 from .full_precision_buffers import FullPrecisionBuffers
 from .function_modes import outside_function_modes
+from .nan_flag import NanFlag
 from .recording import refuse_recording
 
 
@@ -18,12 +21,13 @@ class Grid(NamedTuple):
     """A grid for one tensor.
 
     Args:
-        signed: the two's-complement grid, or the unsigned one.
+        signed: the two's-complement grid, or the unsigned one; a bool tensor ``[]`` where the values decide.
         clip: clipping scalar(s), broadcastable against the tensor; for an asymmetric grid those of ``x - offset``.
-        offset: the value at integer 0 of an asymmetric grid, which is unsigned, ``[]``; ``None`` for other grids.
+        offset: the value at integer 0 of an asymmetric grid, which is unsigned, ``[]``; 0 if it is symmetric, but the
+            values could have made it asymmetric; ``None`` for other grids.
     """
 
-    signed: bool
+    signed: Sign
     clip: Tensor
     offset: Tensor | None = None
 
@@ -34,12 +38,13 @@ FROZEN_BUFFERS = ("clips", "unsigned_clips", "offset")
 _MAX_PARTS = 2  # dimensions of the parts with a clip of their own: heads and channels
 
 
-class FakeQuantize(FullPrecisionBuffers):
+class FakeQuantize(NanFlag, FullPrecisionBuffers):
     """Quantizes one operand: computes its clip from the data at every call, or takes a frozen one, then rounds.
 
     Dynamic clips are recomputed, never stored. Frozen clips are buffers, which are there only while clips are frozen;
     which of the two says the grid's sign, so that no value has to be read. With frozen clips the data are not read
-    either: NaN stays NaN, without an error.
+    either: NaN stays NaN, without an error. With dynamic clips, NaN and Inf are an error at once on the CPU in eager
+    mode; elsewhere the clip is NaN, and so is the result, and ``octav_hf.check_finite`` raises the error.
 
     Args:
         num_bits: 2 to 8.
@@ -62,8 +67,6 @@ class FakeQuantize(FullPrecisionBuffers):
             for each multiplication of the operand in one forward pass of its module.
         offset: where the grid of frozen clips begins if it is asymmetric, ``[]``, negative.
         observer: while set, is told the dynamic clips of every call, and frozen clips are not used.
-        clips_computed: number of clips computed so far, one per forward pass, or one per change of a weight; error
-            messages quote it.
     """
 
     num_bits: int
@@ -79,8 +82,7 @@ class FakeQuantize(FullPrecisionBuffers):
     unsigned_clips: Tensor | None
     offset: Tensor | None
     observer: ClipObserver | None = None
-    clips_computed: int = 0
-    _left_by_calls: ClassVar[tuple[str, ...]] = ("clips_computed",)
+    _left_by_calls: ClassVar[tuple[str, ...]] = ("_sum_of_clips",)
 
     def __init__(
         self,
@@ -118,9 +120,11 @@ class FakeQuantize(FullPrecisionBuffers):
     @property
     def frozen(self) -> FrozenClips | None:
         """The frozen clips, ``None`` if clips are dynamic."""
-        if self.clips is not None:
-            return FrozenClips(True, self.clips)
-        return None if self.unsigned_clips is None else FrozenClips(False, self.unsigned_clips, self.offset)
+        buffers = self._buffers  # an attribute of nn.Module that is a buffer takes ten times as long to look up
+        clips, unsigned_clips = buffers["clips"], buffers["unsigned_clips"]
+        if clips is not None:
+            return FrozenClips(True, clips)
+        return None if unsigned_clips is None else FrozenClips(False, unsigned_clips, buffers["offset"])
 
     def freeze(self, frozen: FrozenClips) -> None:
         """Hold these clips whatever the data are; they become buffers as they are."""
@@ -181,57 +185,55 @@ class FakeQuantize(FullPrecisionBuffers):
             return self.frozen_dim if frozen.clips.dim() > 1 else None
         return self.dim
 
-    @torch.compiler.disable
-    @torch.no_grad()
-    def is_signed(self, x: Tensor) -> bool:
-        """Whether ``x`` is quantized on the signed grid."""
+    def is_signed(self, x: Tensor) -> Sign:
+        """Whether ``x`` is quantized on the signed grid; a bool tensor ``[]`` where the values decide."""
         if self.signed is not None or x.is_complex():  # complex numbers have no order; the clipping rule refuses them
             return self.signed is not False
-        # Most tensors with negative values have one in their first sample, which saves reading the rest. NaN is not
-        # >= 0, and the clipping rule refuses it.
-        first = x[:1] if x.dim() else x
-        return x.numel() > 0 and not (bool(first.min() >= 0) and bool(x.min() >= 0))
+        return has_negative(x)
 
-    @torch.compiler.disable
     @outside_function_modes
-    def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:
-        """Clipping scalar(s) of ``x``, broadcastable against it. An error of the rule says ``name`` and when it came.
+    def compute_clip(self, x: Tensor, signed: Sign | None = None, skip: Tensor | None = None) -> Tensor:
+        """Clipping scalar(s) of ``x``, broadcastable against it. An error of the rule says ``name``.
 
         Args:
             x: floating point, any shape.
             signed: what ``is_signed`` says of ``x``, where that is known already.
+            skip: bool ``[]``; where it is true, ``x`` may be left unread and the result is of no use.
         """
         signed = self.is_signed(x) if signed is None else signed
-        self.clips_computed += 1
-        try:
-            return CLIP_RULES[self.clip](x, self.num_bits, signed=signed, dim=self.active_dim, **self.clip_options)
-        except (ValueError, TypeError) as error:
-            where = self.name or "FakeQuantize"
-            raise type(error)(
-                f"{where}: {error} (at the clip number {self.clips_computed} of this quantizer)"
-            ) from error
+        if torch.compiler.is_compiling():  # no error comes from values
+            clip = self._clip(x, signed, skip)
+        else:
+            try:
+                clip = self._clip(x, signed, skip)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{self.name or 'FakeQuantize'}: {error}") from error
+        self.remember(clip)
+        return clip
 
+    def _clip(self, x: Tensor, signed: Sign, skip: Tensor | None) -> Tensor:
+        return clip_for_sign(
+            self.clip, x, self.num_bits, signed=signed, dim=self.active_dim, skip=skip, **self.clip_options
+        )
+
+    @outside_function_modes
     def dynamic_grid(self, x: Tensor) -> Grid:
-        """The grid for ``x``, computed from its values."""
-        signed, clip = self.sign_and_clip(x)
-        offset = self.dynamic_offset(x, clip) if signed and self.asymmetric and self.signed is None else None
-        if offset is None:
-            return Grid(signed, clip)
-        return Grid(False, self.compute_clip(_difference(x, offset), signed=False), offset)
-
-    def sign_and_clip(self, x: Tensor) -> tuple[bool, Tensor]:
-        """What ``is_signed`` and ``compute_clip`` say of ``x``."""
+        """The grid for ``x``, computed from its values, of which the host reads none."""
+        if self.asymmetric and self.signed is None and x.is_floating_point():
+            return self._grid_of_three(x)
         signed = self.is_signed(x)
-        return signed, self.compute_clip(x, signed)
+        return Grid(signed, self.compute_clip(x, signed))
 
-    @torch.compiler.disable
     @torch.no_grad()
-    def dynamic_offset(self, x: Tensor, clip: Tensor) -> Tensor | None:
-        """The lowest value of ``x``, ``[]``, unless its signed clip, the mean of several, clips that value."""
-        if x.numel() == 0:
-            return None
-        offset = x.min().to(clip.dtype)
-        return offset if bool(-offset <= clip.mean()) else None
+    def _grid_of_three(self, x: Tensor) -> Grid:
+        """Signed, unsigned, or unsigned from the lowest value on, if the mean signed clip does not clip it."""
+        low = _lowest(x)
+        negative = low < 0
+        clip = self.compute_clip(x, negative)
+        shifted = negative & (-low <= clip.mean())
+        offset = torch.where(shifted, low, 0.0)
+        clip_from_offset = self.compute_clip(from_offset(x, offset), False, skip=~shifted)
+        return Grid(negative & ~shifted, torch.where(shifted, clip_from_offset, clip), offset)
 
     def forward(self, x: Tensor, call_index: int = 0) -> Tensor:
         """``x`` (float, any shape) on the grid; same shape and dtype.
@@ -254,12 +256,9 @@ class FakeQuantize(FullPrecisionBuffers):
             grid = self.dynamic_grid(x)
             if self.observer is not None:
                 self._observe(self.observer, x, call_index, grid)
-        if grid.offset is None:
-            return fake_quantize(x, grid.clip, self.num_bits, signed=grid.signed, gradient=self.gradient_estimator)
-        rounded = fake_quantize(
-            _difference(x, grid.offset), grid.clip, self.num_bits, signed=False, gradient=self.gradient_estimator
+        return fake_quantize(
+            x, grid.clip, self.num_bits, signed=grid.signed, offset=grid.offset, gradient=self.gradient_estimator
         )
-        return (rounded + grid.offset).to(x.dtype)
 
     def _frozen_grid(self, frozen: FrozenClips, x: Tensor, call_index: int) -> Grid:
         dtype, parts = statistics_dtype(x.dtype), tuple(frozen.clips.shape[1:])
@@ -285,14 +284,16 @@ class FakeQuantize(FullPrecisionBuffers):
 
     @torch.compiler.disable
     def _observe(self, observer: ClipObserver, x: Tensor, call_index: int, grid: Grid) -> None:
-        clips = {grid.signed: grid.clip} if self._has_values(x) else {}
-        if clips and self.signed is None and not grid.signed:  # a later tensor may decide for the signed grid
+        on_signed = bool(grid.signed)
+        clips = {on_signed: grid.clip} if self._has_values(x) else {}
+        if clips and self.signed is None and not on_signed:  # a later tensor may decide for the signed grid
             clips[True] = self.compute_clip(x, signed=True)
         sums, count = {}, 1
         for signed, clip in clips.items():
             sums[signed], count = (clip, 1) if self.frozen_dim is None else self._sum_over_batch(x, clip)
+        offset = None if grid.offset is None or on_signed or not grid.offset < 0 else grid.offset
         try:
-            observer.record(call_index, sums, count, grid.offset, like=grid.clip)
+            observer.record(call_index, sums, count, offset, like=grid.clip)
         except ValueError as error:
             raise ValueError(
                 f"{self.name or 'FakeQuantize'}: {error}, so that they have no mean; calibrate with batches in which "
@@ -331,6 +332,7 @@ class FakeQuantize(FullPrecisionBuffers):
 _INIT_KWARGS = ("num_bits", *(FakeQuantize.__init__.__kwdefaults__ or ()))
 
 
-def _difference(x: Tensor, offset: Tensor) -> Tensor:
-    """``x - offset`` in the dtype of clips: in a narrower one the difference would lose digits of ``x``."""
-    return x.to(offset.dtype) - offset
+def _lowest(x: Tensor) -> Tensor:
+    """The lowest value of ``x``, ``[]``, in the dtype of clips; 0 if it is empty."""
+    dtype = statistics_dtype(x.dtype)
+    return x.amin().to(dtype) if x.numel() else torch.zeros((), dtype=dtype, device=x.device)

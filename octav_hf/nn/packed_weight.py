@@ -11,7 +11,7 @@ from .._utils.torch_private import own_parameters, set_own_parameters
 from ..functional.bit_packing import pack_bits, packed_row_bytes, unpack_bits
 from ..functional.fake_quantize import fake_quantize
 from ..functional.grid import step_size
-from ..functional.rows import statistics_dtype, to_rows
+from ..functional.rows import Sign, statistics_dtype, to_rows
 from .fake_quantize import FakeQuantize
 from .packed_tensor import PackedGuard, PackedTensor, packed_message
 from .recording import refuse_recording
@@ -99,7 +99,7 @@ class PackedWeight(FakeQuantize):
             return self.dequantize_rows(x)
         return self.dequantize() if isinstance(x, PackedTensor) else x
 
-    def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:
+    def compute_clip(self, x: Tensor, signed: Sign | None = None, skip: Tensor | None = None) -> Tensor:
         """The clips that the weight was packed with, shaped as by the clipping rule; ``x`` is not read."""
         clip = self.scale / step_size(torch.ones_like(self.scale), self.num_bits, signed=True)
         if self.dim is None:

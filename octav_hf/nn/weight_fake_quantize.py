@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .._utils.torch_private import storage_id, version_counter
-from ..functional.rows import Dim, to_rows
+from ..functional.rows import Dim, Sign, to_rows
 from .fake_quantize import FakeQuantize, Grid
 from .frozen_clips import FrozenClips
 
@@ -64,9 +64,10 @@ class WeightFakeQuantize(FakeQuantize):
     def active_dim(self) -> Dim:
         return self.dim
 
-    def compute_clip(self, x: Tensor, signed: bool | Tensor | None = None) -> Tensor:
+    def compute_clip(self, x: Tensor, signed: Sign | None = None, skip: Tensor | None = None) -> Tensor:
         """The frozen clips if there are, else those of ``x``."""
-        return self.dynamic_clips(x) if self.clips is None else self.clips
+        frozen = self._buffers["clips"]
+        return self.dynamic_clips(x) if frozen is None else frozen
 
     def _frozen_grid(self, frozen: FrozenClips, x: Tensor, call_index: int) -> Grid:
         return Grid(True, frozen.clips)

@@ -75,9 +75,7 @@ class FiniteClips(TrainerCallback):
         if args.logging_nan_inf_filter:
             self._check(state.global_step + 1)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_log or control.should_evaluate or control.should_save:
             self._check(state.global_step)
 
@@ -89,9 +87,7 @@ class FiniteClips(TrainerCallback):
         self._check(state.global_step)
         self._quantizers = {}
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         _check(_quantizers(kwargs["model"]), " in evaluation")
 
     on_predict = on_evaluate

@@ -74,7 +74,7 @@ def test_a_clip_per_token_and_one_offset() -> None:
 )
 def test_which_grid_a_tensor_gets(x: Tensor, grid: str) -> None:
     found = quantizer().dynamic_grid(x)
-    assert (found.signed, found.offset is not None) == (grid == "signed", grid == "asymmetric")
+    assert (bool(found.signed), bool(found.offset < 0)) == (grid == "signed", grid == "asymmetric")
     if grid != "asymmetric":
         assert torch.equal(quantizer()(x), quantizer(asymmetric=False)(x))
 
@@ -84,7 +84,7 @@ def test_clips_decide_on_average() -> None:
     x = gelu_output(10, 200)
     x[3] *= 0.01
     assert -x.min() > twins.octav_clip_twin(x[3], 4)
-    assert quantizer(dim=-1).dynamic_grid(x).offset is not None
+    assert quantizer(dim=-1).dynamic_grid(x).offset < 0
 
 
 def test_a_sign_that_is_given_is_kept() -> None:
