@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _python_dispatch, _pytree
 
 # PyTorch's nn.functional.linear. DeepSpeed's ZeRO-3 replaces it by a function whose matmuls look like attention's.
@@ -54,6 +55,11 @@ def schema(operator: Any) -> Any:
 def storage_id(x: Tensor) -> int:
     """A storage's unique id; the public address is 0 for empty storages and on the meta device."""
     return x.untyped_storage()._cdata
+
+
+def storage_reference(x: Tensor) -> Any:
+    """While this object is alive, no other storage gets the ``storage_id`` of this one, which it does not keep alive."""
+    return StorageWeakRef(x.untyped_storage())
 
 
 def version_counter(x: Tensor) -> int:

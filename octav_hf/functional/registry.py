@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .rows import Dim
+from .rows import Dim, Sign
 
 ClipRule = Callable[..., Tensor]
 Rule = TypeVar("Rule", bound=ClipRule)
@@ -68,11 +68,13 @@ def register_clip_rule(
 
 
 def clip_for_sign(
-    name: str, x: Tensor, num_bits: int, *, signed: Tensor, dim: Dim, skip: Tensor | None = None, **options: Any
+    name: str, x: Tensor, num_bits: int, *, signed: Sign, dim: Dim, skip: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """The clip by the rule ``name`` on the grid that ``signed``, bool ``[]``, says; anything where ``skip`` is true."""
+    """The clip by the rule ``name`` on the grid that ``signed`` says; any value where ``skip``, bool ``[]``, is true."""
     rule = CLIP_RULES[name]
-    if name in _TENSOR_SIGN:
+    if name in _TENSOR_SIGN and (skip is not None or isinstance(signed, Tensor)):
         return rule(x, num_bits, signed=signed, dim=dim, skip=skip, **options)
+    if not isinstance(signed, Tensor):
+        return rule(x, num_bits, signed=signed, dim=dim, **options)
     of_signed, of_unsigned = (rule(x, num_bits, signed=sign, dim=dim, **options) for sign in (True, False))
     return torch.where(signed, of_signed, of_unsigned)

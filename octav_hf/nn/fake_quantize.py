@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..functional import fake_quantize, integer_range
-from ..functional.fake_quantize import from_offset
 from ..functional.registry import clip_for_sign
 from ..functional.rows import Dim, Sign, has_negative, statistics_dtype
 from .frozen_clips import ClipObserver, FrozenClips, values_key
@@ -232,7 +231,8 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         clip = self.compute_clip(x, negative)
         shifted = negative & (-low <= clip.mean())
         offset = torch.where(shifted, low, 0.0)
-        clip_from_offset = self.compute_clip(from_offset(x, offset), False, skip=~shifted)
+        # In a narrower dtype the difference would lose digits.
+        clip_from_offset = self.compute_clip(x.to(offset.dtype) - offset, False, skip=~shifted)
         return Grid(negative & ~shifted, torch.where(shifted, clip_from_offset, clip), offset)
 
     def forward(self, x: Tensor, call_index: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .._utils.torch_private import storage_id, version_counter
+from .._utils.torch_private import storage_id, storage_reference, version_counter
 from ..functional.rows import Dim, Sign, to_rows
 from .fake_quantize import FakeQuantize, Grid
 from .frozen_clips import FrozenClips
@@ -41,7 +41,7 @@ class WeightFakeQuantize(FakeQuantize):
     ``torch.no_grad()``.
     """
 
-    _kept: tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor] | None = None
+    _kept: tuple[weakref.ref[Tensor], Any, tuple[Any, ...], Tensor] | None = None
     _left_by_calls = (*FakeQuantize._left_by_calls, "_kept")
 
     # As clips computed under inference mode; a buffer is saved for the backward pass, too.
@@ -79,10 +79,10 @@ class WeightFakeQuantize(FakeQuantize):
         settings = self.num_bits, self.clip, self.signed, self.dim, dict(self.clip_options)
         state = version_counter(x), storage_id(x), x.data_ptr(), x.dtype, _optimizer_steps, settings
         kept = self._kept
-        if kept is not None and kept[0]() is x and kept[1] == state:
-            return kept[2]
+        if kept is not None and kept[0]() is x and kept[2] == state:
+            return kept[3]
         clip = super().compute_clip(x)
-        self._kept = weakref.ref(x), state, clip
+        self._kept = weakref.ref(x), storage_reference(x), state, clip
         return clip
 
     def forget(self) -> None:
