@@ -53,8 +53,8 @@ def to_rows(x: Tensor, dim: Dim) -> tuple[Tensor, tuple[int, ...]]:
         raise ValueError(f"dim {dim} must name one or more different dimensions of x of shape {tuple(x.shape)}")
     kept = [d for d in range(x.dim()) if d not in reduced]
     shape = tuple(1 if d in reduced else size for d, size in enumerate(x.shape))
-    rows = math.prod(x.shape[d] for d in kept)
-    columns = math.prod(x.shape[d] for d in reduced)
+    rows = math.prod([x.shape[d] for d in kept])
+    columns = math.prod([x.shape[d] for d in reduced])
     return x.permute(*kept, *reduced).reshape(rows, columns), shape
 
 

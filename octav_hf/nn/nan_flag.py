@@ -36,7 +36,7 @@ class NanFlag(nn.Module):
 
     def forget(self) -> None:
         """Forget what was noted, and what would be used again without being noted."""
-        self._clear(self._sum_of_clips)
+        self._sum_of_clips.zero_()  # in place, since a CUDA graph adds to this tensor
 
     # An inference tensor could not be written to in training.
     @torch.inference_mode(False)
