@@ -230,10 +230,11 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         negative = low < 0
         clip = self.compute_clip(x, negative)
         shifted = negative & (-low <= clip.mean())
+        stays = shifted.logical_not()
         offset = torch.where(shifted, low, 0.0)
         # In a narrower dtype the difference would lose digits.
-        clip_from_offset = self.compute_clip(x.to(offset.dtype) - offset, False, skip=~shifted)
-        return Grid(negative & ~shifted, torch.where(shifted, clip_from_offset, clip), offset)
+        clip_from_offset = self.compute_clip(x.to(offset.dtype) - offset, False, skip=stays)
+        return Grid(negative & stays, torch.where(shifted, clip_from_offset, clip), offset)
 
     def forward(self, x: Tensor, call_index: int = 0) -> Tensor:
         """``x`` (float, any shape) on the grid; same shape and dtype.

@@ -94,8 +94,10 @@ class FiniteClips(TrainerCallback):
 
     def _check(self, step: int) -> None:
         first = min(self._finite_until + 1, step)
-        steps = f"step {step}" if first == step else f"a step from {first} to {step}"
-        _check(self._quantizers, f" in {steps} of the training")
+        steps = f"step {step} of the training"
+        if first < step:  # the update of that step has made the weights NaN
+            steps = f"a step from {first} to {step} of the training (the later ones have it from the weights)"
+        _check(self._quantizers, f" in {steps}")
         self._finite_until = step
 
 
