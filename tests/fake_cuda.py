@@ -11,6 +11,8 @@ import ctypes
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
 if len(sys.argv) > 1:
     ctypes.CDLL(sys.argv[1])
@@ -18,6 +20,7 @@ if len(sys.argv) > 1:
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from octav_hf import distill
 from tests.host_reads import MINILM, RECIPES, HostReads, make_bert, padded_batch
@@ -36,12 +39,30 @@ def results() -> Iterator[tuple[str, str]]:
         for attention in ("eager", "sdpa"):
             for length in LENGTHS:
                 yield f"{recipe} {attention} {length}", error_of_a_step(recipe, attention, length)
+                case = f"{recipe} {attention} {length}, without kernels"
+                yield case, error_of_a_step(recipe, attention, length, without_kernels=True)
         yield f"{recipe} bfloat16", error_of_a_step(recipe, "sdpa", LENGTHS[-1], dtype=torch.bfloat16)
         yield f"{recipe} distilled", error_of_a_step(recipe, "sdpa", LENGTHS[-1], distilled=True)
 
 
+class References(TorchDispatchMode):
+    """Runs the package's operations as they are written in torch, as a GPU without Triton does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if not hasattr(func, "reference"):
+            return func(*args, **(kwargs or {}))
+        with self:
+            return func.reference(*args, **(kwargs or {}))
+
+
 def error_of_a_step(
-    recipe: str, attention: str, length: int, *, dtype: torch.dtype = torch.float32, distilled: bool = False
+    recipe: str,
+    attention: str,
+    length: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    distilled: bool = False,
+    without_kernels: bool = False,
 ) -> str:
     """The first read of two training steps (forward, backward, AdamW), as a line of code; empty if there is none."""
     model = make_bert(recipe, attention, **SIZES).to(dtype)
@@ -56,7 +77,7 @@ def error_of_a_step(
                 on_fake_cuda(teacher)
             batch = {name: without_values(x) for name, x in padded_batch(2, length).items()}
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-            with reads:
+            with reads, References() if without_kernels else nullcontext():
                 for _ in range(2):
                     model(**batch).loss.backward()
                     optimizer.step()
