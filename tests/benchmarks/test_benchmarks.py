@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ..twins import mse_twin, octav_root_twin, samples
+
 pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -63,3 +65,61 @@ def test_size(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert rows["packed, 4 bits"]["layer_bytes"] * 7 <= rows["FP32"]["layer_bytes"]
     assert rows["packed, 4 bits, embeddings 8"]["file_bytes"] < rows["packed, 4 bits"]["file_bytes"] / 3
     assert "| MiniLM | packed, 4 bits |" in capsys.readouterr().out
+
+
+def test_gpu_without_a_device(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    output = tmp_path / "gpu.json"
+    run("gpu.py", "--output", str(output))
+    result = json.loads(output.read_text())
+    assert result["not_run"] == "no CUDA device: not run on a GPU"
+    assert result["not_run"] in capsys.readouterr().out
+    assert "clip_accuracy" in result["left_out"]
+
+
+def test_gpu_in_processes(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that is stopped keeps what it wrote, and parts that there is no time for are named."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+    names = run("gpu.py", "--device", "cpu", "--quick", "--parts", "host_reads", "--output", str(tmp_path / "gpu.json"))
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert result["parts"]["host_reads"]["rows"] == [
+        {"name": "host reads", "skipped": "counted on CUDA devices, not on cpu"}
+    ]
+    assert "| host reads | counted on CUDA devices" in capsys.readouterr().out
+    stopped = names["main"](["--device", "cpu", "--seconds", "0.2", "--parts", "host_reads", "clip_speed"])
+    assert stopped["parts"]["host_reads"]["ended"] == "stopped after 0 s"
+    assert stopped["left_out"] == ["clip_speed"]
+
+
+def test_gpu_parts(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clips agree with float64, the float64 judge with the twin, and steps run."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def rows(part: str) -> dict[str, dict]:
+        run("gpu.py", "--device", "cpu", "--quick", "--part", part)
+        return {row["name"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+
+    clips = rows("clip_accuracy")
+    assert len(clips) == 18
+    assert max(row["worst"] for name, row in clips.items() if name.startswith("octav")) < 2e-4
+    assert max(row["worst"] for name, row in clips.items() if name.startswith("max")) == 0
+    assert max(row["worst"] for name, row in clips.items() if name.startswith("mse")) < 0.1
+    steps = rows("minilm_eager")
+    assert all(row["ms"] > 0 for row in steps.values())
+    assert steps["MiniLM float eager"]["ms / float eager"] == 1
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_gpu_judge(monkeypatch: pytest.MonkeyPatch, signed: bool, bits: int) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    judge = runpy.run_path(str(BENCHMARKS / "gpu_clips.py"))
+    x = torch.from_numpy(samples("student_t3", 500, seed=bits)).bfloat16().double()  # many equal values
+    clip = judge["octav_fixed_point"](x, bits, signed)
+    assert float(clip) == pytest.approx(octav_root_twin(x, bits, signed), rel=1e-9)
+    clips = torch.tensor([0.3, 1.0, 4.0], dtype=torch.float64)
+    errors = judge["squared_errors"](x.sort().values, clips, bits, signed)
+    expected = [mse_twin(x, float(clip), bits, signed) * len(x) for clip in clips]
+    assert errors.tolist() == pytest.approx(expected, rel=1e-9)

@@ -1,0 +1,128 @@
+"""Clips on a device: against float64 on the same values, and their time against a copy of the tensor."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from gpu_measure import Row, interleaved, row
+
+from octav_hf.functional import max_clip, mse_clip, octav_clip
+
+RULES = {"octav": octav_clip, "mse": mse_clip, "max": max_clip}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BITS = (2, 4, 8)
+JUDGED_ROWS = 16
+CANDIDATES = 1000  # of which the best is what mse is compared with
+COLD_BYTES = 2**28  # that a cache does not hold
+
+
+def accuracy(device: torch.device, quick: bool) -> Iterator[Row]:
+    """The worst of signed and unsigned data at each number of bits."""
+    for rule, parts, dtype in itertools.product(RULES, ("tensor", "rows"), DTYPES):
+        dtype_name = str(dtype).removeprefix("torch.")
+        yield row(f"{rule}, {parts}, {dtype_name}", partial(worst, rule, parts, dtype, device, quick))
+
+
+def worst(rule: str, parts: str, dtype: torch.dtype, device: torch.device, quick: bool) -> Row:
+    """How far clips are from the best, and where they are farthest."""
+    dim = None if parts == "tensor" else 1
+    found = []
+    for signed, bits in itertools.product((True, False), BITS):
+        x = values(signed, (16, 512) if quick else (2048, 1024), dtype).to(device)
+        clips = RULES[rule](x, bits, signed=signed, dim=dim).double().reshape(-1)
+        for line, clip in zip(x.double().reshape(len(clips), -1)[: 2 if quick else JUDGED_ROWS], clips, strict=False):
+            found.append((distance(rule, line, clip, bits, signed), f"{bits} bits {'' if signed else 'un'}signed"))
+    distances, places = zip(*found, strict=True)
+    largest = torch.tensor(distances, dtype=torch.float64).argmax()  # a NaN is the largest
+    measure = "error over the best" if rule == "mse" else "relative to float64"
+    return {"worst": distances[largest], "at": places[largest], "is": measure}
+
+
+def values(signed: bool, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Long tails on both sides, or probabilities."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    return (x * torch.randn(shape, generator=generator).exp() if signed else torch.softmax(3 * x, dim=-1)).to(dtype)
+
+
+def distance(rule: str, x: torch.Tensor, clip: torch.Tensor, bits: int, signed: bool) -> float:
+    """The clip's error minus the best one's over the latter (mse), or its relative difference from float64's clip.
+
+    Args:
+        x: float64 `[n]`.
+        clip: float64 `[]`.
+    """
+    peak = (x.abs() if signed else x.clamp(min=0)).max()
+    if rule == "mse":
+        levels = 2.0 ** (bits - 1 if signed else bits)
+        top = peak * levels / (levels - 1)
+        shares = torch.arange(1, CANDIDATES + 1, dtype=torch.float64, device=x.device) / CANDIDATES
+        clips = torch.cat([clip.reshape(1), shares * top])
+        errors = squared_errors(x.sort().values, clips, bits, signed)
+        return float(errors[0] / errors.min() - 1)
+    expected = peak if rule == "max" else octav_fixed_point(x, bits, signed)
+    return float((clip / expected - 1).abs())
+
+
+def octav_fixed_point(x: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
+    """Where `h(s) = c s #{0 < |x| <= s} - sum (|x| - s)+` changes sign, from sorted magnitudes in float64."""
+    magnitudes = (x.abs() if signed else x.clamp(min=0)).sort(descending=True).values
+    magnitudes = magnitudes[magnitudes > 0]
+    noise = 4.0**-bits / (3 if signed else 12)
+    # Of those before each, equal ones add nothing to the sum of differences.
+    above = torch.arange(len(magnitudes), dtype=torch.float64, device=x.device)
+    sums = magnitudes.cumsum(0) - magnitudes
+    slope = noise * magnitudes * (len(magnitudes) - above) - (sums - above * magnitudes)
+    last = int((slope >= 0).sum())  # the sign changes between the last of these and the next one below
+    total, count = magnitudes[:last].sum(), last
+    fixed_point = total / (noise * (len(magnitudes) - count) + count)
+    below = magnitudes[last] if last < len(magnitudes) else torch.zeros_like(total)
+    return fixed_point.clamp(min=below, max=magnitudes[last - 1])
+
+
+def squared_errors(x: torch.Tensor, clips: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
+    """Error of sorted `x`, float64 `[n]`, at each of `clips`, `[k]`, from sums between the borders of rounding."""
+    levels = 2 ** (bits - 1) if signed else 2**bits
+    integers = torch.arange(-levels if signed else 0, levels, dtype=torch.float64, device=x.device)
+    grid = integers * (clips / levels)[:, None]
+    borders = torch.searchsorted(x, (grid[:, 1:] + grid[:, :-1]) / 2)
+    ends = torch.zeros(len(clips), 1, dtype=torch.int64, device=x.device)
+    edges = torch.cat([ends, borders, ends + len(x)], dim=1)
+    sums = torch.cat([x.new_zeros(1), x.cumsum(0)])
+    return x.square().sum() - 2 * (grid * sums[edges].diff()).sum(1) + (grid.square() * edges.diff()).sum(1)
+
+
+def speed(device: torch.device, quick: bool) -> Iterator[Row]:
+    """Share: bytes that a clip has to read over its time, against the bytes that a copy reads and writes over its."""
+    size = 48 if quick else 384
+    cases = {
+        "probabilities 8x12x384x384": ((8, 12, size, size), None, False, (torch.float32, torch.bfloat16)),
+        "probabilities by token": ((8, 12, size, size), -1, False, (torch.bfloat16,)),
+        "hidden states 32x384x384": ((32, size, size), None, True, (torch.float32, torch.bfloat16)),
+        "hidden states by token": ((32, size, size), -1, True, (torch.bfloat16,)),
+        "weight rows 1536x384": ((4 * size, size), 1, True, (torch.float32,)),
+        "weight rows 384x1536": ((size, 4 * size), 1, True, (torch.float32,)),
+    }
+    for name, (shape, dim, signed, dtypes) in cases.items():
+        for dtype in dtypes:
+            full = f"{name}, {str(dtype).removeprefix('torch.')}"
+            yield row(full, partial(times_of_clips, shape, dim, signed, dtype, device, quick))
+
+
+def times_of_clips(
+    shape: tuple[int, ...], dim: int | None, signed: bool, dtype: torch.dtype, device: torch.device, quick: bool
+) -> Row:
+    """Milliseconds of a copy and of each rule at 4 bits, and the rules' shares of the copy's bandwidth."""
+    x = torch.randn(shape, device=device, dtype=torch.float32)
+    x = (x if signed else torch.softmax(3 * x, dim=-1)).to(dtype)
+    count = 2 if quick else min(64, 1 + COLD_BYTES // (x.numel() * x.element_size()))
+    tensors = itertools.cycle([x, *(x.clone() for _ in range(count - 1))])
+    functions = {"clone": lambda: next(tensors).clone()}
+    for name, rule in RULES.items():
+        functions[name] = lambda rule=rule: rule(next(tensors), 4, signed=signed, dim=dim)
+    medians = interleaved(functions, device, rounds=3 if quick else 15, repeats=2 if quick else 10)
+    shares = {f"{name} share": round(medians["clone"] / (2 * medians[name]), 3) for name in RULES}
+    return {"elements": x.numel(), **{f"{name} ms": taken for name, taken in medians.items()}, **shares}
