@@ -10,24 +10,19 @@ import triton.language as tl
 
 from .. import mse
 
-BINS: tl.constexpr = tl.constexpr(1 << 16)  # of both signs: the upper 16 bits of a float32
-WINDOW: tl.constexpr = tl.constexpr(32 * 128)  # bins that matter, the highest of which is empty
-SET: tl.constexpr = tl.constexpr(4 * 32 * 128 + 4)  # numbers in a set of tails
-_NEGATIVE: tl.constexpr = tl.constexpr(1 << 15)  # the first bin of negative values
-_NOT_FINITE: tl.constexpr = tl.constexpr(255 << 7)  # the first bin of Inf and NaN
-_COUNTED: tl.constexpr = tl.constexpr(1 << 40)  # what a value adds to its packed bin, besides its rest
-_CHUNK: tl.constexpr = tl.constexpr(1024)  # bins that are summed at once
-_PARTS: tl.constexpr = tl.constexpr(64)  # of a bin, then of one of them, in each of the rounds that find a clip
-_ROUNDS: tl.constexpr = tl.constexpr(3)
-_MAX_UPDATES: tl.constexpr = tl.constexpr(64)  # of Eq. 6
-_TOLERANCE: tl.constexpr = tl.constexpr(2.0**-23)
-_LOWEST: tl.constexpr = tl.constexpr(mse.LOWEST)
-_NEAR: tl.constexpr = tl.constexpr(mse.NEAR)
-_FAR: tl.constexpr = tl.constexpr(mse.FAR)
-_FINE: tl.constexpr = tl.constexpr(mse.FINE)
-_NEAR_OF_ROW: tl.constexpr = tl.constexpr(mse.NEAR_OF_ROW)
-_FAR_OF_ROW: tl.constexpr = tl.constexpr(mse.FAR_OF_ROW)
-_FINE_OF_ROW: tl.constexpr = tl.constexpr(mse.FINE_OF_ROW)
+BINS = tl.constexpr(1 << 16)  # of a table, positive values' before the negative ones'
+SET = tl.constexpr(4 * 32 * 128 + 4)  # numbers in a set of tails
+_NEGATIVE = tl.constexpr(1 << 15)  # the first bin of negative values
+_NOT_FINITE = tl.constexpr(255 << 7)  # the first bin of Inf and NaN
+_COUNTED = tl.constexpr(1 << 40)  # what a value adds to its packed bin, besides its rest
+_WINDOW = tl.constexpr(32 * 128)  # bins that matter, the highest of which is empty
+_CHUNK = tl.constexpr(1024)  # bins that are summed at once
+_PARTS, _ROUNDS = tl.constexpr(64), tl.constexpr(3)  # a clip is found to 64^-3 of its bin
+_MAX_UPDATES, _TOLERANCE = tl.constexpr(64), tl.constexpr(2.0**-23)  # of Eq. 6
+_LOWEST = tl.constexpr(mse.LOWEST)
+_NEAR, _FAR, _FINE = tl.constexpr(mse.NEAR), tl.constexpr(mse.FAR), tl.constexpr(mse.FINE)
+_NEAR_OF_ROW, _FAR_OF_ROW = tl.constexpr(mse.NEAR_OF_ROW), tl.constexpr(mse.FAR_OF_ROW)
+_FINE_OF_ROW = tl.constexpr(mse.FINE_OF_ROW)
 
 
 @triton.jit(do_not_specialize=["numel", "tables"])
@@ -58,12 +53,10 @@ def unpack(packed, table, tables, block: tl.constexpr):
     """Sum of a row's packed tables, as counts and sums of rests, int64 ``[2, 2, 32768]``."""
     row = tl.program_id(1).to(tl.int64)
     bins = tl.program_id(0) * block + tl.arange(0, block)
-    counts = tl.zeros([block], tl.int64)
-    rests = tl.zeros([block], tl.int64)
+    counts, rests = tl.zeros([block], tl.int64), tl.zeros([block], tl.int64)
     for index in range(tables):
-        value = tl.load(packed + (row * tables + index) * BINS + bins)
-        counts += value // _COUNTED
-        rests += value % _COUNTED
+        values = tl.load(packed + (row * tables + index) * BINS + bins)
+        counts, rests = counts + values // _COUNTED, rests + values % _COUNTED
     tl.store(table + row * 2 * BINS + bins, counts)
     tl.store(table + row * 2 * BINS + BINS + bins, rests)
 
@@ -77,6 +70,11 @@ def _edges(bins):
 
 
 @triton.jit
+def _clamp(x, low, high):
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
 def _both_signs(table, bins, positive, negative):
     """Sum over the signs that count; 0 for bins of zeros and of what is not finite."""
     usable = (bins > 0) & (bins < _NOT_FINITE)
@@ -85,88 +83,79 @@ def _both_signs(table, bins, positive, negative):
 
 
 @triton.jit
-def _in_bins(tails, index, edge, width, thresholds):
+def _above(tails, index, edge, width, thresholds):
     """Count of the magnitudes above thresholds in bins, and the sum of what they exceed them by."""
-    number, mean = tl.load(tails + index), tl.load(tails + WINDOW + index)
-    beside = tl.load(tails + tl.maximum(index - 1, 0)) + tl.load(tails + tl.minimum(index + 1, WINDOW - 1))
+    number, mean = tl.load(tails + index), tl.load(tails + _WINDOW + index)
+    beside = tl.load(tails + tl.maximum(index - 1, 0)) + tl.load(tails + tl.minimum(index + 1, _WINDOW - 1))
     alone = (number == 1) | (mean == 0)
     smooth = tl.where(alone, 0.0, beside / 2)
     crowded = tl.where(alone | (number > 4 * smooth), number - smooth, 0.0)
-    place = tl.minimum(tl.maximum((number * mean - smooth / 2) / tl.maximum(crowded, 1.0), 0.0), 1.0)
-    u = tl.minimum(tl.maximum((thresholds - edge) / width, 0.0), 1.0)
-    rest = 1 - u
-    spread = number * tl.minimum(tl.maximum(rest * (1 + 6 * u * (mean - 0.5)), 0.0), 1.0)
-    point = (number - crowded) * rest + tl.where(u < place, crowded, 0.0)
-    count_above = tl.load(tails + 2 * WINDOW + index)
-    count = count_above + tl.where(crowded > 0, point, spread)
-    line = rest * rest * (0.5 + (mean - 0.5) * (1 + 2 * u))
+    place = _clamp((number * mean - smooth / 2) / tl.maximum(crowded, 1.0), 0.0, 1.0)
+    u = _clamp((thresholds - edge) / width, 0.0, 1.0)
+    spread = number * _clamp((1 - u) * (1 + 6 * u * (mean - 0.5)), 0.0, 1.0)
+    point = smooth * (1 - u) + tl.where(u < place, crowded, 0.0)
+    higher = tl.load(tails + 2 * _WINDOW + index)
+    count = higher + tl.where(crowded > 0, point, spread)
+    line = (1 - u) * (1 - u) * (0.5 + (mean - 0.5) * (1 + 2 * u))
     spread = number * tl.maximum(tl.maximum(line, mean - u), 0.0)
-    point = (number - crowded) * rest * rest / 2 + crowded * tl.maximum(place - u, 0.0)
-    above = tl.load(tails + 3 * WINDOW + index) + count_above * (edge + width - thresholds)
-    return count, above + width * tl.where(crowded > 0, point, spread)
+    point = smooth * (1 - u) * (1 - u) / 2 + crowded * tl.maximum(place - u, 0.0)
+    excess = width * tl.where(crowded > 0, point, spread)
+    return count, excess + tl.load(tails + 3 * _WINDOW + index) + higher * (edge + width - thresholds)
 
 
 @triton.jit(do_not_specialize=["num_bits"])
 def fixed_point_of_table(tables, tails, result, num_bits, signed):
     """Fill a set of tails, and find OCTAV's clip from it. One program for each table and set.
 
-    The sets are of all magnitudes, of positive and of negative ones. A set is float64: four rows of ``WINDOW`` bins, of
-    counts, of mean places, and of counts and excesses above; first bin, largest magnitude, and clip.
+    The sets are of all magnitudes, of positive and of negative ones. A set is float64: counts of bins, their mean
+    places, counts and excesses above them, each ``[_WINDOW]``; then the first bin, the largest magnitude and the clip.
     """
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     table = tables + row * 2 * BINS
     tails += (row * tl.num_programs(0) + part) * SET
     signed = tl.load(signed) != 0
     positive, negative = part < 2, signed & (part != 1)
-    window = tl.arange(0, WINDOW)
-    counts = tl.zeros([WINDOW], tl.int64)
-    filled = tl.zeros([WINDOW], tl.int32)
-    for begin in range(0, _NEGATIVE, WINDOW):
+    window = tl.arange(0, _WINDOW)
+    counts, filled = tl.zeros([_WINDOW], tl.int64), tl.zeros([_WINDOW], tl.int32)
+    for begin in range(0, _NEGATIVE, _WINDOW):
         new = _both_signs(table, begin + window, positive, negative)
-        counts += new
-        filled = tl.where(new > 0, begin + window, filled)
-    nonzero = tl.sum(counts).to(tl.float64)
-    highest = tl.max(filled)
-    first = tl.maximum(highest - (WINDOW - 2), 1)
+        counts, filled = counts + new, tl.where(new > 0, begin + window, filled)
+    nonzero, highest = tl.sum(counts).to(tl.float64), tl.max(filled)
+    first = tl.maximum(highest - (_WINDOW - 2), 1)
     noise = 1.0 / (tl.where(signed, 3, 12) << (2 * num_bits)).to(tl.float64)
-    last = first
-    count_above = tl.full((), 0.0, tl.float64)
-    sum_above = tl.full((), 0.0, tl.float64)
-    for chunk in range(1, WINDOW // _CHUNK + 1):  # from the highest bins down
-        index = WINDOW - chunk * _CHUNK + tl.arange(0, _CHUNK)
+    last, count_above, sum_above = first, nonzero * 0, nonzero * 0
+    for chunk in range(1, _WINDOW // _CHUNK + 1):  # from the highest bins down
+        index = _WINDOW - chunk * _CHUNK + tl.arange(0, _CHUNK)
         bins = first + index
         edge, width = _edges(bins)
         number = _both_signs(table, bins, positive, negative).to(tl.float64)
         mean = _both_signs(table + BINS, bins, positive, negative).to(tl.float64) / tl.maximum(number * 65536, 1.0)
         sums = number * edge + number * mean * width
-        counts_above = count_above + tl.cumsum(number, 0, reverse=True) - number
-        excesses_above = sum_above + tl.cumsum(sums, 0, reverse=True) - sums - counts_above * (edge + width)
+        higher = count_above + tl.cumsum(number, 0, reverse=True) - number
+        excess = sum_above + tl.cumsum(sums, 0, reverse=True) - sums - higher * (edge + width)
         tl.store(tails + index, number)
-        tl.store(tails + WINDOW + index, mean)
-        tl.store(tails + 2 * WINDOW + index, counts_above)
-        tl.store(tails + 3 * WINDOW + index, excesses_above)
-        excess = excesses_above + width * (number * mean + counts_above)
-        below = noise * edge * (nonzero - counts_above - number) < excess
+        tl.store(tails + _WINDOW + index, mean)
+        tl.store(tails + 2 * _WINDOW + index, higher)
+        tl.store(tails + 3 * _WINDOW + index, excess)
+        # The highest bin whose lower edge is below the clip, which the last bin holds.
+        below = noise * edge * (nonzero - higher - number) < excess + width * (number * mean + higher)
         last = tl.maximum(last, tl.max(tl.where(below, bins, 0)))
-        count_above += tl.sum(number)
-        sum_above += tl.sum(sums)
+        count_above, sum_above = count_above + tl.sum(number), sum_above + tl.sum(sums)
     tl.debug_barrier()
-
-    edge, bin_width = _edges(last)
-    low, width = edge, bin_width
+    edge, width = _edges(last)
+    low, step = edge, width
     for _ in range(_ROUNDS):
-        width /= _PARTS
-        points = low + width * tl.arange(0, _PARTS)
-        count, excess = _in_bins(tails, last - first, edge, bin_width, points)
+        step /= _PARTS
+        points = low + step * tl.arange(0, _PARTS)
+        count, excess = _above(tails, last - first, edge, width, points)
         below = noise * points * (nonzero - count) < excess
-        low += width * (tl.maximum(tl.sum(below.to(tl.int32)), 1) - 1)
-    clip = tl.where(nonzero > 0, low + width / 2, 0.0)
+        low += step * (tl.maximum(tl.sum(below.to(tl.int32)), 1) - 1)
+    clip = tl.where(nonzero > 0, low + step / 2, 0.0)
     edge, width = _edges(highest)
-    number, mean = tl.load(tails + highest - first), tl.load(tails + WINDOW + highest - first)
-    top = tl.where(nonzero > 0, edge + width * tl.where(number > 1, 1.0, mean), 0.0)
-    tl.store(tails + 4 * WINDOW, first.to(tl.float64))
-    tl.store(tails + 4 * WINDOW + 1, top)
-    tl.store(tails + 4 * WINDOW + 2, clip)
+    place = tl.where(tl.load(tails + highest - first) > 1, 1.0, tl.load(tails + _WINDOW + highest - first))
+    tl.store(tails + 4 * _WINDOW, first.to(tl.float64))
+    tl.store(tails + 4 * _WINDOW + 1, tl.where(nonzero > 0, edge + width * place, 0.0))
+    tl.store(tails + 4 * _WINDOW + 2, clip)
     if part == 0:
         bins = _NOT_FINITE + tl.arange(0, 128)
         broken = tl.sum(tl.load(table + bins) + tl.load(table + _NEGATIVE + bins))
@@ -175,11 +164,10 @@ def fixed_point_of_table(tables, tails, result, num_bits, signed):
 
 @triton.jit
 def _excess(tails, thresholds):
-    first = tl.load(tails + 4 * WINDOW).to(tl.int32)
-    bins = thresholds.to(tl.float32).to(tl.int32, bitcast=True) >> 16
-    index = tl.minimum(tl.maximum(bins - first, 0), WINDOW - 1)
+    first = tl.load(tails + 4 * _WINDOW).to(tl.int32)
+    index = _clamp((thresholds.to(tl.float32).to(tl.int32, bitcast=True) >> 16) - first, 0, _WINDOW - 1)
     edge, width = _edges(first + index)
-    return _in_bins(tails, index, edge, width, thresholds)[1]
+    return _above(tails, index, edge, width, thresholds)[1]
 
 
 @triton.jit
@@ -215,11 +203,10 @@ def lowest_error_of_tails(tails, result, num_bits, highest, signed):
     tails += row * 3 * SET
     signed = tl.load(signed) != 0
     levels = tl.where(signed, 1, 2) << (num_bits - 1)
-    octav = tl.load(tails + 4 * WINDOW + 2)
-    top = tl.maximum(tl.load(tails + SET + 4 * WINDOW + 1), tl.load(tails + 2 * SET + 4 * WINDOW + 1))
-    top = top * levels / (levels - 1)
+    top = tl.maximum(tl.load(tails + SET + 4 * _WINDOW + 1), tl.load(tails + 2 * SET + 4 * _WINDOW + 1))
     index = tl.arange(0, 64)
-    clips, steps = _candidate(index, octav, top, highest, _NEAR, _FAR)
+    octav = tl.load(tails + 4 * _WINDOW + 2)
+    clips, steps = _candidate(index, octav, top * levels / (levels - 1), highest, _NEAR, _FAR)
     gains = tl.where(index <= _NEAR + _FAR, _gains(tails, clips, levels, signed, [64, 8]), -1.0)
     best = index == tl.argmax(gains, 0)
     clip, step = tl.sum(tl.where(best, clips, 0.0)), tl.sum(tl.where(best, steps, 0.0))
@@ -233,10 +220,7 @@ def lowest_error_of_tails(tails, result, num_bits, highest, signed):
 
 @triton.jit(do_not_specialize=["num_bits"])
 def clips_of_rows(rows, skip, result, length, num_bits, signed, highest, block: tl.constexpr):
-    """Clips of short rows: OCTAV's, or without ``highest`` being ``None`` those with the lowest error.
-
-    One program a row, which it reads once.
-    """
+    """Clips of short rows, one program each: OCTAV's, or those with the lowest error if ``highest`` is given."""
     row = tl.program_id(0)
     offsets = tl.arange(0, block)
     inside = offsets < length
@@ -245,17 +229,16 @@ def clips_of_rows(rows, skip, result, length, num_bits, signed, highest, block: 
     values = tl.load(rows + row.to(tl.int64) * length + offsets, mask=inside, other=0.0).to(tl.float32)
     finite = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < (_NOT_FINITE << 16)
     signed = tl.load(signed) != 0
-    values = tl.where(signed | (values > 0), values, 0.0)
+    values = tl.where(signed, values, tl.maximum(values, 0.0))
     nonzero = tl.sum((values != 0).to(tl.float32))
-    # In units of a power of two near the largest magnitude, so that sums do not overflow and no magnitude is subnormal.
-    exponent = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 23
-    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    # In units of a power of two near the largest magnitude, so that sums do not overflow and it is not subnormal.
+    exponent = _clamp(tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 23, 1, 253)
     values *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     noise = 1.0 / (tl.where(signed, 3, 12) << (2 * num_bits)).to(tl.float32)
     clip = _fixed_point(tl.abs(values), nonzero, noise)
     if highest is not None:
-        levels = tl.where(signed, 1, 2) << (num_bits - 1)
-        clip = _lowest_error(values, clip, levels.to(tl.float32), highest)
+        levels = (tl.where(signed, 1, 2) << (num_bits - 1)).to(tl.float32)
+        clip = _lowest_error(values, clip, levels, highest)
     clip *= (exponent << 23).to(tl.float32, bitcast=True)
     tl.store(result + row, tl.where(finite, clip, float("nan")))
 
@@ -264,19 +247,15 @@ def clips_of_rows(rows, skip, result, length, num_bits, signed, highest, block: 
 def _fixed_point(magnitudes, nonzero, noise):
     """Eq. 6, from the clip of Gaussian values on, in a bracket that is halved when an update leaves it."""
     high = tl.max(magnitudes)
-    low = high * 0
     clip = (tl.sqrt(-2 * tl.log(noise)) - 1.05) * 1.2533141 * tl.sum(magnitudes) / tl.maximum(nonzero, 1.0)
     clip = tl.minimum(clip, high)
-    change = high
-    updates = 0
+    low, change, updates = high * 0, high, 0
     while (change > clip * _TOLERANCE) & (updates < _MAX_UPDATES):
         count = tl.sum((magnitudes > clip).to(tl.float32))
         after = tl.sum(tl.where(magnitudes > clip, magnitudes, 0.0)) / (noise * (nonzero - count) + count)
         low, high = tl.where(after > clip, clip, low), tl.where(after > clip, high, clip)
         after = tl.where((after > low) & (after < high), after, (low + high) / 2)
-        change = tl.abs(after - clip)
-        clip = after
-        updates += 1
+        change, clip, updates = tl.abs(after - clip), after, updates + 1
     return clip
 
 
@@ -300,6 +279,5 @@ def _lowest_error(values, octav, levels, highest):
 
 @triton.jit
 def _error(values, step, levels):
-    number = tl.minimum(tl.maximum(tl.floor(values * (1 / step) + 0.5), -levels), levels - 1)
-    difference = values - step * number
-    return tl.sum(difference * difference)
+    number = _clamp(tl.floor(values * (1 / step) + 0.5), -levels, levels - 1)
+    return tl.sum((values - step * number) * (values - step * number))
