@@ -13,10 +13,10 @@ from .table import Tails, empty_clip, is_finite, magnitude_table, uses_table
 
 # The highest of the candidates near OCTAV's clip, in its units, by bits: Eq. 6 underestimates the dead zone and the
 # clipped top, more so at few bits.
-_HIGHEST = {2: 8.0, 3: 4.0, 4: 2.6, 5: 2.2, 6: 2.0, 7: 1.8, 8: 1.8}
-_LOWEST = 0.85
-_NEAR, _FAR, _FINE = 40, 15, 16  # candidates near OCTAV's clip, from there to the top, and around the best of them
-_NEAR_OF_ROW, _FAR_OF_ROW, _FINE_OF_ROW = 12, 6, 6  # of a short row, each of which reads it
+HIGHEST = {2: 8.0, 3: 4.0, 4: 2.6, 5: 2.2, 6: 2.0, 7: 1.8, 8: 1.8}
+LOWEST = 0.85
+NEAR, FAR, FINE = 40, 15, 16  # candidates near OCTAV's clip, from there to the top, and around the best of them
+NEAR_OF_ROW, FAR_OF_ROW, FINE_OF_ROW = 12, 6, 6  # of a short row, each of which reads it
 
 
 def mse_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
@@ -73,9 +73,9 @@ def lowest_error_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tenso
         return 2 * step[:, 0] * total.sum(dim=1)
 
     top = torch.maximum(positive.top, negative.top) * levels / (levels - 1)
-    clips, ratios = _candidates(octav, top, num_bits, _NEAR, _FAR)
+    clips, ratios = _candidates(octav, top, num_bits, NEAR, FAR)
     best, ratio = _at(gains(clips).argmax(), clips, ratios)
-    clips = best * ratio ** torch.linspace(-1, 1, _FINE + 1, dtype=torch.float64, device=table.device)
+    clips = best * ratio ** torch.linspace(-1, 1, FINE + 1, dtype=torch.float64, device=table.device)
     (best,) = _at(gains(clips).argmax(), clips)
     return torch.where(is_finite(table), torch.where(octav > 0, best, octav), torch.nan).to(torch.float32)
 
@@ -91,9 +91,9 @@ def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None
     values = torch.where(signed, rows, rows.clamp(min=0))
     levels = 2.0**num_bits / (signed + 1)
     top = magnitude(values, True).amax(dim=1) * (levels / (levels - 1)).to(octav.dtype)
-    clips, ratios = _candidates(octav, top, num_bits, _NEAR_OF_ROW, _FAR_OF_ROW)
+    clips, ratios = _candidates(octav, top, num_bits, NEAR_OF_ROW, FAR_OF_ROW)
     best, ratio = _at(rows_errors(values, clips, num_bits, signed).argmin(dim=0), clips, ratios)
-    shares = torch.linspace(-1, 1, _FINE_OF_ROW + 1, dtype=octav.dtype, device=rows.device)
+    shares = torch.linspace(-1, 1, FINE_OF_ROW + 1, dtype=octav.dtype, device=rows.device)
     clips = best * ratio ** shares[:, None]
     (best,) = _at(rows_errors(values, clips, num_bits, signed).argmin(dim=0), clips)
     return checked_clips(torch.where(octav > 0, best, octav), skip, check)
@@ -103,8 +103,8 @@ def _candidates(octav: Tensor, top: Tensor, num_bits: int, near: int, far: int) 
     """Clips to try, ``[near + far + 1, ...]`` for OCTAV's clips, ``[...]``, and the ratio of each to the next."""
     start = torch.where(octav > 0, octav, 1)
     share = torch.linspace(0, 1, near, dtype=octav.dtype, device=octav.device)
-    near_ratio = (_HIGHEST[num_bits] / _LOWEST) ** (1 / (near - 1))
-    factors = _LOWEST * (_HIGHEST[num_bits] / _LOWEST) ** share
+    near_ratio = (HIGHEST[num_bits] / LOWEST) ** (1 / (near - 1))
+    factors = LOWEST * (HIGHEST[num_bits] / LOWEST) ** share
     clips = factors.view(-1, *[1] * octav.dim()) * start
     last = clips.select(0, near - 1)
     far_ratio = (top.to(octav.dtype) / last).clamp(min=1) ** (1 / far)

@@ -1,0 +1,160 @@
+"""Registers and spills of the Triton kernels, compiled for several GPUs, none of which has to be there.
+
+    python benchmarks/triton_registers.py --output benchmarks/results/triton_registers.json
+
+Each kernel is compiled as ``cuda.py`` launches it for rows of several lengths, and assembled by the ptxas that comes
+with Triton. A value for which there is no register is kept in memory: a spill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from octav_hf.functional.kernels import cuda, triton_kernels
+
+ARCHITECTURES = (80, 90, 100)
+LENGTHS = (20, 64, 384, 1536, 3072, 8192, 16384, 32752, 32767, 1 << 16)
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+Launch = tuple[Any, tuple[Any, ...], int]
+"""Kernel, arguments, warps."""
+
+
+class Kernels:
+    """In place of the module with the kernels: what is launched is kept in ``launches``."""
+
+    BINS, SET = triton_kernels.BINS, triton_kernels.SET
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+
+    def __getattr__(self, name: str) -> Any:
+        kernel = getattr(triton_kernels, name)
+
+        def launch(*arguments: Any, num_warps: int = 4) -> None:
+            self.launches.append((kernel, arguments, num_warps))
+
+        return _Grid(launch)
+
+
+class _Grid:
+    def __init__(self, launch: Callable[..., None]):
+        self._launch = launch
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._launch
+
+
+def launches() -> list[Launch]:
+    """What ``cuda.py`` launches for both rules, each dtype and length, with and without ``skip``."""
+    kernels = Kernels()
+    signed = torch.empty((), dtype=torch.bool, device="meta")
+    with mock.patch.object(cuda, "_kernels", return_value=kernels):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for length in LENGTHS:
+                rows = torch.empty(2, length, dtype=dtype, device="meta")
+                cuda.octav_of_rows(rows, 4, signed, None, False)
+                cuda.mse_of_rows(rows, 4, signed, signed, False)
+    return kernels.launches
+
+
+def describe(launch: Launch) -> str:
+    """A name for what is compiled: kernel, dtype, and what it is specialised for."""
+    kernel, arguments, _ = launch
+    named = dict(zip(kernel.arg_names, arguments, strict=True))
+    words = [kernel.__name__, TYPES[arguments[0].dtype]]
+    if "highest" in named:
+        words.append("octav" if named["highest"] is None else "mse")
+    if named.get("skip") is not None:
+        words.append("skip")
+    if named.get("length", 0) % 16:
+        words.append("odd length")
+    if named.get("block"):
+        words.append(f"block {named['block']}")
+    return ", ".join(words)
+
+
+def source(launch: Launch) -> ASTSource:
+    """What Triton's own launch would compile."""
+    kernel, arguments, _ = launch
+    signature, constants, attributes = {}, {}, {}
+    for index, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
+        aligned = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{TYPES[value.dtype]}"
+        else:
+            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
+            aligned = aligned and isinstance(value, int) and value % 16 == 0
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def assemble(launch: Launch, architecture: int) -> dict[str, int]:
+    """Registers of a thread and bytes that are spilled."""
+    target, options = GPUTarget("cuda", architecture, 32), {"num_warps": launch[2]}
+    ptx = triton.compile(source(launch), target=target, options=options).asm["ptx"]
+    tools = triton.knobs.nvidia
+    ptxas = tools.ptxas_blackwell if architecture >= 100 else tools.ptxas
+    name = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert name is not None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        command = [ptxas.path, "-v", f"--gpu-name={name[1]}", str(file), "--output-file", str(file.with_suffix(".o"))]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spills = re.findall(r"(\d+) bytes spill", report)
+    registers = re.search(r"Used (\d+) registers", report)
+    assert len(spills) == 2
+    assert registers is not None
+    return {"registers": int(registers[1]), "spilled_bytes": sum(map(int, spills))}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Compile, print a table, and return its rows."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--architectures", nargs="+", type=int, default=list(ARCHITECTURES), help="90 for sm_90")
+    parser.add_argument("--output", type=Path, help="JSON file for the rows")
+    arguments = parser.parse_args(argv)
+    variants = {describe(launch): launch for launch in launches()}
+    rows: list[dict[str, Any]] = []
+    print("| kernel | warps | " + " | ".join(f"sm_{architecture}" for architecture in arguments.architectures) + " |")
+    print("|---|---|" + "---|" * len(arguments.architectures))
+    for name, launch in variants.items():
+        used = {f"sm_{architecture}": assemble(launch, architecture) for architecture in arguments.architectures}
+        rows.append({"kernel": name, "warps": launch[2], **used})
+        cells = (
+            f"{u['registers']}" + f", spills {u['spilled_bytes']}" * (u["spilled_bytes"] > 0) for u in used.values()
+        )
+        print(f"| {name} | {launch[2]} | " + " | ".join(cells) + " |", flush=True)
+    result = {"triton": triton.__version__, "kernels": rows}
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
