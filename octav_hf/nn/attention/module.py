@@ -63,14 +63,15 @@ class QuantizedAttention(HoldsFrozenClips):
         """
         if torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
             raise RuntimeError(f"{self.attention_name}: torch.export follows its matmuls only with strict=False")
-        return self._attend(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():  # eliminates repeated work itself
+            return self._attend(*args, **kwargs)
+        with shared_inputs():
+            return self._attend(*args, **kwargs)
 
-    # If compiled, the function mode would count operands more than once.
-    @torch.compiler.disable
     def _attend(self, *args: Any, **kwargs: Any) -> Any:
         self._check_float_layers()
         matmuls = AttentionMatmuls(self.operand_quantizers, self.attention_name, *split_parameters(self))
-        with shared_inputs(), matmuls:
+        with matmuls:
             output = super().forward(*args, **kwargs)
         matmuls.check_complete()
         return output
