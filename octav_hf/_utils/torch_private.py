@@ -62,6 +62,11 @@ def storage_reference(x: Tensor) -> Any:
     return StorageWeakRef(x.untyped_storage())
 
 
+def view_base(x: Tensor) -> Tensor | None:
+    """The tensor that ``x`` is a view of, which has no public path."""
+    return x._base
+
+
 def version_counter(x: Tensor) -> int:
     """The number of in-place writes to a tensor, which has no public path."""
     return x._version

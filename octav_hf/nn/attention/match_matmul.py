@@ -124,7 +124,7 @@ def _einsum(equation: str, *operands: Any) -> Matmul | None:
     if not common:
         return None
     dims = _einsum_dims(first, second, in_result), _einsum_dims(second, first, in_result)
-    inner_size = math.prod(operands[0].shape[first.index(index)] for index in common)
+    inner_size = math.prod([operands[0].shape[first.index(index)] for index in common])
     call: Function = lambda left, right: torch.einsum(equation, left, right)  # noqa: E731
     return Matmul((operands[0], operands[1]), dims, inner_size, call)
 

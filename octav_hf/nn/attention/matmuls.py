@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -12,7 +13,7 @@ from ..fake_quantize import FakeQuantize
 from ..granularity import ATTENTION_OPERANDS
 from .match_matmul import LAYER_FUNCTIONS, Matmul, UnsupportedMatmul, match_matmul
 from .operand_form import quantize_operand
-from .own_parameters import overlaps
+from .own_parameters import is_view_of, overlaps
 from .probabilities import LOOKUPS, SOFTMAX, keeps_values
 from .scaled_dot_product_attention import OperandQuantizers, quantized_scaled_dot_product_attention
 
@@ -150,6 +151,8 @@ class AttentionMatmuls(TorchFunctionMode):
                 )
 
     def _is_probabilities(self, tensor: Any) -> bool:
+        if torch.compiler.is_dynamo_compiling():  # which hides attributes such as mT from function modes
+            return isinstance(tensor, Tensor) and is_view_of(tensor, self._probabilities)
         return any(tensor is known for known in self._probabilities)
 
     def _unsupported(self, problem: str) -> NotImplementedError:

@@ -1,7 +1,8 @@
 """Attention modules of any class with quantized operands."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,19 +62,26 @@ class QuantizedAttention(HoldsFrozenClips):
             RuntimeError: an operand was not multiplied, or not as often as it has frozen clips; ``torch.export`` is in
                 strict mode; or ``torch.nn.functional.linear`` was replaced and a linear layer inside is in float.
         """
-        if torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
+        if not torch.compiler.is_dynamo_compiling():
+            return self._attend_uncompiled(*args, **kwargs)
+        if torch.compiler.is_exporting():
             raise RuntimeError(f"{self.attention_name}: torch.export follows its matmuls only with strict=False")
-        return self._attend(*args, **kwargs)
+        with self._quantized_operands():
+            return super().forward(*args, **kwargs)
 
-    # If compiled, the function mode would count operands more than once.
+    # After a graph break inside, too: parts that are compiled one by one would not count operands together.
     @torch.compiler.disable
-    def _attend(self, *args: Any, **kwargs: Any) -> Any:
+    def _attend_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        with shared_inputs(), self._quantized_operands():
+            return super().forward(*args, **kwargs)
+
+    @contextmanager
+    def _quantized_operands(self) -> Iterator[None]:
         self._check_float_layers()
         matmuls = AttentionMatmuls(self.operand_quantizers, self.attention_name, *split_parameters(self))
-        with shared_inputs(), matmuls:
-            output = super().forward(*args, **kwargs)
+        with matmuls:
+            yield
         matmuls.check_complete()
-        return output
 
     def _check_float_layers(self) -> None:
         """Refuse float layers that call a replaced ``linear``, whose matmuls would be taken for attention's."""

@@ -20,7 +20,10 @@ def quantize_operand(quantizer: Callable[[Tensor], Tensor], x: Tensor, dims: Ope
     batch = [dim for dim in range(x.dim()) if dim not in (*free, *contracted)]
     order = [*batch, *free, *contracted]
     permuted = x.permute(order)
-    flat = [*(x.shape[dim] for dim in batch), *(math.prod(x.shape[dim] for dim in part) for part in (free, contracted))]
+    flat = [
+        *(x.shape[dim] for dim in batch),
+        *(math.prod([x.shape[dim] for dim in part]) for part in (free, contracted)),
+    ]
     quantized = quantizer(permuted.reshape(flat))
     return quantized.reshape(permuted.shape).permute(sorted(range(x.dim()), key=order.__getitem__))
 

@@ -5,7 +5,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from ..._utils.torch_private import own_parameters, storage_id
+from ..._utils.torch_private import own_parameters, storage_id, view_base
 
 
 def split_parameters(attention: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
@@ -26,9 +26,14 @@ def split_parameters(attention: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def overlaps(x: Tensor, others: Collection[Tensor]) -> bool:
-    """Whether ``x`` shares memory with one of ``others``, as their views do, also by ``.data``."""
+    """Whether ``x`` shares memory with one of ``others``, as their views do, also by ``.data``.
+
+    In ``torch.compile``, where no tensor has memory, whether it is one of them or a view, not by ``.data``.
+    """
     if not others:
         return False
+    if torch.compiler.is_dynamo_compiling():
+        return is_view_of(x, others)
     try:
         storage = storage_id(x)
         near = [other for other in others if storage_id(other) == storage]
@@ -36,6 +41,12 @@ def overlaps(x: Tensor, others: Collection[Tensor]) -> bool:
         return any(x is other for other in others)
     # FSDP and ZeRO gather the parameters of several modules in one storage.
     return any(_begin(x) < _end(other) and _begin(other) < _end(x) for other in near)
+
+
+def is_view_of(x: Tensor, others: Collection[Tensor]) -> bool:
+    """Whether ``x`` is one of ``others`` or a view of one."""
+    base = view_base(x)
+    return any(x is other or base is other for other in others)
 
 
 def _begin(x: Tensor) -> int | torch.SymInt:

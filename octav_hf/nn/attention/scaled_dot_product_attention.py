@@ -48,19 +48,30 @@ def quantized_scaled_dot_product_attention(
     # Scaling the query is cheaper than scaling the scores; adding the mask in place is safe for the backward pass.
     scores = torch.matmul(query * scale, key.transpose(-2, -1))
     mask = _additive_mask(scores, attn_mask, is_causal)
-    blind = None
-    if mask is not None:
-        blind = (mask == -torch.inf).all(dim=-1, keepdim=True)
-        if torch.compiler.is_exporting() or blind.any():  # exported programs cannot branch on data
-            mask = mask.masked_fill(blind, 0)  # softmax over -inf only is NaN
-        else:
-            blind = None
-        scores = scores.add_(mask)
-    probabilities = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    if blind is not None:
-        probabilities = probabilities.masked_fill(blind, 0)
+    probabilities = _softmax(scores) if mask is None else _masked_softmax(scores, mask)
     probabilities = nn.functional.dropout(probabilities.to(value.dtype), dropout_p)
     return torch.matmul(quantize_operand(quantizers["probabilities"], probabilities, ROWS), value)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """The softmax of ``scores + mask``, with a row of zeros where the mask is minus infinity everywhere.
+
+    There the softmax would be NaN. Such a row may attend to its first key instead, so that it is 1 and zeros, and the 1
+    is erased: without reading the mask's values on the host, and without another tensor of this size.
+    """
+    blind = (mask == -torch.inf).all(dim=-1, keepdim=True)
+    first = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.int64) == 0
+    probabilities = _softmax(scores.add_(mask.masked_fill(blind & first, 0)))
+    if torch.compiler.is_compiling():
+        return probabilities.masked_fill(blind, 0)  # which a compiler fuses, and tracers do not support .data
+    # Hidden from autograd, which keeps this tensor: the gradient of 1 and zeros is zero, and so is that of zeros.
+    if scores.shape[-1]:
+        probabilities.data.narrow(-1, 0, 1).masked_fill_(blind, 0)
+    return probabilities
 
 
 def _quantized_for_heads(quantizer: Quantize, x: Tensor, heads: int | None, dims: OperandDims) -> Tensor:
