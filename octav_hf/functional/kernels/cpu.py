@@ -1,0 +1,123 @@
+"""The operations on a CPU in C++: ``clips.cpp``."""
+
+import sys
+from ctypes import c_bool, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._utils.torch_private import load_cpp
+from .compilation import can_compile, disable_kernels
+from .operations import NotFinite, use_kernels
+
+MIN_NUMEL = 1 << 12  # elements from which loading the library, which takes a second per process, is worthwhile
+FLAGS: tuple[str, ...] = ()  # extra compiler flags, for tests
+
+_LOOPS = ("-ftree-loop-vectorize", "-ffp-contract=fast")  # torch's own flags forbid both
+_TABLE = torch.int64
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_OCTAV, _MSE = 0, 1
+_loaded: dict[tuple[str, ...], Any] = {}
+
+
+def kernels(x: Tensor) -> Any:
+    """This module if it supports ``x``, values or a table, and the library is available; otherwise ``None``."""
+    if not can_compile(x, ("cpu",), (*_DTYPES, _TABLE)):
+        return None
+    if FLAGS not in _loaded:
+        if x.numel() < MIN_NUMEL:
+            return None
+        try:
+            _loaded[FLAGS] = _load(FLAGS)
+        except Exception as error:  # such as no compiler, or a read-only cache
+            disable_kernels(error)
+            return None
+    return sys.modules[__name__]
+
+
+def has_negative(x: Tensor) -> Tensor:
+    x = _in_memory(x)
+    return torch.tensor(_loaded[FLAGS].has_negative(x.data_ptr(), _DTYPES[x.dtype], x.numel()), device=x.device)
+
+
+def magnitude_table(x: Tensor) -> Tensor:
+    x = _in_memory(x)
+    table = torch.zeros(2, 2, 1 << 15, dtype=_TABLE, device=x.device)
+    threads = torch.get_num_threads()
+    _loaded[FLAGS].magnitude_table(x.data_ptr(), _DTYPES[x.dtype], x.numel(), threads, table.data_ptr())
+    return table
+
+
+def fixed_point_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
+    return _clip_of_table(table, num_bits, signed, _OCTAV)
+
+
+def lowest_error_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
+    return _clip_of_table(table, num_bits, signed, _MSE)
+
+
+def octav_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
+    return _clips_of_rows(rows, num_bits, signed, skip, check, _OCTAV)
+
+
+def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
+    return _clips_of_rows(rows, num_bits, signed, skip, check, _MSE)
+
+
+def _clip_of_table(table: Tensor, num_bits: int, signed: Tensor, rule: int) -> Tensor:
+    table = _in_memory(table)
+    clip = torch.empty((), dtype=torch.float32, device=table.device)
+    _loaded[FLAGS].clip_of_table(table.data_ptr(), num_bits, signed.data_ptr(), rule, clip.data_ptr())
+    return clip
+
+
+def _clips_of_rows(
+    rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool, rule: int
+) -> Tensor:
+    if rows.numel() == 0 or (skip is not None and bool(skip)):
+        return torch.zeros(rows.shape[0], dtype=torch.float32, device=rows.device)
+    rows = _in_memory(rows)
+    count, length = rows.shape
+    clips = torch.empty(count, dtype=torch.float32, device=rows.device)
+    is_finite = _loaded[FLAGS].clips_of_rows(
+        rows.data_ptr(),
+        _DTYPES[rows.dtype],
+        count,
+        length,
+        num_bits,
+        signed.data_ptr(),
+        rule,
+        torch.get_num_threads(),
+        clips.data_ptr(),
+    )
+    if check and not is_finite:
+        raise NotFinite
+    return clips
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """``x`` as it is read by address: contiguous, and negated if it is a view that stands for the negative."""
+    return x.contiguous().resolve_neg()
+
+
+def _load(flags: tuple[str, ...]) -> Any:
+    """The C++ functions, compiled and cached on disk by torch's own means."""
+    source = Path(__file__).with_name("clips.cpp").read_text(encoding="utf-8")
+    library = load_cpp(source, (*_LOOPS, *flags))
+    library.has_negative.restype = c_bool
+    library.has_negative.argtypes = [c_void_p, c_int, c_int64]
+    library.magnitude_table.restype = None
+    library.magnitude_table.argtypes = [c_void_p, c_int, c_int64, c_int, c_void_p]
+    library.clip_of_table.restype = None
+    library.clip_of_table.argtypes = [c_void_p, c_int, c_void_p, c_int, c_void_p]
+    library.clips_of_rows.restype = c_bool
+    library.clips_of_rows.argtypes = [
+        *(c_void_p, c_int, c_int64, c_int64),
+        *(c_int, c_void_p, c_int, c_int, c_void_p),
+    ]
+    return library
+
+
+use_kernels("cpu", kernels)
