@@ -5,7 +5,8 @@
 
 Every round takes one step of each variant, so that a slow spell of the machine meets them all; the medians are
 compared. The quantized variants are timed again with a clock around each part. Peak memory is that of a process of its
-own for each variant.
+own for each variant. Compiled variants (`torch.compile`) have neither: their kernels belong to several parts, and the
+compiler's own memory would count.
 """
 
 from __future__ import annotations
@@ -37,7 +38,12 @@ VARIANTS: dict[str, tuple[str, OctavConfig | None]] = {
     "max-scaling 4-bit": ("sdpa", OctavConfig(weight_clip="max", activation_clip="max")),
     "mse 4-bit": ("sdpa", OctavConfig(weight_clip="mse", activation_clip="mse")),
     "accurate 4-bit": ("sdpa", OctavConfig.accurate()),
+    "compiled FP32 eager": ("eager", None),
+    "compiled FP32 sdpa": ("sdpa", None),
+    "compiled OCTAV 4-bit": ("sdpa", OctavConfig()),
+    "compiled accurate 4-bit": ("sdpa", OctavConfig.accurate()),
 }
+COMPILED = "compiled "
 BASELINE = "FP32 eager"
 
 
@@ -66,17 +72,29 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for name, step in steps.items():
             times[name].append(seconds(step))
     medians = {name: statistics.median(values) for name, values in times.items()}
-    parts = {name: time_of_parts(step) for name, step in steps.items() if VARIANTS[name][1] is not None}
-    memory = {name: measured_in_a_process(name, size) for name in options.variants}
+    eager = [name for name in steps if not name.startswith(COMPILED)]
+    parts = {name: time_of_parts(steps[name]) for name in eager if VARIANTS[name][1] is not None}
+    memory = {name: measured_in_a_process(name, size) for name in eager}
 
-    baseline = medians.get(BASELINE, next(iter(medians.values())))
     print(f"MiniLM, batch {size[0]} x {size[1]}, {torch.get_num_threads()} threads, median of {options.rounds} rounds")
-    print("| step | seconds | / FP32 eager | first step (s) | peak memory / FP32 eager | clips | rounding | gradient |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    columns = (
+        "step",
+        "seconds",
+        f"/ {BASELINE}",
+        f"/ {COMPILED}{BASELINE}",
+        "first step (s)",
+        f"peak memory / {BASELINE}",
+        *PARTS,
+    )
+    print(f"| {' | '.join(columns)} |")
+    print(f"|---|{'---:|' * (len(columns) - 1)}")
     for name, median in medians.items():
-        shares = "".join(f" {parts[name][part] / median:.1%} |" for part in PARTS) if name in parts else " | | |"
-        ratio = memory[name] / memory.get(BASELINE, memory[name])
-        print(f"| {name} | {median:.3f} | {median / baseline:.2f} | {first[name]:.1f} | {ratio:.2f} |{shares}")
+        ratios = [
+            f"{median / medians[base]:.2f}" if base in medians else "" for base in (BASELINE, COMPILED + BASELINE)
+        ]
+        size_ratio = f"{memory[name] / memory.get(BASELINE, memory[name]):.2f}" if name in memory else ""
+        shares = [f"{parts[name][part] / median:.1%}" if name in parts else "" for part in PARTS]
+        print(f"| {' | '.join([name, f'{median:.3f}', *ratios, f'{first[name]:.1f}', size_ratio, *shares])} |")
     result = {"size": size, "times": times, "first": first, "parts": parts, "peak_memory_bytes": memory}
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -92,7 +110,8 @@ def make_step(name: str, size: tuple[int, int]) -> Callable[[], None]:
     model = AutoModelForQuestionAnswering.from_pretrained(get_model_path(), attn_implementation=attention).train()
     if config is not None:
         apply_octav(model, config)
-    return training_step(model, random_batch(size))
+    runs = torch.compile(model) if name.startswith(COMPILED) else model
+    return training_step(runs, random_batch(size))
 
 
 def random_batch(size: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -128,7 +147,10 @@ PARTS = ("clips", "rounding", "gradient")
 
 
 def time_of_parts(step: Callable[[], None]) -> dict[str, float]:
-    """Seconds that one step spends in each part of the quantizers; it runs the step with a clock around each."""
+    """Seconds that one step spends in each part of the quantizers; it runs the step with a clock around each.
+
+    Clips are all of a grid: its sign and offset, too.
+    """
     spent = dict.fromkeys(PARTS, 0.0)
 
     def clocked(function: Callable, part: str) -> Callable:
@@ -141,8 +163,8 @@ def time_of_parts(step: Callable[[], None]) -> dict[str, float]:
 
         return run
 
-    patched: list[tuple[Any, str, Any]] = [(FakeQuantize, "compute_clip", FakeQuantize.compute_clip)]
-    FakeQuantize.compute_clip = clocked(FakeQuantize.compute_clip, "clips")  # type: ignore[method-assign]
+    patched: list[tuple[Any, str, Any]] = [(FakeQuantize, "dynamic_grid", FakeQuantize.dynamic_grid)]
+    FakeQuantize.dynamic_grid = clocked(FakeQuantize.dynamic_grid, "clips")  # type: ignore[method-assign]
     for function in GRADIENT_FUNCTIONS.values():
         for method, part in (("forward", "rounding"), ("backward", "gradient")):
             patched.append((function, method, staticmethod(getattr(function, method))))
