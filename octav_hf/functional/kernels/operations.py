@@ -35,7 +35,7 @@ def operation(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..
         def run(*arguments: Any) -> Tensor:
             kernels = _kernels.get(arguments[0].device.type)
             module = None if kernels is None else kernels(arguments[0])
-            return (reference if module is None else getattr(module, name))(*arguments)
+            return getattr(module, name, reference)(*arguments)
 
         _library.define(f"{name}{schema}")
         _library.impl(name, run, "CompositeExplicitAutograd")
@@ -48,5 +48,5 @@ def operation(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..
 
 
 def use_kernels(device_type: str, kernels: Kernels) -> None:
-    """Let operations on a device use the functions of ``kernels(x)``, of the same names and arguments."""
+    """Let operations on a device use the functions of ``kernels(x)`` that have their names, with the same arguments."""
     _kernels[device_type] = kernels
