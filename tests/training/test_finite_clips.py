@@ -56,7 +56,9 @@ def trainer(folder: Path, data: list[dict[str, Tensor]], **settings: Any) -> Tra
     arguments = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
     arguments |= {"num_train_epochs": 1, "per_device_train_batch_size": BATCH, "use_cpu": True}
     arguments |= {"torch_compile": True, "torch_compile_backend": "eager"}
-    return InOrder(Regression(), TrainingArguments(str(folder), **arguments | settings), train_dataset=data, eval_dataset=samples())
+    return InOrder(
+        Regression(), TrainingArguments(str(folder), **arguments | settings), train_dataset=data, eval_dataset=samples()
+    )
 
 
 THIRD_STEP = 2 * BATCH + 1

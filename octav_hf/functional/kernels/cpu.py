@@ -73,9 +73,7 @@ def _clip_of_table(table: Tensor, num_bits: int, signed: Tensor, rule: int) -> T
     return clip
 
 
-def _clips_of_rows(
-    rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool, rule: int
-) -> Tensor:
+def _clips_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool, rule: int) -> Tensor:
     if rows.numel() == 0 or (skip is not None and bool(skip)):
         return torch.zeros(rows.shape[0], dtype=torch.float32, device=rows.device)
     rows = _in_memory(rows)

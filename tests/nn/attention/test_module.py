@@ -15,7 +15,6 @@ from octav_hf.nn import (
     FrozenClips,
     QuantizedAttention,
     QuantizedLinear,
-    WeightFakeQuantize,
     quantized_scaled_dot_product_attention,
 )
 
