@@ -35,7 +35,7 @@ def operation(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..
         def run(*arguments: Any) -> Tensor:
             kernels = _kernels.get(arguments[0].device.type)
             module = None if kernels is None else kernels(arguments[0])
-            return (reference if module is None else getattr(module, name))(*arguments)
+            return getattr(module, name, reference)(*arguments)
 
         _library.define(f"{name}{schema}")
         _library.impl(name, run, "CompositeExplicitAutograd")
