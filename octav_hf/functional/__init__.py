@@ -3,6 +3,8 @@
 from .error import quantization_error
 from .fake_quantize import GradientEstimator, fake_quantize
 from .grid import integer_range, round_to_grid, step_size
+from .kernels import cpu
+from .kernels.operations import use_kernels
 from .max_scaling import max_clip
 from .mse import mse_clip
 from .mse_sweep import mse_sweep_clip
@@ -25,3 +27,5 @@ __all__ = [
     "round_to_grid",
     "step_size",
 ]
+
+use_kernels("cpu", lambda x: cpu if cpu.is_supported(x) else None)

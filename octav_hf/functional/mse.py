@@ -15,8 +15,12 @@ from .table import Tails, empty_clip, is_finite, magnitude_table, uses_table
 # clipped top, more so at few bits.
 HIGHEST = {2: 8.0, 3: 4.0, 4: 2.6, 5: 2.2, 6: 2.0, 7: 1.8, 8: 1.8}
 LOWEST = 0.85
-NEAR, FAR, FINE = 40, 15, 16  # candidates near OCTAV's clip, from there to the top, and around the best of them
-NEAR_OF_ROW, FAR_OF_ROW, FINE_OF_ROW = 12, 6, 6  # of a short row, each of which reads it
+NEAR, FAR, FINE = 40, 15, 15  # candidates near OCTAV's clip, from there to the top, and around the best of them
+# Of a short row, each of which reads it. Few values are beyond its clip, so that the best is closer to OCTAV's, and near
+# the top, which is the highest candidate but for many bits, of which rounding makes one slightly above the best.
+LOWEST_OF_ROW = {2: 0.95, 3: 0.92, 4: 0.94, 5: 0.95, 6: 0.96, 7: 0.97, 8: 0.98}
+BEYOND_TOP_OF_ROW = {bits: 1.0 if bits <= 4 else 1.03 for bits in HIGHEST}
+NEAR_OF_ROW, FAR_OF_ROW, FINE_OF_ROW = 7, 4, 4
 
 
 def mse_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
@@ -73,9 +77,9 @@ def lowest_error_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tenso
         return 2 * step[:, 0] * total.sum(dim=1)
 
     top = torch.maximum(positive.top, negative.top) * levels / (levels - 1)
-    clips, ratios = _candidates(octav, top, num_bits, NEAR, FAR)
+    clips, ratios = _candidates(octav, LOWEST, HIGHEST[num_bits] * octav, top, NEAR, FAR)
     best, ratio = _at(gains(clips).argmax(), clips, ratios)
-    clips = best * ratio ** torch.linspace(-1, 1, FINE + 1, dtype=torch.float64, device=table.device)
+    clips = _between(best, ratio, FINE)
     (best,) = _at(gains(clips).argmax(), clips)
     return torch.where(is_finite(table), torch.where(octav > 0, best, octav), torch.nan).to(torch.float32)
 
@@ -91,28 +95,39 @@ def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None
     values = torch.where(signed, rows, rows.clamp(min=0))
     levels = 2.0**num_bits / (signed + 1)
     top = magnitude(values, True).amax(dim=1) * (levels / (levels - 1)).to(octav.dtype)
-    clips, ratios = _candidates(octav, top, num_bits, NEAR_OF_ROW, FAR_OF_ROW)
+    last = torch.minimum(HIGHEST[num_bits] * octav, BEYOND_TOP_OF_ROW[num_bits] * top).maximum(1.02 * octav)
+    clips, ratios = _candidates(octav, LOWEST_OF_ROW[num_bits], last, top, NEAR_OF_ROW, FAR_OF_ROW)
     best, ratio = _at(rows_errors(values, clips, num_bits, signed).argmin(dim=0), clips, ratios)
-    shares = torch.linspace(-1, 1, FINE_OF_ROW + 1, dtype=octav.dtype, device=rows.device)
-    clips = best * ratio ** shares[:, None]
+    clips = _between(best, ratio, FINE_OF_ROW)
     (best,) = _at(rows_errors(values, clips, num_bits, signed).argmin(dim=0), clips)
     return checked_clips(torch.where(octav > 0, best, octav), skip, check)
 
 
-def _candidates(octav: Tensor, top: Tensor, num_bits: int, near: int, far: int) -> tuple[Tensor, Tensor]:
-    """Clips to try, ``[near + far + 1, ...]`` for OCTAV's clips, ``[...]``, and the ratio of each to the next."""
-    start = torch.where(octav > 0, octav, 1)
-    share = torch.linspace(0, 1, near, dtype=octav.dtype, device=octav.device)
-    near_ratio = (HIGHEST[num_bits] / LOWEST) ** (1 / (near - 1))
-    factors = LOWEST * (HIGHEST[num_bits] / LOWEST) ** share
-    clips = factors.view(-1, *[1] * octav.dim()) * start
-    last = clips.select(0, near - 1)
-    far_ratio = (top.to(octav.dtype) / last).clamp(min=1) ** (1 / far)
-    powers = torch.arange(1, far + 1, dtype=octav.dtype, device=octav.device).view(-1, *[1] * octav.dim())
-    clips = torch.cat([clips, last * far_ratio**powers, start[None]])
-    near_ratios = torch.full_like(clips.narrow(0, 0, near), near_ratio)
-    ratios = torch.cat([near_ratios, far_ratio.expand(far, *octav.shape).clamp(min=near_ratio), near_ratios[:1]])
-    return clips, ratios
+def _candidates(
+    octav: Tensor, lowest: float, last: Tensor, top: Tensor, near: int, far: int
+) -> tuple[Tensor, Tensor]:
+    """Clips to try, ``[near + far + 1, ...]`` for OCTAV's clips, ``[...]``, and the ratio of each to the next.
+
+    They are ``near`` clips from ``lowest``, in units of OCTAV's, to ``last``, ``far`` from there to ``top``, if this is
+    higher, and OCTAV's.
+    """
+    first, last, top = (torch.where(octav > 0, clip, 1).to(octav.dtype) for clip in (lowest * octav, last, top))
+    near_ratio = (last / first) ** (1 / (near - 1))
+    far_ratio = (top / last).clamp(min=1) ** (1 / far)
+
+    def powers(ratio: Tensor, begin: int, end: int) -> Tensor:
+        exponents = torch.arange(begin, end, dtype=octav.dtype, device=octav.device)
+        return ratio ** exponents.view(-1, *[1] * octav.dim())
+
+    clips = torch.cat([first * powers(near_ratio, 0, near), last * powers(far_ratio, 1, far + 1), octav[None]])
+    ratios = [near_ratio.expand(near, *octav.shape), torch.maximum(far_ratio, near_ratio).expand(far, *octav.shape)]
+    return clips, torch.cat([*ratios, near_ratio[None]])
+
+
+def _between(clip: Tensor, ratio: Tensor, count: int) -> Tensor:
+    """``clip`` and ``count`` clips between it over and it times ``ratio``: ``[count + 1, ...]``."""
+    shares = torch.linspace(-1, 1, count + 2, dtype=clip.dtype, device=clip.device).narrow(0, 1, count)
+    return torch.cat([clip[None], clip * ratio ** shares.view(-1, *[1] * clip.dim())])
 
 
 def _at(index: Tensor, *values: Tensor) -> list[Tensor]:

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from octav_hf.functional.kernels import compilation, fused
+from octav_hf.functional.kernels import compilation, cpu, fused
 
 PATHS = {
     "reference": "torch operations, as the mathematics is written",
+    "compiled": "the C++ for the clip, and Inductor's for the rounding",
+    "portable": "the C++ for processors without AVX-512",
 }
 
 
 def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make tensors of any size take a path."""
-    monkeypatch.setenv(compilation.SWITCH, "0")
+    monkeypatch.setattr(cpu, "MIN_NUMEL", 1)
+    if path == "reference":
+        monkeypatch.setenv(compilation.SWITCH, "0")
+    if path == "portable":
+        if platform.machine() != "x86_64":
+            pytest.skip("on this processor the other path is the portable one")
+        monkeypatch.setattr(cpu, "FLAGS", ("-mno-avx512f",))
 
 
 def params(*names: str) -> list[object]:
-    """Parameters for the fixture ``path``."""
-    return [pytest.param(name) for name in names]
+    """Parameters for the fixture ``path``; what is the same mathematics in a slower form is left to the full run."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name == "portable" else []) for name in names]
 
 
 def only(*names: str) -> pytest.MarkDecorator:
@@ -26,8 +34,8 @@ def only(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("path", params(*names), indirect=True)
 
 
-any_path = only("reference")
-both_roundings = only("reference")
+any_path = only("compiled")
+both_roundings = only("reference", "compiled")
 
 
 @pytest.fixture(params=params(*PATHS), autouse=True)

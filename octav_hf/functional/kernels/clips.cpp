@@ -299,19 +299,21 @@ struct Search {
   template <class Measure> double best(double octav, double last, double top, const Measure &measure) const {
     double clips[kMost], errors[kMost];
     const double near_ratio = std::exp2(std::log2(last / (lowest * octav)) / (near - 1));
-    double ratio = near_ratio, clip = lowest * octav;
+    double far_ratio = 1, clip = lowest * octav;
     int count = 0;
     for (; count < near; clip *= near_ratio)
       clips[count++] = clip;
     if (top > last) {
-      ratio = std::exp2(std::log2(top / last) / far);
+      far_ratio = std::exp2(std::log2(top / last) / far);
       for (clip = last; count < near + far;)
-        clips[count++] = clip *= ratio;
+        clips[count++] = clip *= far_ratio;
     }
+    clips[count++] = octav;
     measure(clips, count, errors);
     const int index = std::min_element(errors, errors + count) - errors;
     const double best = clips[index], error = errors[index];
-    const double log_ratio = std::log2(index < near ? near_ratio : std::max(ratio, near_ratio));
+    const bool is_far = index >= near && index < count - 1;
+    const double log_ratio = std::log2(is_far ? std::max(far_ratio, near_ratio) : near_ratio);
     for (int k = 0; k < fine; k++)
       clips[k] = best * std::exp2(log_ratio * (2 * (k + 1.0) / (fine + 1) - 1));
     measure(clips, fine, errors);
@@ -330,7 +332,7 @@ double lowest_error(const Table &table, const Grid &grid) {
   const double octav = fixed_point(table, grid);
   if (octav == 0)
     return 0;
-  const Search search{0.85, kHighest[grid.num_bits - 2], 40, 15, 16};
+  const Search search{0.85, kHighest[grid.num_bits - 2], 40, 15, 15};
   const int levels = grid.levels();
   Tails positive(table, true, false), negative(table, false, grid.is_signed);
   for (Tails *tails : {&positive, &negative})
@@ -576,7 +578,7 @@ int64_t set_aside(const Row &row, float threshold, float *ends) {
 }
 
 double lowest_error(const Row &row, const Grid &grid, float *ends) {
-  const Search search{kLowestOfRow[grid.num_bits - 2], kHighest[grid.num_bits - 2], 8, 4, 4};
+  const Search search{kLowestOfRow[grid.num_bits - 2], kHighest[grid.num_bits - 2], 7, 4, 4};
   const int levels = grid.levels();
   const double top = static_cast<double>(row.largest) * levels / (levels - 1);
   const double beyond = grid.num_bits > 4 ? 1.03 * top : top;

@@ -15,12 +15,12 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _failed = False
 
 
-def can_compile(x: Tensor, device_types: tuple[str, ...], dtypes: tuple[torch.dtype, ...] = _DTYPES) -> bool:
+def can_compile(x: Tensor, device_types: tuple[str, ...]) -> bool:
     """Whether compiled kernels can be used for ``x``: a plain tensor of a supported dtype and device."""
     return (
         not _failed
         and os.environ.get(SWITCH) != "0"
-        and x.dtype in dtypes
+        and x.dtype in _DTYPES
         and x.device.type in device_types
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()  # the plain function is fused into the caller's graph

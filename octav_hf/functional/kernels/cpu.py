@@ -1,6 +1,10 @@
-"""The operations on a CPU in C++: ``clips.cpp``."""
+"""The operations behind clips on a CPU, in C++: ``clips.cpp``.
 
-import sys
+Arguments and results are those of the functions of the same names in ``rows.py``, ``table.py``, ``octav.py`` and
+``mse.py``.
+"""
+
+import os
 from ctypes import c_bool, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -9,44 +13,43 @@ import torch
 from torch import Tensor
 
 from ..._utils.torch_private import load_cpp
-from .compilation import can_compile, disable_kernels
-from .operations import NotFinite, use_kernels
+from .compilation import SWITCH, disable_kernels, kernels_disabled
+from .operations import NotFinite
 
 MIN_NUMEL = 1 << 12  # elements from which loading the library, which takes a second per process, is worthwhile
 FLAGS: tuple[str, ...] = ()  # extra compiler flags, for tests
 
 _LOOPS = ("-ftree-loop-vectorize", "-ffp-contract=fast")  # torch's own flags forbid both
-_TABLE = torch.int64
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: -1}  # of values and of tables
 _OCTAV, _MSE = 0, 1
-_loaded: dict[tuple[str, ...], Any] = {}
+_libraries: dict[tuple[str, ...], Any] = {}  # by their flags
 
 
-def kernels(x: Tensor) -> Any:
-    """This module if it supports ``x``, values or a table, and the library is available; otherwise ``None``."""
-    if not can_compile(x, ("cpu",), (*_DTYPES, _TABLE)):
-        return None
-    if FLAGS not in _loaded:
+def is_supported(x: Tensor) -> bool:
+    """Whether the library can be used for ``x``: values, or their table."""
+    if x.dtype not in _DTYPES or x.device.type != "cpu" or os.environ.get(SWITCH) == "0" or kernels_disabled():
+        return False
+    if FLAGS not in _libraries:
         if x.numel() < MIN_NUMEL:
-            return None
+            return False
         try:
-            _loaded[FLAGS] = _load(FLAGS)
+            _libraries[FLAGS] = _load(FLAGS)
         except Exception as error:  # such as no compiler, or a read-only cache
             disable_kernels(error)
-            return None
-    return sys.modules[__name__]
+            return False
+    return True
 
 
 def has_negative(x: Tensor) -> Tensor:
     x = _in_memory(x)
-    return torch.tensor(_loaded[FLAGS].has_negative(x.data_ptr(), _DTYPES[x.dtype], x.numel()), device=x.device)
+    return torch.tensor(_libraries[FLAGS].has_negative(x.data_ptr(), _DTYPES[x.dtype], x.numel()), device=x.device)
 
 
 def magnitude_table(x: Tensor) -> Tensor:
     x = _in_memory(x)
-    table = torch.zeros(2, 2, 1 << 15, dtype=_TABLE, device=x.device)
+    table = torch.zeros(2, 2, 1 << 15, dtype=torch.int64, device=x.device)
     threads = torch.get_num_threads()
-    _loaded[FLAGS].magnitude_table(x.data_ptr(), _DTYPES[x.dtype], x.numel(), threads, table.data_ptr())
+    _libraries[FLAGS].magnitude_table(x.data_ptr(), _DTYPES[x.dtype], x.numel(), threads, table.data_ptr())
     return table
 
 
@@ -69,7 +72,7 @@ def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None
 def _clip_of_table(table: Tensor, num_bits: int, signed: Tensor, rule: int) -> Tensor:
     table = _in_memory(table)
     clip = torch.empty((), dtype=torch.float32, device=table.device)
-    _loaded[FLAGS].clip_of_table(table.data_ptr(), num_bits, signed.data_ptr(), rule, clip.data_ptr())
+    _libraries[FLAGS].clip_of_table(table.data_ptr(), num_bits, signed.data_ptr(), rule, clip.data_ptr())
     return clip
 
 
@@ -79,7 +82,7 @@ def _clips_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | N
     rows = _in_memory(rows)
     count, length = rows.shape
     clips = torch.empty(count, dtype=torch.float32, device=rows.device)
-    is_finite = _loaded[FLAGS].clips_of_rows(
+    is_finite = _libraries[FLAGS].clips_of_rows(
         rows.data_ptr(),
         _DTYPES[rows.dtype],
         count,
@@ -116,6 +119,3 @@ def _load(flags: tuple[str, ...]) -> Any:
         *(c_int, c_void_p, c_int, c_int, c_void_p),
     ]
     return library
-
-
-use_kernels("cpu", kernels)
