@@ -152,7 +152,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"| {name} | {launch[2]} | " + " | ".join(cells) + " |", flush=True)
     result = {"triton": triton.__version__, "kernels": rows}
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        arguments.output.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n')
     return result
 
 
