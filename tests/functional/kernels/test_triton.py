@@ -29,6 +29,7 @@ Tensor = torch.Tensor
 ROOT = Path(__file__).parents[3]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = 40_000  # of a long row
+PACKED = cuda._PACKED
 NAN, INF = float("nan"), float("inf")
 
 
@@ -102,6 +103,17 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
 def test_a_table_is_the_count_of_every_value(name: str) -> None:
     x = AWKWARD[name](SIZE)
     np.testing.assert_array_equal(cuda.magnitude_table(x.to(DEVICE)).cpu().numpy(), table_twin(x))
+
+
+@pytest.mark.slow
+def test_many_equal_values_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one packed table a count of 2^24 would not fit above the rests."""
+    monkeypatch.setattr(cuda, "_BLOCK", 1 << 20)
+    monkeypatch.setattr(cuda, "_PACKED", PACKED)
+    x = torch.full((1 << 24,), 0x3FFFFFFF, dtype=torch.int32, device=DEVICE).view(torch.float32)
+    table = cuda.magnitude_table(x)
+    assert table.sum(dim=(1, 2)).tolist() == [1 << 24, 65535 << 24]
+    assert table[:, 0, 0x3FFF].tolist() == [1 << 24, 65535 << 24]
 
 
 @every_kind
