@@ -26,7 +26,11 @@ from triton.compiler import ASTSource
 from octav_hf.functional.kernels import cuda, triton_kernels
 
 ARCHITECTURES = (80, 90, 100)
-LENGTHS = (20, 64, 384, 1536, 3072, 8192, 16384, 32752, 32767, 1 << 16)
+LENGTHS = {
+    torch.float32: (20, 64, 384, 1536, 8192, 16384, 32752, 32767, 1 << 16),
+    torch.bfloat16: (384, 8192, 32752, 32767, 1 << 16),
+    torch.float16: (384, 8192, 32752, 32767, 1 << 16),
+}
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -69,9 +73,9 @@ def launches() -> list[Launch]:
     """What ``cuda.py`` launches for both rules, each dtype and length, with and without ``skip``."""
     kernels = Kernels()
     signed = torch.empty((), dtype=torch.bool, device="meta")
-    with mock.patch.object(cuda, "_kernels", return_value=kernels):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for length in LENGTHS:
+    with mock.patch.object(cuda, "_triton_kernels", return_value=kernels):
+        for dtype, lengths in LENGTHS.items():
+            for length in lengths:
                 rows = torch.empty(2, length, dtype=dtype, device="meta")
                 cuda.octav_of_rows(rows, 4, signed, None, False)
                 cuda.mse_of_rows(rows, 4, signed, signed, False)
@@ -152,7 +156,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"| {name} | {launch[2]} | " + " | ".join(cells) + " |", flush=True)
     result = {"triton": triton.__version__, "kernels": rows}
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        arguments.output.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n')
     return result
 
 

@@ -4,7 +4,7 @@ Arguments and results are those of the functions of the same names in ``table.py
 """
 
 import functools
-import os
+import sys
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..mse import HIGHEST
 from ..table import uses_table
-from .compilation import SWITCH, disable_kernels, kernels_disabled
+from .compilation import can_compile, disable_kernels
+from .operations import use_kernels
 
 DEVICE_TYPES: tuple[str, ...] = ("cuda",)
 
@@ -22,15 +23,10 @@ _PACKED = 1 << 22  # most values in a packed table, which overflows at 2^23
 _TABLES = 64  # of rows, each of 1.5 MB, that are in memory at once
 
 
-def is_supported(x: Tensor) -> bool:
-    """Whether the kernels can be used for ``x``: values, or their table."""
-    return (
-        x.device.type in DEVICE_TYPES
-        and x.dtype in _DTYPES
-        and os.environ.get(SWITCH) != "0"
-        and not kernels_disabled()
-        and _kernels(x.device) is not None
-    )
+def kernels(x: Tensor) -> Any:
+    """This module if it supports ``x``, values or a table, and Triton can launch kernels; otherwise ``None``."""
+    supported = can_compile(x, DEVICE_TYPES, _DTYPES) and _triton_kernels(x.device) is not None
+    return sys.modules[__name__] if supported else None
 
 
 def magnitude_table(x: Tensor) -> Tensor:
@@ -62,39 +58,39 @@ def _clips(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, hig
     block = 1 << max(5, (rows.shape[1] - 1).bit_length())
     arguments = (rows, skip, result, rows.shape[1], num_bits, signed, highest, block)
     with torch.cuda.device_of(rows):
-        _kernels(rows.device).clips_of_rows[(len(rows),)](*arguments, num_warps=min(32, max(1, block // 512)))
+        _triton_kernels(rows.device).clips_of_rows[(len(rows),)](*arguments, num_warps=min(32, max(1, block // 512)))
     return result
 
 
 def _tables(rows: Tensor, skip: Tensor | None) -> Tensor:
     """The tables of ``[rows, n]``, contiguous: int64 ``[rows, 2, 2, 32768]``; of nothing if ``skip`` is true."""
-    kernels = _kernels(rows.device)
-    (count, length), bins = rows.shape, kernels.BINS.value
+    triton = _triton_kernels(rows.device)
+    (count, length), bins = rows.shape, triton.BINS.value
     blocks = -(-length // _BLOCK)
     parts = -(-blocks * _BLOCK // _PACKED)
     packed = torch.zeros(count, parts, bins, dtype=torch.int64, device=rows.device)
     tables = torch.empty(count, 2, 2, bins // 2, dtype=torch.int64, device=rows.device)
     with torch.cuda.device_of(rows):
-        kernels.count[(blocks, count)](rows, skip, packed, length, parts, _BLOCK, num_warps=8)
-        kernels.unpack[(bins // 1024, count)](packed, tables, parts, 1024)
+        triton.count[(blocks, count)](rows, skip, packed, length, parts, _BLOCK, num_warps=8)
+        triton.unpack[(bins // 1024, count)](packed, tables, parts, 1024)
     return tables
 
 
 def _solve(tables: Tensor, num_bits: int, signed: Tensor, highest: float | None = None) -> Tensor:
     """The clips of tables, ``[rows, 2, 2, 32768]``; ``highest`` as in ``_clips``."""
-    kernels = _kernels(tables.device)
+    triton = _triton_kernels(tables.device)
     count, sets = len(tables), 1 if highest is None else 3
-    tails = torch.empty(count, sets, kernels.SET.value, dtype=torch.float64, device=tables.device)
+    tails = torch.empty(count, sets, triton.SET.value, dtype=torch.float64, device=tables.device)
     result = torch.empty(count, dtype=torch.float32, device=tables.device)
     with torch.cuda.device_of(tables):
-        kernels.fixed_point_of_table[(sets, count)](tables, tails, result, num_bits, signed, num_warps=16)
+        triton.fixed_point_of_table[(sets, count)](tables, tails, result, num_bits, signed, num_warps=16)
         if highest is not None:
-            kernels.lowest_error_of_tails[(count,)](tails, result, num_bits, highest, signed, num_warps=16)
+            triton.lowest_error_of_tails[(count,)](tails, result, num_bits, highest, signed, num_warps=16)
     return result
 
 
 @functools.cache
-def _kernels(device: torch.device) -> Any:
+def _triton_kernels(device: torch.device) -> Any:
     """The module with the kernels; ``None`` if Triton is not installed or cannot launch, as without a C compiler."""
     try:
         from . import triton_kernels
@@ -108,3 +104,6 @@ def _kernels(device: torch.device) -> Any:
         disable_kernels(error)
         return None
     return triton_kernels
+
+
+use_kernels("cuda", kernels)

@@ -83,8 +83,11 @@ def _both_signs(table, bins, positive, negative):
 
 
 @triton.jit
-def _above(tails, index, edge, width, thresholds):
-    """Count of the magnitudes above thresholds in bins, and the sum of what they exceed them by."""
+def _above(tails, thresholds):
+    """Count of the magnitudes above thresholds, and the sum of what they exceed them by."""
+    first = tl.load(tails + 4 * _WINDOW).to(tl.int32)
+    index = _clamp((thresholds.to(tl.float32).to(tl.int32, bitcast=True) >> 16) - first, 0, _WINDOW - 1)
+    edge, width = _edges(first + index)
     number, mean = tl.load(tails + index), tl.load(tails + _WINDOW + index)
     beside = tl.load(tails + tl.maximum(index - 1, 0)) + tl.load(tails + tl.minimum(index + 1, _WINDOW - 1))
     alone = (number == 1) | (mean == 0)
@@ -122,6 +125,7 @@ def fixed_point_of_table(tables, tails, result, num_bits, signed):
         counts, filled = counts + new, tl.where(new > 0, begin + window, filled)
     nonzero, highest = tl.sum(counts).to(tl.float64), tl.max(filled)
     first = tl.maximum(highest - (_WINDOW - 2), 1)
+    tl.store(tails + 4 * _WINDOW, first.to(tl.float64))
     noise = 1.0 / (tl.where(signed, 3, 12) << (2 * num_bits)).to(tl.float64)
     last, count_above, sum_above = first, nonzero * 0, nonzero * 0
     for chunk in range(1, _WINDOW // _CHUNK + 1):  # from the highest bins down
@@ -142,32 +146,22 @@ def fixed_point_of_table(tables, tails, result, num_bits, signed):
         last = tl.maximum(last, tl.max(tl.where(below, bins, 0)))
         count_above, sum_above = count_above + tl.sum(number), sum_above + tl.sum(sums)
     tl.debug_barrier()
-    edge, width = _edges(last)
-    low, step = edge, width
+    low, step = _edges(last)
     for _ in range(_ROUNDS):
         step /= _PARTS
         points = low + step * tl.arange(0, _PARTS)
-        count, excess = _above(tails, last - first, edge, width, points)
+        count, excess = _above(tails, points)
         below = noise * points * (nonzero - count) < excess
         low += step * (tl.maximum(tl.sum(below.to(tl.int32)), 1) - 1)
     clip = tl.where(nonzero > 0, low + step / 2, 0.0)
     edge, width = _edges(highest)
     place = tl.where(tl.load(tails + highest - first) > 1, 1.0, tl.load(tails + _WINDOW + highest - first))
-    tl.store(tails + 4 * _WINDOW, first.to(tl.float64))
     tl.store(tails + 4 * _WINDOW + 1, tl.where(nonzero > 0, edge + width * place, 0.0))
     tl.store(tails + 4 * _WINDOW + 2, clip)
     if part == 0:
         bins = _NOT_FINITE + tl.arange(0, 128)
         broken = tl.sum(tl.load(table + bins) + tl.load(table + _NEGATIVE + bins))
         tl.store(result + row, tl.where(broken == 0, clip, float("nan")).to(tl.float32))
-
-
-@triton.jit
-def _excess(tails, thresholds):
-    first = tl.load(tails + 4 * _WINDOW).to(tl.int32)
-    index = _clamp((thresholds.to(tl.float32).to(tl.int32, bitcast=True) >> 16) - first, 0, _WINDOW - 1)
-    edge, width = _edges(first + index)
-    return _above(tails, index, edge, width, thresholds)[1]
 
 
 @triton.jit
@@ -178,9 +172,9 @@ def _gains(tails, clips, levels, signed, shape: tl.constexpr):
     for begin in range(1, levels + 1, shape[1]):
         number = (begin + tl.arange(0, shape[1]))[None, :]
         thresholds = (number - 0.5) * steps[:, None]
-        total += tl.where(number < levels, _excess(tails + SET, thresholds), 0.0)
+        total += tl.where(number < levels, _above(tails + SET, thresholds)[1], 0.0)
         if signed:
-            total += tl.where(number <= levels, _excess(tails + 2 * SET, thresholds), 0.0)
+            total += tl.where(number <= levels, _above(tails + 2 * SET, thresholds)[1], 0.0)
     return 2 * steps * tl.sum(total, 1)
 
 

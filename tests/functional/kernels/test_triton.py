@@ -29,6 +29,7 @@ Tensor = torch.Tensor
 ROOT = Path(__file__).parents[3]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = 40_000  # of a long row
+PACKED = cuda._PACKED
 NAN, INF = float("nan"), float("inf")
 
 
@@ -102,6 +103,17 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
 def test_a_table_is_the_count_of_every_value(name: str) -> None:
     x = AWKWARD[name](SIZE)
     np.testing.assert_array_equal(cuda.magnitude_table(x.to(DEVICE)).cpu().numpy(), table_twin(x))
+
+
+@pytest.mark.slow
+def test_many_equal_values_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one packed table a count of 2^24 would not fit above the rests."""
+    monkeypatch.setattr(cuda, "_BLOCK", 1 << 20)
+    monkeypatch.setattr(cuda, "_PACKED", PACKED)
+    x = torch.full((1 << 24,), 0x3FFFFFFF, dtype=torch.int32, device=DEVICE).view(torch.float32)
+    table = cuda.magnitude_table(x)
+    assert table.sum(dim=(1, 2)).tolist() == [1 << 24, 65535 << 24]
+    assert table[:, 0, 0x3FFF].tolist() == [1 << 24, 65535 << 24]
 
 
 @every_kind
@@ -206,7 +218,7 @@ def test_nothing_has_the_clip_zero() -> None:
 
 def test_operations_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that have one; the others, and tensors that have none, run as they are written."""
-    monkeypatch.setitem(operations._kernels, DEVICE, lambda x: cuda if cuda.is_supported(x) else None)
+    monkeypatch.setitem(operations._kernels, DEVICE, cuda.kernels)
     used, original = [], cuda._clips
     monkeypatch.setattr(cuda, "_clips", lambda *arguments: used.append(arguments) or original(*arguments))
     x = random(3, 100).to(DEVICE)
@@ -218,12 +230,12 @@ def test_operations_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cuda.is_supported(torch.zeros(3, device=DEVICE))
-    assert cuda.is_supported(torch.zeros(2, 2, 1 << 15, dtype=torch.int64, device=DEVICE))
-    assert not cuda.is_supported(torch.zeros(3, dtype=torch.float64, device=DEVICE))
-    assert not cuda.is_supported(torch.zeros(3, device="meta"))
+    assert cuda.kernels(torch.zeros(3, device=DEVICE))
+    assert cuda.kernels(torch.zeros(2, 2, 1 << 15, dtype=torch.int64, device=DEVICE))
+    assert not cuda.kernels(torch.zeros(3, dtype=torch.float64, device=DEVICE))
+    assert not cuda.kernels(torch.zeros(3, device="meta"))
     monkeypatch.setenv(compilation.SWITCH, "0")
-    assert not cuda.is_supported(torch.zeros(3, device=DEVICE))
+    assert not cuda.kernels(torch.zeros(3, device=DEVICE))
 
 
 def test_kernels_that_cannot_be_launched_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,10 +244,10 @@ def test_kernels_that_cannot_be_launched_are_not_used(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(triton_kernels, "unpack", None)
     monkeypatch.setattr(compilation, "_failed", False)
-    cuda._kernels.cache_clear()
+    cuda._triton_kernels.cache_clear()
     with pytest.warns(UserWarning, match="without compiled kernels"):
-        assert not cuda.is_supported(torch.zeros(3, device=DEVICE))
-    cuda._kernels.cache_clear()
+        assert not cuda.kernels(torch.zeros(3, device=DEVICE))
+    cuda._triton_kernels.cache_clear()
 
 
 @pytest.mark.slow
