@@ -58,7 +58,7 @@ def storage_id(x: Tensor) -> int:
 
 
 def storage_reference(x: Tensor) -> Any:
-    """While this object is alive, no other storage gets the ``storage_id`` of this one, which it does not keep alive."""
+    """While this object lives, no other storage gets the ``storage_id`` of this one, which it does not keep alive."""
     return StorageWeakRef(x.untyped_storage())
 
 

@@ -70,7 +70,7 @@ def register_clip_rule(
 def clip_for_sign(
     name: str, x: Tensor, num_bits: int, *, signed: Sign, dim: Dim, skip: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """The clip by the rule ``name`` on the grid that ``signed`` says; any value where ``skip``, bool ``[]``, is true."""
+    """The clip by the rule ``name`` on the grid that ``signed`` says; anything where ``skip``, bool ``[]``, is true."""
     rule = CLIP_RULES[name]
     if name in _TENSOR_SIGN and (skip is not None or isinstance(signed, Tensor)):
         return rule(x, num_bits, signed=signed, dim=dim, skip=skip, **options)

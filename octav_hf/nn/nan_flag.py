@@ -20,9 +20,10 @@ class NanFlag(nn.Module):
 
     _sum_of_clips: Tensor  # [], float32
 
+    @torch.inference_mode(False)
     def __init__(self) -> None:
         super().__init__()
-        self._clear()
+        self._sum_of_clips = torch.zeros((), dtype=torch.float32, device="cpu")
 
     def remember(self, clip: Tensor) -> None:
         """Note whether ``clip``, of any shape, holds NaN."""
@@ -30,7 +31,7 @@ class NanFlag(nn.Module):
         if not torch.compiler.is_compiling() and device.type in ("cpu", "meta"):
             return
         if self._sum_of_clips.device != device:  # the module was not moved, as if its weights were loaded to a device
-            self._clear(clip)
+            self._start_on(clip)
         with torch.no_grad():
             self._sum_of_clips.add_(clip if clip.dim() == 0 else clip.sum())
 
@@ -40,8 +41,7 @@ class NanFlag(nn.Module):
 
     # An inference tensor could not be written to in training.
     @torch.inference_mode(False)
-    def _clear(self, like: Tensor | None = None) -> None:
-        like = torch.empty((), dtype=torch.float32, device="cpu") if like is None else like
+    def _start_on(self, like: Tensor) -> None:
         self._sum_of_clips = like.new_zeros((), dtype=torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -52,12 +52,12 @@ class NanFlag(nn.Module):
             with torch.inference_mode(False):
                 self._sum_of_clips = before.to(moved.device)
         else:
-            self._clear(moved)
+            self._start_on(moved)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._clear()
+        self._start_on(torch.empty((), dtype=torch.float32, device="cpu"))
 
 
 def met_nan(modules: Sequence[NanFlag]) -> list[bool]:

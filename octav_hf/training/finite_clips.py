@@ -90,7 +90,10 @@ class FiniteClips(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         _check(_quantizers(kwargs["model"]), " in evaluation")
 
-    on_predict = on_evaluate
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        self.on_evaluate(args, state, control, **kwargs)
 
     def _check(self, step: int) -> None:
         first = min(self._finite_until + 1, step)
