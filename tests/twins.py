@@ -133,9 +133,8 @@ def octav_root_twin(x: Any, num_bits: int, signed: bool = True) -> float:
 def octav_clip_twin(x: Any, num_bits: int, signed: bool = True, max_iterations: int | None = None) -> float:
     """OCTAV's clip of one flat tensor: Eq. 6 literally, from s_1 = sum|x| / #{|x|>0} (Appendix A).
 
-    max_iterations=k: k updates applied to s_1. None: until |s_new - s| <= 1e-12 s. Where the recursion alternates
-    between two values, the one with the lower measured error; where it is in a longer cycle (neither after 1000
-    updates), the sign change of `octav_root_twin`. All-zero or empty: 0.
+    max_iterations=k: k updates applied to s_1. None: until |s_new - s| <= 1e-12 s; where the recursion runs in a cycle,
+    about a magnitude that many elements share, the sign change of `octav_root_twin`. All-zero or empty: 0.
     """
     magnitudes = octav_magnitudes(x, signed)
     if magnitudes.size == 0:
@@ -152,7 +151,7 @@ def octav_clip_twin(x: Any, num_bits: int, signed: bool = True, max_iterations: 
         if abs(s_new - s) <= 1e-12 * s:
             return s_new
         if s_new == before:
-            return min((s, s_new), key=lambda clip: mse_twin(x, clip, num_bits, signed))
+            break
         before, s = s, s_new
     return octav_root_twin(x, num_bits, signed)
 
