@@ -4,6 +4,7 @@ Arguments and results are those of the functions of the same names in ``table.py
 """
 
 import functools
+import os
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from ..mse import BEYOND_TOP_OF_ROW, HIGHEST, LOWEST_OF_ROW
 from ..table import uses_table
-from .compilation import can_compile, disable_kernels
+from .compilation import SWITCH, disable_kernels, kernels_disabled
 
 DEVICE_TYPES: tuple[str, ...] = ("cuda",)
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)  # of values and of tables
 _BLOCK = 2048  # values that a program counts
 _PACKED = 1 << 22  # most values in a packed table, which overflows at 2^23
 _TABLES = 64  # of rows, each of 1.5 MB, that are in memory at once
@@ -22,7 +24,9 @@ _TABLES = 64  # of rows, each of 1.5 MB, that are in memory at once
 
 def is_supported(x: Tensor) -> bool:
     """Whether the kernels can be used for ``x``, values or a table."""
-    return can_compile(x, DEVICE_TYPES) and _triton_kernels(x.device) is not None
+    if x.dtype not in _DTYPES or x.device.type not in DEVICE_TYPES:
+        return False
+    return os.environ.get(SWITCH) != "0" and not kernels_disabled() and _triton_kernels(x.device) is not None
 
 
 def magnitude_table(x: Tensor) -> Tensor:
