@@ -87,8 +87,8 @@ def describe(launch: Launch) -> str:
     kernel, arguments, _ = launch
     named = dict(zip(kernel.arg_names, arguments, strict=True))
     words = [kernel.__name__, TYPES[arguments[0].dtype]]
-    if "highest" in named:
-        words.append("octav" if named["highest"] is None else "mse")
+    if "lowest" in named:
+        words.append("octav" if named["lowest"] is None else "mse")
     if named.get("skip") is not None:
         words.append("skip")
     if named.get("length", 0) % 16:

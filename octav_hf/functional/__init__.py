@@ -3,7 +3,7 @@
 from .error import quantization_error
 from .fake_quantize import GradientEstimator, fake_quantize
 from .grid import integer_range, round_to_grid, step_size
-from .kernels import cpu
+from .kernels import cpu, cuda
 from .kernels.operations import use_kernels
 from .max_scaling import max_clip
 from .mse import mse_clip
@@ -29,3 +29,4 @@ __all__ = [
 ]
 
 use_kernels("cpu", lambda x: cpu if cpu.is_supported(x) else None)
+use_kernels("cuda", lambda x: cuda if cuda.is_supported(x) else None)

@@ -16,8 +16,8 @@ from .table import Tails, empty_clip, is_finite, magnitude_table, uses_table
 HIGHEST = {2: 8.0, 3: 4.0, 4: 2.6, 5: 2.2, 6: 2.0, 7: 1.8, 8: 1.8}
 LOWEST = 0.85
 NEAR, FAR, FINE = 40, 15, 15  # candidates near OCTAV's clip, from there to the top, and around the best of them
-# Of a short row, each of which reads it. Few values are beyond its clip, so that the best is closer to OCTAV's, and near
-# the top, which is the highest candidate but for many bits, of which rounding makes one slightly above the best.
+# Of a short row, each of which reads it. Few values are beyond its clip, so that the best is closer to OCTAV's, and
+# near the top, which is the highest candidate but for many bits, of which rounding makes one slightly above the best.
 LOWEST_OF_ROW = {2: 0.95, 3: 0.92, 4: 0.94, 5: 0.95, 6: 0.96, 7: 0.97, 8: 0.98}
 BEYOND_TOP_OF_ROW = {bits: 1.0 if bits <= 4 else 1.03 for bits in HIGHEST}
 NEAR_OF_ROW, FAR_OF_ROW, FINE_OF_ROW = 7, 4, 4
@@ -81,6 +81,7 @@ def lowest_error_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tenso
     best, ratio = _at(gains(clips).argmax(), clips, ratios)
     clips = _between(best, ratio, FINE)
     (best,) = _at(gains(clips).argmax(), clips)
+    best = best.clamp(max=torch.finfo(torch.float32).max)
     return torch.where(is_finite(table), torch.where(octav > 0, best, octav), torch.nan).to(torch.float32)
 
 
@@ -103,15 +104,15 @@ def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None
     return checked_clips(torch.where(octav > 0, best, octav), skip, check)
 
 
-def _candidates(
-    octav: Tensor, lowest: float, last: Tensor, top: Tensor, near: int, far: int
-) -> tuple[Tensor, Tensor]:
+def _candidates(octav: Tensor, lowest: float, last: Tensor, top: Tensor, near: int, far: int) -> tuple[Tensor, Tensor]:
     """Clips to try, ``[near + far + 1, ...]`` for OCTAV's clips, ``[...]``, and the ratio of each to the next.
 
     They are ``near`` clips from ``lowest``, in units of OCTAV's, to ``last``, ``far`` from there to ``top``, if this is
     higher, and OCTAV's.
     """
-    first, last, top = (torch.where(octav > 0, clip, 1).to(octav.dtype) for clip in (lowest * octav, last, top))
+    largest = torch.finfo(octav.dtype).max
+    ends = (torch.where(octav > 0, clip, 1).to(octav.dtype) for clip in (lowest * octav, last, top))
+    first, last, top = (clip.clamp(max=largest) for clip in ends)
     near_ratio = (last / first) ** (1 / (near - 1))
     far_ratio = (top / last).clamp(min=1) ** (1 / far)
 
@@ -120,6 +121,7 @@ def _candidates(
         return ratio ** exponents.view(-1, *[1] * octav.dim())
 
     clips = torch.cat([first * powers(near_ratio, 0, near), last * powers(far_ratio, 1, far + 1), octav[None]])
+    clips = clips.clamp(max=largest)
     ratios = [near_ratio.expand(near, *octav.shape), torch.maximum(far_ratio, near_ratio).expand(far, *octav.shape)]
     return clips, torch.cat([*ratios, near_ratio[None]])
 
@@ -127,7 +129,8 @@ def _candidates(
 def _between(clip: Tensor, ratio: Tensor, count: int) -> Tensor:
     """``clip`` and ``count`` clips between it over and it times ``ratio``: ``[count + 1, ...]``."""
     shares = torch.linspace(-1, 1, count + 2, dtype=clip.dtype, device=clip.device).narrow(0, 1, count)
-    return torch.cat([clip[None], clip * ratio ** shares.view(-1, *[1] * clip.dim())])
+    clips = torch.cat([clip[None], clip * ratio ** shares.view(-1, *[1] * clip.dim())])
+    return clips.clamp(max=torch.finfo(clip.dtype).max)
 
 
 def _at(index: Tensor, *values: Tensor) -> list[Tensor]:

@@ -4,16 +4,15 @@ Arguments and results are those of the functions of the same names in ``table.py
 """
 
 import functools
-import sys
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..mse import HIGHEST
+from ..mse import BEYOND_TOP_OF_ROW, HIGHEST, LOWEST_OF_ROW
 from ..table import uses_table
-from .compilation import can_compile, disable_kernels
-from .operations import use_kernels
+from .compilation import SWITCH, disable_kernels, kernels_disabled
 
 DEVICE_TYPES: tuple[str, ...] = ("cuda",)
 
@@ -23,10 +22,11 @@ _PACKED = 1 << 22  # most values in a packed table, which overflows at 2^23
 _TABLES = 64  # of rows, each of 1.5 MB, that are in memory at once
 
 
-def kernels(x: Tensor) -> Any:
-    """This module if it supports ``x``, values or a table, and Triton can launch kernels; otherwise ``None``."""
-    supported = can_compile(x, DEVICE_TYPES, _DTYPES) and _triton_kernels(x.device) is not None
-    return sys.modules[__name__] if supported else None
+def is_supported(x: Tensor) -> bool:
+    """Whether the kernels can be used for ``x``, values or a table."""
+    if x.dtype not in _DTYPES or x.device.type not in DEVICE_TYPES:
+        return False
+    return os.environ.get(SWITCH) != "0" and not kernels_disabled() and _triton_kernels(x.device) is not None
 
 
 def magnitude_table(x: Tensor) -> Tensor:
@@ -34,29 +34,29 @@ def magnitude_table(x: Tensor) -> Tensor:
 
 
 def fixed_point_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
-    return _solve(table[None], num_bits, signed)[0]
+    return _solve(table[None], num_bits, signed, mse=False)[0]
 
 
 def lowest_error_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
-    return _solve(table[None], num_bits, signed, HIGHEST[num_bits])[0]
+    return _solve(table[None], num_bits, signed, mse=True)[0]
 
 
 def octav_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
-    return _clips(rows, num_bits, signed, skip)
+    return _clips(rows, num_bits, signed, skip, mse=False)
 
 
 def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
-    return _clips(rows, num_bits, signed, skip, HIGHEST[num_bits])
+    return _clips(rows, num_bits, signed, skip, mse=True)
 
 
-def _clips(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, highest: float | None = None) -> Tensor:
-    """Clips of ``[rows, n]``: OCTAV's, or those with the lowest error if ``highest``, of ``mse.py``, is given."""
+def _clips(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, mse: bool) -> Tensor:
     rows = rows.contiguous()
     if uses_table(rows):
-        return torch.cat([_solve(_tables(part, skip), num_bits, signed, highest) for part in rows.split(_TABLES)])
+        return torch.cat([_solve(_tables(part, skip), num_bits, signed, mse) for part in rows.split(_TABLES)])
     result = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     block = 1 << max(5, (rows.shape[1] - 1).bit_length())
-    arguments = (rows, skip, result, rows.shape[1], num_bits, signed, highest, block)
+    search = [bounds[num_bits] if mse else None for bounds in (LOWEST_OF_ROW, HIGHEST, BEYOND_TOP_OF_ROW)]
+    arguments = (rows, skip, result, rows.shape[1], num_bits, signed, *search, block)
     with torch.cuda.device_of(rows):
         _triton_kernels(rows.device).clips_of_rows[(len(rows),)](*arguments, num_warps=min(32, max(1, block // 512)))
     return result
@@ -76,16 +76,17 @@ def _tables(rows: Tensor, skip: Tensor | None) -> Tensor:
     return tables
 
 
-def _solve(tables: Tensor, num_bits: int, signed: Tensor, highest: float | None = None) -> Tensor:
-    """The clips of tables, ``[rows, 2, 2, 32768]``; ``highest`` as in ``_clips``."""
+def _solve(tables: Tensor, num_bits: int, signed: Tensor, mse: bool) -> Tensor:
+    """The clips of tables, ``[rows, 2, 2, 32768]``: ``[rows]``."""
     triton = _triton_kernels(tables.device)
-    count, sets = len(tables), 1 if highest is None else 3
+    count, sets = len(tables), 3 if mse else 1
     tails = torch.empty(count, sets, triton.SET.value, dtype=torch.float64, device=tables.device)
     result = torch.empty(count, dtype=torch.float32, device=tables.device)
     with torch.cuda.device_of(tables):
         triton.fixed_point_of_table[(sets, count)](tables, tails, result, num_bits, signed, num_warps=16)
-        if highest is not None:
-            triton.lowest_error_of_tails[(count,)](tails, result, num_bits, highest, signed, num_warps=16)
+        if mse:
+            arguments = (tails, result, num_bits, HIGHEST[num_bits], signed)
+            triton.lowest_error_of_tails[(count,)](*arguments, num_warps=16)
     return result
 
 
@@ -104,6 +105,3 @@ def _triton_kernels(device: torch.device) -> Any:
         disable_kernels(error)
         return None
     return triton_kernels
-
-
-use_kernels("cuda", kernels)

@@ -19,10 +19,10 @@ _WINDOW = tl.constexpr(32 * 128)  # bins that matter, the highest of which is em
 _CHUNK = tl.constexpr(1024)  # bins that are summed at once
 _PARTS, _ROUNDS = tl.constexpr(64), tl.constexpr(3)  # a clip is found to 64^-3 of its bin
 _MAX_UPDATES, _TOLERANCE = tl.constexpr(64), tl.constexpr(2.0**-23)  # of Eq. 6
-_LOWEST = tl.constexpr(mse.LOWEST)
+_LARGEST = tl.constexpr(2.0**128 - 2.0**104)  # float32
 _NEAR, _FAR, _FINE = tl.constexpr(mse.NEAR), tl.constexpr(mse.FAR), tl.constexpr(mse.FINE)
 _NEAR_OF_ROW, _FAR_OF_ROW = tl.constexpr(mse.NEAR_OF_ROW), tl.constexpr(mse.FAR_OF_ROW)
-_FINE_OF_ROW = tl.constexpr(mse.FINE_OF_ROW)
+_FINE_OF_ROW, _LOWEST = tl.constexpr(mse.FINE_OF_ROW), tl.constexpr(mse.LOWEST)
 
 
 @triton.jit(do_not_specialize=["numel", "tables"])
@@ -179,15 +179,20 @@ def _gains(tails, clips, levels, signed, shape: tl.constexpr):
 
 
 @triton.jit
-def _candidate(index, octav, top, highest, near: tl.constexpr, far: tl.constexpr):
-    """A clip to try, and the logarithm of its ratio to the next: ``near``, ``far`` to the largest, and OCTAV's."""
-    lowest, last = octav * _LOWEST, octav * highest
+def _candidate(index, octav, lowest, last, top, near: tl.constexpr, far: tl.constexpr):
+    """A clip to try, and the logarithm of its ratio to the next: ``near`` to ``last``, ``far`` to ``top``, OCTAV's."""
     near_step = tl.log2(last / lowest) / (near - 1)
     far_step = tl.log2(tl.maximum(top / last, 1.0)) / far
     is_far = (index >= near) & (index < near + far)
     step = tl.where(is_far, far_step, near_step)
     clip = tl.where(is_far, last, lowest) * tl.exp2(step * tl.where(is_far, index - (near - 1), index))
     return tl.where(index == near + far, octav, clip), tl.maximum(step, near_step)
+
+
+@triton.jit
+def _between(index, clip, step, fine: tl.constexpr):
+    """The clip, and ``fine`` clips around it."""
+    return tl.where(index == 0, clip, clip * tl.exp2(step * (index * (2.0 / (fine + 1)) - 1)))
 
 
 @triton.jit(do_not_specialize=["num_bits"])
@@ -200,21 +205,22 @@ def lowest_error_of_tails(tails, result, num_bits, highest, signed):
     top = tl.maximum(tl.load(tails + SET + 4 * _WINDOW + 1), tl.load(tails + 2 * SET + 4 * _WINDOW + 1))
     index = tl.arange(0, 64)
     octav = tl.load(tails + 4 * _WINDOW + 2)
-    clips, steps = _candidate(index, octav, top * levels / (levels - 1), highest, _NEAR, _FAR)
+    top = top * levels / (levels - 1)
+    clips, steps = _candidate(index, octav, octav * _LOWEST, octav * highest, top, _NEAR, _FAR)
     gains = tl.where(index <= _NEAR + _FAR, _gains(tails, clips, levels, signed, [64, 8]), -1.0)
     best = index == tl.argmax(gains, 0)
     clip, step = tl.sum(tl.where(best, clips, 0.0)), tl.sum(tl.where(best, steps, 0.0))
-    index = tl.arange(0, 32)
-    clips = clip * tl.exp2(step * (index * (2.0 / _FINE) - 1))
-    gains = tl.where(index <= _FINE, _gains(tails, clips, levels, signed, [32, 16]), -1.0)
+    index = tl.arange(0, 16)
+    clips = _between(index, clip, step, _FINE)
+    gains = tl.where(index <= _FINE, _gains(tails, clips, levels, signed, [16, 32]), -1.0)
     clip = tl.sum(tl.where(index == tl.argmax(gains, 0), clips, 0.0))
     before = tl.load(result + row)
-    tl.store(result + row, tl.where(before > 0, clip.to(tl.float32), before))
+    tl.store(result + row, tl.where(before > 0, tl.minimum(clip, _LARGEST).to(tl.float32), before))
 
 
 @triton.jit(do_not_specialize=["num_bits"])
-def clips_of_rows(rows, skip, result, length, num_bits, signed, highest, block: tl.constexpr):
-    """Clips of short rows, one program each: OCTAV's, or those with the lowest error if ``highest`` is given."""
+def clips_of_rows(rows, skip, result, length, num_bits, signed, lowest, highest, beyond, block: tl.constexpr):
+    """Clips of short rows, one program each: OCTAV's, or those with the lowest error if ``lowest`` ... are given."""
     row = tl.program_id(0)
     offsets = tl.arange(0, block)
     inside = offsets < length
@@ -230,10 +236,10 @@ def clips_of_rows(rows, skip, result, length, num_bits, signed, highest, block: 
     values *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     noise = 1.0 / (tl.where(signed, 3, 12) << (2 * num_bits)).to(tl.float32)
     clip = _fixed_point(tl.abs(values), nonzero, noise)
-    if highest is not None:
+    if lowest is not None:
         levels = (tl.where(signed, 1, 2) << (num_bits - 1)).to(tl.float32)
-        clip = _lowest_error(values, clip, levels, highest)
-    clip *= (exponent << 23).to(tl.float32, bitcast=True)
+        clip = _lowest_error(values, clip, levels, lowest, highest, beyond)
+    clip = tl.minimum(clip * (exponent << 23).to(tl.float32, bitcast=True), _LARGEST)
     tl.store(result + row, tl.where(finite, clip, float("nan")))
 
 
@@ -254,18 +260,19 @@ def _fixed_point(magnitudes, nonzero, noise):
 
 
 @triton.jit
-def _lowest_error(values, octav, levels, highest):
+def _lowest_error(values, octav, levels, lowest, highest, beyond):
     """The clip with the lowest error among the candidates, measured on the whole row."""
     top = tl.max(tl.abs(values)) * (levels / (levels - 1))
-    best, best_step, least = octav, octav, float("inf")
+    last = tl.maximum(tl.minimum(octav * highest, top * beyond), octav * 1.02)
+    middle, middle_step, least = octav, octav, float("inf")
     for index in range(_NEAR_OF_ROW + _FAR_OF_ROW + 1):
-        clip, step = _candidate(index, octav, top, highest, _NEAR_OF_ROW, _FAR_OF_ROW)
+        clip, step = _candidate(index, octav, octav * lowest, last, top, _NEAR_OF_ROW, _FAR_OF_ROW)
         error = _error(values, clip / levels, levels)
-        best, best_step = tl.where(error < least, clip, best), tl.where(error < least, step, best_step)
+        middle, middle_step = tl.where(error < least, clip, middle), tl.where(error < least, step, middle_step)
         least = tl.minimum(error, least)
-    middle, least = best, float("inf")
-    for index in range(_FINE_OF_ROW + 1):
-        clip = middle * tl.exp2(best_step * (index * (2.0 / _FINE_OF_ROW) - 1))
+    best = middle
+    for index in range(1, _FINE_OF_ROW + 1):
+        clip = _between(index, middle, middle_step, _FINE_OF_ROW)
         error = _error(values, clip / levels, levels)
         best, least = tl.where(error < least, clip, best), tl.minimum(error, least)
     return tl.where(octav > 0, best, octav)

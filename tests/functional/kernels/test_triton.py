@@ -68,7 +68,8 @@ AWKWARD: dict[str, Callable[[int], Tensor]] = {
     "negative": lambda n: -random(n).abs(),
     "subnormal": lambda n: random(n) * 1e-41,
     "tiny": lambda n: random(n) * 1e-36,
-    "sum_overflows": lambda n: random(n).clamp(-3, 3) * 1e37,
+    "sum_overflows": lambda n: random(n).clamp(-3, 3) * 1e38,
+    "float32_max": lambda n: with_value(torch.finfo(torch.float32).max, n),
     "outlier_1e30": lambda n: with_value(1e30, n),
     "outlier_-1e30": lambda n: with_value(-1e30, n),
     "nan": lambda n: with_value(NAN, n),
@@ -218,7 +219,7 @@ def test_nothing_has_the_clip_zero() -> None:
 
 def test_operations_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that have one; the others, and tensors that have none, run as they are written."""
-    monkeypatch.setitem(operations._kernels, DEVICE, cuda.kernels)
+    monkeypatch.setitem(operations._kernels, DEVICE, lambda x: cuda if cuda.is_supported(x) else None)
     used, original = [], cuda._clips
     monkeypatch.setattr(cuda, "_clips", lambda *arguments: used.append(arguments) or original(*arguments))
     x = random(3, 100).to(DEVICE)
@@ -230,12 +231,12 @@ def test_operations_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cuda.kernels(torch.zeros(3, device=DEVICE))
-    assert cuda.kernels(torch.zeros(2, 2, 1 << 15, dtype=torch.int64, device=DEVICE))
-    assert not cuda.kernels(torch.zeros(3, dtype=torch.float64, device=DEVICE))
-    assert not cuda.kernels(torch.zeros(3, device="meta"))
+    assert cuda.is_supported(torch.zeros(3, device=DEVICE))
+    assert cuda.is_supported(torch.zeros(2, 2, 1 << 15, dtype=torch.int64, device=DEVICE))
+    assert not cuda.is_supported(torch.zeros(3, dtype=torch.float64, device=DEVICE))
+    assert not cuda.is_supported(torch.zeros(3, device="meta"))
     monkeypatch.setenv(compilation.SWITCH, "0")
-    assert not cuda.kernels(torch.zeros(3, device=DEVICE))
+    assert not cuda.is_supported(torch.zeros(3, device=DEVICE))
 
 
 def test_kernels_that_cannot_be_launched_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +247,7 @@ def test_kernels_that_cannot_be_launched_are_not_used(monkeypatch: pytest.Monkey
     monkeypatch.setattr(compilation, "_failed", False)
     cuda._triton_kernels.cache_clear()
     with pytest.warns(UserWarning, match="without compiled kernels"):
-        assert not cuda.kernels(torch.zeros(3, device=DEVICE))
+        assert not cuda.is_supported(torch.zeros(3, device=DEVICE))
     cuda._triton_kernels.cache_clear()
 
 
