@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from octav_hf import distill
 from tests.host_reads import MINILM, RECIPES, HostReads, make_bert, padded_batch
 
-SIZES = {**MINILM, "num_hidden_layers": 2}
+SIZES = {**MINILM, "num_hidden_layers": 1}
 LENGTHS = (4, 64)  # whose tensors are small, and large enough for a table
 
 
@@ -36,11 +36,11 @@ def main() -> None:
 
 def results() -> Iterator[tuple[str, str]]:
     for recipe in RECIPES:
-        for attention in ("eager", "sdpa"):
-            for length in LENGTHS:
-                yield f"{recipe} {attention} {length}", error_of_a_step(recipe, attention, length)
-                case = f"{recipe} {attention} {length}, without kernels"
-                yield case, error_of_a_step(recipe, attention, length, without_kernels=True)
+        for length in LENGTHS:
+            yield f"{recipe} eager {length}", error_of_a_step(recipe, "eager", length)
+            yield f"{recipe} sdpa {length}", error_of_a_step(recipe, "sdpa", length)
+            case = f"{recipe} sdpa {length}, without kernels"
+            yield case, error_of_a_step(recipe, "sdpa", length, without_kernels=True)
         yield f"{recipe} bfloat16", error_of_a_step(recipe, "sdpa", LENGTHS[-1], dtype=torch.bfloat16)
         yield f"{recipe} distilled", error_of_a_step(recipe, "sdpa", LENGTHS[-1], distilled=True)
 
