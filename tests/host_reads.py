@@ -28,7 +28,9 @@ RECIPES = {"float": None, "paper": OctavConfig.paper(), "accurate": OctavConfig.
 aten = torch.ops.aten
 # Operations whose result, or the shape of it, the host has to know.
 _READS = {
-    aten._local_scalar_dense,  # item(), bool(), float()
+    aten._local_scalar_dense,  # what is left of item(), bool() and float(), which modes in modes see whole
+    aten.item,
+    aten.is_nonzero,
     aten.equal,
     aten.nonzero,
     aten.masked_select,
@@ -75,8 +77,9 @@ class HostReads(TorchDispatchMode):
 
 def _asking_line() -> str:
     """The innermost line of what is neither PyTorch nor this file."""
-    # A function mode only passes on what was asked for further out.
-    frames = [frame for frame in traceback.extract_stack() if frame.name != "__torch_function__"]
+    # A mode only passes on what was asked for further out.
+    modes = ("__torch_function__", "__torch_dispatch__")
+    frames = [frame for frame in traceback.extract_stack() if frame.name not in modes]
     frame = [f for f in frames if "site-packages/torch/" not in f.filename and f.filename != __file__][-1]
     path = frame.filename.split("site-packages/")[-1].removeprefix(f"{_ROOT}/")
     return f"{path}:{frame.lineno}: {frame.line}"
