@@ -22,11 +22,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octav_hf import distill
+from octav_hf import OctavConfig, distill
 from tests.host_reads import MINILM, RECIPES, HostReads, make_bert, padded_batch
 
-SIZES = {**MINILM, "num_hidden_layers": 2}
+SIZES = {**MINILM, "num_hidden_layers": 1}
 LENGTHS = (4, 64)  # whose tensors are small, and large enough for a table
+OTHER_SETTINGS = {
+    "max": OctavConfig(weight_clip="max", activation_clip="max", weight_granularity="tensor"),
+    "percentile": OctavConfig(weight_clip="percentile", activation_clip="percentile", embedding_bits=8),
+    "ten updates": OctavConfig(activation_clip_options={"max_iterations": 10}, asymmetric_activations=True),
+}
 
 
 def main() -> None:
@@ -35,14 +40,15 @@ def main() -> None:
 
 
 def results() -> Iterator[tuple[str, str]]:
-    for recipe in RECIPES:
-        for attention in ("eager", "sdpa"):
-            for length in LENGTHS:
-                yield f"{recipe} {attention} {length}", error_of_a_step(recipe, attention, length)
-                case = f"{recipe} {attention} {length}, without kernels"
-                yield case, error_of_a_step(recipe, attention, length, without_kernels=True)
-        yield f"{recipe} bfloat16", error_of_a_step(recipe, "sdpa", LENGTHS[-1], dtype=torch.bfloat16)
-        yield f"{recipe} distilled", error_of_a_step(recipe, "sdpa", LENGTHS[-1], distilled=True)
+    for recipe, settings in RECIPES.items():
+        for length in LENGTHS:
+            yield f"{recipe} eager {length}", error_of_a_step(settings, length, attention="eager")
+            yield f"{recipe} sdpa {length}", error_of_a_step(settings, length)
+            yield f"{recipe} sdpa {length}, without kernels", error_of_a_step(settings, length, without_kernels=True)
+        yield f"{recipe} bfloat16", error_of_a_step(settings, dtype=torch.bfloat16)
+        yield f"{recipe} distilled", error_of_a_step(settings, distilled=True)
+    for name, settings in OTHER_SETTINGS.items():
+        yield f"{name}, without kernels", error_of_a_step(settings, without_kernels=True)
 
 
 class References(TorchDispatchMode):
@@ -56,18 +62,18 @@ class References(TorchDispatchMode):
 
 
 def error_of_a_step(
-    recipe: str,
-    attention: str,
-    length: int,
+    settings: OctavConfig | None,
+    length: int = LENGTHS[-1],
     *,
+    attention: str = "sdpa",
     dtype: torch.dtype = torch.float32,
     distilled: bool = False,
     without_kernels: bool = False,
 ) -> str:
     """The first read of two training steps (forward, backward, AdamW), as a line of code; empty if there is none."""
-    model = make_bert(recipe, attention, **SIZES).to(dtype)
+    model = make_bert(settings, attention, **SIZES).to(dtype)
     if distilled:
-        teacher = make_bert("float", attention, **SIZES).to(dtype)
+        teacher = make_bert(None, attention, **SIZES).to(dtype)
         distill(model, teacher, weight=0.5)
     reads = HostReads("cuda")
     try:

@@ -28,7 +28,9 @@ RECIPES = {"float": None, "paper": OctavConfig.paper(), "accurate": OctavConfig.
 aten = torch.ops.aten
 # Operations whose result, or the shape of it, the host has to know.
 _READS = {
-    aten._local_scalar_dense,  # item(), bool(), float()
+    aten._local_scalar_dense,  # what is left of item(), bool() and float(), which modes in modes see whole
+    aten.item,
+    aten.is_nonzero,
     aten.equal,
     aten.nonzero,
     aten.masked_select,
@@ -74,23 +76,21 @@ class HostReads(TorchDispatchMode):
 
 
 def _asking_line() -> str:
-    """The innermost line of the package, or else of whatever is neither PyTorch nor this file."""
-    # A function mode only passes on what was asked for further out.
-    frames = [frame for frame in traceback.extract_stack() if frame.name != "__torch_function__"]
-    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_ROOT / "octav_hf")]
-    others = [frame for frame in frames if "site-packages/torch/" not in frame.filename and frame.filename != __file__]
-    frame = (ours or others)[-1]
+    """The innermost line of what is neither PyTorch nor this file."""
+    # A mode only passes on what was asked for further out.
+    modes = ("__torch_function__", "__torch_dispatch__")
+    frames = [frame for frame in traceback.extract_stack() if frame.name not in modes]
+    frame = [f for f in frames if "site-packages/torch/" not in f.filename and f.filename != __file__][-1]
     path = frame.filename.split("site-packages/")[-1].removeprefix(f"{_ROOT}/")
     return f"{path}:{frame.lineno}: {frame.line}"
 
 
-def make_bert(recipe: str, attention: str = "sdpa", **sizes: int) -> nn.Module:
-    """A random BERT in training mode, quantized by one of `RECIPES`."""
+def make_bert(settings: OctavConfig | None, attention: str = "sdpa", **sizes: int) -> nn.Module:
+    """A random BERT in training mode, quantized if there are settings."""
     config = BertConfig(**sizes)
     config._attn_implementation = attention
     torch.manual_seed(0)
     model = BertForQuestionAnswering(config).train()
-    settings = RECIPES[recipe]
     return model if settings is None else apply_octav(model, settings)
 
 
@@ -105,7 +105,7 @@ def padded_batch(batch: int, length: int) -> dict[str, torch.Tensor]:
 
 def count_step(recipe: str, attention: str, size: tuple[int, int]) -> HostReads:
     """Counts of the second training step (forward, backward, fused AdamW) of a model of MiniLM's shape on the CPU."""
-    model = make_bert(recipe, attention, **MINILM)
+    model = make_bert(RECIPES[recipe], attention, **MINILM)
     batch = padded_batch(*size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     for _ in range(2):  # the first makes the optimizer's state
