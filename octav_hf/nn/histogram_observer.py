@@ -40,6 +40,8 @@ class HistogramObserver(ClipObserver):
     ``x - offset``. To count those, all calls have to be observed once more, unless the rule needs only the range.
     """
 
+    _like: Tensor  # a dynamic clip, for dtype and device; there is one as soon as there is a call
+
     def __init__(self, quantizer: FakeQuantize):
         super().__init__(quantizer)
         if quantizer.clip not in poolable_rules():
@@ -51,7 +53,6 @@ class HistogramObserver(ClipObserver):
         self._calls: dict[int, _Parts] = {}
         self._offset: Tensor | None = None
         self._is_done = False
-        self._like: Tensor | None = None
 
     @property
     def may_need_another_pass(self) -> bool:

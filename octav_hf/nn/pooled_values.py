@@ -11,7 +11,8 @@ from .fake_quantize import FakeQuantize
 def value_range(x: Tensor) -> Tensor:
     """Lowest and highest value of each of ``[rows, n]``: ``[rows, 2]`` float64; ``(inf, -inf)`` of no values."""
     if x.shape[1] == 0:
-        return torch.tensor([torch.inf, -torch.inf], dtype=torch.float64, device=x.device).expand(x.shape[0], 2)
+        infinity = torch.full((x.shape[0],), torch.inf, dtype=torch.float64, device=x.device)
+        return torch.stack([infinity, -infinity], dim=1)
     return torch.stack(torch.aminmax(x, dim=1), dim=1).double()  # NaN propagates
 
 
