@@ -42,6 +42,7 @@ def results() -> Iterator[tuple[str, str]]:
                 case = f"{recipe} {attention} {length}, without kernels"
                 yield case, error_of_a_step(recipe, attention, length, without_kernels=True)
         yield f"{recipe} bfloat16", error_of_a_step(recipe, "sdpa", LENGTHS[-1], dtype=torch.bfloat16)
+        yield f"{recipe} synchronized", error_of_a_step(recipe, "sdpa", LENGTHS[-1], synchronized=True)
         yield f"{recipe} distilled", error_of_a_step(recipe, "sdpa", LENGTHS[-1], distilled=True)
 
 
@@ -62,10 +63,11 @@ def error_of_a_step(
     *,
     dtype: torch.dtype = torch.float32,
     distilled: bool = False,
+    synchronized: bool = False,
     without_kernels: bool = False,
 ) -> str:
     """The first read of two training steps (forward, backward, AdamW), as a line of code; empty if there is none."""
-    model = make_bert(recipe, attention, **SIZES).to(dtype)
+    model = make_bert(recipe, attention, synchronized, **SIZES).to(dtype)
     if distilled:
         teacher = make_bert("float", attention, **SIZES).to(dtype)
         distill(model, teacher, weight=0.5)

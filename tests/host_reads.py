@@ -11,6 +11,7 @@ import argparse
 import os
 import traceback
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +85,16 @@ def _asking_line() -> str:
     return f"{path}:{frame.lineno}: {frame.line}"
 
 
-def make_bert(recipe: str, attention: str = "sdpa", **sizes: int) -> nn.Module:
-    """A random BERT in training mode, quantized by one of `RECIPES`."""
+def make_bert(recipe: str, attention: str = "sdpa", synchronized: bool = False, **sizes: int) -> nn.Module:
+    """A random BERT in training mode, quantized by one of `RECIPES`, with clips of all processes or not."""
     config = BertConfig(**sizes)
     config._attn_implementation = attention
     torch.manual_seed(0)
     model = BertForQuestionAnswering(config).train()
     settings = RECIPES[recipe]
-    return model if settings is None else apply_octav(model, settings)
+    if settings is None:
+        return model
+    return apply_octav(model, replace(settings, sync_activation_clips=synchronized))
 
 
 def padded_batch(batch: int, length: int) -> dict[str, torch.Tensor]:

@@ -92,5 +92,5 @@ def test_a_step_on_tensors_without_values(fake_steps: dict[str, str], recipe: st
     """The float model shows that the rest of the step reads nothing."""
     cases = {name: error for name, error in fake_steps.items() if name.startswith(recipe)}
     errors = "\n".join(f"{name}: {error}" for name, error in cases.items() if error)
-    assert len(cases) == 10
+    assert len(cases) == 11
     assert not errors, errors

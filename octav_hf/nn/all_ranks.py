@@ -18,7 +18,7 @@ def own_rank() -> int:
 def gather(values: Tensor) -> Tensor:
     """``values`` of each rank, ``[ranks, *values.shape]``, by one collective."""
     if not several_ranks():
-        return values[None]
+        return values.unsqueeze(0)
     gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, values)
     return torch.stack(gathered)
@@ -42,7 +42,7 @@ def sum_and_gather(counts: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         The sum, of the shape of ``counts``, and ``[ranks, k]``; both bitwise equal on all ranks.
     """
     if not several_ranks():
-        return counts, values[None]
+        return counts, values.unsqueeze(0)
     # Each rank adds the bits of its values to a row that is 0 elsewhere.
     rows = counts.new_zeros(dist.get_world_size(), len(values))
     rows.select(0, dist.get_rank()).copy_(values.view(torch.int64))

@@ -18,7 +18,8 @@ def value_range(x: Tensor) -> Tensor:
 
 def pooled_range(ranges: Tensor) -> Tensor:
     """The range of all values, ``[..., 2]``, from those of their parts, ``[parts, ..., 2]``."""
-    return torch.stack([ranges[..., 0].amin(dim=0), ranges[..., 1].amax(dim=0)], dim=-1)
+    low, high = ranges.unbind(dim=-1)
+    return torch.stack([low.amin(dim=0), high.amax(dim=0)], dim=-1)
 
 
 def clip_of_table(quantizer: FakeQuantize, table: Tensor, signed: Sign) -> Tensor:
@@ -29,7 +30,8 @@ def clip_of_table(quantizer: FakeQuantize, table: Tensor, signed: Sign) -> Tenso
 
 def clip_of_range(quantizer: FakeQuantize, bounds: Tensor, signed: Sign) -> Tensor:
     """The clip of values with these bounds, ``[2]``, by a rule that depends on nothing else: float64 ``[]``."""
-    bounds = torch.where(bounds[0] > bounds[1], 0, bounds)  # of no values
+    low, high = bounds
+    bounds = torch.where(low > high, 0, bounds)  # of no values
     options = {"signed": _sign_tensor(signed, bounds), "dim": None, **quantizer.clip_options}
     return clip_for_sign(quantizer.clip, bounds, quantizer.num_bits, **options)
 

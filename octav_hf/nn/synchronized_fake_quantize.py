@@ -69,15 +69,15 @@ class SynchronizedFakeQuantize(FakeQuantize):
         clip = self._clip_of(pooled, signed, x)
         if not asymmetric:
             return Grid(signed, clip)
-        low = pooled.bounds[0].to(clip.dtype)
+        low = pooled.bounds.select(0, 0).to(clip.dtype)
         shifted = signed & (-low <= clip)
         offset = torch.where(shifted, low, 0)
         clip_from_offset = self.compute_clip(x.to(offset.dtype) - offset, signed=False)
-        return Grid(signed & ~shifted, torch.where(shifted, clip_from_offset, clip), offset)
+        return Grid(signed & shifted.logical_not(), torch.where(shifted, clip_from_offset, clip), offset)
 
     def _grid_of_parts(self, x: Tensor) -> Grid:
         check_floating(x, self._rule_name)
-        own, error = [value_range(x.reshape(1, -1))[0]], None
+        own, error = [value_range(x.reshape(1, -1)).flatten()], None
         if self.asymmetric:
             try:
                 clip = super().compute_clip(x, signed=True)
@@ -87,14 +87,15 @@ class SynchronizedFakeQuantize(FakeQuantize):
         gathered = gather(torch.cat(own))
         if error is not None:
             raise error
-        self._check(_is_range(gathered) & ~gathered.isnan().any(dim=1), x)
-        low, negative = gathered[:, 0].amin(), gathered[:, 0].amin() < 0
+        self._check(_is_range(gathered) & gathered.isnan().any(dim=1).logical_not(), x)
+        low = gathered.select(1, 0).amin()
+        negative = low < 0
         if not self.asymmetric:
             return Grid(negative, super().compute_clip(x, negative))
-        total, number = gathered[:, 2:].sum(dim=0)
+        total, number = gathered.narrow(1, 2, 2).sum(dim=0)
         shifted = negative & (-low * number <= total)
         offset = torch.where(shifted, low, 0).to(clip.dtype)
-        signed = negative & ~shifted
+        signed = negative & shifted.logical_not()
         clip_of_grid = super().compute_clip(x.to(offset.dtype) - offset, signed, skip=signed)
         return Grid(signed, torch.where(signed, clip, clip_of_grid), offset)
 
@@ -103,15 +104,16 @@ class SynchronizedFakeQuantize(FakeQuantize):
         check_floating(x, self._rule_name)
         values = x.detach().reshape(1, -1)
         if self.clip not in RULES_OF_TABLES:
-            ranges = gather(value_range(values)[0])
+            ranges = gather(value_range(values).flatten())
             self._check(_is_range(ranges), x)
             bounds = pooled_range(ranges)
-            return _Pooled(None, bounds, bounds[0] < 0)
+            return _Pooled(None, bounds, bounds.select(0, 0) < 0)
         own = magnitude_table(values.float() if values.dtype == torch.float64 else values)
-        low = value_range(values)[0, 0] if lowest else torch.zeros((), dtype=torch.float64, device=x.device)
-        table, gathered = sum_and_gather(own, torch.stack([is_finite(own).double(), low]))
-        self._check(gathered[:, 0] > 0, x)
-        return _Pooled(table, gathered[:, 1:].amin(dim=0), has_negative_bin(table))
+        low = value_range(values).select(1, 0) if lowest else torch.zeros(1, dtype=torch.float64, device=x.device)
+        table, gathered = sum_and_gather(own, torch.cat([is_finite(own).double().view(1), low]))
+        valid, lows = gathered.unbind(dim=1)
+        self._check(valid > 0, x)
+        return _Pooled(table, lows.amin(dim=0, keepdim=True), has_negative_bin(table))
 
     def _clip_of(self, pooled: _Pooled, signed: Sign, x: Tensor) -> Tensor:
         clip = (
@@ -156,5 +158,5 @@ class SynchronizedFakeQuantize(FakeQuantize):
 
 def _is_range(ranges: Tensor) -> Tensor:
     """Whether ``[ranks, 2 or more]`` begin with finite bounds, or with those of no values: bool ``[ranks]``."""
-    low, high = ranges[:, 0], ranges[:, 1]
+    low, high = ranges.select(1, 0), ranges.select(1, 1)
     return (low.isfinite() & high.isfinite()) | (low > high)

@@ -186,6 +186,17 @@ def quantize_what_is_not_finite(folder: Path, values: list[float], **settings: A
     return errors
 
 
+def quantize_compiled(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Compiled and eager results of quantizers whose clips take collectives, on this rank's part of a tensor."""
+    (x,) = part_of({"x": torch.nn.functional.gelu(tensors()["normal"].view(50, 60))}).values()
+    outcomes = {}
+    for dim in (None, -1):
+        quantizer = SynchronizedFakeQuantize(4, signed=None, asymmetric=True, dim=dim)
+        compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=True)
+        outcomes[f"over {dim}"] = compiled(x), quantizer(x)
+    return outcomes
+
+
 def forward(folder: Path, sizes: list[int], frozen: bool, **config: Any) -> dict[str, Any]:
     """What a network, in evaluation, makes of this rank's part of a batch; ``sizes`` says how large each part is.
 

@@ -172,3 +172,10 @@ def test_a_rule_of_the_users_own_is_one_for_all_ranks_if_it_reads_tables(monkeyp
     x = torch.randn(100, generator=torch.Generator().manual_seed(0))
     clips = [SynchronizedFakeQuantize(4, clip=clip).compute_clip(x) for clip in ("octav", "halves")]
     assert torch.equal(clips[0] / 2, clips[1])
+
+
+@pytest.mark.slow
+def test_collectives_are_compiled_in_one_graph(succeed: Run) -> None:
+    for rank in succeed("quantize_compiled", 2):
+        for name, (output, expected) in rank.items():
+            assert torch.equal(output, expected), name
