@@ -112,7 +112,7 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
         ({"sync_activation_clips": 1}, "sync_activation_clips must be True or False, got 1"),
         (
             {"sync_activation_clips": True, "activation_clip": "mse_sweep"},
-            "sync_activation_clips is for the activation clips 'max', 'mse', 'octav', 'percentile', not for 'mse_sweep'",
+            "is for the activation clips 'max', 'mse', 'octav', 'percentile', not for 'mse_sweep'",
         ),
         (
             {"sync_activation_clips": True, "module_overrides": {"head": {"activation_clip": "mse_sweep"}}},
