@@ -68,7 +68,9 @@ class HistogramObserver(ClipObserver):
         self._like = grid.clip.detach()
         frozen_dim = self.quantizer.frozen_dim
         shape = () if frozen_dim is None else self.quantizer.parts_of(x)
-        parts = self._calls.setdefault(call_index, _Parts(shape, self._has_tables))
+        if call_index not in self._calls:
+            self._calls[call_index] = _Parts(shape, self._has_tables)
+        parts = self._calls[call_index]
         self.check_shape(shape, parts.shape)
         values = x.detach() if self._offset is None else x.detach().to(self._offset.dtype) - self._offset
         parts.add(_rows(values, shape, len(frozen_dim or ())))

@@ -9,7 +9,7 @@ from ..functional.table import magnitude_table
 class SparseTable:
     """The sum of the magnitude tables of tensors, on the CPU: 20 bytes for each bin that is filled.
 
-    That is 30 to 100 kB where a whole table has 1 MiB, for operands with a clip for each of hundreds of channels.
+    That is 30 to 150 kB where a whole table has 1 MiB, for operands with a clip for each of hundreds of channels.
     """
 
     def __init__(self) -> None:

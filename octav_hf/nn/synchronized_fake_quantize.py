@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._utils.torch_private import has_values
 from ..functional.registry import RULES_OF_TABLES
-from ..functional.rows import Sign, check_floating, not_finite_error, statistics_dtype
+from ..functional.rows import Sign, check_floating, not_finite_error, statistics_dtype, to_rows
 from ..functional.table import has_negative_bin, is_finite, magnitude_table
 from .all_ranks import gather, own_rank, sum_and_gather
 from .fake_quantize import FakeQuantize, Grid
@@ -77,7 +77,7 @@ class SynchronizedFakeQuantize(FakeQuantize):
 
     def _grid_of_parts(self, x: Tensor) -> Grid:
         check_floating(x, self._rule_name)
-        own, error = [value_range(x.reshape(1, -1)).flatten()], None
+        own, error = [value_range(to_rows(x, None)[0]).flatten()], None
         if self.asymmetric:
             try:
                 clip = super().compute_clip(x, signed=True)
@@ -102,7 +102,7 @@ class SynchronizedFakeQuantize(FakeQuantize):
     def _pool(self, x: Tensor, lowest: bool = False) -> _Pooled:
         """What is known of the tensor whose parts are the ranks' ``x``, by one collective."""
         check_floating(x, self._rule_name)
-        values = x.detach().reshape(1, -1)
+        values, _ = to_rows(x.detach(), None)
         if self.clip not in RULES_OF_TABLES:
             ranges = gather(value_range(values).flatten())
             self._check(_is_range(ranges), x)
@@ -116,11 +116,10 @@ class SynchronizedFakeQuantize(FakeQuantize):
         return _Pooled(table, lows.amin(dim=0, keepdim=True), has_negative_bin(table))
 
     def _clip_of(self, pooled: _Pooled, signed: Sign, x: Tensor) -> Tensor:
-        clip = (
-            clip_of_range(self, pooled.bounds, signed)
-            if pooled.table is None
-            else clip_of_table(self, pooled.table, signed)
-        )
+        if pooled.table is None:
+            clip = clip_of_range(self, pooled.bounds, signed)
+        else:
+            clip = clip_of_table(self, pooled.table, signed)
         clip = clip.to(statistics_dtype(x.dtype))
         self.remember(clip)
         return clip

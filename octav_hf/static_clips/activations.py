@@ -21,7 +21,7 @@ OBSERVERS: dict[str, type[ClipObserver]] = {"mean": MeanObserver, "histogram": H
 
 
 @contextmanager
-def calibrating(model: nn.Module, observer: str = "mean") -> Iterator[None]:
+def calibrating(model: nn.Module, *, observer: str = "mean") -> Iterator[None]:
     """``calibrate_octav`` around an evaluation loop of your own::
 
         model.eval()

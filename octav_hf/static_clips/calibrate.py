@@ -44,7 +44,7 @@ def calibrate_octav(
     batch elements (and heads, where a module merges them with the batch, as DeBERTa does). Tokens have no identity
     across batches, so an operand with a clip per token gets one for the whole tensor.
 
-    The histogram is for the clipping rules of ``sync_activation_clips``. It takes 30 to 100 kB for each clip. With
+    The histogram is for the clipping rules of ``sync_activation_clips``. It takes 30 to 150 kB for each clip. With
     ``asymmetric_activations`` the model runs twice on each batch, and the batches are kept for that: an offset, the
     lowest value of all, is not known before the last batch.
 
