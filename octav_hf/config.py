@@ -20,7 +20,7 @@ from ._utils.name_patterns import NamePatterns, validate_patterns
 from ._version import __version__
 from .functional import CLIP_RULES, GradientEstimator
 from .functional.grid import MAX_BITS, MIN_BITS
-from .functional.registry import OPTION_CHECKS, RULE_ARGUMENTS, rules_for_all_ranks
+from .functional.registry import OPTION_CHECKS, RULE_ARGUMENTS, poolable_rules
 from .nn.clips_of_version_1 import ClipsOfVersion1, validate_activation_clips
 from .nn.granularity import ACTIVATION_GRANULARITIES, FINEST, WEIGHT_GRANULARITIES, Granularity, unsupported_reason
 
@@ -174,10 +174,12 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
     quant_method: str = field(default=QUANT_METHOD, init=False, repr=False)  # type: ignore[assignment]
     sync_activation_clips: bool = _field(
         False,
-        "Whether activation clips (octav, mse, max) are computed from the batches of all processes, so that one step "
-        "of N data-parallel ranks is that of one process on the whole batch. Each clip takes a few small messages "
-        "between all ranks of the default process group, so all ranks must run the same forward passes, in evaluation "
-        "too.",
+        "Whether activation clips are computed from the batches of all processes, so that one step of N data-parallel "
+        "ranks is that of one process on the whole batch. For octav, mse, max, percentile and rules of your own that "
+        "are functions of a table. Each clip takes one message between all ranks of the default process group (1 MiB; "
+        "asymmetric grids take two), so all ranks must run the same forward passes, in evaluation too. Clips per "
+        "token, head or channel are of one rank's values, and only a sign or an offset that depends on the data is "
+        "shared.",
     )
     first_last_bits: int | None = _field(
         None,
@@ -457,7 +459,7 @@ def _validate(values: dict[str, Any], where: str) -> None:
         raise ValueError(
             f"{where}: asymmetric_activations=True needs unsigned_activations=True: an asymmetric grid is unsigned"
         )
-    clip, supported = values["activation_clip"], rules_for_all_ranks()
+    clip, supported = values["activation_clip"], poolable_rules()
     if values["sync_activation_clips"] and values["activation_bits"] is not None and clip not in supported:
         raise ValueError(
             f"{where}: sync_activation_clips is for the activation clips {', '.join(map(repr, supported))}, not for "

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 if len(sys.argv) > 1:
@@ -47,6 +48,9 @@ def results() -> Iterator[tuple[str, str]]:
             yield f"{recipe} sdpa {length}, without kernels", error_of_a_step(settings, length, without_kernels=True)
         yield f"{recipe} bfloat16", error_of_a_step(settings, dtype=torch.bfloat16)
         yield f"{recipe} distilled", error_of_a_step(settings, distilled=True)
+        if settings is not None:
+            together = replace(settings, sync_activation_clips=True)
+            yield f"{recipe} synchronized", error_of_a_step(together)
     for name, settings in OTHER_SETTINGS.items():
         yield f"{name}, without kernels", error_of_a_step(settings, without_kernels=True)
 

@@ -111,15 +111,15 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
         ({"unsigned_activations": "auto"}, "unsigned_activations must be True or False, got 'auto'"),
         ({"sync_activation_clips": 1}, "sync_activation_clips must be True or False, got 1"),
         (
-            {"sync_activation_clips": True, "activation_clip": "percentile"},
-            "sync_activation_clips is for the activation clips 'max', 'mse', 'octav', not for 'percentile'",
+            {"sync_activation_clips": True, "activation_clip": "mse_sweep"},
+            "is for the activation clips 'max', 'mse', 'octav', 'percentile', not for 'mse_sweep'",
         ),
         (
             {"sync_activation_clips": True, "module_overrides": {"head": {"activation_clip": "mse_sweep"}}},
             r"module_overrides\['head'\]: sync_activation_clips is .* not for 'mse_sweep'",
         ),
         ({"module_overrides": {"a": {"sync_activation_clips": True}}}, "cannot set 'sync_activation_clips'"),
-        ({"activation_clip_options": {"ranks": None}}, "'octav' has no option 'ranks'"),
+        ({"activation_clip_options": {"skip": None}}, "'octav' has no option 'skip'"),
         ({"first_last_bits": 9}, "first_last_bits must be an integer from 2 to 8, or None"),
         ({"weight_granularity": "token"}, "weight_granularity cannot be 'token'; choose from 'channel', 'tensor'"),
         ({"activation_granularity": "token"}, r"activation_granularity must map operands to granularities, .*'token'"),

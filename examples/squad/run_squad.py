@@ -85,6 +85,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         for name in ("pack", "calibration_batches"):
             if getattr(output_args, name):
                 raise ValueError(f"--{name} needs a quantized model: add --quantize, or give one, not a float model.")
+    calibrates = octav_args.static_clip_batches or output_args.calibration_batches
+    if output_args.calibration_observer and not calibrates:
+        raise ValueError("--calibration_observer would be ignored: add --calibration_batches or --static_clip_batches.")
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     windows = Windows(
         data_args.max_seq_length, data_args.doc_stride, data_args.max_query_length, data_args.pad_to_max_length
@@ -144,7 +147,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     def calibrate(batches: int, weights: bool = False) -> None:
         unwrapped = trainer.accelerator.unwrap_model(trainer.model)
-        octav_hf.calibrate_octav(unwrapped, random_batches(parts, batches), weights=weights)
+        observer = output_args.calibration_observer or "mean"
+        octav_hf.calibrate_octav(unwrapped, random_batches(parts, batches), observer=observer, weights=weights)
 
     results: dict[str, float] = {}
     if octav_args.static_clip_batches:

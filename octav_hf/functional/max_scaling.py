@@ -9,7 +9,7 @@ from .registry import register_clip_rule
 from .rows import Dim, Sign, check_floating, checked_clips, clips_of, empty_clips, magnitude
 
 
-@register_clip_rule("max", tensor_sign=True)
+@register_clip_rule("max", of_range=True, tensor_sign=True)
 @torch.no_grad()
 def max_clip(x: Tensor, num_bits: int, *, signed: Sign = True, dim: Dim = None, skip: Tensor | None = None) -> Tensor:
     """``s = max|x|`` (section 2), or ``max(x, 0)`` unsigned. Arguments, result and errors as in ``octav_clip``.

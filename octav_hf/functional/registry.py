@@ -20,14 +20,18 @@ OPTION_CHECKS: dict[str, Callable[..., None]] = {}
 RULES_OF_TABLES: dict[str, ClipRule] = {}
 """Name -> ``rule(table, num_bits, signed, **options) -> clip`` of a tensor with this magnitude table."""
 
+RULES_OF_RANGES: set[str] = set()
+"""Names of rules whose clip is that of the lowest and the highest value alone."""
+
 RULE_ARGUMENTS = ("x", "num_bits", "signed", "dim", "skip")
 """Arguments of rules that are not options."""
 
 _TENSOR_SIGN: set[str] = set()  # rules whose ``signed`` may be a tensor, and which take ``skip``
 
 
-def rules_for_all_ranks() -> list[str]:
-    return sorted([*RULES_OF_TABLES, "max"])
+def poolable_rules() -> list[str]:
+    """Rules for values that are on several ranks, or in several batches."""
+    return sorted(RULES_OF_TABLES.keys() | RULES_OF_RANGES)
 
 
 def register_clip_rule(
@@ -35,6 +39,7 @@ def register_clip_rule(
     *,
     check_options: Callable[..., None] | None = None,
     of_table: ClipRule | None = None,
+    of_range: bool = False,
     tensor_sign: bool = False,
 ) -> Callable[[Rule], Rule]:
     """Decorator: register a clipping rule under ``name``, for the config too; ``ValueError`` if it is taken.
@@ -46,8 +51,9 @@ def register_clip_rule(
         name: what ``OctavConfig.weight_clip`` and ``activation_clip`` call it.
         check_options: called with the options when a config is made; raises ``ValueError`` for impossible ones. Without
             it the rule itself is called then, with a tensor of one element.
-        of_table: the rule as a function of a magnitude table (``table.py``). Without it there is no clip of a tensor
-            whose parts are on several ranks or in several batches.
+        of_table: the rule as a function of a magnitude table (``table.py``). Without it, and without
+            ``of_range``, there is no clip of values that are on several ranks or in several batches.
+        of_range: whether the clip is that of the lowest and the highest value alone.
         tensor_sign: whether ``signed`` may also be a bool tensor ``[]``, for a sign that the data decide without a
             read on the host, and whether the rule takes ``skip``. A rule that does not is called for both signs.
     """
@@ -60,6 +66,8 @@ def register_clip_rule(
             OPTION_CHECKS[name] = check_options
         if of_table is not None:
             RULES_OF_TABLES[name] = of_table
+        if of_range:
+            RULES_OF_RANGES.add(name)
         if tensor_sign:
             _TENSOR_SIGN.add(name)
         return rule

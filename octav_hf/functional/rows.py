@@ -40,8 +40,8 @@ def to_rows(x: Tensor, dim: Dim) -> tuple[Tensor, tuple[int, ...]]:
         dimensions have size 1; ``()`` for ``dim=None``, which reduces all.
     """
     if dim is None:
-        # A table has no order, and in memory order a transposed tensor, such as an attention key, needs no copy. The sums
-        # of a short row depend on the order, which is that of the dimensions, whatever the strides are.
+        # A table has no order, and in memory order a transposed tensor, such as an attention key, needs no copy. The
+        # sums of a short row depend on the order, which is that of the dimensions, whatever the strides are.
         any_order = not torch.compiler.is_compiling() and x.numel() >= LONG_ROW
         return (x.permute(memory_order(x)) if any_order else x).reshape(1, -1), ()
     dims = (dim,) if isinstance(dim, int) else tuple(dim)

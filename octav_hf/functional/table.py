@@ -51,7 +51,7 @@ def magnitude_table(x: Tensor) -> Tensor:
 
 def has_negative_bin(table: Tensor) -> Tensor:
     """Whether a tensor with this table has a value below zero: bool ``[]``. Minus zero is none."""
-    counts, rests = table[0, 1], table[1, 1]
+    counts, rests = table.select(1, 1)
     return (counts.narrow(0, 1, _BINS - 1).sum() + rests.select(0, 0)) > 0
 
 
@@ -62,7 +62,7 @@ def number_of_values(table: Tensor) -> Tensor:
 
 def is_finite(table: Tensor) -> Tensor:
     """Whether no value is NaN or Inf: bool ``[]``."""
-    return table[0].narrow(1, _NOT_FINITE, _BINS - _NOT_FINITE).sum() == 0
+    return table.select(0, 0).narrow(1, _NOT_FINITE, _BINS - _NOT_FINITE).sum() == 0
 
 
 class Bin(NamedTuple):

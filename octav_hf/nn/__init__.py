@@ -3,13 +3,16 @@
 from .attention.matmuls import AttentionMatmuls
 from .attention.module import QuantizedAttention
 from .attention.scaled_dot_product_attention import quantized_scaled_dot_product_attention
+from .clip_observer import ClipObserver
 from .convolution import QuantizedConv1d, QuantizedConv2d
 from .embedding import QuantizedEmbedding
 from .fake_quantize import FROZEN_BUFFERS, FakeQuantize
-from .frozen_clips import ClipObserver, FrozenClips
+from .frozen_clips import FrozenClips
 from .granularity import ATTENTION_OPERANDS
+from .histogram_observer import HistogramObserver
 from .holds_frozen_clips import HoldsFrozenClips
 from .linear import QuantizedLinear
+from .mean_observer import MeanObserver
 from .packed_layer import PackedLayer
 from .packed_weight import PackedWeight
 from .quantized_layer import QUANTIZED_LAYERS, QuantizedLayer, quantized_class_of, register_quantized_layer
@@ -24,7 +27,9 @@ __all__ = [
     "ClipObserver",
     "FakeQuantize",
     "FrozenClips",
+    "HistogramObserver",
     "HoldsFrozenClips",
+    "MeanObserver",
     "PackedLayer",
     "PackedWeight",
     "QuantizedAttention",

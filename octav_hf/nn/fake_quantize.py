@@ -9,7 +9,8 @@ from torch import Tensor
 from ..functional import fake_quantize, integer_range
 from ..functional.registry import clip_for_sign
 from ..functional.rows import Dim, Sign, has_negative, statistics_dtype
-from .frozen_clips import ClipObserver, FrozenClips, values_key
+from .clip_observer import ClipObserver
+from .frozen_clips import FrozenClips, values_key
 from .full_precision_buffers import FullPrecisionBuffers
 from .function_modes import outside_function_modes
 from .nan_flag import NanFlag
@@ -81,6 +82,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
     unsigned_clips: Tensor | None
     offset: Tensor | None
     observer: ClipObserver | None = None
+    is_synchronized: ClassVar[bool] = False  # whether clips are of the tensors of all ranks
     _left_by_calls: ClassVar[tuple[str, ...]] = ("_sum_of_clips",)
 
     def __init__(
@@ -256,17 +258,17 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         else:
             grid = self.dynamic_grid(x)
             if self.observer is not None:
-                self._observe(self.observer, x, call_index, grid)
+                self.observer.observe(x, call_index, grid)
         return fake_quantize(
             x, grid.clip, self.num_bits, signed=grid.signed, offset=grid.offset, gradient=self.gradient_estimator
         )
 
     def _frozen_grid(self, frozen: FrozenClips, x: Tensor, call_index: int) -> Grid:
         dtype, parts = statistics_dtype(x.dtype), tuple(frozen.clips.shape[1:])
-        if parts and parts != self._parts(x):
+        if parts and parts != self.parts_of(x):
             raise ValueError(
                 f"{self.name or 'FakeQuantize'}: its frozen clips are of shape {parts}, and its operand, of shape "
-                f"{tuple(x.shape)} with the batch first and what shares a clip last, needs {self._parts(x)}; run the "
+                f"{tuple(x.shape)} with the batch first and what shares a clip last, needs {self.parts_of(x)}; run the "
                 "model as it was calibrated, or call calibrate_octav again"
             )
         clip = frozen.clips[call_index].to(dtype)
@@ -278,36 +280,10 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
     def _frozen_dims(self) -> tuple[int, ...]:
         return self.frozen_dim or ()
 
-    def _parts(self, x: Tensor) -> tuple[int, ...]:
+    def parts_of(self, x: Tensor) -> tuple[int, ...]:
         """How many frozen clips ``x`` has along its dimensions: none of its own for a batch element."""
         kept = tuple(x.shape[: x.dim() - len(self._frozen_dims)])
         return kept[1:] if x.dim() > 2 else kept
-
-    @torch.compiler.disable
-    def _observe(self, observer: ClipObserver, x: Tensor, call_index: int, grid: Grid) -> None:
-        on_signed = bool(grid.signed)
-        clips = {on_signed: grid.clip} if self._has_values(x) else {}
-        if clips and self.signed is None and not on_signed:  # a later tensor may decide for the signed grid
-            clips[True] = self.compute_clip(x, signed=True)
-        sums, count = {}, 1
-        for signed, clip in clips.items():
-            sums[signed], count = (clip, 1) if self.frozen_dim is None else self._sum_over_batch(x, clip)
-        offset = None if grid.offset is None or on_signed or not grid.offset < 0 else grid.offset
-        try:
-            observer.record(call_index, sums, count, offset, like=grid.clip)
-        except ValueError as error:
-            raise ValueError(
-                f"{self.name or 'FakeQuantize'}: {error}, so that they have no mean; calibrate with batches in which "
-                'the operand has one number of heads and channels, or give it activation_granularity "tensor"'
-            ) from error
-
-    def _sum_over_batch(self, x: Tensor, clip: Tensor) -> tuple[Tensor, int]:
-        """The sum of the clips of the batch elements of ``x``, ``_parts(x)`` in float64, and how many they are."""
-        clips = clip.reshape(x.shape[: x.dim() - len(self._frozen_dims)]).cpu().double()
-        return (clips.sum(dim=0), len(clips)) if x.dim() > 2 else (clips, 1)
-
-    def _has_values(self, x: Tensor) -> bool:
-        return x.numel() > 0
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled and copied: not what calls leave, so that a hash of the model depends on the model alone."""

@@ -1,90 +1,161 @@
 """The quantizer of an activation with clips of the global batch."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..functional import CLIP_RULES
-from ..functional.all_ranks import AllRanks, several_ranks
-from .fake_quantize import FakeQuantize
+from .._utils.torch_private import has_values
+from ..functional.registry import RULES_OF_TABLES
+from ..functional.rows import Sign, check_floating, not_finite_error, statistics_dtype, to_rows
+from ..functional.table import has_negative_bin, is_finite, magnitude_table
+from .all_ranks import gather, own_rank, sum_and_gather
+from .fake_quantize import FakeQuantize, Grid
 from .function_modes import outside_function_modes
+from .pooled_values import clip_of_range, clip_of_table, pooled_range, value_range
+
+
+class _Pooled(NamedTuple):
+    """What is known of the tensor whose parts are on the ranks."""
+
+    table: Tensor | None  # magnitude table, for a rule that is a function of it
+    bounds: Tensor  # lowest and highest value, [2] float64; with a table only the lowest, and only if it was asked for
+    has_negative: Tensor  # bool []
 
 
 class SynchronizedFakeQuantize(FakeQuantize):
     """``FakeQuantize`` with clip and sign of the tensors of all ranks of the default process group together.
 
-    Each call with dynamic clips is a collective; a rank's tensor may be empty. NaN or Inf on one rank is an error on
-    all. Without a process group of several ranks, and with frozen clips, it is ``FakeQuantize``. The clipping rule must
-    take ``ranks``.
+    The clip of a whole tensor takes one collective: the sum of the ranks' magnitude tables, 1 MiB, whatever the rule;
+    for ``"max"`` their ranges. Tables are integers, and small tensors and single processes use them too, so clip and
+    sign are the same bit for bit however the values are split over ranks. Float64 values are counted as float32. A
+    rank's tensor may be empty. An asymmetric grid takes a second collective, as its clip is of ``x - offset``.
 
-    With ``dim``, which must not include the batch dimension, each clip is of a part on one rank, such as a token. Then
-    the only collectives are for a sign that depends on the data and for the sum of clips in calibration, and without
-    them NaN or Inf is an error on its own rank only.
+    With ``dim`` each clip is of a part on one rank, such as a token or a head: ``dim`` must leave the batch out, so
+    that each batch element has its own. One collective then shares the range of the values, for a sign that depends on
+    them, and with it the mean of the clips that decides about an offset; where the sign is fixed, nothing is shared.
+
+    On the CPU NaN or Inf on one rank is an error on all, or where nothing is shared on that rank alone; elsewhere it
+    makes a clip that is shared NaN on all. The rule must be one for all ranks (``register_clip_rule``).
     """
+
+    is_synchronized = True
 
     @property
     def cache_key(self) -> tuple[Any, ...]:
         return (*super().cache_key, "all ranks")
 
-    @torch.compiler.disable
     @torch.no_grad()
     @outside_function_modes
-    def is_signed(self, x: Tensor) -> bool:
-        if self.signed is not None or not several_ranks():
-            return super().is_signed(x)
-        return self._is_signed(self._all_ranks(x))
+    def is_signed(self, x: Tensor) -> Sign:
+        return self._pool(x).has_negative if self.signed is None else self.signed
 
-    @torch.compiler.disable
     @torch.no_grad()
     @outside_function_modes
-    def compute_clip(self, x: Tensor, signed: bool | None = None) -> Tensor:
-        if not several_ranks() or self.active_dim is not None:
-            return super().compute_clip(x, signed)
-        ranks = self._all_ranks(x)
-        return self._clip(x, self._is_signed(ranks) if signed is None else signed, ranks)
+    def compute_clip(self, x: Tensor, signed: Sign | None = None, skip: Tensor | None = None) -> Tensor:
+        if self.active_dim is not None:
+            return super().compute_clip(x, signed, skip)
+        pooled = self._pool(x)
+        return self._clip_of(pooled, self._sign(pooled) if signed is None else signed, x)
 
-    @torch.compiler.disable
     @torch.no_grad()
     @outside_function_modes
-    def sign_and_clip(self, x: Tensor) -> tuple[bool, Tensor]:
-        """As in ``FakeQuantize``, with a single collective for the range of the values."""
-        if not several_ranks() or self.active_dim is not None:
-            return super().sign_and_clip(x)
-        ranks = self._all_ranks(x)
-        signed = self._is_signed(ranks)
-        return signed, self._clip(x, signed, ranks)
+    def dynamic_grid(self, x: Tensor) -> Grid:
+        if self.active_dim is not None:
+            return super().dynamic_grid(x) if self.signed is not None else self._grid_of_parts(x)
+        asymmetric = self.asymmetric and self.signed is None
+        pooled = self._pool(x, lowest=asymmetric)
+        signed = self._sign(pooled)
+        clip = self._clip_of(pooled, signed, x)
+        if not asymmetric:
+            return Grid(signed, clip)
+        low = pooled.bounds.select(0, 0).to(clip.dtype)
+        shifted = signed & (-low <= clip)
+        offset = torch.where(shifted, low, 0)
+        clip_from_offset = self.compute_clip(x.to(offset.dtype) - offset, signed=False)
+        return Grid(signed & shifted.logical_not(), torch.where(shifted, clip_from_offset, clip), offset)
 
-    @torch.compiler.disable
-    @torch.no_grad()
-    def dynamic_offset(self, x: Tensor, clip: Tensor) -> Tensor | None:
-        if not several_ranks():
-            return super().dynamic_offset(x, clip)
-        ranks = self._all_ranks(x)
-        total, count = ranks.sum(torch.stack([clip.sum(), clip.new_tensor(clip.numel())])).tolist()
-        return clip.new_tensor(ranks.low) if -ranks.low * count <= total else None
+    def _grid_of_parts(self, x: Tensor) -> Grid:
+        check_floating(x, self._rule_name)
+        own, error = [value_range(to_rows(x, None)[0]).flatten()], None
+        if self.asymmetric:
+            try:
+                clip = super().compute_clip(x, signed=True)
+            except ValueError as raised:  # to be raised after the collective, for which the other ranks wait
+                clip, error = torch.full((1,), torch.nan, dtype=torch.float64, device=x.device), raised
+            own.append(torch.stack([clip.sum(dtype=torch.float64), own[0].new_full((), clip.numel())]))
+        gathered = gather(torch.cat(own))
+        if error is not None:
+            raise error
+        self._check(_is_range(gathered) & gathered.isnan().any(dim=1).logical_not(), x)
+        low = gathered.select(1, 0).amin()
+        negative = low < 0
+        if not self.asymmetric:
+            return Grid(negative, super().compute_clip(x, negative))
+        total, number = gathered.narrow(1, 2, 2).sum(dim=0)
+        shifted = negative & (-low * number <= total)
+        offset = torch.where(shifted, low, 0).to(clip.dtype)
+        signed = negative & shifted.logical_not()
+        clip_of_grid = super().compute_clip(x.to(offset.dtype) - offset, signed, skip=signed)
+        return Grid(signed, torch.where(signed, clip, clip_of_grid), offset)
 
-    def _is_signed(self, ranks: AllRanks) -> bool:
-        return ranks.low < 0 if self.signed is None else self.signed
+    def _pool(self, x: Tensor, lowest: bool = False) -> _Pooled:
+        """What is known of the tensor whose parts are the ranks' ``x``, by one collective."""
+        check_floating(x, self._rule_name)
+        values, _ = to_rows(x.detach(), None)
+        if self.clip not in RULES_OF_TABLES:
+            ranges = gather(value_range(values).flatten())
+            self._check(_is_range(ranges), x)
+            bounds = pooled_range(ranges)
+            return _Pooled(None, bounds, bounds.select(0, 0) < 0)
+        own = magnitude_table(values.float() if values.dtype == torch.float64 else values)
+        low = value_range(values).select(1, 0) if lowest else torch.zeros(1, dtype=torch.float64, device=x.device)
+        table, gathered = sum_and_gather(own, torch.cat([is_finite(own).double().view(1), low]))
+        valid, lows = gathered.unbind(dim=1)
+        self._check(valid > 0, x)
+        return _Pooled(table, lows.amin(dim=0, keepdim=True), has_negative_bin(table))
 
-    def _all_ranks(self, x: Tensor) -> AllRanks:
-        try:
-            return AllRanks(x, f"{self.clip}_clip")
-        except ValueError as error:
-            raise ValueError(f"{self.name or type(self).__name__}: {error}") from error
+    def _clip_of(self, pooled: _Pooled, signed: Sign, x: Tensor) -> Tensor:
+        if pooled.table is None:
+            clip = clip_of_range(self, pooled.bounds, signed)
+        else:
+            clip = clip_of_table(self, pooled.table, signed)
+        clip = clip.to(statistics_dtype(x.dtype))
+        self.remember(clip)
+        return clip
 
-    def _clip(self, x: Tensor, signed: bool, ranks: AllRanks) -> Tensor:
-        return CLIP_RULES[self.clip](x, self.num_bits, signed=signed, ranks=ranks, **self.clip_options)
+    def _sign(self, pooled: _Pooled) -> Sign:
+        return pooled.has_negative if self.signed is None else self.signed
 
-    def _has_values(self, x: Tensor) -> bool:
-        return self._all_ranks(x).numel > 0 if several_ranks() else super()._has_values(x)
+    @property
+    def _rule_name(self) -> str:
+        return f"{self.name or 'FakeQuantize'}: {self.clip}_clip"
 
-    def _sum_over_batch(self, x: Tensor, clip: Tensor) -> tuple[Tensor, int]:
-        total, count = super()._sum_over_batch(x, clip)
-        if not several_ranks():
-            return total, count
-        numbers = self._all_ranks(x).sum(torch.cat([total.flatten(), total.new_tensor([count])]))
-        return numbers[:-1].view_as(total), int(numbers[-1])
+    def _check(self, is_finite: Tensor, x: Tensor) -> None:
+        """Raise ``ValueError`` on every rank if ``is_finite``, ``[ranks]``, says that the part of one is not.
+
+        Only where reading it does not wait for the device.
+        """
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or not has_values(x) or bool(is_finite.all()):
+            return
+        if is_finite[own_rank()]:
+            ranks = ", ".join(map(str, (~is_finite).nonzero().flatten().tolist()))
+            raise ValueError(
+                f"{self._rule_name}: the part of x on rank {ranks} holds NaN or Inf, so that there is no clipping "
+                "scalar of all ranks; the error on that rank says more"
+            )
+        if bool(x.isfinite().all()):
+            raise ValueError(
+                f"{self._rule_name}: x of shape {tuple(x.shape)} holds values beyond the range of float32, in which "
+                "those of all ranks are counted"
+            )
+        raise not_finite_error(x, self._rule_name)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, synchronized"
+
+
+def _is_range(ranges: Tensor) -> Tensor:
+    """Whether ``[ranks, 2 or more]`` begin with finite bounds, or with those of no values: bool ``[ranks]``."""
+    low, high = ranges.select(1, 0), ranges.select(1, 1)
+    return (low.isfinite() & high.isfinite()) | (low > high)

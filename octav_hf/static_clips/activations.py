@@ -1,4 +1,4 @@
-"""Observing the clips of activations, and freezing them at their mean."""
+"""Observing the clips of activations, and freezing them at what was found."""
 
 import logging
 from collections.abc import Iterator
@@ -8,15 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .._utils.escaping import shown
 from ..conversion.modules import activation_quantizers
 from ..conversion.record import check_quantized
-from ..nn import ClipObserver, FakeQuantize, FrozenClips
+from ..nn import ClipObserver, FakeQuantize, FrozenClips, HistogramObserver, MeanObserver
 
 logger = logging.getLogger(__name__)
 
 
+OBSERVERS: dict[str, type[ClipObserver]] = {"mean": MeanObserver, "histogram": HistogramObserver}
+"""How static clips are found: as the mean of dynamic ones, or from the histogram of all calls."""
+
+
 @contextmanager
-def calibrating(model: nn.Module) -> Iterator[None]:
+def calibrating(model: nn.Module, *, observer: str = "mean") -> Iterator[None]:
     """``calibrate_octav`` around an evaluation loop of your own::
 
         model.eval()
@@ -29,41 +34,88 @@ def calibrating(model: nn.Module) -> Iterator[None]:
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: as ``calibrate_octav``; or nothing ran, or the model is being calibrated already.
+        ValueError: as ``calibrate_octav``; or nothing ran, or the model is being calibrated already; or ``observer`` is
+            ``"histogram"`` and an operand may be on an asymmetric grid, for which the loop would have to run twice.
     """
-    operands = _activations(model)
-    if any(operand.quantizer.observer for operand in operands):
-        raise ValueError(f"{type(model).__name__} is being calibrated already; end that before you begin anew")
-    observers = [ClipObserver() for _ in operands]
-    for operand, observer in zip(operands, observers, strict=True):
-        operand.quantizer.observer = observer
-    try:
-        with torch.compiler.set_stance("force_eager"):  # observers would trigger a recompilation
-            yield
-    finally:
-        for operand in operands:
-            del operand.quantizer.observer
-    for operand, observer in zip(operands, observers, strict=True):
-        _check_call_counts(operand, observer.call_counts)
-    frozen = [_mean(operand, observer) for operand, observer in zip(operands, observers, strict=True)]
-    if all(clips is None for clips in frozen):
-        raise ValueError(
-            f"no activation of {type(model).__name__} was quantized during the calibration, so there are no clips to "
-            "freeze; run this model in it, on batches that are not empty"
-        )
-    dynamic = []
-    for operand, clips in zip(operands, frozen, strict=True):
-        if clips is None:
-            operand.quantizer.unfreeze()
-            dynamic.append(f"{operand.path} {operand.name}")
-        else:
-            operand.quantizer.freeze(clips)
-    if dynamic:
-        logger.warning(
-            "%d of %d activations were not reached by the calibration, and their clips stay dynamic: %s",
-            *(len(dynamic), len(operands), ", ".join(dynamic)),
-        )
-    warn_of_adapters(model)
+    calibration = Calibration(model, observer)
+    for operand, found in calibration.observers.items():
+        if found.may_need_another_pass:
+            raise ValueError(
+                f"{operand.path}: the histogram of an operand that may be on an asymmetric grid takes two passes over "
+                "the batches, and calibrating(model) sees one; write calibrate_octav(model, batches, "
+                'observer="histogram"), or observer="mean"'
+            )
+    with calibration.observing():
+        yield
+    calibration.freeze()
+
+
+class Calibration:
+    """Observes the activations of a model while it runs, then freezes their clips.
+
+    Raises:
+        TypeError, ValueError: as ``calibrating``.
+    """
+
+    def __init__(self, model: nn.Module, observer: str):
+        self._model, operands = model, _activations(model)
+        check_observer(observer)
+        if any(operand.quantizer.observer for operand in operands):
+            raise ValueError(f"{type(model).__name__} is being calibrated already; end that before you begin anew")
+        self.observers = {operand: OBSERVERS[observer](operand.quantizer) for operand in operands}
+
+    @property
+    def may_need_another_pass(self) -> bool:
+        """Whether ``needs_another_pass`` may be true later."""
+        return any(observer.may_need_another_pass for observer in self.observers.values())
+
+    def needs_another_pass(self) -> bool:
+        """Whether the model has to run on the same batches once more."""
+        answers = [observer.needs_another_pass() for observer in self.observers.values()]  # each one is to be asked
+        return any(answers)
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Within it, clips are dynamic and observed."""
+        for operand, observer in self.observers.items():
+            operand.quantizer.observer = observer
+        try:
+            with torch.compiler.set_stance("force_eager"):  # observers would trigger a recompilation
+                yield
+        finally:
+            for operand in self.observers:
+                del operand.quantizer.observer
+
+    def freeze(self) -> None:
+        """Freeze the clips that were found, of all operands or of none."""
+        for operand, observer in self.observers.items():
+            _check_call_counts(operand, observer.call_counts)
+        frozen = {operand: _frozen(operand, observer) for operand, observer in self.observers.items()}
+        if all(clips is None for clips in frozen.values()):
+            raise ValueError(
+                f"no activation of {type(self._model).__name__} was quantized during the calibration, so there are no "
+                "clips to freeze; run this model in it, on batches that are not empty"
+            )
+        dynamic = []
+        for operand, clips in frozen.items():
+            if clips is None:
+                operand.quantizer.unfreeze()
+                dynamic.append(f"{operand.path} {operand.name}")
+            else:
+                operand.quantizer.freeze(clips)
+        if dynamic:
+            logger.warning(
+                "%d of %d activations were not reached by the calibration, and their clips stay dynamic: %s",
+                *(len(dynamic), len(frozen), ", ".join(dynamic)),
+            )
+        warn_of_adapters(self._model)
+
+
+def check_observer(observer: str) -> None:
+    """Raise ``ValueError`` for an unknown observer."""
+    if observer not in OBSERVERS:
+        known = " or ".join(f'"{name}"' for name in OBSERVERS)
+        raise ValueError(f"observer must be {known}, got {shown(observer)}")
 
 
 def warn_of_adapters(model: nn.Module) -> None:
@@ -109,11 +161,14 @@ def _check_call_counts(operand: _Activation, counts: set[int]) -> None:
         )
 
 
-def _mean(operand: _Activation, observer: ClipObserver) -> FrozenClips | None:
+def _frozen(operand: _Activation, observer: ClipObserver) -> FrozenClips | None:
     try:
-        return observer.mean()
+        frozen = observer.frozen()
     except ValueError as error:
         raise ValueError(
             f"{operand.path}: the attention operand {operand.name} has {error}, which cannot be frozen together; give "
             'it activation_granularity "tensor"'
         ) from error
+    if frozen is not None and not bool(frozen.clips.isfinite().all()):
+        raise ValueError(f"{operand.path}: {operand.name} held NaN or Inf in the calibration, so it has no clip")
+    return frozen

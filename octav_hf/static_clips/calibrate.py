@@ -13,28 +13,40 @@ from .._utils.torch_private import tree_map
 from ..conversion.modules import activation_quantizers, layers_to_freeze
 from ..conversion.record import check_quantized
 from ..nn import PackedLayer
-from .activations import calibrating, warn_of_adapters
+from .activations import Calibration, check_observer, warn_of_adapters
 from .weights import frozen_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def calibrate_octav(
-    model: Model, batches: Iterable[Batch] | None = None, *, weights: bool = False, progress_bar: bool = True
+    model: Model,
+    batches: Iterable[Batch] | None = None,
+    *,
+    observer: str = "mean",
+    weights: bool = False,
+    progress_bar: bool = True,
 ) -> Model:
-    """Freeze the clips of activations at their mean over ``batches``, those of ``weights`` as they are, or both.
+    """Freeze the clips of activations by what ``batches`` show, those of ``weights`` as they are, or both.
 
     From then on, in training too, no statistics of them are computed. Both before training are the paper's static
     quantization (Appendix E.3). Called again, it freezes clips anew. Without ``batches`` activations, and without
     ``weights=True`` weights, stay as they are.
 
     **Activations** (layer inputs and attention operands). The model runs on each batch in evaluation mode, with dynamic
-    clips of activations. A frozen clip is the mean, in float64, of the dynamic clips of all calls on tensors that are
-    not empty. An attention operand has one for each matmul that it is in within one forward pass of its module: DeBERTa
-    multiplies content and positions in turn. An activation that may be signed or unsigned gets the unsigned grid if no
-    tensor had a negative value. With ``activation_granularity``, clips per attention head or channel are means over all
-    calls and batch elements (and heads, where a module merges them with the batch, as DeBERTa does). Tokens have no
-    identity across batches, so an operand with a clip per token gets one for the whole tensor.
+    clips of activations. With ``observer="mean"`` a frozen clip is the mean, in float64, of the dynamic clips of all
+    calls on tensors that are not empty, as in the paper. With ``"histogram"`` it is the clip of the values of all calls
+    together, bit for bit the same in whatever order and sizes they come: what the rule minimises is then minimal over
+    the calibration data as a whole, to which a batch with large values contributes as much as they weigh. An attention
+    operand has one clip for each matmul that it is in within one forward pass of its module: DeBERTa multiplies content
+    and positions in turn. An activation that may be signed or unsigned gets the unsigned grid if no tensor had a
+    negative value. With ``activation_granularity``, clips per attention head or channel are shared by all calls and
+    batch elements (and heads, where a module merges them with the batch, as DeBERTa does). Tokens have no identity
+    across batches, so an operand with a clip per token gets one for the whole tensor.
+
+    The histogram is for the clipping rules of ``sync_activation_clips``. It takes 30 to 150 kB for each clip. With
+    ``asymmetric_activations`` the model runs twice on each batch, and the batches are kept for that: an offset, the
+    lowest value of all, is not known before the last batch.
 
     **Weights.** Embedding tables, whose rows are quantized when they are looked up, keep dynamic clips, and so do
     weights that several modules share, such as a head tied to the token embeddings; a warning names those.
@@ -54,6 +66,7 @@ def calibrate_octav(
         batches: any iterable, such as a DataLoader. Each batch is a mapping of the forward's keyword arguments, a tuple
             or list of positional ones, or a single tensor; its tensors are moved to the model's device. ``None``:
             activations are left as they are.
+        observer: ``"mean"`` or ``"histogram"``; only with ``batches``.
         weights: whether to freeze the clips of weights too. The model must then be neither packed nor sharded.
         progress_bar: whether to show one, where ``transformers.utils.logging`` allows it.
 
@@ -62,7 +75,8 @@ def calibrate_octav(
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``, or ``batches`` or a batch has another type.
-        ValueError: nothing is asked for; there is no batch or no quantized activation or weight; an attention module
+        ValueError: nothing is asked for; ``observer`` is unknown, given without batches, or not for a clipping rule of
+            the model; there is no batch or no quantized activation or weight; an attention module
             multiplied an operand more often in one forward pass than in another, or with another number of heads or
             channels; a weight holds NaN or Inf, or is packed or sharded. The model is then as it was.
     """
@@ -76,16 +90,29 @@ def calibrate_octav(
             f"calibrate_octav takes an iterable of batches, such as a DataLoader, got {type(batches).__name__}; write "
             "[batch] for a single batch"
         )
+    check_observer(observer)
+    if batches is None and observer != "mean":
+        raise ValueError(f"calibrate_octav: observer={observer!r} is for the clips of activations; pass batches too")
     with frozen_weights(model) if weights else nullcontext():
         if batches is not None:
-            _calibrate_activations(model, batches, progress_bar)
+            _calibrate_activations(model, batches, observer, progress_bar)
     if batches is None:
         warn_of_adapters(model)
     return model
 
 
-def _calibrate_activations(model: nn.Module, batches: Iterable[Batch], progress_bar: bool) -> None:
-    with calibrating(model), in_evaluation_mode(model), without_trace(model) as runnable:
+def _calibrate_activations(model: nn.Module, batches: Iterable[Batch], observer: str, progress_bar: bool) -> None:
+    calibration = Calibration(model, observer)
+    if calibration.may_need_another_pass:
+        batches = list(batches)  # in a second iteration a DataLoader may shuffle them anew
+    _observe(calibration, model, batches, progress_bar)
+    if calibration.needs_another_pass():
+        _observe(calibration, model, batches, progress_bar)
+    calibration.freeze()
+
+
+def _observe(calibration: Calibration, model: nn.Module, batches: Iterable[Batch], progress_bar: bool) -> None:
+    with calibration.observing(), in_evaluation_mode(model), without_trace(model) as runnable:
         device, number = _device(model), 0
         for number, batch in enumerate(tqdm(batches, desc="calibrating", disable=not progress_bar), 1):
             check_batch(batch, f"calibrate_octav takes a list of batches, and each (here number {number}) is")

@@ -1,6 +1,8 @@
 """What ranks do: each function runs on every rank of a process group, or alone in one without; see ``host.py``."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForQuestionAnswering, Trainer, TrainingArguments
 
 import octav_hf
@@ -85,9 +88,6 @@ def tensors() -> dict[str, Tensor]:
     """Of many kinds, to be cut in unequal parts."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(3000, generator=generator)
-    # Of two ranks the last would choose the other one of the clips that the recursion alternates between.
-    alternating = torch.cat([normal[:51], torch.full((16,), 1.26), torch.full((2,), 2.02)])
-    other = torch.cat([normal[:50], torch.full((17,), 1.22), torch.full((2,), 1.95)])
     return {
         "normal": normal,
         "outliers": normal**5,
@@ -95,15 +95,16 @@ def tensors() -> dict[str, Tensor]:
         "one sign here, two there": torch.cat([normal.abs(), normal[:10]]),
         "one sign": normal.relu(),
         "one magnitude": torch.full((50,), 3.0),
-        "the recursion alternates": alternating,
-        "the recursion alternates otherwise": other,
+        "long": torch.nn.functional.gelu(normal.repeat(12) + torch.linspace(0, 1, 36000)),
         "one element": torch.tensor([-0.7]),
         "zeros": torch.zeros(20),
+        "minus zeros": -torch.zeros(20),
         "nothing": torch.zeros(0),
         "huge": normal[:100] * 3e37,
-        "tiny": normal[:100] * 1e-42,
-        "float64": normal.double() * 1e300,
+        "tiny": normal[:100] * 1e-36,
+        "float64": normal.double() * 1e30,
         "bfloat16": normal.bfloat16(),
+        "float16": normal.half(),
         "matrix": normal.view(50, 60).t(),
     }
 
@@ -118,65 +119,82 @@ def cut(x: Tensor, nothing_on: int) -> Tensor:
     return x.tensor_split(weights[:-1].tolist())[having.index(rank)]
 
 
+@contextlib.contextmanager
+def counting_collectives() -> Iterator[list[str]]:
+    """The names of the collectives within it, in their order, whatever function of ``torch.distributed`` is called."""
+    names: list[str] = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace in ("c10d", "_c10d_functional"):
+                names.append(func._schema.name.partition("::")[2])
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        yield names
+
+
 def quantize(folder: Path, nothing_on: int, grad_mode: str, **settings: Any) -> dict[str, dict[str, Any]]:
-    """Sign, clip and quantized part of each of ``tensors``, and how many messages they took."""
+    """Grid and quantized part of each of ``tensors``, and the collectives that they took."""
     quantizer = SynchronizedFakeQuantize(4, name="layer input", **settings)
-    outcomes, messages, gather = {}, [], dist.all_gather
-
-    def counted(*arguments: Any) -> None:
-        messages.append(arguments)
-        gather(*arguments)
-
-    dist.all_gather = counted
+    outcomes = {}
     with getattr(torch, grad_mode)():
         for name, whole in tensors().items():
             part = cut(whole, nothing_on)
-            messages.clear()
-            signed, clip = quantizer.sign_and_clip(part)
-            outcome = {"signed": signed, "clip": clip.clone(), "messages": len(messages)}
+            with counting_collectives() as messages:
+                grid = quantizer.dynamic_grid(part)
+            outcome = {"signed": bool(grid.signed), "clip": grid.clip.clone(), "messages": messages}
+            outcome["offset"] = 0.0 if grid.offset is None else float(grid.offset)
             outcomes[name] = outcome | {"output": quantizer(part).clone()}
-            # Asked for one by one, sign and clip are the same.
-            assert quantizer.is_signed(part) == signed
-            assert torch.equal(quantizer.compute_clip(part), clip)
+            if not quantizer.asymmetric:  # asked for one by one, sign and clip are the same
+                assert bool(quantizer.is_signed(part)) == outcome["signed"]
+                assert torch.equal(quantizer.compute_clip(part), grid.clip)
     return outcomes
 
 
-def quantize_parts(folder: Path, signed: bool | None) -> list[dict[str, Any]]:
-    """Sign, clips, quantized part and messages of a tensor ``[8, 3, 5]`` whose clips are of its last dimension.
+def quantize_parts(folder: Path, shape: list[int], **settings: Any) -> list[dict[str, Any]]:
+    """Grid, quantized part and collectives of a tensor of this shape that is split over the ranks.
 
-    The first time no value is negative, the second time one on the last rank.
+    The first time no value is negative, the second time one on the last rank, the third time half of them.
     """
-    outcomes, messages, gather = [], [], dist.all_gather
-
-    def counted(*arguments: Any) -> None:
-        messages.append(arguments)
-        gather(*arguments)
-
-    dist.all_gather = counted
-    x = torch.rand(8, 3, 5, generator=torch.Generator().manual_seed(0))
-    for lowest in (0.0, -0.5):
-        x[-1, -1, -1] = lowest
-        (part,) = part_of({"x": x}).values()
-        quantizer = SynchronizedFakeQuantize(4, dim=(-1,), signed=signed)
-        output = quantizer(part)
-        count = len(messages)
-        found, clip = quantizer.sign_and_clip(part)
-        outcomes.append({"signed": found, "clip": clip, "output": output, "messages": count})
-        messages.clear()
+    outcomes = []
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    for lowest in (0.0, -0.5, -9.0):
+        x.view(-1)[-1] = lowest
+        (part,) = part_of({"x": x - 1 if lowest == -9 else x}).values()
+        quantizer = SynchronizedFakeQuantize(4, **settings)
+        with counting_collectives() as messages:
+            grid = quantizer.dynamic_grid(part)
+        outcome = {"signed": bool(grid.signed), "clip": grid.clip, "messages": messages, "output": quantizer(part)}
+        outcomes.append(outcome | {"offset": 0.0 if grid.offset is None else float(grid.offset)})
     return outcomes
 
 
-def quantize_what_is_not_finite(folder: Path, value: float, clip: str) -> list[str]:
-    """What each rank says if one rank has such a value, and afterwards the clip of ones."""
-    x = torch.ones(4)
-    if rank_and_ranks()[0] == 1:
-        x[2] = value
-    quantizer = SynchronizedFakeQuantize(4, clip=clip, name="layer input")
-    try:
-        quantizer(x)
-    except ValueError as error:
-        return [str(error), str(float(quantizer.compute_clip(torch.ones(4))))]
-    return ["no error"]
+def quantize_what_is_not_finite(folder: Path, values: list[float], **settings: Any) -> list[str]:
+    """What each rank says if one rank has such a value."""
+    errors = []
+    quantizer = SynchronizedFakeQuantize(4, name="layer input", **settings)
+    for value in values:
+        x = torch.ones(4, 2, dtype=torch.float64)
+        if rank_and_ranks()[0] == 1:
+            x[2, 1] = value
+        try:
+            quantizer(x)
+        except ValueError as error:
+            errors.append(str(error))
+        assert float(quantizer.compute_clip(torch.ones(1, 4)).amax()) > 0  # no rank is behind the others
+    return errors
+
+
+def quantize_compiled(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Compiled and eager results of quantizers whose clips take collectives, on this rank's part of a tensor."""
+    (x,) = part_of({"x": torch.nn.functional.gelu(tensors()["normal"].view(50, 60))}).values()
+    outcomes = {}
+    for dim in (None, -1):
+        quantizer = SynchronizedFakeQuantize(4, signed=None, asymmetric=True, dim=dim)
+        compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=True)
+        outcomes[f"over {dim}"] = compiled(x), quantizer(x)
+    return outcomes
 
 
 def forward(folder: Path, sizes: list[int], frozen: bool, **config: Any) -> dict[str, Any]:
@@ -195,10 +213,11 @@ def forward(folder: Path, sizes: list[int], frozen: bool, **config: Any) -> dict
         return {"output": model(part).clone(), "clips": frozen_activations(model)}
 
 
-def calibrate(folder: Path, batches: int, **config: Any) -> dict[str, Any]:
+def calibrate(folder: Path, batches: int, observer: str, **config: Any) -> dict[str, Any]:
     """Frozen clips by calibration on this rank's parts, and logits of a pass that rank 0 runs alone afterwards."""
     model = apply_octav(bert(hidden_act="relu"), OctavConfig(**config)).eval()
-    octav_hf.calibrate_octav(model, [part_of(batch(seed=seed)) for seed in range(batches)], progress_bar=False)
+    parts = [part_of(batch(seed=seed)) for seed in range(batches)]
+    octav_hf.calibrate_octav(model, parts, observer=observer, progress_bar=False)
     alone = None
     if rank_and_ranks()[0] == 0:
         with torch.no_grad():

@@ -64,19 +64,21 @@ def error_of_all(gradients: Tensors, expected: Tensors) -> float:
     ],
 )
 def test_gradients_are_those_of_the_whole_batch(succeed: Run, ranks: int, options: dict[str, Any]) -> None:
+    options = options | {"config": options["config"] | SYNCHRONIZED}
     (alone,) = succeed("train_step", 1, **options)
-    together = succeed("train_step", ranks, **(options | {"config": options["config"] | SYNCHRONIZED}))
+    together = succeed("train_step", ranks, **options)
     for rank in together:
         assert largest_error(rank["gradients"], alone["gradients"]) < 1e-10
     losses = torch.stack([rank["loss"] for rank in together])
     torch.testing.assert_close(losses.mean(), alone["loss"], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("clip", ["octav", "max", "mse"])
+@pytest.mark.parametrize("clip", ["octav", "max", "mse", "percentile"])
 def test_gradients_in_float32(succeed: Run, clip: str) -> None:
-    options = {"dtype": "float32", "config": {"activation_clip": clip}}
-    (alone,) = succeed("train_step", 1, **options)
-    first, _ = succeed("train_step", 2, **(options | {"config": options["config"] | SYNCHRONIZED}))
+    options: dict[str, Any] = {"dtype": "float32", "config": {"activation_clip": clip}}
+    synchronized = options | {"config": options["config"] | SYNCHRONIZED}
+    (alone,) = succeed("train_step", 1, **synchronized)
+    first, _ = succeed("train_step", 2, **synchronized)
     # 1.3e-7; where a sum in another order falls to the other side of a rounding, it may be this.
     assert error_of_all(first["gradients"], alone["gradients"]) < 2e-3
     apart, _ = succeed("train_step", 2, **options)
@@ -84,7 +86,9 @@ def test_gradients_in_float32(succeed: Run, clip: str) -> None:
 
 
 def test_in_one_process_it_changes_nothing() -> None:
-    plain, synchronized = (apply_octav(bert(), OctavConfig(**config)).train() for config in ({}, SYNCHRONIZED))
+    """But that octav, mse and percentile read tables of small tensors, too."""
+    configs = (OctavConfig(activation_clip="max", **more) for more in ({}, SYNCHRONIZED))
+    plain, synchronized = (apply_octav(bert(), config).train() for config in configs)
     for model in (plain, synchronized):
         model(**batch()).loss.backward()
     for expected, got in zip(plain.parameters(), synchronized.parameters(), strict=True):
@@ -100,7 +104,7 @@ def test_threads_of_data_parallel_without_a_gpu() -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("sizes", [[5, 3], [0, 8], [4, 0, 4, 0]], ids=str)
 def test_evaluation_on_unequal_batches(succeed: Run, sizes: list[int], frozen: bool) -> None:
-    (alone,) = succeed("forward", 1, sizes=[8], frozen=frozen)
+    (alone,) = succeed("forward", 1, sizes=[8], frozen=frozen, **SYNCHRONIZED)
     ranks = succeed("forward", len(sizes), sizes=sizes, frozen=frozen, **SYNCHRONIZED)
     assert [len(rank["output"]) for rank in ranks] == sizes
     torch.testing.assert_close(torch.cat([rank["output"] for rank in ranks]), alone["output"])
@@ -116,21 +120,30 @@ def test_a_clip_per_token_of_unequal_batches(succeed: Run) -> None:
     torch.testing.assert_close(torch.cat([rank["output"] for rank in ranks]), alone["output"])
 
 
+@pytest.mark.parametrize("observer", ["mean", "histogram"])
 @pytest.mark.parametrize(
     "fields",
-    [*({"activation_clip": clip} for clip in ("octav", "max", "mse")), {"activation_granularity": HEADS}],
-    ids=["octav", "max", "mse", "heads"],
+    [
+        *({"activation_clip": clip} for clip in ("octav", "max", "mse", "percentile")),
+        {"activation_granularity": HEADS},
+        {"asymmetric_activations": True},
+        {"activation_clip": "max", "asymmetric_activations": True},
+    ],
+    ids=["octav", "max", "mse", "percentile", "heads", "asymmetric", "max, asymmetric"],
 )
-def test_calibration_freezes_the_clips_of_all_ranks(succeed: Run, fields: dict[str, Any]) -> None:
-    (alone,) = succeed("calibrate", 1, batches=2, activation_bits=8, **fields)
-    first, second = succeed("calibrate", 2, batches=2, activation_bits=8, **fields, **SYNCHRONIZED)
-    assert first["clips"] == second["clips"]
-    assert first["clips"].keys() == alone["clips"].keys()
-    for module, operands in alone["clips"].items():
-        assert first["clips"][module].keys() == operands.keys()
-        for operand, frozen in operands.items():
-            got = first["clips"][module][operand]
-            assert got["signed"] == frozen["signed"]
-            clips = (torch.tensor(found["clips"], dtype=torch.float64) for found in (got, frozen))
-            torch.testing.assert_close(*clips, rtol=1e-12, atol=0)
-    torch.testing.assert_close(first["alone"], alone["alone"])
+def test_calibration_freezes_the_clips_of_all_ranks(succeed: Run, fields: dict[str, Any], observer: str) -> None:
+    options = {"batches": 2, "observer": observer, "activation_bits": 8, **fields, **SYNCHRONIZED}
+    (alone,) = succeed("calibrate", 1, **options)
+    for ranks in (2, 4):
+        first, *others = succeed("calibrate", ranks, **options)
+        assert all(other["clips"] == first["clips"] for other in others)
+        assert first["clips"].keys() == alone["clips"].keys()
+        for module, operands in alone["clips"].items():
+            assert first["clips"][module].keys() == operands.keys()
+            for operand, frozen in operands.items():
+                got = first["clips"][module][operand]
+                assert got["signed"] == frozen["signed"]
+                assert got.get("offset", 0) == pytest.approx(frozen.get("offset", 0), rel=1e-12)
+                clips = (torch.tensor(found["clips"], dtype=torch.float64) for found in (got, frozen))
+                torch.testing.assert_close(*clips, rtol=1e-12, atol=0)
+        torch.testing.assert_close(first["alone"], alone["alone"])

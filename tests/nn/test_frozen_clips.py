@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from octav_hf.functional import CLIP_RULES, fake_quantize, octav_clip
 from octav_hf.functional.grid import round_to_grid
-from octav_hf.nn import ClipObserver, FakeQuantize, FrozenClips
+from octav_hf.nn import FakeQuantize, FrozenClips, MeanObserver
 from octav_hf.nn.shared_inputs import quantize_input, shared_inputs
 
 Tensor = torch.Tensor
@@ -130,12 +130,12 @@ def test_layers_share_an_input_only_where_clips_are_equal(x: Tensor) -> None:
 def test_each_that_is_observed_is_called(x: Tensor) -> None:
     observed = [FakeQuantize(4, name=name) for name in "ab"]
     for quantizer in observed:
-        quantizer.observer = ClipObserver()
+        quantizer.observer = MeanObserver(quantizer)
     with shared_inputs():
         for quantizer in observed:
             quantize_input(quantizer, x)
     for quantizer in observed:
-        assert same(quantizer.observer.mean(), True, float(octav_clip(x, 4)))
+        assert same(quantizer.observer.frozen(), True, float(octav_clip(x, 4)))
 
 
 def same(clips: FrozenClips | None, signed: bool, *expected: float, offset: float | None = None) -> bool:
@@ -149,10 +149,10 @@ def observe(signed: bool | None, *tensors: Tensor) -> FrozenClips | None:
     """What is frozen after calls on these tensors, each on the grid that it would have without an observer."""
     quantizer, dynamic = frozen(9.0), FakeQuantize(4, signed=signed)
     quantizer.signed = signed
-    quantizer.observer = ClipObserver()
+    quantizer.observer = MeanObserver(quantizer)
     for tensor in tensors:
         assert torch.equal(quantizer(tensor), dynamic(tensor))
-    return quantizer.observer.mean()
+    return quantizer.observer.frozen()
 
 
 def mean_clip(signed: bool, *tensors: Tensor) -> float:
@@ -176,42 +176,42 @@ def test_an_empty_tensor_does_not_count(x: Tensor) -> None:
         assert observe(signed) is None
 
 
-def record(observer: ClipObserver, use: int, count: int = 1, **clips: list[float] | float) -> None:
+def record(observer: MeanObserver, use: int, count: int = 1, **clips: list[float] | float) -> None:
     """Record the clips of a call on the grids ``signed`` and ``unsigned``."""
     tensors = {name == "signed": torch.tensor(value, dtype=torch.float64) for name, value in clips.items()}
     observer.record(use, tensors, count, None, like=torch.empty(0))
 
 
 def test_each_use_has_its_own_mean() -> None:
-    observer = ClipObserver()
+    observer = MeanObserver(FakeQuantize(4))
     for clips in ((1.0, 10.0), (2.0, 40.0)):
         for use, clip in enumerate(clips):
             record(observer, use, signed=clip)
-    assert same(observer.mean(), True, 1.5, 25.0)
+    assert same(observer.frozen(), True, 1.5, 25.0)
     assert observer.call_counts == {2}
     record(observer, 0, signed=1.0)
     assert observer.call_counts == {1, 2}
 
 
 def test_the_mean_of_several_observations_is_over_all_of_them() -> None:
-    observer = ClipObserver()
+    observer = MeanObserver(FakeQuantize(4))
     record(observer, 0, 3, signed=[3.0, 6.0])
     record(observer, 0, 1, signed=[1.0, 10.0])
-    assert observer.mean().clips.tolist() == [[1.0, 4.0]]
+    assert observer.frozen().clips.tolist() == [[1.0, 4.0]]
     with pytest.raises(ValueError, match=r"clips of shape \(3,\), after those of shape \(2,\)"):
         record(observer, 0, 1, signed=[1.0, 1.0, 1.0])
 
 
 def test_all_uses_have_one_grid() -> None:
-    observer = ClipObserver()
+    observer = MeanObserver(FakeQuantize(4))
     record(observer, 0, unsigned=1.0, signed=2.0)
     record(observer, 1, signed=3.0)
-    assert same(observer.mean(), True, 2.0, 3.0)
+    assert same(observer.frozen(), True, 2.0, 3.0)
 
 
 def test_uses_with_clips_of_different_shapes_cannot_be_frozen() -> None:
-    observer = ClipObserver()
+    observer = MeanObserver(FakeQuantize(4))
     record(observer, 0, signed=[1.0, 2.0])
     record(observer, 1, signed=3.0)
     with pytest.raises(ValueError, match=r"clips of the shapes \[\(\), \(2,\)\] in one forward pass"):
-        observer.mean()
+        observer.frozen()

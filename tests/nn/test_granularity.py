@@ -16,9 +16,9 @@ from octav_hf.functional.grid import round_to_grid
 from octav_hf.nn import (
     ATTENTION_OPERANDS,
     AttentionMatmuls,
-    ClipObserver,
     FakeQuantize,
     FrozenClips,
+    MeanObserver,
     QuantizedLinear,
     SynchronizedFakeQuantize,
     quantized_scaled_dot_product_attention,
@@ -256,10 +256,10 @@ def same(frozen: FrozenClips, other: FrozenClips) -> bool:
 
 
 def observed(module: FakeQuantize, *calls: Tensor) -> FrozenClips | None:
-    module.observer = ClipObserver()
+    module.observer = MeanObserver(module)
     for x in calls:
         module(x)
-    frozen = module.observer.mean()
+    frozen = module.observer.frozen()
     module.observer = None
     return frozen
 
@@ -309,7 +309,7 @@ def test_frozen_clips_of_another_shape_are_an_error(module_class: type[FakeQuant
 
 def test_parts_that_differ_between_calls_have_no_mean() -> None:
     module = quantizer("query", "attn_head")
-    message = r"^layer query: clips of shape \(3,\), after those of shape \(4,\), so that they have no mean; calibrate"
+    message = r"^layer query: clips of shape \(3,\), after those of shape \(4,\), which cannot be frozen together"
     with pytest.raises(ValueError, match=message):
         observed(module, operands()[0], operands()[0][:, :3])
 

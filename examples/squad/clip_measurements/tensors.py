@@ -65,7 +65,7 @@ def seen_tensors(model: nn.Module, batch: Mapping[str, Tensor]) -> list[SeenTens
         calls[name].append(x)
         label = f"{owner} {operand}" if len(calls[name]) == 1 else f"{owner} {operand}, use {len(calls[name])}"
         frozen = quantizer.active_frozen_clips
-        signed = quantizer.is_signed(x) if frozen is None else frozen.signed
+        signed = bool(quantizer.is_signed(x)) if frozen is None else frozen.signed
         seen.append(SeenTensor(label, kind, x.detach(), signed, quantizer.dim))
 
     handles = [

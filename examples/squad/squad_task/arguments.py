@@ -106,7 +106,7 @@ class OctavArguments(_ConfigArguments):  # type: ignore[misc, valid-type]  # mad
         default=None,
         metadata={
             "help": "Train with static clips (the paper's Appendix E.3): those of the weights that training starts "
-            "from, and for activations the mean over this many random training batches. Not given: clips are dynamic."
+            "from, and for activations those of this many random training batches. Not given: clips are dynamic."
         },
     )
 
@@ -148,8 +148,17 @@ class OutputArguments:
     calibration_batches: Optional[int] = field(
         default=None,
         metadata={
-            "help": "Freeze the activation clips at their mean over this many training batches, after training and "
+            "help": "Freeze the activation clips by this many training batches, after training and "
             "before evaluation. Needs --train_file or --dataset_name. Not given: clips stay dynamic."
+        },
+    )
+    calibration_observer: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "How --calibration_batches and --static_clip_batches find the clips of activations: as the mean of "
+            "the batches' clips, as in the paper, or from the histogram, the clips of all batches together. Not given: "
+            "mean.",
+            "choices": ["mean", "histogram"],
         },
     )
     fp32_results: Optional[str] = field(

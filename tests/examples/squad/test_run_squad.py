@@ -159,8 +159,11 @@ def test_calibration_freezes_clips_before_evaluation(tiny_model: str, tmp_path: 
     dynamic = main(arguments(tiny_model, tmp_path / "dynamic", *words))
     frozen = main(arguments(str(tmp_path / "dynamic"), tmp_path / "a", "--do_eval", "--calibration_batches", "3"))
     at_once = main(arguments(tiny_model, tmp_path / "b", *words, "--calibration_batches", "3", "--pack"))
-    found = [frozen_clips(tmp_path / name) for name in ("dynamic", "a", "b", "b/packed")]
-    assert [len(clips) for clips in found] == [0, *[13 + 2 * 4] * 3]
+    words = ["--do_eval", "--calibration_batches", "3", "--calibration_observer", "histogram"]
+    main(arguments(str(tmp_path / "dynamic"), tmp_path / "c", *words))
+    found = [frozen_clips(tmp_path / name) for name in ("dynamic", "a", "b", "b/packed", "c")]
+    assert [len(clips) for clips in found] == [0, *[13 + 2 * 4] * 4]
+    assert found[4] != found[1]
     assert found[2] == found[3]
     assert {"eval_f1", "eval_exact_match"} <= set(frozen) & set(dynamic)
     assert at_once["packed_f1"] == at_once["eval_f1"]
@@ -208,6 +211,8 @@ def test_static_clips_that_are_refused(tiny_model: str, tmp_path: Path) -> None:
         main(arguments(tiny_model, tmp_path / "out", "--do_train", "--quantize", "--static_clip_batches", "0"))
     with pytest.raises(ValueError, match="--static_clip_batches would be ignored: add --quantize"):
         main(arguments(tiny_model, tmp_path / "out", "--do_train", "--static_clip_batches", "3"))
+    with pytest.raises(ValueError, match="--calibration_observer would be ignored: add --calibration_batches or"):
+        main(arguments(tiny_model, tmp_path / "out", "--do_train", "--quantize", "--calibration_observer", "mean"))
 
 
 def test_output_without_a_quantized_model_is_refused(tiny_model: str, tmp_path: Path) -> None:
