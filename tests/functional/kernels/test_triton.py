@@ -68,7 +68,7 @@ AWKWARD: dict[str, Callable[[int], Tensor]] = {
     "negative": lambda n: -random(n).abs(),
     "subnormal": lambda n: random(n) * 1e-41,
     "tiny": lambda n: random(n) * 1e-36,
-    "sum_overflows": lambda n: random(n).clamp(-3, 3) * 1e38,
+    "sum_overflows": lambda n: random(n).clamp(-3, 3) * 1e37,
     "float32_max": lambda n: with_value(torch.finfo(torch.float32).max, n),
     "outlier_1e30": lambda n: with_value(1e30, n),
     "outlier_-1e30": lambda n: with_value(-1e30, n),
@@ -176,8 +176,8 @@ def test_clips_of_short_rows(dtype: torch.dtype, num_bits: int, signed: bool) ->
     if not signed:
         rows = rows.clamp(min=0)
     errors = rows_errors(rows, both, num_bits, signed)
-    # Of two candidates with errors that rounding can swap, either will do.
-    same = ((both[0] - both[1]).abs() <= 1e-6 * both[1]) | ((errors[0] - errors[1]).abs() <= 2e-6 * errors[1])
+    # Of two candidates with errors that rounding can swap, either will do. Errors are in units of the peak, squared.
+    same = ((both[0] - both[1]).abs() <= 1e-6 * both[1]) | ((errors[0] - errors[1]).abs() <= 2e-6 * errors[1] + 1e-12)
     assert same.all(), both[:, ~same]
 
 
