@@ -93,22 +93,6 @@ def trainer(model: nn.Module, folder: Path, **arguments: object) -> Trainer:
     )
 
 
-def test_the_error_says_when() -> None:
-    model, x = layers(), gaussian(3, 8)
-    model(x)
-    model(x)
-    with torch.no_grad():
-        model[2].weight.add_(1)
-    model(x)
-    x[0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"^0 input: .*at the clip number 4 of this quantizer"):
-        model(x)
-    with torch.no_grad():
-        model[2].weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"^2 weight: .*at the clip number 3 of this quantizer"):
-        model(gaussian(3, 8))
-
-
 @pytest.mark.slow
 def test_trainer_stops_at_a_diverged_model_with_the_reason(small_bert: MakeBert, tmp_path: Path) -> None:
     """A float model would train on with a loss of NaN, to the last step."""

@@ -65,6 +65,7 @@ THIRD_STEP = 2 * BATCH + 1
 OPERAND = "0 input: this operand held NaN or Inf"
 
 
+@pytest.mark.versions
 def test_the_step_whose_loss_trainer_replaces_is_an_error(tmp_path: Path) -> None:
     run = trainer(tmp_path, samples(THIRD_STEP))
     with pytest.raises(ValueError, match=f"^{OPERAND} in step 3 of the training, so it has no clipping scalar"):
@@ -78,6 +79,7 @@ def test_with_gradient_accumulation(tmp_path: Path) -> None:
         trainer(tmp_path, samples(THIRD_STEP), gradient_accumulation_steps=2).train()
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -98,6 +100,7 @@ def test_where_trainer_waits_next(settings: dict[str, Any], message: str, tmp_pa
     assert not list(tmp_path.iterdir()), "nothing of it was saved"
 
 
+@pytest.mark.versions
 def test_in_evaluation(tmp_path: Path) -> None:
     run = trainer(tmp_path, samples(), torch_compile=False, torch_compile_backend=None)
     run.model.compile(backend="eager")  # Trainer compiles for training only
