@@ -204,6 +204,7 @@ def test_errors_of_attention_are_raised() -> None:
     for module, problem in ((missed, "query, key, probabilities, value"), (miscounted, "value 1 times, but 2 frozen")):
         with pytest.raises(RuntimeError, match=f"^encoder.self: .*{problem}"):
             torch.compile(module, backend="eager")(*operands())
+        torch.compiler.reset()
         with pytest.raises(Unsupported, match=f"encoder.self: .*{problem}"):
             torch.compile(module, backend="eager", fullgraph=True)(*operands())
 

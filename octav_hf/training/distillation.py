@@ -85,7 +85,6 @@ class _Distillation:
     def __reduce__(self) -> tuple[Any, ...]:
         return partial, (_not_distilled,)  # a copy of the student must not copy the teacher
 
-    @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not model.training or not torch.is_grad_enabled():
             return None
