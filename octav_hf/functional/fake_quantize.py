@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .grid import check_num_bits, integer_bounds, round_to_step
+from .grid import bounds_for_sign, check_num_bits, range_and_sign, round_to_step
 from .kernels.fused import elementwise
 from .rows import Sign, check_floating, statistics_dtype
 
@@ -80,17 +80,16 @@ def fake_quantize(
             f"{x.device}; write clip.to(x.device)"
         )
     clip = clip.detach().to(statistics_dtype(x.dtype))
-    low, high = integer_bounds(num_bits, signed, clip)
     offset = None if offset is None else offset.detach().to(clip.dtype)
-    return GRADIENT_FUNCTIONS[gradient].apply(x, clip, low, high, offset)
+    return GRADIENT_FUNCTIONS[gradient].apply(x, clip, *range_and_sign(num_bits, signed), offset)
 
 
-_NO_GRADIENTS = (None, None, None, None)  # into clip, low, high and offset
+_NO_GRADIENTS = (None,) * 5  # into what is behind x
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *grid: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *grid: Any) -> Tensor:
         return round_to_levels(x, *grid)
 
     @staticmethod
@@ -100,7 +99,7 @@ class _StraightThrough(torch.autograd.Function):
 
 class _PiecewiseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *grid: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *grid: Any) -> Tensor:
         if not ctx.needs_input_grad[0]:
             return round_to_levels(x, *grid)
         rounded, inside = round_and_compare(x, *grid)
@@ -114,36 +113,38 @@ class _PiecewiseLinear(torch.autograd.Function):
 
 class _MagnitudeAware(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, low: Tensor, high: Tensor, offset: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *grid: Any) -> Tensor:
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(x, clip, low, offset)
-        return round_to_levels(x, clip, low, high, offset)
+            clip, ctx.low, _, signed, offset = grid
+            ctx.save_for_backward(x, clip, signed, offset)
+        return round_to_levels(x, *grid)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return attenuate_outside(grad, *ctx.saved_tensors), *_NO_GRADIENTS
+        x, clip, signed, offset = ctx.saved_tensors
+        return attenuate_outside(grad, x, clip, ctx.low, signed, offset), *_NO_GRADIENTS
 
 
-# Integers are tensors, since numbers would be compiled in as constants.
+@elementwise("(Tensor x, Tensor clip, int low, int high, Tensor? signed, Tensor? offset) -> Tensor")
+def round_to_levels(
+    x: Tensor, clip: Tensor, low: int, high: int, signed: Tensor | None, offset: Tensor | None
+) -> Tensor:
+    """``x`` on the grid with the integers from ``low`` to ``high``, or of the sign that ``signed`` says."""
+    return _round(_difference(x, clip, offset), clip, *bounds_for_sign(low, high, signed, clip.dtype), offset).to(
+        x.dtype
+    )
 
 
-@elementwise("(Tensor x, Tensor clip, Tensor low, Tensor high, Tensor? offset) -> Tensor")
-def round_to_levels(x: Tensor, clip: Tensor, low: Tensor, high: Tensor, offset: Tensor | None) -> Tensor:
-    """``x`` on the grid with the integers from ``low`` to ``high``; the step is the clip over ``high + 1``."""
-    rounded = round_to_step(_difference(x, clip, offset), clip / (high + 1), low, high)
-    return (rounded if offset is None else rounded + offset).to(x.dtype)
-
-
-@elementwise("(Tensor x, Tensor clip, Tensor low, Tensor high, Tensor? offset) -> (Tensor, Tensor)")
+@elementwise("(Tensor x, Tensor clip, int low, int high, Tensor? signed, Tensor? offset) -> (Tensor, Tensor)")
 def round_and_compare(
-    x: Tensor, clip: Tensor, low: Tensor, high: Tensor, offset: Tensor | None
+    x: Tensor, clip: Tensor, low: int, high: int, signed: Tensor | None, offset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``x`` on the grid, and 1 inside the clip, 0 outside, as bytes."""
-    value, step = _difference(x, clip, offset), clip / (high + 1)
+    """As ``round_to_levels``, and 1 inside the clip, 0 outside, as bytes."""
+    value, bounds = _difference(x, clip, offset), bounds_for_sign(low, high, signed, clip.dtype)
+    bottom = clip / (bounds[1] + 1) * bounds[0]
     # By way of floats, which is vectorized; storing the comparison's result directly is not.
-    inside = ((value >= step * low) & (value <= clip)).to(step.dtype)
-    rounded = round_to_step(value, step, low, high)
-    return (rounded if offset is None else rounded + offset).to(x.dtype), inside.to(torch.uint8)
+    inside = ((value >= bottom) & (value <= clip)).to(clip.dtype)
+    return _round(value, clip, *bounds, offset).to(x.dtype), inside.to(torch.uint8)
 
 
 @elementwise("(Tensor grad, Tensor inside) -> Tensor", tensors=2)
@@ -152,13 +153,25 @@ def keep_inside(grad: Tensor, inside: Tensor) -> Tensor:
     return grad * inside.to(grad.dtype)
 
 
-@elementwise("(Tensor grad, Tensor x, Tensor clip, Tensor low, Tensor? offset) -> Tensor", tensors=2)
-def attenuate_outside(grad: Tensor, x: Tensor, clip: Tensor, low: Tensor, offset: Tensor | None) -> Tensor:
+@elementwise("(Tensor grad, Tensor x, Tensor clip, int low, Tensor? signed, Tensor? offset) -> Tensor", tensors=2)
+def attenuate_outside(
+    grad: Tensor, x: Tensor, clip: Tensor, low: int, signed: Tensor | None, offset: Tensor | None
+) -> Tensor:
     """MAD: the gradient times ``clip / |x|`` outside the clip; 0 below zero on an unsigned grid."""
     value = _difference(x, clip, offset)
     # Inside, the divisor is the clip itself, so the factor is exactly 1; 0 / 0 is a zero inside a zero clip.
     factor = (clip / torch.maximum(value.abs(), clip)).nan_to_num(nan=1.0)
-    return (torch.where((value < 0) & (low == 0), 0, factor) * grad).to(grad.dtype)
+    if signed is not None:
+        factor = torch.where((value < 0) & signed.logical_not(), 0, factor)
+    elif low == 0:
+        factor = torch.where(value < 0, 0, factor)
+    return (factor * grad).to(grad.dtype)
+
+
+def _round(value: Tensor, clip: Tensor, low: Any, high: Any, offset: Tensor | None) -> Tensor:
+    """``value`` on the grid, whose step is a power of two of the clip; and ``offset`` on top."""
+    rounded = round_to_step(value, clip / (high + 1), low, high)
+    return rounded if offset is None else rounded + offset
 
 
 def _difference(x: Tensor, clip: Tensor, offset: Tensor | None) -> Tensor:

@@ -1,5 +1,8 @@
 """The quantization grid: step, integer range and rounding for a bit width and sign (Eq. 2 and 3, footnote 2)."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .rows import Sign, statistics_dtype
@@ -30,14 +33,18 @@ def noise_factor(num_bits: int, signed: Sign) -> Tensor | float:
     return 4.0**-num_bits / 12 * (signed.double() * 3 + 1 if isinstance(signed, Tensor) else signed * 3 + 1)
 
 
-def integer_bounds(num_bits: int, signed: Sign, like: Tensor) -> tuple[Tensor, Tensor]:
-    """``integer_range`` as tensors ``[]`` of the dtype and device of ``like``."""
-    if not isinstance(signed, Tensor):
-        lowest, highest = integer_range(num_bits, signed)
-        return like.new_full((), lowest), like.new_full((), highest)
-    lowest, highest = integer_range(num_bits, True)
-    low = signed.to(like.dtype) * lowest
-    return low, low + (highest - lowest)
+def range_and_sign(num_bits: int, signed: Sign) -> tuple[int, int, Tensor | None]:
+    """``integer_range``, that of the signed grid if ``signed`` is a tensor, and this tensor, else ``None``."""
+    sign = signed if isinstance(signed, Tensor) else None
+    return *integer_range(num_bits, sign is not None or bool(signed)), sign
+
+
+def bounds_for_sign(low: int, high: int, signed: Tensor | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Lowest and highest integer from ``range_and_sign``; tensors ``[]`` if the sign is one."""
+    if signed is None:
+        return low, high
+    lowest = signed.to(dtype) * low
+    return lowest, lowest + (high - low)
 
 
 def round_to_grid(x: Tensor, clip: Tensor, num_bits: int, *, signed: Sign = True) -> Tensor:
@@ -53,10 +60,10 @@ def round_to_grid(x: Tensor, clip: Tensor, num_bits: int, *, signed: Sign = True
         ``step * clamp(round(x / step))``, shape of ``x``, in float32 (float64 for float64 input). NaN stays NaN.
     """
     step = step_size(clip.to(statistics_dtype(x.dtype)), num_bits, signed)
-    return round_to_step(x, step, *integer_bounds(num_bits, signed, step))
+    return round_to_step(x, step, *bounds_for_sign(*range_and_sign(num_bits, signed), step.dtype))
 
 
-def round_to_step(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def round_to_step(x: Tensor, step: Tensor, low: Any, high: Any) -> Tensor:
     """``round_to_grid`` with the grid given by its step, in the dtype of the result, and its integer range."""
     # The cast is explicit because a 0-dim step does not promote x. A zero step (all-zero data, or a clip below the
     # smallest float) must not divide: 0 / 0 would be NaN.

@@ -23,7 +23,7 @@ def fuses(x: Tensor) -> bool:
 
 
 class Elementwise:
-    """A function of a few tensors of one shape and of parameters that broadcast to it, as one custom operation.
+    """A function of some tensors of one shape, and parameters that broadcast to it or are integers, as one operation.
 
     It runs compiled, as one loop in memory order, without gradients and for tensors of any size; a compiler that traces
     a caller gets the function itself and fuses it with what is around. If compilation fails, for example without a C++
@@ -49,14 +49,14 @@ class Elementwise:
             return self.plain(*arguments)
         return self._operation(*arguments)
 
-    def _run(self, tensors: tuple[Tensor, ...], parameters: tuple[Tensor | None, ...]) -> Any:
+    def _run(self, tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> Any:
         first = tensors[0]
         if not fuses(first):
             return self.plain(*tensors, *parameters)
         order = memory_order(first)
         ordered = first.permute(order)
         same_layout = ordered.is_contiguous() and all(tensor.stride() == first.stride() for tensor in tensors)
-        in_order = [None if parameter is None else _in_order(parameter, order) for parameter in parameters]
+        in_order = [_in_order(parameter, order) for parameter in parameters]
         loops = _loops(ordered.shape, in_order) if same_layout else None
         if loops is None:
             return self.plain(*tensors, *parameters)
@@ -67,7 +67,7 @@ class Elementwise:
         inverse = sorted(range(first.dim()), key=order.__getitem__)
         return tree_map(lambda result: result.view(ordered.shape).permute(inverse), results)
 
-    def _call_compiled(self, device: str, *arguments: Tensor | None) -> Any:
+    def _call_compiled(self, device: str, *arguments: Any) -> Any:
         if kernels_disabled():
             return self.plain(*arguments)
         if self._compiled is None:
@@ -77,7 +77,7 @@ class Elementwise:
         try:
             with _neutral(device):
                 # Detached, since a view's base would be guarded on.
-                return self._compiled(*(a if a is None else a.detach() for a in arguments))
+                return self._compiled(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
         except compilation_errors() as error:
             disable_kernels(error)
             return self.plain(*arguments)
@@ -99,20 +99,26 @@ def _neutral(device: str) -> Iterator[None]:
         yield
 
 
-def _in_order(parameter: Tensor, order: list[int]) -> Tensor:
-    """``parameter`` with dimensions as in ``order``; 0-dim if it is a single number."""
+def _in_order(parameter: Any, order: list[int]) -> Any:
+    """``parameter``, if it is a tensor with dimensions as in ``order``; 0-dim if it is a single number."""
+    if not isinstance(parameter, Tensor):
+        return parameter
     if parameter.numel() == 1:
         return parameter.reshape(())
     return parameter[(None,) * (len(order) - parameter.dim())].permute(order)
 
 
-def _loops(shape: torch.Size, parameters: list[Tensor | None]) -> tuple[list[int], list[Tensor | None]] | None:
+def _is_part(parameter: Any) -> bool:
+    return isinstance(parameter, Tensor) and parameter.dim() > 0
+
+
+def _loops(shape: torch.Size, parameters: list[Any]) -> tuple[list[int], list[Any]] | None:
     """``shape``, of a contiguous tensor, and the parameters with as few dimensions as possible.
 
     Merges neighbouring dimensions if the parameters, which are 0-dim or broadcastable to ``shape``, vary along all or
     none of them, so that few variants are compiled. ``None`` if the parameters differ in this.
     """
-    shapes = {parameter.shape for parameter in parameters if parameter is not None and parameter.dim()}
+    shapes = {parameter.shape for parameter in parameters if _is_part(parameter)}
     if len(shapes) > 1:
         return None
     sizes: list[int] = []
@@ -127,4 +133,4 @@ def _loops(shape: torch.Size, parameters: list[Tensor | None]) -> tuple[list[int
             sizes.append(size)
             of_parameters.append(values)
         varied = values > 1
-    return sizes, [p.reshape(of_parameters) if p is not None and p.dim() else p for p in parameters]
+    return sizes, [p.reshape(of_parameters) if _is_part(p) else p for p in parameters]
