@@ -34,7 +34,7 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 def assert_quantized_as_by_the_twin(quantizer: FakeQuantize, x: Tensor) -> None:
     """The quantizer's output is that of the float64 reference, but for values next to a border of two levels."""
-    signed = quantizer.is_signed(x)
+    signed = bool(quantizer.is_signed(x))
     clip = octav_clip_twin(x, quantizer.num_bits, signed)
     expected = torch.as_tensor(quantize_twin(x, clip, quantizer.num_bits, signed))
     got = quantizer(x)
@@ -67,11 +67,13 @@ def test_a_weight_that_is_not_finite_names_the_layer(value: float) -> None:
     x = gaussian(3, 8)
     expected = model(x)
     good = model[2].weight.detach().clone()
-    model[2].weight.data[1, 2] = value
+    with torch.no_grad():
+        model[2].weight[1, 2] = value
     for _ in range(2):
         with pytest.raises(ValueError, match=r"^2 weight: .* shape \(4, 8\) .*a learning rate too high, a bad checkp"):
             model(x)
-    model[2].weight.data.copy_(good)
+    with torch.no_grad():
+        model[2].weight.copy_(good)
     assert torch.equal(model(x), expected), "the error leaves nothing behind"
 
 
