@@ -27,18 +27,22 @@ def accuracy(device: torch.device, quick: bool) -> Iterator[Row]:
 
 
 def worst(rule: str, parts: str, dtype: torch.dtype, device: torch.device, quick: bool) -> Row:
-    """How far clips are from the best, and where they are farthest."""
+    """How far clips are from the best, where they are farthest, and how far from the same rule's on the CPU."""
     dim = None if parts == "tensor" else 1
-    found = []
+    found, apart = [], []
     for signed, bits in itertools.product((True, False), BITS):
         x = values(signed, (16, 512) if quick else (2048, 1024), dtype).to(device)
         clips = RULES[rule](x, bits, signed=signed, dim=dim).double().reshape(-1)
+        judged = x if dim is None else x[:JUDGED_ROWS]
+        on_cpu = RULES[rule](judged.cpu(), bits, signed=signed, dim=dim).double().reshape(-1)
+        apart.append((clips[: len(on_cpu)].cpu() / on_cpu - 1).abs().max())
         for line, clip in zip(x.double().reshape(len(clips), -1)[: 2 if quick else JUDGED_ROWS], clips, strict=False):
             found.append((distance(rule, line, clip, bits, signed), f"{bits} bits {'' if signed else 'un'}signed"))
     distances, places = zip(*found, strict=True)
     largest = torch.tensor(distances, dtype=torch.float64).argmax()  # a NaN is the largest
     measure = "error over the best" if rule == "mse" else "relative to float64"
-    return {"worst": distances[largest], "at": places[largest], "is": measure}
+    from_cpu = float(torch.stack(apart).max())
+    return {"worst": distances[largest], "at": places[largest], "is": measure, "from the CPU's clip": from_cpu}
 
 
 def values(signed: bool, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
