@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 
 from octav_hf.functional.kernels import compilation, cpu, fused
