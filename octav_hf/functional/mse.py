@@ -20,7 +20,8 @@ NEAR, FAR, FINE = 40, 15, 15  # candidates near OCTAV's clip, from there to the 
 # near the top, which is the highest candidate but for many bits, of which rounding makes one slightly above the best.
 LOWEST_OF_ROW = {2: 0.95, 3: 0.92, 4: 0.94, 5: 0.95, 6: 0.96, 7: 0.97, 8: 0.98}
 BEYOND_TOP_OF_ROW = {bits: 1.0 if bits <= 4 else 1.03 for bits in HIGHEST}
-NEAR_OF_ROW, FAR_OF_ROW, FINE_OF_ROW = 7, 4, 4
+NEAR_OF_ROW = {2: 8, 3: 8, 4: 4, 5: 4, 6: 8, 7: 8, 8: 4}
+FAR_OF_ROW, FINE_OF_ROW = 4, 4
 
 
 def mse_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None
     levels = 2.0**num_bits / (signed + 1)
     top = magnitude(values, True).amax(dim=1) * (levels / (levels - 1)).to(octav.dtype)
     last = torch.minimum(HIGHEST[num_bits] * octav, BEYOND_TOP_OF_ROW[num_bits] * top).maximum(1.02 * octav)
-    clips, ratios = _candidates(octav, LOWEST_OF_ROW[num_bits], last, top, NEAR_OF_ROW, FAR_OF_ROW)
+    clips, ratios = _candidates(octav, LOWEST_OF_ROW[num_bits], last, top, NEAR_OF_ROW[num_bits], FAR_OF_ROW)
     best, ratio = _at(rows_errors(values, clips, num_bits, signed).argmin(dim=0), clips, ratios)
     clips = _between(best, ratio, FINE_OF_ROW)
     (best,) = _at(rows_errors(values, clips, num_bits, signed).argmin(dim=0), clips)
@@ -105,10 +106,10 @@ def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None
 
 
 def _candidates(octav: Tensor, lowest: float, last: Tensor, top: Tensor, near: int, far: int) -> tuple[Tensor, Tensor]:
-    """Clips to try, ``[near + far + 1, ...]`` for OCTAV's clips, ``[...]``, and the ratio of each to the next.
+    """Clips to try, ``[near + far, ...]`` for OCTAV's clips, ``[...]``, and the ratio of each to the next.
 
-    They are ``near`` clips from ``lowest``, in units of OCTAV's, to ``last``, ``far`` from there to ``top``, if this is
-    higher, and OCTAV's.
+    They are ``near`` clips from ``lowest``, in units of OCTAV's, to ``last``, and ``far`` from there to ``top``, if this
+    is higher.
     """
     largest = torch.finfo(octav.dtype).max
     ends = (torch.where(octav > 0, clip, 1).to(octav.dtype) for clip in (lowest * octav, last, top))
@@ -120,10 +121,10 @@ def _candidates(octav: Tensor, lowest: float, last: Tensor, top: Tensor, near: i
         exponents = torch.arange(begin, end, dtype=octav.dtype, device=octav.device)
         return ratio ** exponents.view(-1, *[1] * octav.dim())
 
-    clips = torch.cat([first * powers(near_ratio, 0, near), last * powers(far_ratio, 1, far + 1), octav[None]])
+    clips = torch.cat([first * powers(near_ratio, 0, near), last * powers(far_ratio, 1, far + 1)])
     clips = clips.clamp(max=largest)
     ratios = [near_ratio.expand(near, *octav.shape), torch.maximum(far_ratio, near_ratio).expand(far, *octav.shape)]
-    return clips, torch.cat([*ratios, near_ratio[None]])
+    return clips, torch.cat(ratios)
 
 
 def _between(clip: Tensor, ratio: Tensor, count: int) -> Tensor:

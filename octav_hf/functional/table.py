@@ -138,12 +138,12 @@ class Tails:
             return values.index_select(0, index.flatten()).reshape(index.shape)
 
         edge, width, count, mean = (of(part) for part in (self.edges, self._widths, self._counts, self._means))
-        beside = of(self._counts, (index - 1).clamp(min=0)) + of(self._counts, (index + 1).clamp(max=_WINDOW))
+        below, above = of(self._counts, (index - 1).clamp(min=0)), of(self._counts, (index + 1).clamp(max=_WINDOW))
         # A single value, values with no rest, and what a bin has more than the two beside it if that is far more, such
-        # as those at the 6 of a ReLU6, are at one place.
+        # as those at the 6 of a ReLU6, are at one place. With an empty bin beside it the others are few.
         alone = (count == 1) | (mean == 0)
-        smooth = torch.where(alone, 0.0, beside / 2)
-        crowded = torch.where(alone | (count > 4 * smooth), count - smooth, 0.0)
+        smooth = torch.where(alone, 0.0, torch.minimum(below, above))
+        crowded = torch.where(alone | (count > 2 * (below + above)), count - smooth, 0.0)
         place = ((count * mean - smooth / 2) / crowded.clamp(min=1)).clamp(0, 1)
         return Bin(edge, width, count, mean, crowded, place, of(self._counts_above), of(self._excesses_above))
 

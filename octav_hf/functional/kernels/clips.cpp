@@ -4,15 +4,12 @@
 // order, and a row's sums are added up in one order, so that a clip does not depend on the number of threads.
 
 #include <algorithm>
+#include <bit>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX512DQ__
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -24,30 +21,19 @@ constexpr int64_t kParallel = 1 << 15;        // elements from which a second th
 constexpr int64_t kMostPacked = 1 << 23;      // values that a packed table can count
 constexpr uint64_t kPackedValue = 1ull << 40; // one of them, to which its rest is added
 constexpr int64_t kPiece = 4096;              // elements converted at a time
-constexpr int64_t kLanes = 16;                // of a vector
-constexpr int64_t kUnrolled = 2;              // vectors that are read at a time, so that none waits for another's sum
 constexpr int64_t kBlock = 16;                // rows that are solved at a time, for the same reason,
 constexpr int64_t kBlockNumel = 1 << 14;      // of no more elements, so that they stay in cache
 constexpr int kHalvings = 30;                 // of a bin, to the precision of the clip
 constexpr int kUpdates = 12;                  // of Eq. 6 before bisection
 constexpr double kTolerance = 1e-7;           // relative, of the fixed point
-constexpr int kAtOnce = 8;                    // candidates that a row is measured with at a time
 
 struct Bfloat16 {
   uint16_t bits;
 };
 
-float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint32_t to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
+float to_float(float x) { return x; }
+float to_float(_Float16 x) { return static_cast<float>(x); }
+float to_float(Bfloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
 struct Grid {
   int num_bits;
@@ -168,9 +154,9 @@ template <class T> void count(const T *x, int64_t n, int threads, Table &table) 
 // Clips as functions of a table
 // ---------------------------------------------------------------------------------------------------------------------
 
-int64_t bin_of(double threshold) { return to_bits(static_cast<float>(threshold)) >> 16; }
+int64_t bin_of(double threshold) { return std::bit_cast<uint32_t>(static_cast<float>(threshold)) >> 16; }
 
-double edge_of(int64_t bin) { return bin < kNotFinite ? from_bits(static_cast<uint32_t>(bin) << 16) : 0x1p128; }
+double edge_of(int64_t bin) { return bin < kNotFinite ? std::bit_cast<float>(static_cast<uint32_t>(bin) << 16) : 0x1p128; }
 
 // A bin of a table and what is in the higher ones; Bin in table.py explains it.
 struct Bin {
@@ -258,8 +244,8 @@ private:
     const double below = number > first() ? sum(table_.counts, number - 1) : count;
     const double above = number < highest_ ? bins_.back().count : 0;
     const bool alone = count == 1 || mean == 0;
-    const double smooth = alone ? 0 : (below + above) / 2;
-    const double crowded = alone || count > 4 * smooth ? count - smooth : 0;
+    const double smooth = alone ? 0 : std::min(below, above);
+    const double crowded = alone || count > 2 * (below + above) ? count - smooth : 0;
     const double place = std::clamp((count * mean - smooth / 2) / std::max(crowded, 1.0), 0.0, 1.0);
     bins_.push_back({edge, width, count, mean, crowded, place, count_, excess_});
     excess_ += width * (count * mean + count_);
@@ -295,37 +281,33 @@ struct Search {
   double lowest, highest; // of the near ones, in units of OCTAV's clip
   int near, far, fine;    // how many
 
-  // `measure(clips, count, errors)` gives the errors of clips, up to a constant.
+  // `measure(clips, count, errors)` gives the errors up to a constant.
   template <class Measure> double best(double octav, double last, double top, const Measure &measure) const {
     double clips[kMost], errors[kMost];
-    const double near_ratio = std::exp2(std::log2(last / (lowest * octav)) / (near - 1));
-    double far_ratio = 1, clip = lowest * octav;
+    const double first = lowest * octav, near_log = std::log2(last / first) / (near - 1);
+    const double far_log = std::log2(top / last) / far;
     int count = 0;
-    for (; count < near; clip *= near_ratio)
-      clips[count++] = clip;
-    if (top > last) {
-      far_ratio = std::exp2(std::log2(top / last) / far);
-      for (clip = last; count < near + far;)
-        clips[count++] = clip *= far_ratio;
-    }
-    clips[count++] = octav;
+    for (; count < near; count++)
+      clips[count] = first * std::exp2(near_log * count);
+    for (int k = 1; k <= far && top > last; k++)
+      clips[count++] = last * std::exp2(far_log * k);
     measure(clips, count, errors);
     const int index = std::min_element(errors, errors + count) - errors;
     const double best = clips[index], error = errors[index];
-    const bool is_far = index >= near && index < count - 1;
-    const double log_ratio = std::log2(is_far ? std::max(far_ratio, near_ratio) : near_ratio);
+    const double log = index < near ? near_log : std::max(far_log, near_log);
     for (int k = 0; k < fine; k++)
-      clips[k] = best * std::exp2(log_ratio * (2 * (k + 1.0) / (fine + 1) - 1));
+      clips[k] = best * std::exp2(log * (2 * (k + 1.0) / (fine + 1) - 1));
     measure(clips, fine, errors);
     const int finer = std::min_element(errors, errors + fine) - errors;
     return errors[finer] < error ? clips[finer] : best;
   }
 
 private:
-  static constexpr int kMost = 80;
+  static constexpr int kMost = 64;
 };
 
 constexpr double kHighest[] = {8.0, 4.0, 2.6, 2.2, 2.0, 1.8, 1.8}; // by bits, as for rows
+constexpr int kNearOfRow[] = {8, 8, 4, 4, 8, 8, 4};
 constexpr double kLowestOfRow[] = {0.95, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98};
 
 double lowest_error(const Table &table, const Grid &grid) {
@@ -362,82 +344,14 @@ bool is_finite(const Table &table) {
 // Clips of short rows
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Vectors as GCC and Clang know them, whatever the processor's own are.
-using Floats = float __attribute__((vector_size(4 * kLanes)));
-using Integers = int32_t __attribute__((vector_size(4 * kLanes)));
-using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
-
-inline Floats load(const float *x) {
-  Floats values;
-  std::memcpy(&values, x, sizeof values);
-  return values;
-}
-
-inline Floats load(const Bfloat16 *x) {
-  Halves bits;
-  std::memcpy(&bits, x, sizeof bits);
-  return reinterpret_cast<Floats>(__builtin_convertvector(bits, Integers) << 16);
-}
-
-inline Floats load(const _Float16 *x) {
-  Floats values;
-  for (int64_t lane = 0; lane < kLanes; lane++)
-    values[lane] = static_cast<float>(x[lane]);
-  return values;
-}
-
-inline Floats magnitude(Floats values) {
-  return reinterpret_cast<Floats>(reinterpret_cast<Integers>(values) & 0x7fffffff);
-}
-
-inline Floats broadcast(float value) { return value - Floats{}; }
-
-inline Floats larger(Floats a, Floats b) {
-#ifdef __AVX512DQ__
-  return reinterpret_cast<Floats>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
-#else
-  return a > b ? a : b;
-#endif
-}
-
-inline Floats smaller(Floats a, Floats b) { return -larger(-a, -b); }
-
-// t less the nearest integer, ties to the even one.
-inline Floats rest_of_rounding(Floats t) {
-#ifdef __AVX512DQ__
-  return reinterpret_cast<Floats>(
-      _mm512_reduce_ps(reinterpret_cast<__m512>(t), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-  return t - ((t + 12582912.0f) - 12582912.0f); // 1.5 * 2^23
-#endif
-}
-
-template <class Vector> inline auto sum_of_lanes(Vector values) {
-  auto sum = values[0];
-  for (int64_t lane = 1; lane < kLanes; lane++)
-    sum += values[lane];
-  return sum;
-}
-#ifdef __AVX512DQ__
-inline float sum_of_lanes(Floats values) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(values)); }
-inline int32_t sum_of_lanes(Integers values) { return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(values)); }
-#endif
-
-inline float highest_lane(Floats values) {
-  float highest = values[0];
-  for (int64_t lane = 1; lane < kLanes; lane++)
-    highest = std::max(highest, values[lane]);
-  return highest;
-}
-
-// A row of float32, on an unsigned grid with zeros for negative values, and zeros behind it up to `size`.
+// A row of float32, on an unsigned grid with zeros for negative values.
 struct Row {
   float *values;
   int64_t size;
-  float unit;      // of the values, a power of two that keeps sums and squares from overflowing or vanishing
-  float largest;   // magnitude
-  float mean;      // of the magnitudes that are not zero
-  double nonzero;  // their count
+  float unit;       // of the values, a power of two that keeps sums and squares from overflowing or vanishing
+  float largest;    // magnitude
+  float mean;       // of the magnitudes that are not zero
+  double nonzero;   // their count
   bool finite;
   double octav = 0; // the fixed point of Eq. 6; it is above `low`, not above `high`, and `clip` is the next try
   float low = 0, high, clip;
@@ -445,57 +359,45 @@ struct Row {
   int updates = 0;
 };
 
-template <bool kSigned, class T> Row read_row(const T *x, int64_t n, float *buffer) {
-  constexpr int64_t kStep = kUnrolled * kLanes;
-  Row row{buffer, (n + kStep - 1) / kStep * kStep};
-  Floats totals = {}, largest = {}, not_finite = {};
-  Integers zeros = {};
-  const auto take = [&](Floats values, float *to) {
-    not_finite += values - values; // NaN for Inf and NaN
-    values = kSigned ? values : larger(values, Floats{});
-    std::memcpy(to, &values, sizeof values);
-    zeros += values == 0;
-    totals += magnitude(values);
-    largest = larger(largest, magnitude(values));
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    take(load(x + i), buffer + i);
-  for (; i < row.size; i += kLanes) {
-    T rest[kLanes] = {};
-    std::copy(x + std::min(i, n), x + n, rest);
-    take(load(rest), buffer + i);
+template <bool kSigned, class T> Row read_row(const T *x, int64_t n, float *values) {
+  float total = 0, largest = 0;
+  uint32_t highest = 0;
+  int32_t nonzero = 0;
+#pragma omp simd reduction(+ : total, nonzero) reduction(max : largest, highest)
+  for (int64_t i = 0; i < n; i++) {
+    const float x_i = to_float(x[i]), value = kSigned || x_i > 0 ? x_i : 0;
+    const uint32_t bits = std::bit_cast<uint32_t>(x_i) & 0x7fffffff;
+    const float m = std::fabs(value);
+    highest = bits > highest ? bits : highest;
+    largest = m > largest ? m : largest;
+    total += m;
+    nonzero += value != 0;
+    values[i] = value;
   }
-  row.finite = sum_of_lanes(not_finite) == 0;
-  row.largest = highest_lane(largest);
-  row.nonzero = static_cast<double>(row.size + sum_of_lanes(zeros));
-  row.unit = row.largest > 0x1p60f ? 0x1p100f : row.largest < 0x1p-60f ? 0x1p-100f : 1;
-  if (row.unit != 1) {
-    totals = Floats{};
-    for (i = 0; i < row.size; i += kLanes) {
-      const Floats values = load(buffer + i) * (1 / row.unit);
-      std::memcpy(buffer + i, &values, sizeof values);
-      totals += magnitude(values);
-    }
-    row.largest *= 1 / row.unit;
+  Row row{values, n, 1, largest, total / nonzero, static_cast<double>(nonzero), highest < 0x7f800000};
+  if (nonzero > 0 && (largest > 0x1p60f || largest < 0x1p-60f)) {
+    row.unit = largest > 1 ? 0x1p100f : 0x1p-100f;
+    for (int64_t i = 0; i < n; i++)
+      values[i] /= row.unit;
+    row.largest /= row.unit;
+    row.mean = row.largest; // from which Eq. 6 gets along as well
   }
-  row.mean = static_cast<float>(sum_of_lanes(totals) / row.nonzero);
   return row;
 }
 
 // One update of Eq. 6 of a row, or a step of bisection; whether the fixed point is found.
 bool update(Row &row, double noise) {
-  Floats totals[kUnrolled] = {};
-  Integers counts[kUnrolled] = {}; // comparisons give -1 where they hold
-  for (int64_t i = 0; i < row.size; i += kUnrolled * kLanes)
-    for (int64_t k = 0; k < kUnrolled; k++) {
-      const Floats m = magnitude(load(row.values + i + k * kLanes));
-      const Integers above = m > row.clip;
-      totals[k] += reinterpret_cast<Floats>(reinterpret_cast<Integers>(m) & above);
-      counts[k] += above;
-    }
-  const int32_t count = -sum_of_lanes(counts[0] + counts[1]);
-  row.octav = sum_of_lanes(totals[0] + totals[1]) / (noise * (row.nonzero - count) + count);
+  const float *const values = row.values;
+  const float clip = row.clip;
+  float total = 0;
+  int32_t count = 0;
+#pragma omp simd reduction(+ : total, count)
+  for (int64_t i = 0; i < row.size; i++) {
+    const float m = std::fabs(values[i]);
+    total += m > clip ? m : 0;
+    count += m > clip ? 1 : 0;
+  }
+  row.octav = total / (noise * (row.nonzero - count) + count);
   if (count == row.count || std::fabs(row.octav - row.clip) <= kTolerance * row.clip)
     return true;
   (row.octav > row.clip ? row.low : row.high) = row.clip;
@@ -504,16 +406,17 @@ bool update(Row &row, double noise) {
   if (row.low < row.clip && row.clip < row.high && ++row.updates <= kUpdates)
     return false;
   // Eq. 6 jumps to and fro over a magnitude that many elements share. Where h jumps over zero there, that is the clip.
-  const uint32_t low = to_bits(row.low), high = to_bits(row.high);
+  const uint32_t low = std::bit_cast<uint32_t>(row.low), high = std::bit_cast<uint32_t>(row.high);
   row.octav = row.high;
-  row.clip = from_bits(low + (high - low) / 2);
+  row.clip = std::bit_cast<float>(low + (high - low) / 2);
   row.count = -1;
   return high - low <= 1;
 }
 
+// Updates rows by turns, so that the next one's need not wait for what an update ends in.
 void fixed_points(Row *rows, int count, const Grid &grid) {
   const double noise = grid.noise();
-  // Nearly the fixed point of Gaussian data in units of its mean magnitude
+  // Nearly the fixed point of Gaussian data in units of its mean magnitude.
   const double start = (std::sqrt(-2 * std::log(noise)) - 1.05) * std::sqrt(M_PI / 2);
   Row *left[kBlock];
   int size = 0;
@@ -527,70 +430,35 @@ void fixed_points(Row *rows, int count, const Grid &grid) {
     size = std::remove_if(left, left + size, [&](Row *row) { return update(*row, noise); }) - left;
 }
 
-// The squared errors of a row, in units of each clip's step: those of rounding, which are cheap, for all values, and for
-// those that any of the clips may clip the difference that this makes.
-template <int K>
-void add_errors(const Row &row, const float *ends, int64_t n_ends, const Grid &grid, const double *clips, double *errors) {
-  const int levels = grid.levels();
-  Floats inverse[K], sums[K] = {}, more[K] = {};
-  for (int k = 0; k < K; k++)
-    inverse[k] = broadcast(static_cast<float>(levels / clips[k]));
-  for (int64_t i = 0; i < row.size; i += kLanes) {
-    const Floats x = load(row.values + i);
-#pragma GCC unroll 8
-    for (int k = 0; k < K; k++) {
-      const Floats rest = rest_of_rounding(x * inverse[k]);
-      sums[k] += rest * rest;
-    }
-  }
-  const Floats low = broadcast(grid.is_signed ? -levels : 0), high = broadcast(levels - 1);
-  for (int64_t i = 0; i < n_ends; i += kLanes) {
-    const Floats x = load(ends + i);
-#pragma GCC unroll 8
-    for (int k = 0; k < K; k++) {
-      const Floats t = x * inverse[k], inside = smaller(larger(t, low), high);
-      const Floats rest = rest_of_rounding(t), error = t - inside + rest_of_rounding(inside);
-      more[k] += error * error - rest * rest;
-    }
-  }
-  for (int k = 0; k < K; k++)
-    errors[k] = (clips[k] / levels) * (clips[k] / levels) * (sum_of_lanes(sums[k]) + sum_of_lanes(more[k]));
-}
-
-// The values of a row that are beyond a threshold, with zeros behind them; how many, in whole vectors.
-int64_t set_aside(const Row &row, float threshold, float *ends) {
-  float *end = ends;
-  for (int64_t i = 0; i < row.size; i += kLanes) {
-    const Floats values = load(row.values + i);
-#ifdef __AVX512DQ__
-    const __mmask16 beyond = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(magnitude(values)), _mm512_set1_ps(threshold), _CMP_GT_OQ);
-    _mm512_storeu_ps(end, _mm512_maskz_compress_ps(beyond, reinterpret_cast<__m512>(values)));
-    end += __builtin_popcount(beyond);
-#else
-    for (int64_t lane = 0; lane < kLanes; lane++) {
-      *end = values[lane];
-      end += std::fabs(values[lane]) > threshold;
-    }
-#endif
-  }
-  std::fill_n(end, kLanes, 0.0f);
-  return (end - ends + kLanes - 1) / kLanes * kLanes;
-}
-
-double lowest_error(const Row &row, const Grid &grid, float *ends) {
-  const Search search{kLowestOfRow[grid.num_bits - 2], kHighest[grid.num_bits - 2], 7, 4, 4};
-  const int levels = grid.levels();
+double lowest_error(const Row &row, const Grid &grid) {
+  const int levels = grid.levels(), bits = grid.num_bits;
+  const Search search{kLowestOfRow[bits - 2], kHighest[bits - 2], kNearOfRow[bits - 2], 4, 4};
   const double top = static_cast<double>(row.largest) * levels / (levels - 1);
-  const double beyond = grid.num_bits > 4 ? 1.03 * top : top;
+  const double beyond = bits > 4 ? 1.03 * top : top;
   const double last = std::max(std::min(search.highest * row.octav, beyond), 1.02 * row.octav);
+  const float low = grid.is_signed ? -levels : 0, high = levels - 1;
+  const float *const values = row.values;
+  const auto squared_error = [=](float x, float inverse_step) { // in units of the step
+    const float t = x * inverse_step, above = t < low ? low : t, inside = above > high ? high : above;
+    const float error = t - std::rint(inside);
+    return error * error;
+  };
   return search.best(row.octav, last, top, [&](const double *clips, int count, double *errors) {
-    const double lowest = *std::min_element(clips, clips + count);
-    const int64_t n_ends = set_aside(row, static_cast<float>(0.999 * lowest * (levels - 0.5) / levels), ends);
-    int k = 0;
-    for (; k + kAtOnce <= count; k += kAtOnce)
-      add_errors<kAtOnce>(row, ends, n_ends, grid, clips + k, errors + k);
-    for (; k < count; k += kAtOnce / 2)
-      add_errors<kAtOnce / 2>(row, ends, n_ends, grid, clips + k, errors + k);
+    for (; count > 0; count -= 4, clips += 4, errors += 4) { // at a time, so that their sums do not wait for each other
+      const float inverse_a = levels / clips[0], inverse_b = levels / clips[1];
+      const float inverse_c = levels / clips[2], inverse_d = levels / clips[3];
+      float a = 0, b = 0, c = 0, d = 0;
+#pragma omp simd reduction(+ : a, b, c, d)
+      for (int64_t i = 0; i < row.size; i++) {
+        a += squared_error(values[i], inverse_a);
+        b += squared_error(values[i], inverse_b);
+        c += squared_error(values[i], inverse_c);
+        d += squared_error(values[i], inverse_d);
+      }
+      const float sums[] = {a, b, c, d};
+      for (int k = 0; k < 4; k++)
+        errors[k] = (clips[k] / levels) * (clips[k] / levels) * sums[k];
+    }
   });
 }
 
@@ -632,26 +500,25 @@ void clips_of_long_rows(const T *x, int64_t rows, int64_t n, const Grid &grid, R
 
 template <class T>
 void clips_of_short_rows(const T *x, int64_t rows, int64_t n, const Grid &grid, Rule rule, int threads, float *clips) {
-  const int64_t size = n + 2 * kUnrolled * kLanes, block = std::clamp<int64_t>(kBlockNumel / size, 1, kBlock);
+  const int64_t block = std::clamp<int64_t>(kBlockNumel / n, 1, kBlock);
   const int64_t blocks = (rows + block - 1) / block;
 #pragma omp parallel num_threads(threads) if (threads > 1 && blocks > 1 && rows * n >= kParallel)
   {
     static thread_local std::vector<float> buffer;
-    buffer.resize(std::max<size_t>(buffer.size(), (block + 1) * size));
-    float *const ends = buffer.data() + block * size;
+    buffer.resize(std::max<size_t>(buffer.size(), block * n));
 #pragma omp for schedule(static)
     for (int64_t begin = 0; begin < rows; begin += block) {
       const int count = static_cast<int>(std::min(block, rows - begin));
       Row some[kBlock];
       for (int k = 0; k < count; k++) {
-        float *const values = buffer.data() + k * size;
+        float *const values = buffer.data() + k * n;
         const T *const from = x + (begin + k) * n;
         some[k] = grid.is_signed ? read_row<true>(from, n, values) : read_row<false>(from, n, values);
       }
       fixed_points(some, count, grid);
       for (int k = 0; k < count; k++) {
         const Row &row = some[k];
-        const double clip = rule == kMse && row.octav > 0 ? lowest_error(row, grid, ends) : row.octav;
+        const double clip = rule == kMse && row.octav > 0 ? lowest_error(row, grid) : row.octav;
         clips[begin + k] = row.finite ? static_cast<float>(std::min<double>(clip * row.unit, FLT_MAX)) : NAN;
       }
     }

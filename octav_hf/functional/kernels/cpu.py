@@ -5,6 +5,7 @@ Arguments and results are those of the functions of the same names in ``rows.py`
 """
 
 import os
+import platform
 from ctypes import c_bool, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from .operations import NotFinite
 MIN_NUMEL = 1 << 12  # elements from which loading the library, which takes a second per process, is worthwhile
 FLAGS: tuple[str, ...] = ()  # extra compiler flags, for tests
 
-_LOOPS = ("-ftree-loop-vectorize", "-ffp-contract=fast")  # torch's own flags forbid both
+_LOOPS = ["-ftree-loop-vectorize", "-ffp-contract=fast"]  # torch's own flags forbid both
+if platform.machine() in ("x86_64", "AMD64"):
+    _LOOPS.append("-mprefer-vector-width=512")  # of AVX-512, which GCC hesitates to use; no effect without it
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: -1}  # of values and of tables
 _OCTAV, _MSE = 0, 1
 _libraries: dict[tuple[str, ...], Any] = {}  # by their flags
@@ -82,18 +85,10 @@ def _clips_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | N
     rows = _in_memory(rows)
     count, length = rows.shape
     clips = torch.empty(count, dtype=torch.float32, device=rows.device)
-    is_finite = _libraries[FLAGS].clips_of_rows(
-        rows.data_ptr(),
-        _DTYPES[rows.dtype],
-        count,
-        length,
-        num_bits,
-        signed.data_ptr(),
-        rule,
-        torch.get_num_threads(),
-        clips.data_ptr(),
-    )
-    if check and not is_finite:
+    grid, threads = (num_bits, signed.data_ptr()), torch.get_num_threads()
+    of_rows = _libraries[FLAGS].clips_of_rows
+    finite = of_rows(rows.data_ptr(), _DTYPES[rows.dtype], count, length, *grid, rule, threads, clips.data_ptr())
+    if check and not finite:
         raise NotFinite
     return clips
 
@@ -114,8 +109,6 @@ def _load(flags: tuple[str, ...]) -> Any:
     library.clip_of_table.restype = None
     library.clip_of_table.argtypes = [c_void_p, c_int, c_void_p, c_int, c_void_p]
     library.clips_of_rows.restype = c_bool
-    library.clips_of_rows.argtypes = [
-        *(c_void_p, c_int, c_int64, c_int64),
-        *(c_int, c_void_p, c_int, c_int, c_void_p),
-    ]
+    of_rows = [c_void_p, c_int, c_int64, c_int64, c_int, c_void_p, c_int, c_int, c_void_p]
+    library.clips_of_rows.argtypes = of_rows
     return library

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..mse import BEYOND_TOP_OF_ROW, HIGHEST, LOWEST_OF_ROW
+from ..mse import BEYOND_TOP_OF_ROW, HIGHEST, LOWEST_OF_ROW, NEAR_OF_ROW
 from ..table import uses_table
 from .compilation import SWITCH, disable_kernels, kernels_disabled
 
@@ -55,7 +55,8 @@ def _clips(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, mse
         return torch.cat([_solve(_tables(part, skip), num_bits, signed, mse) for part in rows.split(_TABLES)])
     result = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     block = 1 << max(5, (rows.shape[1] - 1).bit_length())
-    search = [bounds[num_bits] if mse else None for bounds in (LOWEST_OF_ROW, HIGHEST, BEYOND_TOP_OF_ROW)]
+    of_bits = (LOWEST_OF_ROW, HIGHEST, BEYOND_TOP_OF_ROW, NEAR_OF_ROW)
+    search = [values[num_bits] if mse else None for values in of_bits]
     arguments = (rows, skip, result, rows.shape[1], num_bits, signed, *search, block)
     with torch.cuda.device_of(rows):
         _triton_kernels(rows.device).clips_of_rows[(len(rows),)](*arguments, num_warps=min(32, max(1, block // 512)))

@@ -21,8 +21,11 @@ _PARTS, _ROUNDS = tl.constexpr(64), tl.constexpr(3)  # a clip is found to 64^-3 
 _MAX_UPDATES, _TOLERANCE = tl.constexpr(64), tl.constexpr(2.0**-23)  # of Eq. 6
 _LARGEST = tl.constexpr(2.0**128 - 2.0**104)  # float32
 _NEAR, _FAR, _FINE = tl.constexpr(mse.NEAR), tl.constexpr(mse.FAR), tl.constexpr(mse.FINE)
-_NEAR_OF_ROW, _FAR_OF_ROW = tl.constexpr(mse.NEAR_OF_ROW), tl.constexpr(mse.FAR_OF_ROW)
-_FINE_OF_ROW, _LOWEST = tl.constexpr(mse.FINE_OF_ROW), tl.constexpr(mse.LOWEST)
+_FAR_OF_ROW, _FINE_OF_ROW, _LOWEST = (
+    tl.constexpr(mse.FAR_OF_ROW),
+    tl.constexpr(mse.FINE_OF_ROW),
+    tl.constexpr(mse.LOWEST),
+)
 
 
 @triton.jit(do_not_specialize=["numel", "tables"])
@@ -179,14 +182,14 @@ def _gains(tails, clips, levels, signed, shape: tl.constexpr):
 
 
 @triton.jit
-def _candidate(index, octav, lowest, last, top, near: tl.constexpr, far: tl.constexpr):
-    """A clip to try, and the logarithm of its ratio to the next: ``near`` to ``last``, ``far`` to ``top``, OCTAV's."""
+def _candidate(index, lowest, last, top, near: tl.constexpr, far: tl.constexpr):
+    """A clip to try, and the logarithm of its ratio to the next: ``near`` to ``last``, ``far`` from there to ``top``."""
     near_step = tl.log2(last / lowest) / (near - 1)
     far_step = tl.log2(tl.maximum(top / last, 1.0)) / far
-    is_far = (index >= near) & (index < near + far)
+    is_far = index >= near
     step = tl.where(is_far, far_step, near_step)
     clip = tl.where(is_far, last, lowest) * tl.exp2(step * tl.where(is_far, index - (near - 1), index))
-    return tl.where(index == near + far, octav, clip), tl.maximum(step, near_step)
+    return clip, tl.maximum(step, near_step)
 
 
 @triton.jit
@@ -206,8 +209,8 @@ def lowest_error_of_tails(tails, result, num_bits, highest, signed):
     index = tl.arange(0, 64)
     octav = tl.load(tails + 4 * _WINDOW + 2)
     top = top * levels / (levels - 1)
-    clips, steps = _candidate(index, octav, octav * _LOWEST, octav * highest, top, _NEAR, _FAR)
-    gains = tl.where(index <= _NEAR + _FAR, _gains(tails, clips, levels, signed, [64, 8]), -1.0)
+    clips, steps = _candidate(index, octav * _LOWEST, octav * highest, top, _NEAR, _FAR)
+    gains = tl.where(index < _NEAR + _FAR, _gains(tails, clips, levels, signed, [64, 8]), -1.0)
     best = index == tl.argmax(gains, 0)
     clip, step = tl.sum(tl.where(best, clips, 0.0)), tl.sum(tl.where(best, steps, 0.0))
     index = tl.arange(0, 16)
@@ -219,7 +222,9 @@ def lowest_error_of_tails(tails, result, num_bits, highest, signed):
 
 
 @triton.jit(do_not_specialize=["num_bits"])
-def clips_of_rows(rows, skip, result, length, num_bits, signed, lowest, highest, beyond, block: tl.constexpr):
+def clips_of_rows(
+    rows, skip, result, length, num_bits, signed, lowest, highest, beyond, near: tl.constexpr, block: tl.constexpr
+):
     """Clips of short rows, one program each: OCTAV's, or those with the lowest error if ``lowest`` ... are given."""
     row = tl.program_id(0)
     offsets = tl.arange(0, block)
@@ -238,7 +243,7 @@ def clips_of_rows(rows, skip, result, length, num_bits, signed, lowest, highest,
     clip = _fixed_point(tl.abs(values), nonzero, noise)
     if lowest is not None:
         levels = (tl.where(signed, 1, 2) << (num_bits - 1)).to(tl.float32)
-        clip = _lowest_error(values, clip, levels, lowest, highest, beyond)
+        clip = _lowest_error(values, clip, levels, lowest, highest, beyond, near)
     clip = tl.minimum(clip * (exponent << 23).to(tl.float32, bitcast=True), _LARGEST)
     tl.store(result + row, tl.where(finite, clip, float("nan")))
 
@@ -260,13 +265,13 @@ def _fixed_point(magnitudes, nonzero, noise):
 
 
 @triton.jit
-def _lowest_error(values, octav, levels, lowest, highest, beyond):
+def _lowest_error(values, octav, levels, lowest, highest, beyond, near: tl.constexpr):
     """The clip with the lowest error among the candidates, measured on the whole row."""
     top = tl.max(tl.abs(values)) * (levels / (levels - 1))
     last = tl.maximum(tl.minimum(octav * highest, top * beyond), octav * 1.02)
     middle, middle_step, least = octav, octav, float("inf")
-    for index in range(_NEAR_OF_ROW + _FAR_OF_ROW + 1):
-        clip, step = _candidate(index, octav, octav * lowest, last, top, _NEAR_OF_ROW, _FAR_OF_ROW)
+    for index in range(near + _FAR_OF_ROW):
+        clip, step = _candidate(index, octav * lowest, last, top, near, _FAR_OF_ROW)
         error = _error(values, clip / levels, levels)
         middle, middle_step = tl.where(error < least, clip, middle), tl.where(error < least, step, middle_step)
         least = tl.minimum(error, least)

@@ -1,89 +1,181 @@
-"""What is the C++'s own: threads, memory that rows share, and how it tells that it has found nothing."""
+"""The C++ against the references of the operations, and what is its own: threads, and memory that rows share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from octav_hf.functional.kernels import cpu
+from octav_hf.functional import mse_clip, octav_clip
+from octav_hf.functional.kernels import compilation, cpu
+from octav_hf.functional.mse import lowest_error_of_table, mse_of_rows
+from octav_hf.functional.octav import fixed_point_of_table, octav_of_rows
+from octav_hf.functional.rows import has_negative
+from octav_hf.functional.table import magnitude_table
 from tests import twins
 
 Tensor = torch.Tensor
+SIGNED, UNSIGNED = torch.tensor(True), torch.tensor(False)
 
 
-@pytest.fixture(autouse=True)
-def path() -> None:
+@pytest.fixture(params=["compiled", pytest.param("portable", marks=pytest.mark.slow)], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the fixture that takes every path."""
+    monkeypatch.setattr(cpu, "MIN_NUMEL", 1)
+    if request.param == "portable":
+        monkeypatch.setattr(cpu, "FLAGS", ("-mno-avx512f",))
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
-    """Two threads, where there are as many cores."""
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
+def threads() -> Iterator[Callable[[int], None]]:
+    """``torch.set_num_threads``, until the end of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def gaussian(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def clips(rows: Tensor, num_bits: int = 4, signed: bool = True) -> Tensor:
-    result = cpu.fixed_points(rows, num_bits, signed)
-    assert result is not None
-    return result
+def reference(operation: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """What an operation gives as it is written in torch, the operations that it calls included."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(compilation.SWITCH, "0")
+        return operation(*arguments)
 
 
-@pytest.mark.parametrize("shape", [(1, 1 << 20), (2, 1 << 18), (1, 50_001), (3, 50_001), (1000, 129), (7, 9)], ids=str)
+TENSORS: dict[str, Callable[[], Tensor]] = {
+    "gaussian": lambda: gaussian(50_001),
+    "heavy_tail": lambda: gaussian(40_000).mul(2).sinh(),
+    "softmax": lambda: torch.softmax(4 * gaussian(100, 400), dim=-1).flatten(),
+    "relu6": lambda: gaussian(40_000).mul(0.9).add(1).clamp(0, 2) * 0.37,
+    "few_levels": lambda: gaussian(40_000).mul(3).round() / 7,
+    "constant": lambda: torch.full((40_000,), -0.3),
+    "zeros": lambda: torch.zeros(40_000),
+    "one_value": lambda: torch.zeros(40_000).index_fill(0, torch.tensor([7]), -2.7),
+    "negative": lambda: -gaussian(40_000).abs(),
+    "outlier": lambda: torch.cat([gaussian(40_000), torch.tensor([1e30])]),
+    "huge": lambda: gaussian(40_000).clamp(-3, 3) * 1.1e38,
+    "tiny": lambda: gaussian(40_000) * 1e-37,
+    "subnormal": lambda: gaussian(40_000) * 1e-39,
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*TENSORS, "not_finite", "empty"])
+def test_the_table_is_the_references(name: str, dtype: torch.dtype) -> None:
+    special = {"not_finite": torch.tensor([torch.inf, -torch.inf, 1.0]), "empty": torch.zeros(0)}
+    x = (special[name] if name in special else TENSORS[name]()).to(dtype)
+    table = magnitude_table(x)
+    assert torch.equal(table, reference(magnitude_table, x))
+    assert torch.equal(magnitude_table(x[: len(x) // 3]) + magnitude_table(x[len(x) // 3 :]), table)
+
+
+@pytest.mark.parametrize("num_bits", [2, 4, 8])
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
-def test_threads_share_the_work_and_not_the_result(shape: tuple[int, int], signed: bool, two_threads: None) -> None:
-    rows = gaussian(*shape)
-    together = clips(rows, signed=signed)
-    assert torch.equal(clips(rows, signed=signed), together)
-    torch.set_num_threads(1)
-    torch.testing.assert_close(clips(rows, signed=signed), together, rtol=1e-6, atol=0)
-    expected = twins.octav_clip_twin(rows[-1], 4, signed)
-    assert together[-1].item() == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("name", TENSORS)
+def test_clips_of_tables_and_rows_are_the_references(name: str, signed: bool, num_bits: int) -> None:
+    x, sign = TENSORS[name](), torch.tensor(signed)
+    table = magnitude_table(x)
+    for operation in (fixed_point_of_table, lowest_error_of_table):
+        expected = reference(operation, table, num_bits, sign)
+        torch.testing.assert_close(operation(table, num_bits, sign), expected, rtol=1e-6, atol=0)
+    rows = x[:40_000].view(-1, 400)[:30]
+    arguments = (num_bits, sign, None, True)
+    assert torch.equal(octav_of_rows(x[None], *arguments)[0], fixed_point_of_table(table, num_bits, sign))
+    assert torch.equal(mse_of_rows(x[None], *arguments)[0], lowest_error_of_table(table, num_bits, sign))
+    expected = reference(octav_of_rows, rows, *arguments)
+    torch.testing.assert_close(octav_of_rows(rows, *arguments), expected, rtol=1e-5, atol=1.5e-45)
+    if name in ("subnormal", "huge"):  # with steps or clips that float32 can hardly hold
+        return
+    # Two candidates may have nearly the same error.
+    got, expected = mse_of_rows(rows, *arguments).tolist(), reference(mse_of_rows, rows, *arguments).tolist()
+    values = rows if signed else rows.clamp(min=0)
+    for row, clip, other in zip(values, got, expected, strict=True):
+        errors = [twins.mse_twin(row, value, num_bits, signed) for value in (clip, other)]
+        assert errors[0] == pytest.approx(errors[1], rel=0.01, abs=1e-12 * float(row.abs().max()) ** 2)
 
 
-def test_a_large_tensor_on_which_eq6_alternates(two_threads: None) -> None:
-    """Most of it on few levels: the two clips about one of them are compared by their errors, by all threads."""
-    x = gaussian(1, 700_001).mul(1.5).round()
-    got = [clips(x, num_bits, signed).item() for num_bits in (2, 3, 4) for signed in (True, False)]
-    expected = [twins.octav_clip_twin(x, num_bits, signed) for num_bits in (2, 3, 4) for signed in (True, False)]
-    assert got == pytest.approx(expected, rel=2e-5)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1 << 20), (2, 1 << 17), (3, 50_001), (1000, 129), (7, 9), (1, 5000)], ids=str)
+@pytest.mark.parametrize("operation", [octav_of_rows, mse_of_rows], ids=["octav", "mse"])
+def test_threads_share_the_work_and_not_the_result(
+    operation: Callable[..., Tensor], shape: tuple[int, int], dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    rows = gaussian(*shape).to(dtype)
+    results = []
+    for number in (1, 2, 3):
+        threads(number)
+        results.append(operation(rows, 4, SIGNED, None, True))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    if operation is octav_of_rows:
+        assert results[0][-1].item() == pytest.approx(twins.octav_clip_twin(rows[-1], 4), rel=1e-4)
+
+
+def test_a_large_tensor_has_the_same_clip_in_any_order() -> None:
+    x = gaussian(300, 400)
+    shuffled = x.flatten()[torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))]
+    for rule in (octav_clip, mse_clip):
+        clip = rule(x, 4)
+        for other in (x.T, x.T.contiguous(), x.flip(0), shuffled, -x if rule is octav_clip else x):
+            assert torch.equal(rule(other, 4), clip)
 
 
 def test_rows_do_not_see_what_others_left_behind() -> None:
     """One after another they use the same memory: long tails first, then rows with next to none."""
     rows = torch.cat([gaussian(5, 300).sinh().sinh(), gaussian(5, 300).clamp(-1, 1), torch.zeros(2, 300)])
-    rows = torch.cat([rows, gaussian(4, 300) * 1e-30, torch.ones(1, 300)])
-    together = clips(rows)
-    assert torch.equal(together, torch.cat([clips(row[None]) for row in rows]))
-    assert torch.equal(together, clips(rows.flip(0)).flip(0))
+    rows = torch.cat([rows, gaussian(4, 300) * 1e-30, torch.ones(1, 300), gaussian(3, 300).clamp(-3, 3) * 1e38])
+    for operation in (octav_of_rows, mse_of_rows):
+        together = operation(rows, 4, SIGNED, None, True)
+        alone = [operation(row[None], 4, SIGNED, None, True) for row in rows]
+        assert torch.equal(together, torch.cat(alone))
+        assert torch.equal(together, operation(rows.flip(0), 4, SIGNED, None, True).flip(0))
+    long = torch.stack([gaussian(40_000).sinh().sinh(), gaussian(40_000) * 1e-30, torch.zeros(40_000)])
+    together = octav_of_rows(long, 4, SIGNED, None, True)
+    assert torch.equal(together, octav_of_rows(long.flip(0), 4, SIGNED, None, True).flip(0))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("size", [100, 200_000])
-@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
-def test_a_row_that_is_not_finite_has_no_clip(value: float, size: int, signed: bool) -> None:
+@pytest.mark.parametrize("signed", [SIGNED, UNSIGNED], ids=["signed", "unsigned"])
+@pytest.mark.parametrize("operation", [octav_of_rows, mse_of_rows], ids=["octav", "mse"])
+def test_a_row_that_is_not_finite_has_no_clip(
+    operation: Callable[..., Tensor], value: float, size: int, signed: Tensor
+) -> None:
     rows = gaussian(3, size)
     rows[1, size // 2] = value
-    assert clips(rows, signed=signed).isnan().tolist() == [False, True, False]
+    assert operation(rows, 4, signed, None, False).isnan().tolist() == [False, True, False]
+    with pytest.raises(ValueError):
+        operation(rows, 4, signed, None, True)
+    assert operation(rows, 4, signed, torch.tensor(True), True).tolist() == [0, 0, 0]
 
 
-def test_zeros_have_the_clip_zero_and_a_sum_that_overflows_none() -> None:
-    rows = torch.stack([torch.zeros(40), torch.full((40,), 1e38), torch.full((40,), 1e36)])
-    zero, overflowing, constant = clips(rows).tolist()
-    assert zero == 0
-    assert overflowing != overflowing
-    assert constant == pytest.approx(1e36)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("place", [0, 17, 4999, 9999])
+def test_a_negative_value_is_found_wherever_it_is(dtype: torch.dtype, place: int) -> None:
+    x = gaussian(10_000).abs().to(dtype)
+    for value, expected in ((-0.0, False), (torch.nan, False), (torch.inf, False), (-1e-7, True), (-torch.inf, True)):
+        x[place] = value
+        assert has_negative(x).item() is expected
+        assert has_negative(x.view(100, 100).T).item() is expected
+    assert not has_negative(x[:0]).item()
 
 
 def test_a_view_with_negation_pending_is_negated() -> None:
     x = torch.complex(torch.zeros(4096), gaussian(4096)).conj().imag
     assert x.is_neg()
     expected = twins.octav_clip_twin(x.resolve_neg(), 4, False)
-    assert clips(x[None], signed=False).item() == pytest.approx(expected, rel=1e-5)
+    assert octav_clip(x, 4, signed=False).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_small_tensor_does_not_load_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "MIN_NUMEL", 1 << 12)
+    monkeypatch.setattr(cpu, "_libraries", {})
+    assert octav_clip(gaussian(1000), 4) > 0
+    assert not cpu._libraries
+    assert octav_clip(gaussian(5000), 4) > 0
+    assert list(cpu._libraries) == [cpu.FLAGS]
