@@ -139,7 +139,7 @@ def lowest_error_of_rows(name: str, num_bits: int) -> float:
 def test_short_rows(name: str, num_bits: int) -> None:
     """For which few candidates are measured: over all rows the error is nearly the lowest."""
     signed, x = ROWS[name][0], rows_of(name)
-        clips = mse_clip(x, num_bits, signed=signed, dim=1).flatten().tolist()
+    clips = mse_clip(x, num_bits, signed=signed, dim=1).flatten().tolist()
     errors = [twins.mse_twin(row, clip, num_bits, signed) for row, clip in zip(x, clips, strict=True)]
     assert sum(errors) <= 1.02 * lowest_error_of_rows(name, num_bits)
 
