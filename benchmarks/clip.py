@@ -1,4 +1,4 @@
-"""Time of `octav_clip` against reads of the same tensor, Eq. 6 as it is written, and `mse_clip`, in one run.
+"""Time of `octav_clip` and `mse_clip` against reads of the same tensor, and Eq. 6 as it is written, in one run.
 
     python benchmarks/clip.py                      # 10^4 to 10^8 elements, 4 and 8 bits, per tensor and per row
     python benchmarks/clip.py --output clip.json
@@ -31,6 +31,7 @@ def softmax_probabilities(batch: int, heads: int, length: int) -> torch.Tensor:
 
 CASES: dict[str, tuple[Callable[[], torch.Tensor], bool, int | None]] = {
     "probabilities 8x12x384x384": (lambda: softmax_probabilities(8, 12, 384), False, None),
+    "probabilities 8x12x384x384, bfloat16": (lambda: softmax_probabilities(8, 12, 384).bfloat16(), False, None),
     **{f"Gaussian 10^{k}": (lambda k=k: torch.randn(10**k), True, None) for k in range(4, 9)},
     "probabilities, rows": (lambda: softmax_probabilities(8, 12, 192), False, -1),
     "weight rows 384x384": (lambda: torch.randn(384, 384), True, 1),
@@ -48,9 +49,19 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args(argv)
     print(f"{torch.get_num_threads()} threads, median of {options.rounds} rounds, milliseconds")
-    columns = ("aminmax", "amax", "octav_clip", "/ aminmax", "/ amax", "Eq. 6 / aminmax", "mse_clip", "/ octav_clip")
+    columns = (
+        "aminmax",
+        "amax",
+        "octav_clip",
+        "/ aminmax",
+        "/ amax",
+        "mse_clip",
+        "/ aminmax",
+        "/ amax",
+        "Eq. 6 / aminmax",
+    )
     print(f"| tensor | bits | {' | '.join(columns)} |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print(f"|---|{'---:|' * (len(columns) + 1)}")
     rows = []
     for name in options.cases:
         make, signed, dim = CASES[name]
@@ -62,8 +73,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             names = ("octav_clip", "aminmax", "amax", "eq6", "mse_clip")
             clip, low, high, plain, mse = (1e3 * row[name] for name in names)
             print(
-                f"| {name} | {bits} | {low:.3f} | {high:.3f} | {clip:.3f} | {clip / low:.1f} | {clip / high:.1f} "
-                f"| {plain / low:.0f} | {mse:.3f} | {mse / clip:.1f} |",
+                f"| {name} | {bits} | {low:.4f} | {high:.4f} | {clip:.4f} | {clip / low:.1f} | {clip / high:.1f} "
+                f"| {mse:.4f} | {mse / low:.1f} | {mse / high:.1f} | {plain / low:.0f} |",
                 flush=True,
             )
     if options.output:

@@ -178,5 +178,8 @@ def test_a_clip_on_another_device_is_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_compiled_code_refuses_memory_of_other_devices() -> None:
-    with pytest.raises(ValueError, match=r"octav_clips: rows of shape \(1, 8\) are on meta"):
-        cpu.fixed_points(torch.empty(1, 8, device="meta"), 4, True)
+    signed = torch.tensor(True, device="cpu")
+    with pytest.raises(ValueError, match=r"a tensor of shape \(1, 8\) is on meta"):
+        cpu.octav_of_rows(torch.empty(1, 8, device="meta"), 4, signed, None, True)
+    with pytest.raises(ValueError, match=r"a tensor of shape \(\) is on meta"):
+        cpu.octav_of_rows(torch.zeros(1, 8, device="cpu"), 4, signed.to("meta"), None, True)

@@ -108,8 +108,8 @@ def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None
 def _candidates(octav: Tensor, lowest: float, last: Tensor, top: Tensor, near: int, far: int) -> tuple[Tensor, Tensor]:
     """Clips to try, ``[near + far, ...]`` for OCTAV's clips, ``[...]``, and the ratio of each to the next.
 
-    They are ``near`` clips from ``lowest``, in units of OCTAV's, to ``last``, and ``far`` from there to ``top``, if this
-    is higher.
+    They are ``near`` clips from ``lowest``, in units of OCTAV's, to ``last``, and ``far`` from there to ``top``, where
+    this is higher.
     """
     largest = torch.finfo(octav.dtype).max
     ends = (torch.where(octav > 0, clip, 1).to(octav.dtype) for clip in (lowest * octav, last, top))

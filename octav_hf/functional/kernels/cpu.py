@@ -75,7 +75,7 @@ def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None
 def _clip_of_table(table: Tensor, num_bits: int, signed: Tensor, rule: int) -> Tensor:
     table = _in_memory(table)
     clip = torch.empty((), dtype=torch.float32, device=table.device)
-    _libraries[FLAGS].clip_of_table(table.data_ptr(), num_bits, signed.data_ptr(), rule, clip.data_ptr())
+    _libraries[FLAGS].clip_of_table(table.data_ptr(), num_bits, _in_memory(signed).data_ptr(), rule, clip.data_ptr())
     return clip
 
 
@@ -85,7 +85,7 @@ def _clips_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | N
     rows = _in_memory(rows)
     count, length = rows.shape
     clips = torch.empty(count, dtype=torch.float32, device=rows.device)
-    grid, threads = (num_bits, signed.data_ptr()), torch.get_num_threads()
+    grid, threads = (num_bits, _in_memory(signed).data_ptr()), torch.get_num_threads()
     of_rows = _libraries[FLAGS].clips_of_rows
     finite = of_rows(rows.data_ptr(), _DTYPES[rows.dtype], count, length, *grid, rule, threads, clips.data_ptr())
     if check and not finite:
@@ -95,6 +95,8 @@ def _clips_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | N
 
 def _in_memory(x: Tensor) -> Tensor:
     """``x`` as it is read by address: contiguous, and negated if it is a view that stands for the negative."""
+    if x.device.type != "cpu":
+        raise ValueError(f"a tensor of shape {tuple(x.shape)} is on {x.device}; C++ reads memory of the CPU")
     return x.contiguous().resolve_neg()
 
 

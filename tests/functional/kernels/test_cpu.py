@@ -9,6 +9,7 @@ import torch
 
 from octav_hf.functional import mse_clip, octav_clip
 from octav_hf.functional.kernels import compilation, cpu
+from octav_hf.functional.kernels.operations import NotFinite
 from octav_hf.functional.mse import lowest_error_of_table, mse_of_rows
 from octav_hf.functional.octav import fixed_point_of_table, octav_of_rows
 from octav_hf.functional.rows import has_negative
@@ -149,7 +150,7 @@ def test_a_row_that_is_not_finite_has_no_clip(
     rows = gaussian(3, size)
     rows[1, size // 2] = value
     assert operation(rows, 4, signed, None, False).isnan().tolist() == [False, True, False]
-    with pytest.raises(ValueError):
+    with pytest.raises(NotFinite):
         operation(rows, 4, signed, None, True)
     assert operation(rows, 4, signed, torch.tensor(True), True).tolist() == [0, 0, 0]
 
