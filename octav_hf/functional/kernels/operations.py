@@ -37,7 +37,8 @@ def operation(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..
             module = None if kernels is None else kernels(arguments[0])
             return getattr(module, name, reference)(*arguments)
 
-        _library.define(f"{name}{schema}")
+        # Strides are any, so that Inductor gives the operation the memory of a result that it writes anyway, no copy.
+        _library.define(f"{name}{schema}", tags=torch.Tag.flexible_layout)
         _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
         overload = getattr(torch.ops, _NAMESPACE).__getattr__(name).default

@@ -26,6 +26,9 @@ class AttentionMatmuls(TorchFunctionMode):
     value. Nothing else changes. Outer products, by which some models build masks, stay in float, and so do matmuls with
     a parameter of a layer inside the attention module, which that layer quantizes, or with a view of one.
 
+    ``torch.compile`` traces it. Modes do not see ``torch.nn.functional.pad`` there, after which probabilities are not
+    recognised (``check_complete`` raises), nor ``.data``.
+
     Quantizers get the index of each call among those for their operand since the mode was made; each index has its own
     frozen clip.
 

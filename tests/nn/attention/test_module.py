@@ -323,6 +323,25 @@ def test_a_query_that_sees_no_key_gets_zero_and_gives_no_gradient() -> None:
         torch.testing.assert_close(x.grad, other.grad, rtol=1e-5, atol=1e-6)
 
 
+def test_a_mask_keeps_nothing_more_for_the_backward_pass() -> None:
+    def kept(mask: torch.Tensor | None) -> int:
+        storages: dict[int, int] = {}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            output = quantized_scaled_dot_product_attention(no_quantizers(), *inputs, attn_mask=mask)
+        assert output.requires_grad
+        return sum(storages.values())
+
+    inputs = [x.requires_grad_() for x in operands()]
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    mask[0, 0, 2] = False
+    assert kept(mask) == kept(None)
+
+
 def test_dropout_comes_before_the_probabilities_quantizer() -> None:
     torch.manual_seed(0)
     seen: list[torch.Tensor] = []
