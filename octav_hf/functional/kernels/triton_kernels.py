@@ -183,7 +183,7 @@ def _gains(tails, clips, levels, signed, shape: tl.constexpr):
 
 @triton.jit
 def _candidate(index, lowest, last, top, near: tl.constexpr, far: tl.constexpr):
-    """A clip to try, and the logarithm of its ratio to the next: ``near`` to ``last``, ``far`` from there to ``top``."""
+    """A clip to try, and log2 of its ratio to the next: ``near`` to ``last``, ``far`` from there to ``top``."""
     near_step = tl.log2(last / lowest) / (near - 1)
     far_step = tl.log2(tl.maximum(top / last, 1.0)) / far
     is_far = index >= near
