@@ -33,7 +33,8 @@ class Quantization:
     quantizer that keeps float32 clips does.
 
     After a forward pass: `clips` by operand name; `midpoint_margin`, the smallest distance in steps of any activation
-    from a rounding midpoint; `clip_margin`, the smallest relative distance of any activation's magnitude from its clip;
+    from a rounding midpoint; `clip_margin`, the smallest relative distance of any activation's magnitude from its clip
+    (a clip may also be one of the magnitudes, where Eq. 6 has no fixed point);
     `zero_margin`, the smallest |sum p v| / sum |p v| of the attention's output. A right computation agrees with
     another only where all three are well above their rounding errors. The third, because Eq. 6 leaves exact zeros
     out: operands on a grid cancel often, and whether they leave 0 or 1e-17, so whether the element counts, is a matter
@@ -72,7 +73,8 @@ class Quantization:
         values, s = as_float64(x), self.clips[f"{module}.{operand}"]
         distances = midpoint_distance_twin(values, s, self.activation_bits, signed)
         self.midpoint_margin = min(self.midpoint_margin, float(distances[values != 0].min()))
-        self.clip_margin = min(self.clip_margin, float(np.abs(np.abs(values) / s - 1).min()))
+        distances = np.abs(np.abs(values) / s - 1)
+        self.clip_margin = min(self.clip_margin, float(distances[distances > 0].min()))
         return quantized
 
     def _apply(self, x: Tensor, clip: np.ndarray, bits: int, signed: bool, gradient: str, name: str) -> Tensor:

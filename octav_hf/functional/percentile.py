@@ -24,7 +24,7 @@ def percentile_of_table(table: Tensor, num_bits: int, signed: Tensor, percentile
     """``percentile_clip`` of a tensor with this magnitude table, as in ``octav_of_table``; its bin is exact."""
     tails, number = Tails.of(table, signed), number_of_values(table)
     # 99.9 % of 1000 is 999.0000000000001 in floating point; its rank is 999.
-    rank = (number * (percentile / 100) - 1e-6).ceil().clamp(min=1)
+    rank = (number.double() * (percentile / 100) - 1e-6).ceil().clamp(min=1)
     clip = tails.magnitude_below(number - rank)
     return torch.where(is_finite(table), clip, torch.nan).to(torch.float32)
 

@@ -101,14 +101,15 @@ def checked_clips(clips: Tensor, skip: Tensor | None, check: bool) -> Tensor:
 
 
 def scaled_magnitudes(rows: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
-    """The magnitudes of ``[rows, n]`` in units of the largest value, float64, and these units, ``[rows, 1]``.
+    """The magnitudes of ``[rows, n]`` in units of powers of two near the largest value, float64; units, ``[rows, 1]``.
 
-    Units keep sums from overflowing. The unit of a row with NaN or Inf is NaN.
+    Units keep sums from overflowing. That of a row with NaN or Inf is NaN.
     """
     rows = rows.double()
-    unit = rows.abs().amax(dim=1, keepdim=True)
-    unit = torch.where(unit < torch.inf, unit, torch.nan)
-    return magnitude(rows, signed) / torch.where(unit > 0, unit, 1), unit
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    unit = torch.where(largest == 0, 1.0, largest)
+    unit = unit / (2 * torch.frexp(unit).mantissa)
+    return magnitude(rows, signed) / unit, unit
 
 
 def magnitude(x: Tensor, signed: Sign) -> Tensor:
