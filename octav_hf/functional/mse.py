@@ -95,8 +95,8 @@ def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None
     octav = octav_of_rows(rows, num_bits, signed, skip, check)
     # On an unsigned grid a negative value has the same error for every clip, which may drown the rest.
     values = torch.where(signed, rows, rows.clamp(min=0))
-    levels = 2.0**num_bits / (signed.double() + 1)
-    top = magnitude(values, True).amax(dim=1) * (levels / (levels - 1)).to(octav.dtype)
+    levels = 2.0**num_bits / (signed.to(octav.dtype) + 1)
+    top = magnitude(values, True).amax(dim=1) * (levels / (levels - 1))
     last = torch.minimum(HIGHEST[num_bits] * octav, BEYOND_TOP_OF_ROW[num_bits] * top).maximum(1.02 * octav)
     clips, ratios = _candidates(octav, LOWEST_OF_ROW[num_bits], last, top, NEAR_OF_ROW[num_bits], FAR_OF_ROW)
     best, ratio = _at(rows_errors(values, clips, num_bits, signed).argmin(dim=0), clips, ratios)

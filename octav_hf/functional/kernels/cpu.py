@@ -30,10 +30,10 @@ _libraries: dict[tuple[str, ...], Any] = {}  # by their flags
 
 def is_supported(x: Tensor) -> bool:
     """Whether the library can be used for ``x``: values, or their table."""
-    if x.dtype not in _DTYPES or x.device.type != "cpu" or os.environ.get(SWITCH) == "0" or kernels_disabled():
+    # Whether the library is loaded already must not matter, or the last bits would depend on what was computed before.
+    if x.numel() < MIN_NUMEL or x.dtype not in _DTYPES or x.device.type != "cpu":
         return False
-    # Whether it is loaded or not: a process that goes on with another's training computes the same, bit for bit.
-    if x.numel() < MIN_NUMEL:
+    if os.environ.get(SWITCH) == "0" or kernels_disabled():
         return False
     if FLAGS not in _libraries:
         try:
@@ -47,7 +47,7 @@ def is_supported(x: Tensor) -> bool:
 def has_negative(x: Tensor) -> Tensor:
     x = _in_memory(x)
     found = _libraries[FLAGS].has_negative(x.data_ptr(), _DTYPES[x.dtype], x.numel())
-    return torch.full((), found, dtype=torch.bool, device=x.device)
+    return torch.tensor(found, dtype=torch.bool, device=x.device)
 
 
 def magnitude_table(x: Tensor) -> Tensor:
