@@ -59,6 +59,7 @@ AWKWARD: dict[str, Callable[[int], Tensor]] = {
     "log_normal": lambda n: (3 * random(n)).exp(),
     "softmax": lambda n: torch.softmax(4 * random(n // 40, 40), dim=-1).flatten(),
     "relu6": lambda n: (4 * random(n)).clamp(0, 6),
+    "scaled_relu6": lambda n: (2 * random(n) + 3).clamp(0, 6) * 0.37,
     "integers": lambda n: (3 * random(n)).round(),
     "two_values": lambda n: torch.where(torch.arange(n) % 10 == 0, 3.0, 1.0),
     "constant": lambda n: torch.full((n,), -0.3),
