@@ -28,5 +28,5 @@ __all__ = [
     "step_size",
 ]
 
-use_kernels("cpu", lambda x: cpu if cpu.is_supported(x) else None)
-use_kernels("cuda", lambda x: cuda if cuda.is_supported(x) else None)
+use_kernels("cpu", cpu)
+use_kernels("cuda", cuda)

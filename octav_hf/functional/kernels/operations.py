@@ -9,10 +9,8 @@ from torch import Tensor
 _NAMESPACE = "octav_hf"
 _library = torch.library.Library(_NAMESPACE, "DEF")
 
-Kernels = Callable[[Tensor], Any]
-
-_kernels: dict[str, Kernels] = {}
-"""Device type -> ``kernels(x)``: the module with faster functions of the operations' names for ``x``, or ``None``."""
+_kernels: dict[str, Any] = {}
+"""Device type -> module with faster functions of operations' names, and ``is_supported(x)``."""
 
 
 class NotFinite(ValueError):
@@ -34,8 +32,9 @@ def operation(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..
 
         def run(*arguments: Any) -> Tensor:
             kernels = _kernels.get(arguments[0].device.type)
-            module = None if kernels is None else kernels(arguments[0])
-            return getattr(module, name, reference)(*arguments)
+            # An operation without a kernel must not load, and perhaps compile, those of others.
+            kernel = getattr(kernels, name, None)
+            return (reference if kernel is None or not kernels.is_supported(arguments[0]) else kernel)(*arguments)
 
         # Strides are any, so that Inductor gives the operation the memory of a result that it writes anyway, no copy.
         _library.define(f"{name}{schema}", tags=torch.Tag.flexible_layout)
@@ -48,6 +47,9 @@ def operation(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..
     return declare
 
 
-def use_kernels(device_type: str, kernels: Kernels) -> None:
-    """Let operations on a device use the functions of ``kernels(x)`` that have their names, with the same arguments."""
+def use_kernels(device_type: str, kernels: Any) -> None:
+    """Let operations on a device use the functions of a module that have their names, with the same arguments.
+
+    The module's ``is_supported(x)`` says whether they can be used for the first argument.
+    """
     _kernels[device_type] = kernels

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from octav_hf.functional import mse_clip, octav_clip
+from octav_hf.functional import fake_quantize, max_clip, mse_clip, octav_clip, percentile_clip
 from octav_hf.functional.kernels import compilation, cpu
 from octav_hf.functional.kernels.operations import NotFinite
 from octav_hf.functional.mse import lowest_error_of_table, mse_of_rows
@@ -182,3 +182,11 @@ def test_a_small_tensor_does_not_load_the_library(monkeypatch: pytest.MonkeyPatc
     assert octav_clip(gaussian(5000), 4) > 0
     assert list(cpu._libraries) == [cpu.FLAGS]
     assert torch.equal(mse_clip(gaussian(1000), 4), small)  # whatever was computed in between
+
+
+def test_what_has_no_kernel_does_not_load_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_libraries", {})
+    x = gaussian(5000)
+    for clip in (max_clip(x, 4), percentile_clip(x, 4), octav_clip(x, 4, max_iterations=10)):
+        fake_quantize(x, clip, 4)
+    assert not cpu._libraries
