@@ -71,8 +71,13 @@ def clips_of(
     Args:
         clips_of_rows: a custom operation that gives ``[rows]``; with ``check`` it raises ``NotFinite`` for a row on the
             CPU with NaN or Inf, whose clip is NaN otherwise.
-        name: of the rule, for that error.
+        name: of the rule, for errors.
     """
+    if isinstance(signed, Tensor) and (signed.dtype != torch.bool or signed.dim() > 0):
+        raise ValueError(
+            f"{name}: signed must be True, False or a bool tensor of shape (), got a tensor of shape "
+            f"{tuple(signed.shape)} and dtype {signed.dtype}"
+        )
     rows, shape = to_rows(x.detach(), dim)
     if rows.numel() == 0:
         return torch.zeros(shape, dtype=statistics_dtype(x.dtype), device=x.device)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from octav_hf.functional import max_clip, mse_sweep_clip, percentile_clip
+from octav_hf.functional import max_clip, mse_clip, mse_sweep_clip, octav_clip, percentile_clip
+from octav_hf.functional.percentile import percentile_of_table
 from tests import twins
 
 from .conftest import any_path
@@ -41,7 +44,7 @@ def test_percentile_equals_the_twin(family: str, percentile: float, signed: bool
     assert percentile_clip(x, 4, signed=signed, percentile=percentile).item() == expected
 
 
-@pytest.mark.parametrize("size", [10, 1000, 100_000])
+@pytest.mark.parametrize("size", [10, 1000, 30_000])
 def test_percentile_at_a_rank_without_remainder(size: int) -> None:
     """99.9 % of 1000 elements is rank 999, not 1000: no float error may tip it over."""
     x = torch.arange(1, size + 1, dtype=torch.float32)
@@ -60,3 +63,39 @@ def test_mse_sweep_equals_the_twin(family: str, num_bits: int, signed: bool) -> 
     assert mse_sweep_clip(x, num_bits, signed=signed).item() == pytest.approx(expected, rel=1e-6)
     got = mse_sweep_clip(x.reshape(3, 400), num_bits, signed=signed, dim=1).flatten().tolist()
     assert got == pytest.approx([twins.mse_sweep_clip_twin(r, num_bits, signed) for r in x.reshape(3, 400)], rel=1e-6)
+
+
+@pytest.mark.parametrize("signed", [torch.tensor(1.0), torch.tensor(1), torch.tensor([True])], ids=str)
+@pytest.mark.parametrize("rule", [max_clip, mse_clip, octav_clip, percentile_clip])
+def test_a_tensor_that_is_no_sign_is_refused(rule: Callable[..., torch.Tensor], signed: torch.Tensor) -> None:
+    """Compiled code reads one byte of it, which is 0 in the 1.0 of a float."""
+    with pytest.raises(ValueError, match="signed must be True, False or a bool tensor"):
+        rule(torch.ones(5000), 4, signed=signed)
+
+
+@SIGNS
+@pytest.mark.parametrize("percentile", [0.001, 10, 50, 90, 99.9, 99.99, 100], ids=str)
+@pytest.mark.parametrize("family", twins.FAMILIES)
+def test_a_percentile_of_many_elements(family: str, percentile: float, signed: bool) -> None:
+    """Which is read off their magnitude table, is in the twin's bin: the upper 16 bits are the same."""
+    x = tensor(family, 100_001)
+    expected = torch.tensor(twins.percentile_clip_twin(x, percentile, signed), dtype=torch.float32)
+    got = percentile_clip(x, 4, signed=signed, percentile=percentile)
+    # The upper edge of a bin is the lower one of the next.
+    bins = [clip.view(torch.int32).item() / 2**16 for clip in (got, expected)]
+    assert int(bins[1]) <= bins[0] <= int(bins[1]) + 1
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_bin_in_a_table_is_exact(default: torch.dtype) -> None:
+    """Whatever the default dtype: of this many elements float32 does not hold the rank."""
+    number = 123_456_789
+    table = torch.zeros(2, 2, 1 << 15, dtype=torch.int64)
+    for largest, expected in ((12_345, 0.0), (12_346, 5.0)):  # 99.99 % of them, rounded up, is all but 12345
+        table[0, 0, 0], table[0, 0, 0x40A0] = number - largest, largest  # zeros, and values of 5
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(default)
+        try:
+            assert percentile_of_table(table, 4, torch.tensor(True), percentile=99.99).item() == expected
+        finally:
+            torch.set_default_dtype(before)
