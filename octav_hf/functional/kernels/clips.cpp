@@ -17,7 +17,7 @@ constexpr int64_t kBins = 1 << 15;            // of each sign
 constexpr int64_t kNotFinite = 255 << 7;      // the first bin of Inf and NaN
 constexpr int64_t kWindow = 32 * 128;         // bins below the highest that matter
 constexpr int64_t kLongRow = 1 << 15;         // elements of a row from which its clip is that of its table
-constexpr int64_t kParallel = 1 << 15;        // elements from which a second thread pays
+constexpr int64_t kParallel = 1 << 15;        // elements for which a thread pays
 constexpr int64_t kMostPacked = 1 << 23;      // values that a packed table can count
 constexpr uint64_t kPackedValue = 1ull << 40; // one of them, to which its rest is added
 constexpr int64_t kPiece = 4096;              // elements converted at a time
@@ -132,7 +132,7 @@ void unpack(Packed &packed, Table &table) {
 
 // Add the values of x to a table.
 template <class T> void count(const T *x, int64_t n, int threads, Table &table) {
-  const int64_t parts = n < kParallel ? 1 : threads;
+  const int64_t parts = std::clamp<int64_t>(n / kParallel, 1, threads);
 #pragma omp parallel for num_threads(parts) schedule(static) if (parts > 1)
   for (int64_t part = 0; part < parts; part++) {
     static thread_local Packed packed;
