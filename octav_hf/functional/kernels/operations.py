@@ -31,10 +31,11 @@ def operation(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..
         name = reference.__name__
 
         def run(*arguments: Any) -> Tensor:
-            kernels = _kernels.get(arguments[0].device.type)
+            kernels: Any = _kernels.get(arguments[0].device.type)
             # An operation without a kernel must not load, and perhaps compile, those of others.
-            kernel = getattr(kernels, name, None)
-            return (reference if kernel is None or not kernels.is_supported(arguments[0]) else kernel)(*arguments)
+            if hasattr(kernels, name) and kernels.is_supported(arguments[0]):
+                return getattr(kernels, name)(*arguments)
+            return reference(*arguments)
 
         # Strides are any, so that Inductor gives the operation the memory of a result that it writes anyway, no copy.
         _library.define(f"{name}{schema}", tags=torch.Tag.flexible_layout)
