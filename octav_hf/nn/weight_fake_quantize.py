@@ -74,7 +74,7 @@ class WeightFakeQuantize(FakeQuantize):
 
     def dynamic_clips(self, x: Tensor) -> Tensor:
         """The clips of ``x``, whether clips are frozen or not."""
-        if not (self.training and _can_keep(x)):
+        if not (_can_keep(x) and self.training):
             return super().compute_clip(x)
         settings = self.num_bits, self.clip, self.signed, self.dim, dict(self.clip_options)
         state = version_counter(x), storage_id(x), x.data_ptr(), x.dtype, _optimizer_steps, settings
