@@ -198,15 +198,14 @@ def test_data_parallel_without_devices(small_bert: MakeBert, padded_batch: dict)
 
 def test_threads_do_not_disturb_each_other(small_bert: MakeBert) -> None:
     """As ``nn.DataParallel`` runs replicas: one forward pass in each thread, here of one and the same model."""
-    model = apply_octav(small_bert(), OctavConfig())
+    model = apply_octav(small_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), OctavConfig()).train()
     ids = torch.randint(0, 100, (8, 2, 16), generator=torch.Generator().manual_seed(0))
 
     def logits(batch: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model(input_ids=batch).start_logits
+        return model(input_ids=batch).start_logits.detach()
 
     expected = [logits(batch) for batch in ids]
-    model.qa_outputs.weight_quantizer._known = None  # the threads find kept clips missing, as replicas do
+    model.qa_outputs.weight_quantizer._kept = None  # the threads find kept clips missing, as replicas do
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(logits, [*ids, *ids]))
     for got, alone in zip(found, expected + expected, strict=True):

@@ -36,13 +36,25 @@ class NanFlag(nn.Module):
             self._sum_of_clips.add_(clip if clip.dim() == 0 else clip.sum())
 
     def forget(self) -> None:
-        """Forget what was noted, and what would be used again without being noted."""
+        """Forget what was noted, and kept clips, which would be used again without being noted."""
+        self._make_writable()
         self._sum_of_clips.zero_()  # in place, since a CUDA graph adds to this tensor
+
+    def train(self, mode: bool = True) -> Any:
+        """As in ``nn.Module``."""
+        self._make_writable()
+        return super().train(mode)
 
     # An inference tensor could not be written to in training.
     @torch.inference_mode(False)
     def _start_on(self, like: Tensor) -> None:
         self._sum_of_clips = like.new_zeros((), dtype=torch.float32)
+
+    def _make_writable(self) -> None:
+        """Replace an inference tensor, which ``_start_on`` makes in a graph compiled in inference mode."""
+        if self._sum_of_clips.is_inference():
+            with torch.inference_mode(False):
+                self._sum_of_clips = self._sum_of_clips.clone()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

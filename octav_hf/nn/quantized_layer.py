@@ -59,7 +59,7 @@ class QuantizedLayer(HoldsFrozenClips):
         """Convert ``layer``, a ``float_class`` and no subclass, to this class in place, with quantizers by operand."""
         layer.__class__ = cls
         for operand, quantizer in quantizers.items():
-            layer.add_module(f"{operand}_quantizer", quantizer)
+            layer.add_module(f"{operand}_quantizer", quantizer.train(layer.training))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As in ``nn.Module``; ``RuntimeError`` if the weight in ``state_dict`` has another form, strict or not."""

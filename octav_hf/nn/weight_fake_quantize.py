@@ -30,14 +30,14 @@ class WeightFakeQuantize(FakeQuantize):
 
     Frozen ``clips`` are as the clipping rule gives them for the weight: ``[rows, 1, ...]``, or 0-dim for one.
 
-    In grad mode the clips of an ``nn.Parameter`` are kept until its version counter, its storage or these settings
-    change, an optimizer of PyTorch makes a step (some write to weights without raising the version counter, as FSDP2
-    and DeepSpeed do), or ``train()`` and ``eval()`` change the mode. They are computed at every call without grad mode,
-    in which weights are merged and averaged, for a weight that is no parameter, such as a parametrized one, and in
-    compiled graphs and CUDA graphs. No value is read to find out.
+    In training mode and grad mode the clips of an ``nn.Parameter`` are kept until its version counter, its storage or
+    these settings change, an optimizer of PyTorch makes a step (some write to weights without raising the version
+    counter, as FSDP2 and DeepSpeed do), or ``train()`` and ``eval()`` change the mode. They are computed at every call
+    in evaluation mode and without grad mode, in which weights are merged and averaged, for a weight that is no
+    parameter, such as a parametrized one, and in compiled graphs and CUDA graphs. No value is read to find out.
 
-    So a write to ``weight.data`` is missed if it comes between two forward passes in grad mode, keeps the storage, and
-    neither an optimizer step nor a change of mode comes between them. Write to the weight itself, under
+    So a write to ``weight.data`` is missed if it comes between two forward passes in training and grad mode, keeps the
+    storage, and neither an optimizer step nor a change of mode comes between them. Write to the weight itself, under
     ``torch.no_grad()``.
     """
 
@@ -74,7 +74,7 @@ class WeightFakeQuantize(FakeQuantize):
 
     def dynamic_clips(self, x: Tensor) -> Tensor:
         """The clips of ``x``, whether clips are frozen or not."""
-        if not _can_keep(x):
+        if not (_can_keep(x) and self.training):
             return super().compute_clip(x)
         settings = self.num_bits, self.clip, self.signed, self.dim, dict(self.clip_options)
         state = version_counter(x), storage_id(x), x.data_ptr(), x.dtype, _optimizer_steps, settings

@@ -343,6 +343,12 @@ def test_a_plain_module_is_quantized_and_restored() -> None:
     assert [type(layer) for layer in remove_octav(net)] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
+def test_quantizers_are_in_the_mode_of_their_module(small_bert: MakeBert) -> None:
+    for training in (True, False):
+        model = apply_octav(small_bert().train(training), OctavConfig())
+        assert {module.training for module in model.modules()} == {training}
+
+
 def test_a_replaced_forward_is_refused() -> None:
     net = nn.Sequential(nn.Linear(2, 2))
     net[0].forward = lambda x: x

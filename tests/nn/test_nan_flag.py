@@ -152,3 +152,23 @@ def test_a_model_made_in_inference_mode_can_be_trained() -> None:
     x = with_one(float("nan"), 4, 9).requires_grad_()
     compiled(quantizer)(x).sum().backward()
     assert met_nan([quantizer]) == [True]
+
+
+def test_a_model_first_compiled_in_inference_mode_can_be_trained() -> None:
+    """Where the flag is made in that graph, as its device is not yet that of the clips."""
+    quantizer = FakeQuantize(4).eval().to("meta")
+    torch._dynamo.reset()
+    quantize = compiled(quantizer)
+    x = with_one(float("nan"), 4, 9)
+    with torch.inference_mode():
+        quantize(x)
+    assert met_nan([quantizer]) == [True]
+    quantizer.forget()
+    assert met_nan([quantizer]) == [False]
+    torch._dynamo.reset()
+    quantizer.to("meta")
+    with torch.inference_mode():
+        quantize(x.nan_to_num())
+    quantizer.train()
+    quantize(x.requires_grad_()).sum().backward()
+    assert met_nan([quantizer]) == [True]

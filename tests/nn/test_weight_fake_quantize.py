@@ -142,12 +142,13 @@ def test_an_uncounted_write_between_two_passes_of_a_step_is_missed(
     assert is_fresh(quantizer, weight)
 
 
-def test_a_merge_in_evaluation_is_seen(quantizer: WeightFakeQuantize, weight: nn.Parameter) -> None:
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_a_merge_in_evaluation_is_seen(grad: bool, quantizer: WeightFakeQuantize, weight: nn.Parameter) -> None:
     """As PEFT merges an adapter, in place through ``.data``."""
     quantizer(weight).sum().backward()
     quantizer.eval()
     for _ in range(2):
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             assert is_fresh(quantizer, weight)
             weight.data.add_(0.3 * torch.randn(6, 40, generator=torch.Generator().manual_seed(1)))
             assert is_fresh(quantizer, weight)

@@ -34,7 +34,7 @@ class QuantizedAttention(HoldsFrozenClips):
         attention.__class__ = _quantized_class(base)
         assert isinstance(attention, QuantizedAttention)
         for operand, quantizer in quantizers.items():
-            attention.add_module(f"{operand}_quantizer", quantizer)
+            attention.add_module(f"{operand}_quantizer", quantizer.train(attention.training))
         attention.attention_name = name
 
     @property
