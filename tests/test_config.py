@@ -155,7 +155,7 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
         ({"weight_bits": "4"}, "integer from 2 to 8"),
         ({"weight_bits": None, "activation_bits": None}, "nothing would be quantized"),
         ({"weight_clip": "octave"}, "did you mean 'octav'"),
-        ({"activation_clip": "minmax"}, "choose from 'max', 'octav', 'mse', 'mse_sweep', 'percentile'"),
+        ({"activation_clip": "minmax"}, "choose from 'octav', 'mse', 'max', 'mse_sweep', 'percentile'"),
         ({"weight_gradient_estimator": "lsq"}, "choose from 'ste', 'pwl', 'mad'"),
         ({"weight_clip_options": {"percentile": 99}}, "'octav' has no option 'percentile'"),
         ({"activation_clip": "max", "activation_clip_options": {"x": 1}}, "'max' has no option 'x'"),

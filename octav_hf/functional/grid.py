@@ -24,7 +24,7 @@ def integer_range(num_bits: int, signed: bool) -> tuple[int, int]:
 def step_size(clip: Tensor, num_bits: int, signed: Sign) -> Tensor:
     """Step between two levels, in units of ``clip``: ``clip / 2^(B-1)``, or ``clip / 2^B`` unsigned."""
     check_num_bits(num_bits)
-    return clip * 2.0**-num_bits * (signed + 1)
+    return clip * ((signed + 1) * 2.0**-num_bits)
 
 
 def noise_factor(num_bits: int, signed: Sign) -> Tensor | float:

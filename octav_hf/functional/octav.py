@@ -75,7 +75,7 @@ def octav_clip(
     magnitude, h jumps over zero there, Eq. 6 has no fixed point and alternates, and the clip is that magnitude.
 
     Args:
-        x: float16, bfloat16, float32 or float64, any shape, any strides, any device.
+        x: float16, bfloat16, float32 or float64, any shape, any strides, any device that has float64.
         num_bits: bits B, 2 to 8.
         signed: two's-complement or unsigned grid; or a bool tensor ``[]`` on the device of ``x`` that says which.
         dim: dimension(s) that share a scalar; ``None`` for one scalar for the whole tensor.

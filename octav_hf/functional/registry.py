@@ -55,7 +55,8 @@ def register_clip_rule(
             ``of_range``, there is no clip of values that are on several ranks or in several batches.
         of_range: whether the clip is that of the lowest and the highest value alone.
         tensor_sign: whether ``signed`` may also be a bool tensor ``[]``, for a sign that the data decide without a
-            read on the host, and whether the rule takes ``skip``. A rule that does not is called for both signs.
+            read on the host, and whether the rule takes ``skip``. A rule that does not is called for both signs then,
+            so that it has to accept negative values on the unsigned grid.
     """
 
     def register(rule: Rule) -> Rule:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 def refuse_recording(quantizer: nn.Module, x: Tensor, dynamic: bool) -> None:
     """Raise ``RuntimeError`` if ``quantizer(x)`` is being recorded, except by ``torch.export`` without dynamic clips.
 
-    ``torch.jit.trace`` would record the clip's recursion for this one tensor; ``torch.fx`` and ``torch.export`` would
+    ``torch.jit.trace`` would record the clip of this one tensor as a constant; ``torch.fx`` and ``torch.export`` would
     fail with errors that do not say what to do.
     """
     if isinstance(x, torch.fx.Proxy):

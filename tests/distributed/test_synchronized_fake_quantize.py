@@ -47,7 +47,8 @@ def check_clip(x: Tensor, clip: float, signed: bool, settings: dict[str, Any], w
     elif rule == "octav":
         assert clip == pytest.approx(twins.octav_root_twin(x, 4, signed), rel=2e-4), where
     else:
-        assert twins.mse_twin(x, clip, 4, signed) <= 1.02 * twins.best_sweep_mse(x, 4, signed), where
+        error = 1.02 * twins.best_sweep_mse(x, 4, signed) + 1e-5 * float(x.double().square().mean())
+        assert twins.mse_twin(x, clip, 4, signed) <= error, where
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def _tables(rows: Tensor, skip: Tensor | None) -> Tensor:
 
 def _solve(tables: Tensor, num_bits: int, signed: Tensor, mse: bool) -> Tensor:
     """The clips of tables, ``[rows, 2, 2, 32768]``: ``[rows]``."""
-    triton = _triton_kernels(tables.device)
+    triton, tables = _triton_kernels(tables.device), tables.contiguous()
     count, sets = len(tables), 3 if mse else 1
     tails = torch.empty(count, sets, triton.SET.value, dtype=torch.float64, device=tables.device)
     result = torch.empty(count, dtype=torch.float32, device=tables.device)
