@@ -51,8 +51,8 @@ def mse_clip(x: Tensor, num_bits: int, *, signed: Sign = True, dim: Dim = None, 
     magnitude table (``table.py``), or of rows of less than 32768 elements, for fewer candidates, from the elements.
 
     The error is within 0.5 % of the best of a sweep of 1000 clips, and that of short rows within 2 % (5 % at 8 bits),
-    on the tensors of a fine-tuned MiniLM and on synthetic ones (README); there is no guarantee. On short rows that hold a
-    few distinct values only, such as integers, which some clips hit exactly, it may be several times the lowest.
+    on the tensors of a fine-tuned MiniLM and on synthetic ones (README); there is no guarantee. On short rows of a few
+    distinct values, such as integers, which some clips hit exactly, it may be several times the lowest.
 
     Arguments, result and errors as in ``octav_clip``, without ``max_iterations``. A row of zeros gives 0.
     """

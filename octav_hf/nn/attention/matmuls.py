@@ -35,7 +35,8 @@ class AttentionMatmuls(TorchFunctionMode):
     Args:
         quantizers: modules named after ``ATTENTION_OPERANDS``. One with a ``dim`` gets its operand as
             ``[batch dimensions, free, contracted]``, whichever function computes the matmul.
-        name: the attention module's name, for error messages.
+        name: the attention module's name, for error messages; or a function that gives it, which is not called without
+            an error, since a compiler would compile for each name anew.
         own_parameters: parameters of the attention module itself. Neither they nor views and copies of them may be
             operands, or weights of ``torch.nn.functional.linear`` and convolutions. What is looked up in one by an
             index tensor may be, as what is looked up in an embedding.
@@ -45,13 +46,13 @@ class AttentionMatmuls(TorchFunctionMode):
     def __init__(
         self,
         quantizers: OperandQuantizers,
-        name: str,
+        name: str | Callable[[], str],
         own_parameters: Iterable[Tensor] = (),
         layer_parameters: Collection[Tensor] = (),
     ):
         super().__init__()
         self.quantizers = quantizers
-        self._name = name
+        self._get_name = name
         self._own = list(own_parameters)  # and copies of them
         self._layer_parameters = layer_parameters
         self._probabilities: list[Tensor] = []
@@ -157,6 +158,10 @@ class AttentionMatmuls(TorchFunctionMode):
         if torch.compiler.is_dynamo_compiling():  # which hides attributes such as mT from function modes
             return isinstance(tensor, Tensor) and is_view_of(tensor, self._probabilities)
         return any(tensor is known for known in self._probabilities)
+
+    @property
+    def _name(self) -> str:
+        return self._get_name if isinstance(self._get_name, str) else self._get_name()
 
     def _unsupported(self, problem: str) -> NotImplementedError:
         return NotImplementedError(f"{self._name}: its attention {problem}; {self._remedy}")

@@ -78,7 +78,7 @@ class QuantizedAttention(HoldsFrozenClips):
     @contextmanager
     def _quantized_operands(self) -> Iterator[None]:
         self._check_float_layers()
-        matmuls = AttentionMatmuls(self.operand_quantizers, self.attention_name, *split_parameters(self))
+        matmuls = AttentionMatmuls(self.operand_quantizers, lambda: self.attention_name, *split_parameters(self))
         with matmuls:
             yield
         matmuls.check_complete()
