@@ -24,7 +24,8 @@ def max_clip(x: Tensor, num_bits: int, *, signed: Sign = True, dim: Dim = None, 
 @operation("(Tensor rows, Tensor signed, Tensor? skip, bool check) -> Tensor", empty_clips)
 def max_of_rows(rows: Tensor, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
     """The largest magnitude of each of ``[rows, n]``: ``[rows]``."""
-    low, high = torch.aminmax(rows, dim=1)  # NaN propagates
+    # NaN propagates. With dim=1 aminmax is many times slower.
+    low, high = (rows.amin(dim=1), rows.amax(dim=1)) if len(rows) > 1 else map(torch.atleast_1d, torch.aminmax(rows))
     largest = torch.maximum(magnitude(low, signed), magnitude(high, signed))
     finite = (low > -torch.inf) & (high < torch.inf)
     return checked_clips(torch.where(finite, largest, torch.nan), skip, check)
