@@ -74,7 +74,7 @@ def test_nothing_grows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> No
         max_position_embeddings=64,
     )
     model = apply_octav(BertForQuestionAnswering(config), OctavConfig(embedding_bits=8))
-    at_steps = MemoryAtSteps(500, STEPS - 1)
+    at_steps = MemoryAtSteps(499, STEPS - 1)  # not where it evaluates, for which clips of weights are dropped
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -103,7 +103,7 @@ def test_nothing_grows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> No
     assert len(losses) == STEPS
     assert all(map(math.isfinite, losses))
     assert sum(losses[-100:]) < sum(losses[:100]), "it learns"
-    before, after = at_steps.found[500], at_steps.found[STEPS - 1]
+    before, after = at_steps.found[499], at_steps.found[STEPS - 1]
     print(before, after)
     assert after.tensors == before.tensors
     # The batch in hand may be longer.
