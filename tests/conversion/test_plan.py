@@ -59,7 +59,7 @@ def test_settings_are_resolved_once(bert: BertForQuestionAnswering, overrides: d
 def test_a_module_costs_few_calls(bert: BertForQuestionAnswering) -> None:
     config = OctavConfig()
     calls = calls_of(lambda: apply_octav(bert, config))
-    assert calls.total() < 3300, calls.most_common(10)  # 17,380 when the config was resolved for each operand
+    assert calls.total() < 3800, calls.most_common(10)  # 17,380 when the config was resolved for each operand
 
 
 def test_patterns_are_matched_in_one_pass_over_the_modules(bert: BertForQuestionAnswering) -> None:
