@@ -18,8 +18,7 @@ _failed = False
 def can_compile(x: Tensor, device_types: tuple[str, ...]) -> bool:
     """Whether compiled kernels can be used for ``x``: a plain tensor of a supported dtype and device."""
     return (
-        not _failed
-        and os.environ.get(SWITCH) != "0"
+        not kernels_disabled()
         and x.dtype in _DTYPES
         and x.device.type in device_types
         and type(x) in (Tensor, torch.nn.Parameter)
@@ -46,5 +45,5 @@ def disable_kernels(error: Exception) -> None:
 
 
 def kernels_disabled() -> bool:
-    """Whether compilation has failed in this process."""
-    return _failed
+    """Whether compilation has failed in this process, or is switched off."""
+    return _failed or os.environ.get(SWITCH) == "0"

@@ -4,7 +4,6 @@ Arguments and results are those of the functions of the same names in ``rows.py`
 ``mse.py``.
 """
 
-import os
 import platform
 from ctypes import c_bool, c_int, c_int64, c_void_p
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._utils.torch_private import load_cpp
-from .compilation import SWITCH, disable_kernels, kernels_disabled
+from .compilation import disable_kernels, kernels_disabled
 from .operations import NotFinite
 
 MIN_NUMEL = 1 << 12  # elements from which loading the library, which takes a second per process, is worthwhile
@@ -33,7 +32,7 @@ def is_supported(x: Tensor) -> bool:
     # Whether the library is loaded already must not matter, or the last bits would depend on what was computed before.
     if x.numel() < MIN_NUMEL or x.dtype not in _DTYPES or x.device.type != "cpu":
         return False
-    if os.environ.get(SWITCH) == "0" or kernels_disabled():
+    if kernels_disabled():
         return False
     if FLAGS not in _libraries:
         try:

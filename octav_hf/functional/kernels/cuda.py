@@ -4,7 +4,6 @@ Arguments and results are those of the functions of the same names in ``table.py
 """
 
 import functools
-import os
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ..mse import BEYOND_TOP_OF_ROW, HIGHEST, LOWEST_OF_ROW, NEAR_OF_ROW
 from ..table import uses_table
-from .compilation import SWITCH, disable_kernels, kernels_disabled
+from .compilation import disable_kernels, kernels_disabled
 
 DEVICE_TYPES: tuple[str, ...] = ("cuda",)
 
@@ -26,7 +25,7 @@ def is_supported(x: Tensor) -> bool:
     """Whether the kernels can be used for ``x``, values or a table."""
     if x.dtype not in _DTYPES or x.device.type not in DEVICE_TYPES:
         return False
-    return os.environ.get(SWITCH) != "0" and not kernels_disabled() and _triton_kernels(x.device) is not None
+    return not kernels_disabled() and _triton_kernels(x.device) is not None
 
 
 def magnitude_table(x: Tensor) -> Tensor:
