@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from .grid import check_num_bits
-from .kernels.operations import operation
 from .registry import register_clip_rule
-from .rows import Dim, Sign, check_floating, checked_clips, clips_of, empty_clips, magnitude
+from .rows import Dim, Sign, check_floating, checked_clips, clips_of, magnitude, operation_of_rows
 
 
 @register_clip_rule("max", of_range=True, tensor_sign=True)
@@ -21,7 +20,7 @@ def max_clip(x: Tensor, num_bits: int, *, signed: Sign = True, dim: Dim = None, 
     return clips_of(max_of_rows, x, dim, signed=signed, skip=skip, name="max_clip")
 
 
-@operation("(Tensor rows, Tensor signed, Tensor? skip, bool check) -> Tensor", empty_clips)
+@operation_of_rows("(Tensor rows, Tensor signed, Tensor? skip, bool check) -> Tensor")
 def max_of_rows(rows: Tensor, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
     """The largest magnitude of each of ``[rows, n]``: ``[rows]``."""
     # NaN propagates. With dim=1 aminmax is many times slower.

@@ -8,7 +8,7 @@ from .grid import check_num_bits, noise_factor
 from .kernels.operations import operation
 from .octav import fixed_point, octav_of_rows
 from .registry import register_clip_rule
-from .rows import Dim, Sign, check_floating, checked_clips, clips_of, empty_clips, magnitude
+from .rows import Dim, Sign, check_floating, checked_clips, clips_of, magnitude, operation_of_rows
 from .table import Tails, empty_clip, is_finite, magnitude_table, uses_table
 
 # The highest of the candidates near OCTAV's clip, in its units, by bits: Eq. 6 underestimates the dead zone and the
@@ -87,7 +87,7 @@ def lowest_error_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tenso
     return torch.where(is_finite(table), torch.where(octav > 0, best, octav), torch.nan).to(torch.float32)
 
 
-@operation("(Tensor rows, int num_bits, Tensor signed, Tensor? skip, bool check) -> Tensor", empty_clips)
+@operation_of_rows("(Tensor rows, int num_bits, Tensor signed, Tensor? skip, bool check) -> Tensor")
 def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
     """The clips with the lowest error of rows, ``[rows, n]``: ``[rows]``; see ``mse_clip``."""
     if uses_table(rows):

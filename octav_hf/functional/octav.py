@@ -7,7 +7,16 @@ from .._utils.escaping import shown
 from .grid import check_num_bits, noise_factor
 from .kernels.operations import operation
 from .registry import register_clip_rule
-from .rows import Dim, Sign, check_floating, checked_clips, clips_of, empty_clips, scaled_magnitudes, statistics_dtype
+from .rows import (
+    Dim,
+    Sign,
+    check_floating,
+    checked_clips,
+    clips_of,
+    operation_of_rows,
+    scaled_magnitudes,
+    statistics_dtype,
+)
 from .table import Tails, empty_clip, is_finite, magnitude_table, uses_table
 
 _MAX_ITERATIONS = 1000  # that can be asked for
@@ -102,7 +111,7 @@ def octav_clip(
     return clips_of(updates_of_rows, x, dim, num_bits, max_iterations, signed=signed, skip=skip, name="octav_clip")
 
 
-@operation("(Tensor rows, int num_bits, Tensor signed, Tensor? skip, bool check) -> Tensor", empty_clips)
+@operation_of_rows("(Tensor rows, int num_bits, Tensor signed, Tensor? skip, bool check) -> Tensor")
 def octav_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
     """The fixed points of Eq. 6 of rows, ``[rows, n]``: ``[rows]``; see ``octav_clip``."""
     if uses_table(rows):
@@ -124,7 +133,7 @@ def octav_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | No
     return checked_clips((clips * unit)[:, 0].to(statistics_dtype(rows.dtype)), skip, check)
 
 
-@operation("(Tensor rows, int num_bits, int updates, Tensor signed, Tensor? skip, bool check) -> Tensor", empty_clips)
+@operation_of_rows("(Tensor rows, int num_bits, int updates, Tensor signed, Tensor? skip, bool check) -> Tensor")
 def updates_of_rows(
     rows: Tensor, num_bits: int, updates: int, signed: Tensor, skip: Tensor | None, check: bool
 ) -> Tensor:

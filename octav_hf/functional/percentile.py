@@ -8,9 +8,8 @@ from torch import Tensor
 
 from .._utils.escaping import shown
 from .grid import check_num_bits
-from .kernels.operations import operation
 from .registry import register_clip_rule
-from .rows import Dim, Sign, check_floating, checked_clips, clips_of, empty_clips, magnitude
+from .rows import Dim, Sign, check_floating, checked_clips, clips_of, magnitude, operation_of_rows
 from .table import Tails, is_finite, magnitude_table, number_of_values, uses_table
 
 
@@ -56,7 +55,7 @@ def percentile_clip(
     return clips_of(percentile_of_rows, x, dim, float(percentile), signed=signed, skip=skip, name="percentile_clip")
 
 
-@operation("(Tensor rows, float percentile, Tensor signed, Tensor? skip, bool check) -> Tensor", empty_clips)
+@operation_of_rows("(Tensor rows, float percentile, Tensor signed, Tensor? skip, bool check) -> Tensor")
 def percentile_of_rows(rows: Tensor, percentile: float, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
     """The percentile of each of ``[rows, n]``: ``[rows]``."""
     if uses_table(rows):

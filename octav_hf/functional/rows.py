@@ -1,6 +1,7 @@
 """Shared by the clipping rules: a tensor as rows, their magnitudes and signs, and checks."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,10 +41,7 @@ def to_rows(x: Tensor, dim: Dim) -> tuple[Tensor, tuple[int, ...]]:
         dimensions have size 1; ``()`` for ``dim=None``, which reduces all.
     """
     if dim is None:
-        # A table has no order, and in memory order a transposed tensor, such as an attention key, needs no copy. The
-        # sums of a short row depend on the order, which is that of the dimensions, whatever the strides are.
-        any_order = not torch.compiler.is_compiling() and x.numel() >= LONG_ROW
-        return (x.permute(memory_order(x)) if any_order else x).reshape(1, -1), ()
+        return x.reshape(1, -1), ()
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     for d in dims:
         if not -x.dim() <= d < x.dim():
@@ -63,14 +61,25 @@ def memory_order(x: Tensor) -> list[int]:
     return sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
 
 
+def flat_rows(rows: Tensor) -> Tensor:
+    """``[rows, ...]`` as ``[rows, n]``, long rows in the order in which they are in memory.
+
+    A table has no order, so that a transposed tensor, such as an attention key, needs no copy. The sums of a short row
+    depend on the order, which is that of the dimensions, whatever the strides are.
+    """
+    if rows.dim() > 2 and rows.numel() >= LONG_ROW * len(rows):
+        rows = rows.permute(0, *(d + 1 for d in memory_order(rows[0])))
+    return rows.reshape(len(rows), -1)
+
+
 def clips_of(
     clips_of_rows: Any, x: Tensor, dim: Dim, *arguments: Any, signed: Sign, skip: Tensor | None, name: str
 ) -> Tensor:
     """``clips_of_rows(rows, *arguments, signed, skip, check)`` of the rows of ``x``, in a shape that broadcasts to it.
 
     Args:
-        clips_of_rows: a custom operation that gives ``[rows]``; with ``check`` it raises ``NotFinite`` for a row on the
-            CPU with NaN or Inf, whose clip is NaN otherwise.
+        clips_of_rows: an ``operation_of_rows``; with ``check`` it raises ``NotFinite`` for a row on the CPU with NaN or
+            Inf, whose clip is NaN otherwise.
         name: of the rule, for errors.
     """
     if isinstance(signed, Tensor) and (signed.dtype != torch.bool or signed.dim() > 0):
@@ -78,7 +87,9 @@ def clips_of(
             f"{name}: signed must be True, False or a bool tensor of shape (), got a tensor of shape "
             f"{tuple(signed.shape)} and dtype {signed.dtype}"
         )
-    rows, shape = to_rows(x.detach(), dim)
+    x = x.detach()
+    # A whole tensor is flattened in the operation: when compiling, what its order in memory will be is not known.
+    rows, shape = (x.unsqueeze(0), ()) if dim is None else to_rows(x, dim)
     if rows.numel() == 0:
         return torch.zeros(shape, dtype=statistics_dtype(x.dtype), device=x.device)
     if not isinstance(signed, Tensor):
@@ -94,6 +105,11 @@ def clips_of(
 def empty_clips(rows: Tensor, *_: Any) -> Tensor:
     """What ``clips_of_rows`` gives for rows without values: ``[rows]``."""
     return torch.empty(rows.shape[0], dtype=statistics_dtype(rows.dtype), device=rows.device)
+
+
+def operation_of_rows(schema: str) -> Callable[[Callable[..., Tensor]], Any]:
+    """Decorator: make a function of ``[rows, n]`` that gives ``[rows]`` a custom operation on ``[rows, ...]``."""
+    return operation(schema, empty_clips, flat_rows)
 
 
 def checked_clips(clips: Tensor, skip: Tensor | None, check: bool) -> Tensor:
@@ -134,3 +150,16 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def has_negative(x: Tensor) -> Tensor:
     """Whether a value of ``x``, floating point, any shape, is below zero: bool ``[]``."""
     return (x < 0).any()
+
+
+def _empty_difference(x: Tensor, offset: Tensor, skip: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=offset.dtype, device=x.device)
+
+
+@operation("(Tensor x, Tensor offset, Tensor skip) -> Tensor", _empty_difference)
+def minus_offset(x: Tensor, offset: Tensor, skip: Tensor) -> Tensor:
+    """``x - offset`` in the dtype of ``offset``, ``[]``; any values, and on the CPU no work, where ``skip`` is true."""
+    difference = _empty_difference(x, offset, skip)
+    if x.device.type != "cpu" or not skip:
+        torch.sub(x.to(offset.dtype), offset, out=difference)  # in a narrower dtype it would lose digits
+    return difference

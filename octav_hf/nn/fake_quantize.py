@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..functional import fake_quantize, integer_range
 from ..functional.registry import clip_for_sign
-from ..functional.rows import Dim, Sign, has_negative, statistics_dtype
+from ..functional.rows import Dim, Sign, has_negative, minus_offset, statistics_dtype
 from .clip_observer import ClipObserver
 from .frozen_clips import FrozenClips, values_key
 from .full_precision_buffers import FullPrecisionBuffers
@@ -234,8 +234,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         shifted = negative & (-low <= clip.mean())
         stays = shifted.logical_not()
         offset = torch.where(shifted, low, 0.0)
-        # In a narrower dtype the difference would lose digits.
-        clip_from_offset = self.compute_clip(x.to(offset.dtype) - offset, False, skip=stays)
+        clip_from_offset = self.compute_clip(minus_offset(x, offset, stays), False, skip=stays)
         return Grid(negative & stays, torch.where(shifted, clip_from_offset, clip), offset)
 
     def forward(self, x: Tensor, call_index: int = 0) -> Tensor:

@@ -17,7 +17,9 @@ class NotFinite(ValueError):
     """Rows hold NaN or Inf, so that they have no clip; who knows the tensor and its name says more."""
 
 
-def operation(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Any]:
+def operation(
+    schema: str, fake: Callable[..., Tensor], prepare: Callable[[Tensor], Tensor] = lambda x: x
+) -> Callable[[Callable[..., Tensor]], Any]:
     """Decorator: make a readable function of torch operations a custom operation of its name.
 
     It runs as it is written where no kernel is faster, on every device, and must not read values on the host.
@@ -25,17 +27,21 @@ def operation(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..
     Args:
         schema: arguments and result, as ``torch.library`` writes them, without the name; the first one is a tensor.
         fake: the same arguments -> an empty result, for tensors without values.
+        prepare: the first argument -> what the function, or the kernel, gets for it.
     """
 
-    def declare(reference: Callable[..., Tensor]) -> Any:
-        name = reference.__name__
+    def declare(function: Callable[..., Tensor]) -> Any:
+        name = function.__name__
 
-        def run(*arguments: Any) -> Tensor:
-            kernels: Any = _kernels.get(arguments[0].device.type)
+        def reference(x: Tensor, *others: Any) -> Tensor:
+            return function(prepare(x), *others)
+
+        def run(x: Tensor, *others: Any) -> Tensor:
+            kernels: Any = _kernels.get(x.device.type)
             # An operation without a kernel must not load, and perhaps compile, those of others.
-            if hasattr(kernels, name) and kernels.is_supported(arguments[0]):
-                return getattr(kernels, name)(*arguments)
-            return reference(*arguments)
+            if hasattr(kernels, name) and kernels.is_supported(x):
+                return getattr(kernels, name)(prepare(x), *others)
+            return reference(x, *others)
 
         # Strides are any, so that Inductor gives the operation the memory of a result that it writes anyway, no copy.
         _library.define(f"{name}{schema}", tags=torch.Tag.flexible_layout)
