@@ -1,0 +1,93 @@
+"""Packed layers that multiply integers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .._utils.torch_private import version_counter
+from ..nn import FakeQuantize, PackedLayer, QuantizedLayer, QuantizedLinear
+from ..nn.codes import Codes
+from ..nn.shared_inputs import quantize_input
+from .integer_matmul import Float, Kernel, kernel_for, scaled
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """What is made once of a linear layer's weight.
+
+    Args:
+        kernel: has the weight's integers.
+        scale: ``[out]`` or ``[1]``, of the weight.
+        row_sums: ``[out]``, of the weight's values, which an offset of the input is multiplied with.
+    """
+
+    kernel: Kernel
+    scale: Tensor
+    row_sums: Tensor
+
+    @classmethod
+    def of(cls, layer: Any, reference: bool) -> "LinearPlan":
+        packed = layer.weight_quantizer
+        integers = packed.integers() if isinstance(layer, nn.Linear) else packed.integers().t().contiguous()
+        num_bits = layer.input_quantizer.num_bits, packed.num_bits
+        if reference:
+            kernel: Kernel = Float(integers, num_bits, torch.float64)
+        else:
+            kernel = kernel_for(integers, num_bits, packed.scale.dtype)
+        return cls(kernel, packed.scale, integers.sum(dim=1) * packed.scale)
+
+    def __call__(self, codes: Codes, bias: Tensor | None) -> Tensor:
+        """The layer's output, ``[..., out]``."""
+        bias = None if bias is None else bias.to(self.scale.dtype)
+        if codes.offset is not None:
+            bias = codes.offset * self.row_sums + (0 if bias is None else bias)
+        if not codes.is_granular:
+            return self.kernel(codes, codes.scale.reshape(()), self.scale, bias)
+        sums = self.kernel(codes, torch.ones((), dtype=self.scale.dtype, device=self.scale.device), self.scale, None)
+        return scaled(sums, codes.scale, bias)
+
+
+class IntegerArithmetic:
+    """The ``arithmetic`` of a packed layer: the product of the integers of input and weight, scaled afterwards.
+
+    Args:
+        layer: the packed layer.
+        reference: compute the products in float64.
+    """
+
+    def __init__(self, layer: PackedLayer, reference: bool):
+        self.reference = reference
+        self._made: tuple[Any, LinearPlan] | None = None
+        self._plan(layer)
+
+    def __call__(self, layer: Any, input: Tensor) -> Tensor:
+        plan = self._plan(layer)
+        codes = quantize_input(layer.input_quantizer, input, codes=plan.kernel.dtype)
+        return plan(codes, layer.bias).to(input.dtype)
+
+    def _plan(self, layer: Any) -> LinearPlan:
+        """The plan, made again if the packed weight was moved or loaded, or this is a copy."""
+        if self._made is not None and torch.compiler.is_compiling():
+            return self._made[1]
+        packed = layer.weight_quantizer
+        state = [(id(x), None if x.is_inference() else version_counter(x)) for x in (packed.packed_data, packed.scale)]
+        if self._made is None or self._made[0] != state:
+            self._made = state, LinearPlan.of(layer, self.reference)
+        return self._made[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"reference": self.reference, "_made": None}
+
+
+def float_reason(layer: QuantizedLayer) -> str:
+    """Why a quantized layer cannot multiply integers; empty if it can."""
+    if not isinstance(layer.input_quantizer, FakeQuantize):
+        return "its input is in float"
+    if not isinstance(layer, PackedLayer):
+        return "its weight is not packed"
+    if not isinstance(layer, QuantizedLinear) and layer.float_class is not Conv1D:
+        return f"there is no integer product for {layer.float_class.__name__}"
+    return ""

@@ -1,0 +1,58 @@
+"""The grid of one tensor, and the tensor as the grid's integers."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..functional.fake_quantize import round_to_codes
+from ..functional.grid import range_and_sign, step_size
+from ..functional.rows import Sign
+
+
+class Grid(NamedTuple):
+    """A grid for one tensor.
+
+    Args:
+        signed: the two's-complement grid, or the unsigned one; a bool tensor ``[]`` where the values decide.
+        clip: clipping scalar(s), broadcastable against the tensor; for an asymmetric grid those of ``x - offset``.
+        offset: the value at integer 0 of an asymmetric grid, which is unsigned, ``[]``; 0 if it is symmetric, but the
+            values could have made it asymmetric; ``None`` for other grids.
+    """
+
+    signed: Sign
+    clip: Tensor
+    offset: Tensor | None = None
+
+
+class Codes(NamedTuple):
+    """A quantized tensor as integers: ``offset + scale * k`` for the integers k of its grid.
+
+    Args:
+        integers: k as float32 or float64, or k - lowest as uint8.
+        lowest: the lowest integer of the grid, 0 or negative: a number, or a tensor ``[]`` where the values decide.
+        scale: the step of the grid, broadcastable against the integers; float32, or float64 for float64 data.
+        offset: ``[]``; ``None`` for 0.
+    """
+
+    integers: Tensor
+    lowest: Any
+    scale: Tensor
+    offset: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, grid: Grid, num_bits: int, dtype: torch.dtype) -> "Codes":
+        """The integers of ``fake_quantize(x, grid.clip, num_bits, signed=grid.signed, offset=grid.offset)``.
+
+        NaN, which only a frozen clip lets through, becomes any integer.
+        """
+        low, high, sign = range_and_sign(num_bits, grid.signed)
+        integers = round_to_codes(x.detach(), grid.clip, low, high, sign, grid.offset, dtype)
+        return cls(
+            integers, low if sign is None else sign * low, step_size(grid.clip, num_bits, grid.signed), grid.offset
+        )
+
+    @property
+    def is_granular(self) -> bool:
+        """Whether parts have scales of their own."""
+        return self.scale.numel() > 1
