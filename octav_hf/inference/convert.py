@@ -5,8 +5,9 @@ from typing import TypeVar
 from torch import nn
 
 from ..conversion.record import check_quantized, is_packed
-from ..nn import PackedLayer, QuantizedLayer
+from ..nn import PackedLayer, QuantizedAttention, QuantizedLayer
 from ..packing.pack import pack_octav
+from .integer_attention import IntegerAttentionArithmetic
 from .integer_layer import IntegerArithmetic, float_reason
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,4 +40,6 @@ def convert_octav(model: Model, *, reference: bool = False) -> Model:
     for module in model.modules():
         if isinstance(module, QuantizedLayer) and isinstance(module, PackedLayer) and not float_reason(module):
             module.arithmetic = IntegerArithmetic(module, reference)
+        elif isinstance(module, QuantizedAttention):
+            module.arithmetic = IntegerAttentionArithmetic(reference)
     return model

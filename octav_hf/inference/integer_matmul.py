@@ -7,7 +7,7 @@ weight of 8-bit codes is split in two. Elsewhere products are of integer-valued 
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -88,6 +88,21 @@ class Float(Kernel):
         return scaled(LINEAR(codes.integers, self._integers.to(self.dtype)), step * scale, bias)
 
 
+def multiply(
+    product: Callable[[Tensor, Tensor], Tensor], left: Codes, right: Codes, terms: int, reference: bool = False
+) -> Tensor:
+    """The sums of products of two tensors' integers, which have a dtype of float: exact, float32 or float64.
+
+    Args:
+        product: multiplies and sums, such as ``torch.matmul``.
+        terms: how many products a sum has.
+        reference: always in float64.
+    """
+    is_exact = terms * left.largest * right.largest < 2**24 and not reference
+    dtype = torch.float32 if is_exact else torch.float64
+    return product(left.integers.to(dtype), right.integers.to(dtype))
+
+
 def scaled(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """``sums * scale + bias``, in the dtype of the scale or of the sums, whichever is wider."""
     return (
@@ -134,7 +149,7 @@ def _exact_kernel(num_bits: tuple[int, int]) -> type[Kernel] | None:
     codes = torch.tensor([[0] * 64, [2 ** num_bits[0] - 1] * 64], dtype=torch.int64, device="cpu")
     one = torch.ones(1, dtype=torch.float32, device="cpu")
     try:
-        sums = kernel(weight, num_bits)(Codes(codes.to(kernel.dtype), 0, one), one[0], one, None)
+        sums = kernel(weight, num_bits)(Codes(codes.to(kernel.dtype), 0, num_bits[0], one), one[0], one, None)
     except RuntimeError:
         return None
     return kernel if torch.equal(sums.long(), codes @ weight.long().t()) else None

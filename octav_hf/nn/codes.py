@@ -1,5 +1,6 @@
 """The grid of one tensor, and the tensor as the grid's integers."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,12 +32,14 @@ class Codes(NamedTuple):
     Args:
         integers: k as float32 or float64, or k - lowest as uint8.
         lowest: the lowest integer of the grid, 0 or negative: a number, or a tensor ``[]`` where the values decide.
+        num_bits: of the grid.
         scale: the step of the grid, broadcastable against the integers; float32, or float64 for float64 data.
         offset: ``[]``; ``None`` for 0.
     """
 
     integers: Tensor
     lowest: Any
+    num_bits: int
     scale: Tensor
     offset: Tensor | None = None
 
@@ -48,11 +51,20 @@ class Codes(NamedTuple):
         """
         low, high, sign = range_and_sign(num_bits, grid.signed)
         integers = round_to_codes(x.detach(), grid.clip, low, high, sign, grid.offset, dtype)
-        return cls(
-            integers, low if sign is None else sign * low, step_size(grid.clip, num_bits, grid.signed), grid.offset
-        )
+        lowest = low if sign is None else sign * low
+        return cls(integers, lowest, num_bits, step_size(grid.clip, num_bits, grid.signed), grid.offset)
+
+    def map(self, rearrange: Callable[[Tensor], Tensor]) -> "Codes":
+        """The same codes with integers and scales arranged otherwise."""
+        return self._replace(integers=rearrange(self.integers), scale=rearrange(self.scale))
 
     @property
     def is_granular(self) -> bool:
         """Whether parts have scales of their own."""
         return self.scale.numel() > 1
+
+    @property
+    def largest(self) -> int:
+        """The largest magnitude of an integer."""
+        is_signed = not isinstance(self.lowest, Tensor) and self.lowest < 0
+        return 2 ** (self.num_bits - 1) if is_signed else 2**self.num_bits - 1
