@@ -1,53 +1,50 @@
 """Packed layers that multiply integers."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from .._utils.torch_private import version_counter
-from ..nn import FakeQuantize, PackedLayer, QuantizedLayer, QuantizedLinear
+from ..nn import FakeQuantize, PackedLayer, QuantizedConvolution, QuantizedLayer, QuantizedLinear
 from ..nn.codes import Codes
 from ..nn.shared_inputs import quantize_input
 from .integer_matmul import Float, Kernel, kernel_for, scaled
 
 
-@dataclass(frozen=True)
-class LinearPlan:
-    """What is made once of a linear layer's weight.
+class Plan:
+    """What is made once of a packed layer's weight.
 
-    Args:
+    Attributes:
         kernel: has the weight's integers.
         scale: ``[out]`` or ``[1]``, of the weight.
-        row_sums: ``[out]``, of the weight's values, which an offset of the input is multiplied with.
+        sums: ``[out]``, of the weight's values, by which an offset of the input is multiplied.
     """
 
-    kernel: Kernel
-    scale: Tensor
-    row_sums: Tensor
-
-    @classmethod
-    def of(cls, layer: Any, reference: bool) -> "LinearPlan":
+    def __init__(self, layer: Any, reference: bool):
         packed = layer.weight_quantizer
-        integers = packed.integers() if isinstance(layer, nn.Linear) else packed.integers().t().contiguous()
+        integers = packed.integers()
+        if layer.float_class is Conv1D:
+            integers = integers.t().contiguous()
         num_bits = layer.input_quantizer.num_bits, packed.num_bits
+        self.kernel: Kernel
         if reference:
-            kernel: Kernel = Float(integers, num_bits, torch.float64)
+            self.kernel = Float(layer, integers, num_bits, torch.float64)
         else:
-            kernel = kernel_for(integers, num_bits, packed.scale.dtype)
-        return cls(kernel, packed.scale, integers.sum(dim=1) * packed.scale)
+            self.kernel = kernel_for(layer, integers, num_bits, packed.scale.dtype)
+        self.scale = packed.scale
+        self.sums = integers.flatten(1).sum(dim=1) * packed.scale
 
     def __call__(self, codes: Codes, bias: Tensor | None) -> Tensor:
-        """The layer's output, ``[..., out]``."""
+        """The layer's output."""
         bias = None if bias is None else bias.to(self.scale.dtype)
         if codes.offset is not None:
-            bias = codes.offset * self.row_sums + (0 if bias is None else bias)
+            bias = codes.offset * self.sums + (0 if bias is None else bias)
         if not codes.is_granular:
             return self.kernel(codes, codes.scale.reshape(()), self.scale, bias)
-        sums = self.kernel(codes, torch.ones((), dtype=self.scale.dtype, device=self.scale.device), self.scale, None)
-        return scaled(sums, codes.scale, bias)
+        one = torch.ones((), dtype=self.scale.dtype, device=self.scale.device)
+        return scaled(self.kernel(codes, one, self.scale, None), codes.scale, bias)
 
 
 class IntegerArithmetic:
@@ -60,7 +57,7 @@ class IntegerArithmetic:
 
     def __init__(self, layer: PackedLayer, reference: bool):
         self.reference = reference
-        self._made: tuple[Any, LinearPlan] | None = None
+        self._made: tuple[Any, Plan] | None = None
         self._plan(layer)
 
     def __call__(self, layer: Any, input: Tensor) -> Tensor:
@@ -68,14 +65,14 @@ class IntegerArithmetic:
         codes = quantize_input(layer.input_quantizer, input, codes=plan.kernel.dtype)
         return plan(codes, layer.bias).to(input.dtype)
 
-    def _plan(self, layer: Any) -> LinearPlan:
+    def _plan(self, layer: Any) -> Plan:
         """The plan, made again if the packed weight was moved or loaded, or this is a copy."""
         if self._made is not None and torch.compiler.is_compiling():
             return self._made[1]
         packed = layer.weight_quantizer
         state = [(id(x), None if x.is_inference() else version_counter(x)) for x in (packed.packed_data, packed.scale)]
         if self._made is None or self._made[0] != state:
-            self._made = state, LinearPlan.of(layer, self.reference)
+            self._made = state, Plan(layer, self.reference)
         return self._made[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,6 +85,6 @@ def float_reason(layer: QuantizedLayer) -> str:
         return "its input is in float"
     if not isinstance(layer, PackedLayer):
         return "its weight is not packed"
-    if not isinstance(layer, QuantizedLinear) and layer.float_class is not Conv1D:
+    if not isinstance(layer, QuantizedLinear | QuantizedConvolution) and layer.float_class is not Conv1D:
         return f"there is no integer product for {layer.float_class.__name__}"
     return ""

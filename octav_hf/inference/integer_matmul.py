@@ -9,33 +9,36 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._utils.torch_private import LINEAR
 from ..functional.grid import integer_range
+from ..nn import QuantizedConvolution
 from ..nn.codes import Codes
 
 
 class Kernel:
-    """``(step * k) @ (scale * integers).T + bias`` for one weight and the integers k of ``Codes``.
+    """A layer's product of the integers of ``Codes`` and of its weight, scaled, with the bias added.
 
     Args:
-        integers: the weight's, int8 ``[out, in]``.
+        layer: the linear layer or convolution.
+        integers: the weight's, int8 ``[out, in]``, or ``[out, in / groups, *window]``.
         num_bits: of the codes, and of the weight.
     """
 
     dtype: torch.dtype  # of the codes
 
-    def __init__(self, integers: Tensor, num_bits: tuple[int, int]):
+    def __init__(self, layer: Any, integers: Tensor, num_bits: tuple[int, int]):
         raise NotImplementedError
 
     def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """The scaled sums, ``[..., out]``.
+        """The layer's output for values ``step * k`` and a weight ``scale * integers``.
 
         Args:
-            codes: ``[..., in]``; its scale and offset are not used.
+            codes: the layer's input; its scale and offset are not used.
             step: ``[]``, of the codes.
             scale: ``[out]`` or ``[1]``, of the weight.
             bias: ``[out]``.
@@ -48,7 +51,7 @@ class OneDNN(Kernel):
 
     dtype = torch.uint8
 
-    def __init__(self, integers: Tensor, num_bits: tuple[int, int]):
+    def __init__(self, layer: Any, integers: Tensor, num_bits: tuple[int, int]):
         self._weight = torch.ops.onednn.qlinear_prepack(integers, None)
         self._zero_points = torch.zeros(len(integers), dtype=torch.int32, device=integers.device)
 
@@ -64,7 +67,7 @@ class FBGEMM(Kernel):
 
     dtype = torch.float32
 
-    def __init__(self, integers: Tensor, num_bits: tuple[int, int]):
+    def __init__(self, layer: Any, integers: Tensor, num_bits: tuple[int, int]):
         upper = integers >> 1
         parts = [upper, integers - upper] if saturates(num_bits) else [integers]
         with warnings.catch_warnings(), _engine("fbgemm"):
@@ -77,15 +80,47 @@ class FBGEMM(Kernel):
         return scaled(sums[0] if len(sums) == 1 else sums[0].add_(sums[1]), step * scale, bias)
 
 
+class OneDNNConvolution(Kernel):
+    """Of uint8 codes, by oneDNN, which pads with the code of zero."""
+
+    dtype = torch.uint8
+
+    def __init__(self, layer: Any, integers: Tensor, num_bits: tuple[int, int]):
+        zero_points = torch.zeros(len(integers), dtype=torch.int32, device=integers.device)
+        scales = torch.ones(len(integers), dtype=torch.float32, device=integers.device)
+        self._window = *(list(x) for x in (layer.stride, layer.padding, layer.dilation)), layer.groups
+        self._weight = torch.ops.onednn.qconv_prepack(integers, scales, 1.0, 0, *self._window)
+        self._zero_points = zero_points
+
+    def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        x = codes.integers
+        batched = x if x.dim() == len(self._window[0]) + 2 else x[None]
+        weight = self._weight, scale, self._zero_points[: len(scale)], bias, *self._window
+        result = torch.ops.onednn.qconv_pointwise(
+            batched, float(step), -int(codes.lowest), *weight, 1.0, 0, torch.float32, "none", [], None
+        )
+        result = result if batched is x else result[0]
+        return result.contiguous() if x.is_contiguous() else result  # as of the float layer
+
+
 class Float(Kernel):
     """Of integer-valued floats, in ``dtype``; the weight is converted at every call."""
 
-    def __init__(self, integers: Tensor, num_bits: tuple[int, int], dtype: torch.dtype | None = None):
+    def __init__(self, layer: Any, integers: Tensor, num_bits: tuple[int, int], dtype: torch.dtype | None = None):
+        self._layer = layer if isinstance(layer, QuantizedConvolution) else None
         self._integers = integers
-        self.dtype = dtype or float_dtype(integers.shape[1], num_bits)
+        is_exact = integers[0].numel() * _largest_product(num_bits) < 2**24
+        # Elsewhere a convolution may not be computed by multiplying these very numbers.
+        is_plain = self._layer is None or integers.device.type == "cpu"
+        self.dtype = dtype or (torch.float32 if is_exact and is_plain else torch.float64)
 
     def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        return scaled(LINEAR(codes.integers, self._integers.to(self.dtype)), step * scale, bias)
+        integers = self._integers.to(self.dtype)
+        if self._layer is None:
+            return scaled(LINEAR(codes.integers, integers), step * scale, bias)
+        window = (1,) * (integers.dim() - 2)
+        sums = self._layer._conv_forward(codes.integers, integers, None)
+        return scaled(sums, (step * scale).view(-1, *window), None if bias is None else bias.view(-1, *window))
 
 
 def multiply(
@@ -105,11 +140,7 @@ def multiply(
 
 def scaled(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """``sums * scale + bias``, in the dtype of the scale or of the sums, whichever is wider."""
-    return (
-        sums * scale
-        if bias is None
-        else torch.addcmul(bias.to(torch.promote_types(sums.dtype, scale.dtype)), sums, scale)
-    )
+    return sums * scale if bias is None else torch.addcmul(bias.to(sums.dtype), sums, scale)
 
 
 def saturates(num_bits: tuple[int, int]) -> bool:
@@ -117,42 +148,50 @@ def saturates(num_bits: tuple[int, int]) -> bool:
     return 2 * _largest_product(num_bits) >= 2**15
 
 
-def float_dtype(terms: int, num_bits: tuple[int, int]) -> torch.dtype:
-    """float32 if it holds sums of so many products exactly, else float64."""
-    return torch.float32 if terms * _largest_product(num_bits) < 2**24 else torch.float64
-
-
 def _largest_product(num_bits: tuple[int, int]) -> int:
     return (2 ** num_bits[0] - 1) * 2 ** (num_bits[1] - 1)
 
 
-def kernel_for(integers: Tensor, num_bits: tuple[int, int], dtype: torch.dtype) -> Kernel:
-    """The fastest exact kernel that there is for a weight, int8 ``[out, in]``, and codes whose scale has ``dtype``."""
-    reason = "they are too long for 32-bit sums" if integers.shape[1] * _largest_product(num_bits) >= 2**31 else ""
+def kernel_for(layer: Any, integers: Tensor, num_bits: tuple[int, int], dtype: torch.dtype) -> Kernel:
+    """The fastest exact kernel that there is for a layer, and codes whose scale has ``dtype``; else ``Float``."""
+    kernel = _exact_kernel(isinstance(layer, QuantizedConvolution), num_bits)
+    reason = "" if kernel else "since this processor has no exact kernel"
+    if integers[0].numel() * _largest_product(num_bits) >= 2**31:
+        reason = "where sums are too long for 32 bits"
+    if isinstance(layer, QuantizedConvolution) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+        reason = "where a convolution pads otherwise than by a number of zeros"
     if dtype != torch.float32:
-        reason = f"of a model in {dtype}"
+        reason = f"for values in {dtype}"
     if integers.device.type != "cpu":
-        reason = f"on {integers.device.type}"
-    kernel = None if reason else _exact_kernel(num_bits)
-    if kernel is None:
-        _warn_of_fallback(reason or "since this processor's integer kernels fail or are not exact")
-        return Float(integers, num_bits)
-    return kernel(integers, num_bits)
+        reason = f"on the device {integers.device.type}"
+    if kernel is None or reason:
+        _warn_of_fallback(reason)
+        return Float(layer, integers, num_bits)
+    return kernel(layer, integers, num_bits)
 
 
 @functools.cache
-def _exact_kernel(num_bits: tuple[int, int]) -> type[Kernel] | None:
-    """The kernel for this processor, if it proves to be exact for the largest codes."""
-    kernel = OneDNN if torch.cpu.get_capabilities().get("avx512_vnni", False) else FBGEMM
+def _exact_kernel(is_convolution: bool, num_bits: tuple[int, int]) -> type[Kernel] | None:
+    """The kernel for this processor, if it proves to be exact for the largest codes; for convolutions only oneDNN's."""
+    has_vnni = torch.cpu.get_capabilities().get("avx512_vnni", False)
+    if is_convolution and not has_vnni:
+        return None
+    kernel: type[Kernel] = OneDNNConvolution if is_convolution else OneDNN if has_vnni else FBGEMM
     low, high = integer_range(num_bits[1], signed=True)
     weight = torch.tensor([[low] * 64, [high] * 64, [low, high] * 32], dtype=torch.int8, device="cpu")
     codes = torch.tensor([[0] * 64, [2 ** num_bits[0] - 1] * 64], dtype=torch.int64, device="cpu")
+    expected = codes @ weight.long().t()
+    layer: nn.Module = nn.Linear(64, 3, device="cpu", dtype=torch.float32)
+    if is_convolution:
+        layer = nn.Conv1d(64, 3, 1, device="cpu", dtype=torch.float32)
+        weight, codes, expected = weight[..., None], codes[..., None], expected[..., None]
     one = torch.ones(1, dtype=torch.float32, device="cpu")
     try:
-        sums = kernel(weight, num_bits)(Codes(codes.to(kernel.dtype), 0, num_bits[0], one), one[0], one, None)
+        run = kernel(layer, weight, num_bits)
+        sums = run(Codes(codes.to(run.dtype), 0, num_bits[0], one), one[0], one, None)
     except RuntimeError:
         return None
-    return kernel if torch.equal(sums.long(), codes @ weight.long().t()) else None
+    return kernel if torch.equal(sums.long(), expected) else None
 
 
 @functools.cache
