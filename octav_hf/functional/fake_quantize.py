@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .grid import bounds_for_sign, check_num_bits, integers_of, range_and_sign, round_to_step
+from .kernels.codes import round_to_codes as codes_in_cpp
 from .kernels.fused import elementwise
 from .rows import Sign, check_floating, statistics_dtype
 
@@ -135,9 +136,16 @@ def round_to_levels(
     )
 
 
-@elementwise(
-    "(Tensor x, Tensor clip, int low, int high, Tensor? signed, Tensor? offset, ScalarType dtype) -> Tensor",
-)
+def integer_codes(
+    x: Tensor, clip: Tensor, low: int, high: int, signed: Tensor | None, offset: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``round_to_codes``, by C++ where that can be done."""
+    arguments = x, clip, low, high, signed, offset, dtype
+    codes = codes_in_cpp(*arguments)
+    return round_to_codes(*arguments) if codes is None else codes
+
+
+@elementwise("(Tensor x, Tensor clip, int low, int high, Tensor? signed, Tensor? offset, ScalarType dtype) -> Tensor")
 def round_to_codes(
     x: Tensor, clip: Tensor, low: int, high: int, signed: Tensor | None, offset: Tensor | None, dtype: torch.dtype
 ) -> Tensor:

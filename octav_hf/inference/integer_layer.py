@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from .._utils.torch_private import version_counter
 from ..nn import FakeQuantize, PackedLayer, QuantizedConvolution, QuantizedLayer, QuantizedLinear
 from ..nn.codes import Codes
+from ..nn.function_modes import outside_function_modes
 from ..nn.shared_inputs import quantize_input
 from .integer_matmul import Float, Kernel, kernel_for, scaled
 
@@ -60,6 +61,7 @@ class IntegerArithmetic:
         self._made: tuple[Any, Plan] | None = None
         self._plan(layer)
 
+    @outside_function_modes  # which would call Python for each operation of a layer inside an attention module
     def __call__(self, layer: Any, input: Tensor) -> Tensor:
         plan = self._plan(layer)
         codes = quantize_input(layer.input_quantizer, input, codes=plan.kernel.dtype)

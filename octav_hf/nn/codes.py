@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional.fake_quantize import round_to_codes
+from ..functional.fake_quantize import integer_codes
 from ..functional.grid import range_and_sign, step_size
 from ..functional.rows import Sign
 
@@ -50,7 +50,7 @@ class Codes(NamedTuple):
         NaN, which only a frozen clip lets through, becomes any integer.
         """
         low, high, sign = range_and_sign(num_bits, grid.signed)
-        integers = round_to_codes(x.detach(), grid.clip, low, high, sign, grid.offset, dtype)
+        integers = integer_codes(x.detach(), grid.clip, low, high, sign, grid.offset, dtype)
         lowest = low if sign is None else sign * low
         return cls(integers, lowest, num_bits, step_size(grid.clip, num_bits, grid.signed), grid.offset)
 
