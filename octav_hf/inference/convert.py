@@ -3,12 +3,13 @@
 from typing import TypeVar
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..conversion.record import check_quantized, is_packed
-from ..nn import PackedLayer, QuantizedAttention, QuantizedLayer
+from ..nn import FakeQuantize, PackedLayer, QuantizedAttention, QuantizedConvolution, QuantizedLinear
 from ..packing.pack import pack_octav
 from .integer_attention import IntegerAttentionArithmetic
-from .integer_layer import IntegerArithmetic, float_reason
+from .integer_layer import IntegerArithmetic
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,8 +39,18 @@ def convert_octav(model: Model, *, reference: bool = False) -> Model:
     if not is_packed(model):
         pack_octav(model)
     for module in model.modules():
-        if isinstance(module, QuantizedLayer) and isinstance(module, PackedLayer) and not float_reason(module):
+        if isinstance(module, PackedLayer) and _has_product(module):
             module.arithmetic = IntegerArithmetic(module, reference)
-        elif isinstance(module, QuantizedAttention):
+        elif isinstance(module, QuantizedAttention) and _has_codes(*module.operand_quantizers.values()):
             module.arithmetic = IntegerAttentionArithmetic(reference)
     return model
+
+
+def _has_product(layer: PackedLayer) -> bool:
+    """Whether this is a layer of a kind that can multiply integers, with a quantized input."""
+    of_known_kind = isinstance(layer, QuantizedLinear | QuantizedConvolution) or layer.float_class is Conv1D
+    return of_known_kind and _has_codes(layer.input_quantizer)
+
+
+def _has_codes(*quantizers: nn.Module) -> bool:
+    return all(isinstance(quantizer, FakeQuantize) for quantizer in quantizers)

@@ -31,6 +31,10 @@ class IntegerAttentionArithmetic(AttentionArithmetic):
     def __init__(self, reference: bool):
         self.reference = reference
 
+    def __str__(self) -> str:
+        """What computes the products, for the coverage report."""
+        return f"integers as float{64 if self.reference else 32}"
+
     def matmul(self, quantizers: Sequence[Callable[..., Any]], matmul: Matmul) -> Any:
         left, right = (
             quantize_operand(quantizer, x, dims, **_CODES)

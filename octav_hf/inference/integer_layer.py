@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from .._utils.torch_private import version_counter
-from ..nn import FakeQuantize, PackedLayer, QuantizedConvolution, QuantizedLayer, QuantizedLinear
+from ..nn import PackedLayer
 from ..nn.codes import Codes
 from ..nn.function_modes import outside_function_modes
 from ..nn.shared_inputs import quantize_input
@@ -77,16 +77,11 @@ class IntegerArithmetic:
             self._made = state, Plan(layer, self.reference)
         return self._made[1]
 
+    def __str__(self) -> str:
+        """What computes the product, for the coverage report."""
+        if self.reference:
+            return "integers as float64"
+        return "integers" if self._made is None else str(self._made[1].kernel)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"reference": self.reference, "_made": None}
-
-
-def float_reason(layer: QuantizedLayer) -> str:
-    """Why a quantized layer cannot multiply integers; empty if it can."""
-    if not isinstance(layer.input_quantizer, FakeQuantize):
-        return "its input is in float"
-    if not isinstance(layer, PackedLayer):
-        return "its weight is not packed"
-    if not isinstance(layer, QuantizedLinear | QuantizedConvolution) and layer.float_class is not Conv1D:
-        return f"there is no integer product for {layer.float_class.__name__}"
-    return ""

@@ -45,6 +45,9 @@ class Kernel:
         """
         raise NotImplementedError
 
+    def __str__(self) -> str:
+        return f"integers, {type(self).__name__}"
+
 
 class OneDNN(Kernel):
     """Of uint8 codes, by oneDNN, which scales and adds the bias itself."""
@@ -58,8 +61,17 @@ class OneDNN(Kernel):
     def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         weight = self._weight, scale, self._zero_points[: len(scale)], bias
         return torch.ops.onednn.qlinear_pointwise(
-            codes.integers, float(step), -int(codes.lowest), *weight, 1.0, 0, torch.float32, "none", [], ""
+            codes.integers, *_numbers(step, codes.lowest), *weight, 1.0, 0, torch.float32, "none", [], ""
         )
+
+
+def _numbers(step: Tensor, lowest: Any) -> tuple[Any, Any]:
+    """The scale and the zero point of codes, as oneDNN takes them: tensors where a compiler must not read them."""
+    if not torch.compiler.is_compiling():
+        return float(step), -int(lowest)
+    return step, -lowest.int() if isinstance(lowest, Tensor) else torch.full(
+        (), -lowest, dtype=torch.int32, device="cpu"
+    )
 
 
 class FBGEMM(Kernel):
@@ -97,7 +109,7 @@ class OneDNNConvolution(Kernel):
         batched = x if x.dim() == len(self._window[0]) + 2 else x[None]
         weight = self._weight, scale, self._zero_points[: len(scale)], bias, *self._window
         result = torch.ops.onednn.qconv_pointwise(
-            batched, float(step), -int(codes.lowest), *weight, 1.0, 0, torch.float32, "none", [], None
+            batched, *_numbers(step, codes.lowest), *weight, 1.0, 0, torch.float32, "none", [], None
         )
         result = result if batched is x else result[0]
         return result.contiguous() if x.is_contiguous() else result  # as of the float layer
@@ -106,7 +118,10 @@ class OneDNNConvolution(Kernel):
 class Float(Kernel):
     """Of integer-valued floats, in ``dtype``; the weight is converted at every call."""
 
-    def __init__(self, layer: Any, integers: Tensor, num_bits: tuple[int, int], dtype: torch.dtype | None = None):
+    def __init__(
+        self, layer: Any, integers: Tensor, num_bits: tuple[int, int], dtype: torch.dtype | None = None, why: str = ""
+    ):
+        self._why = why
         self._layer = layer if isinstance(layer, QuantizedConvolution) else None
         self._integers = integers
         is_exact = integers[0].numel() * _largest_product(num_bits) < 2**24
@@ -121,6 +136,9 @@ class Float(Kernel):
         window = (1,) * (integers.dim() - 2)
         sums = self._layer._conv_forward(codes.integers, integers, None)
         return scaled(sums, (step * scale).view(-1, *window), None if bias is None else bias.view(-1, *window))
+
+    def __str__(self) -> str:
+        return f"integers as {str(self.dtype).removeprefix('torch.')} {self._why}"
 
 
 def multiply(
@@ -166,7 +184,7 @@ def kernel_for(layer: Any, integers: Tensor, num_bits: tuple[int, int], dtype: t
         reason = f"on the device {integers.device.type}"
     if kernel is None or reason:
         _warn_of_fallback(reason)
-        return Float(layer, integers, num_bits)
+        return Float(layer, integers, num_bits, why=reason)
     return kernel(layer, integers, num_bits)
 
 

@@ -13,6 +13,9 @@ from .scaled_dot_product_attention import quantized_scaled_dot_product_attention
 class AttentionArithmetic:
     """In floating point, on values that lie on the grid; subclasses compute the same otherwise."""
 
+    def __str__(self) -> str:
+        return ""
+
     def matmul(self, quantizers: Sequence[Callable[..., Any]], matmul: Matmul) -> Any:
         """The result of a call, whose left and right operand these quantize."""
         return matmul.call(*map(quantize_operand, quantizers, matmul.operands, matmul.dims))
