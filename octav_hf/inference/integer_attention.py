@@ -78,8 +78,11 @@ class IntegerAttentionArithmetic(AttentionArithmetic):
         terms = math.prod([left.integers.shape[dim] for dim in dims[0].contracted])
         sums = multiply(product, left, right, terms, self.reference)
         if left.is_granular or right.is_granular:
-            return sums * (product(_scale_of(left, dims[0]), _scale_of(right, dims[1])) * factor)
-        return sums * (left.scale.reshape(()) * right.scale.reshape(()) * factor)
+            scale = product(_scale_of(left, dims[0]), _scale_of(right, dims[1]))
+        else:
+            scale = left.scale.reshape(()) * right.scale.reshape(())
+        # Converted first, since a 0-dim scale does not promote. Most often this is the memory of the sums.
+        return sums.to(torch.promote_types(sums.dtype, scale.dtype)).mul_(scale * factor)
 
 
 def _times_transposed(left: Tensor, right: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .._utils.torch_private import LINEAR
 from ..functional.grid import integer_range
+from ..functional.kernels.operations import operation
 from ..nn import QuantizedConvolution
 from ..nn.codes import Codes
 
@@ -60,17 +61,24 @@ class OneDNN(Kernel):
 
     def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         weight = self._weight, scale, self._zero_points[: len(scale)], bias
-        return torch.ops.onednn.qlinear_pointwise(
-            codes.integers, *_numbers(step, codes.lowest), *weight, 1.0, 0, torch.float32, "none", [], ""
-        )
+        if not torch.compiler.is_compiling():
+            return multiply_linear.reference(codes.integers, step, codes.lowest, *weight)
+        lowest = torch.as_tensor(codes.lowest, dtype=torch.int32, device="cpu")
+        return multiply_linear(codes.integers, step, lowest, *weight)
 
 
-def _numbers(step: Tensor, lowest: Any) -> tuple[Any, Any]:
-    """The scale and the zero point of codes, as oneDNN takes them: tensors where a compiler must not read them."""
-    if not torch.compiler.is_compiling():
-        return float(step), -int(lowest)
-    return step, -lowest.int() if isinstance(lowest, Tensor) else torch.full(
-        (), -lowest, dtype=torch.int32, device="cpu"
+# One operation for compilers: Inductor takes oneDNN's only with weights that are constants of the graph.
+@operation(
+    "(Tensor x, Tensor step, Tensor lowest, Tensor weight, Tensor scale, Tensor zero_points, Tensor? bias) -> Tensor",
+    lambda x, step, lowest, weight, *_: x.new_empty([*x.shape[:-1], weight.shape[-1]], dtype=torch.float32),
+)
+def multiply_linear(
+    x: Tensor, step: Tensor, lowest: Any, weight: Tensor, scale: Tensor, zero_points: Tensor, bias: Tensor | None
+) -> Tensor:
+    if x.numel() == 0:  # of which it loses dimensions
+        return x.new_zeros([*x.shape[:-1], weight.shape[-1]], dtype=torch.float32)
+    return torch.ops.onednn.qlinear_pointwise(
+        x, float(step), -int(lowest), weight, scale, zero_points, bias, 1.0, 0, torch.float32, "none", [], ""
     )
 
 
@@ -109,7 +117,7 @@ class OneDNNConvolution(Kernel):
         batched = x if x.dim() == len(self._window[0]) + 2 else x[None]
         weight = self._weight, scale, self._zero_points[: len(scale)], bias, *self._window
         result = torch.ops.onednn.qconv_pointwise(
-            batched, *_numbers(step, codes.lowest), *weight, 1.0, 0, torch.float32, "none", [], None
+            batched, float(step), -int(codes.lowest), *weight, 1.0, 0, torch.float32, "none", [], None
         )
         result = result if batched is x else result[0]
         return result.contiguous() if x.is_contiguous() else result  # as of the float layer
