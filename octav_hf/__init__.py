@@ -11,6 +11,7 @@ from .coverage.operand_watch import FloatOperand
 from .coverage.report import CoverageReport, coverage_report
 from .hub.model_card import model_card
 from .hub.training_run import TrainingRun
+from .inference.convert import convert_octav
 from .integrations import OctavQuantizer
 from .packing.pack import pack_octav, unpack_octav
 from .static_clips.activations import calibrating
@@ -32,6 +33,7 @@ __all__ = [
     "calibrating",
     "check_coverage",
     "check_finite",
+    "convert_octav",
     "coverage_report",
     "distill",
     "last_whole_checkpoint",

@@ -21,6 +21,7 @@ LAYERS = (
     ("conversion",),
     ("static_clips", "packing"),
     ("coverage",),
+    ("inference", "export"),
     ("training", "hub"),
     ("integrations", "cli"),
     ("__init__",),

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from .._utils.torch_private import OpOverload, TorchDispatchMode, schema, storage_id, tree_leaves
 from ..functional.rows import to_rows
 from ..nn import FakeQuantize, PackedLayer, QuantizedEmbedding
+from ..nn.codes import Codes
 
 MATMULS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "linear", "matmul", "_int_mm", "_grouped_mm"), (0, 1)),
@@ -23,6 +25,7 @@ MATMULS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("_conv_depthwise2d", "conv_depthwise3d", "conv_tbc", "mkldnn_linear"), (0, 1)),
     **dict.fromkeys(("_cdist_forward", "_euclidean_dist"), (0, 1)),
     "_trilinear": (0, 1, 2),
+    **dict.fromkeys(("qlinear_pointwise", "qconv_pointwise", "linear_with_input_q_dq_qweight_dq_output_fp32"), (0,)),
 }
 """Operation -> positions of the operands that are multiplied, a layer's weight last; others decompose into these."""
 
@@ -117,7 +120,9 @@ class OperandWatch(TorchDispatchMode):
         if name in MATMULS:
             operands = [(position, args[position]) for position in MATMULS[name]]
             unquantized = [(position, x) for position, x in operands if self.origin(x) != "quantized"]
-            if not any(_is_float(x) for _, x in operands) or self._is_outer_product(name, [x for _, x in operands]):
+            if namespace == "aten" and not any(_is_float(x) for _, x in operands):
+                return
+            if self._is_outer_product(name, [x for _, x in operands]):
                 return
         elif "attention" in name or name in _FUSED or namespace not in ("aten", "prim", "prims"):
             tensors = list(enumerate(_tensors((args, kwargs))))
@@ -160,6 +165,8 @@ class OperandWatch(TorchDispatchMode):
         if base in _BLANKS:
             return "blank"
         tensors = [x for x in _tensors(args) if _is_float(x)]
+        if name == "_to_copy" and args[0].dtype in (torch.int8, torch.uint8):
+            return "quantized"
         if name == "copy_":
             whole = args[0].numel() * args[0].element_size() == args[0].untyped_storage().nbytes()
             tensors = [args[1]] if whole else [args[0], args[1]]
@@ -180,8 +187,9 @@ class OperandWatch(TorchDispatchMode):
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._running.pop()
-        if isinstance(module, FakeQuantize) and isinstance(output, Tensor) and on_grid(output, module):
-            self._mark(output, "quantized")
+        values = output.integers if isinstance(output, Codes) else output
+        if isinstance(module, FakeQuantize) and isinstance(values, Tensor) and on_grid(values, module):
+            self._mark(values, "quantized")
 
 
 def on_grid(x: Tensor, quantizer: FakeQuantize) -> bool:

@@ -13,6 +13,7 @@ from ..nn import (
     ATTENTION_OPERANDS,
     QUANTIZED_LAYERS,
     FakeQuantize,
+    HoldsFrozenClips,
     QuantizedAttention,
     QuantizedLayer,
     quantized_class_of,
@@ -35,6 +36,7 @@ class Operand:
     granularity: str = "tensor"  # one of nn.granularity.Granularity
     frozen: bool = False  # whether the clip comes from calibration
     reason: str = ""  # why it is in float; empty if it is quantized
+    arithmetic: str = ""  # what multiplies its integers after convert_octav; empty if its values are multiplied
 
     def cells(self) -> tuple[str, ...]:
         if self.bits is None:
@@ -70,6 +72,9 @@ class CoverageReport(list[Operand]):
             total = sum(row.kind == kind for row in self)
             if total:
                 lines.append(f"{len(self.quantized(kind))} of {total} {kind} operands quantized")
+        if any(row.arithmetic for row in self):
+            modules = {row.module: row.arithmetic for row in self if row.bits is not None and row.kind != "embedding"}
+            lines.append(f"{sum(map(bool, modules.values()))} of {len(modules)} modules multiply integers")
         reasons: dict[str, list[str]] = {}
         for row in self.left_in_float():
             reasons.setdefault(row.reason, []).append(f"{row.module} {row.operand}")
@@ -77,8 +82,14 @@ class CoverageReport(list[Operand]):
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        header = ("module", "operand", "bits", "grid", "clip", "gradient", "left in float because")
-        return "\n".join([*aligned([header, *(row.cells() for row in self)]), "", self.summary()])
+        table: list[tuple[str, ...]] = [
+            ("module", "operand", "bits", "grid", "clip", "gradient", "left in float because")
+        ]
+        table += [row.cells() for row in self]
+        if any(row.arithmetic for row in self):
+            column = "multiplies", *(row.arithmetic or ("values" if row.bits else "") for row in self)
+            table = [(*cells, last) for cells, last in zip(table, column, strict=True)]
+        return "\n".join([*aligned(table), "", self.summary()])
 
 
 def _kinds() -> list[str]:
@@ -160,13 +171,13 @@ def _rows(place: _Place, module: nn.Module, attention: Collection[str]) -> Itera
     layer = quantized_class_of(module)
     if isinstance(module, QuantizedLayer):
         for operand, field in module.operands.items():
-            yield _row(name, module.kind, operand, getattr(module, f"{operand}_quantizer"), f"{field} is None")
+            yield _row(name, module, module.kind, operand, f"{field} is None")
     elif layer is not None:
         for operand in layer.operands:
             yield Operand(name, layer.kind, operand, reason=place.reason(layer.operands.values()))
     elif isinstance(module, QuantizedAttention):
         for operand in ATTENTION_OPERANDS:
-            yield _row(name, "attention", operand, module.operand_quantizers[operand], "")
+            yield _row(name, module, "attention", operand, "")
     elif name in attention:
         reason = place.reason(["activation_bits"], ["quantize_attention"])
         for operand in ATTENTION_OPERANDS:
@@ -187,7 +198,8 @@ def _parameters(place: _Place, modules: Mapping[str, nn.Module]) -> Iterator[Ope
         yield Operand(runner, kind, operand, reason=place.reason(otherwise=reason))
 
 
-def _row(name: str, kind: str, operand: str, quantizer: nn.Module, reason: str) -> Operand:
+def _row(name: str, module: HoldsFrozenClips, kind: str, operand: str, reason: str) -> Operand:
+    quantizer = module.operand_quantizers[operand]
     if not isinstance(quantizer, FakeQuantize):
         return Operand(name, kind, operand, reason=reason)
     return Operand(
@@ -201,4 +213,5 @@ def _row(name: str, kind: str, operand: str, quantizer: nn.Module, reason: str) 
         gradient_estimator=quantizer.gradient_estimator,
         granularity=granularity_of(operand, quantizer.active_dim),
         frozen=quantizer.is_frozen,
+        arithmetic=str(getattr(module, "arithmetic", None) or ""),
     )

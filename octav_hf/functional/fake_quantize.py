@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .grid import bounds_for_sign, check_num_bits, range_and_sign, round_to_step
+from .grid import bounds_for_sign, check_num_bits, integers_of, range_and_sign, round_to_step
+from .kernels.codes import round_to_codes as codes_in_cpp
 from .kernels.fused import elementwise
 from .rows import Sign, check_floating, statistics_dtype
 
@@ -133,6 +134,25 @@ def round_to_levels(
     return _round(_difference(x, clip, offset), clip, *bounds_for_sign(low, high, signed, clip.dtype), offset).to(
         x.dtype
     )
+
+
+def integer_codes(
+    x: Tensor, clip: Tensor, low: int, high: int, signed: Tensor | None, offset: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``round_to_codes``, by C++ where that can be done."""
+    arguments = x, clip, low, high, signed, offset, dtype
+    codes = codes_in_cpp(*arguments)
+    return round_to_codes(*arguments) if codes is None else codes
+
+
+@elementwise("(Tensor x, Tensor clip, int low, int high, Tensor? signed, Tensor? offset, ScalarType dtype) -> Tensor")
+def round_to_codes(
+    x: Tensor, clip: Tensor, low: int, high: int, signed: Tensor | None, offset: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The integers of ``round_to_levels``, those of uint8 counted from the lowest one. NaN gives any integer."""
+    bounds = bounds_for_sign(low, high, signed, clip.dtype)
+    codes = integers_of(_difference(x, clip, offset), clip / (bounds[1] + 1), *bounds)
+    return (codes - bounds[0] if dtype == torch.uint8 else codes).to(dtype)
 
 
 @elementwise("(Tensor x, Tensor clip, int low, int high, Tensor? signed, Tensor? offset) -> (Tensor, Tensor)")

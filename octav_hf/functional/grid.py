@@ -65,7 +65,11 @@ def round_to_grid(x: Tensor, clip: Tensor, num_bits: int, *, signed: Sign = True
 
 def round_to_step(x: Tensor, step: Tensor, low: Any, high: Any) -> Tensor:
     """``round_to_grid`` with the grid given by its step, in the dtype of the result, and its integer range."""
+    return integers_of(x, step, low, high).mul_(step)
+
+
+def integers_of(x: Tensor, step: Tensor, low: Any, high: Any) -> Tensor:
+    """The integers of ``round_to_step``, in the dtype of ``step``."""
     # The cast is explicit because a 0-dim step does not promote x. A zero step (all-zero data, or a clip below the
     # smallest float) must not divide: 0 / 0 would be NaN.
-    levels = x.to(step.dtype) / (step + (step == 0))
-    return levels.round_().clamp_(low, high).mul_(step)
+    return (x.to(step.dtype) / (step + (step == 0))).round_().clamp_(low, high)

@@ -4,7 +4,7 @@ from .attention.matmuls import AttentionMatmuls
 from .attention.module import QuantizedAttention
 from .attention.scaled_dot_product_attention import quantized_scaled_dot_product_attention
 from .clip_observer import ClipObserver
-from .convolution import QuantizedConv1d, QuantizedConv2d
+from .convolution import QuantizedConv1d, QuantizedConv2d, QuantizedConvolution
 from .embedding import QuantizedEmbedding
 from .fake_quantize import FROZEN_BUFFERS, FakeQuantize
 from .frozen_clips import FrozenClips
@@ -35,6 +35,7 @@ __all__ = [
     "QuantizedAttention",
     "QuantizedConv1d",
     "QuantizedConv2d",
+    "QuantizedConvolution",
     "QuantizedEmbedding",
     "QuantizedLayer",
     "QuantizedLinear",

@@ -1,7 +1,7 @@
 """The quantizer module: a grid, a clipping rule and a gradient estimator."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,27 +10,12 @@ from ..functional import fake_quantize, integer_range
 from ..functional.registry import clip_for_sign
 from ..functional.rows import Dim, Sign, has_negative, minus_offset, statistics_dtype
 from .clip_observer import ClipObserver
+from .codes import Codes, Grid
 from .frozen_clips import FrozenClips, values_key
 from .full_precision_buffers import FullPrecisionBuffers
 from .function_modes import outside_function_modes
 from .nan_flag import NanFlag
 from .recording import refuse_recording
-
-
-class Grid(NamedTuple):
-    """A grid for one tensor.
-
-    Args:
-        signed: the two's-complement grid, or the unsigned one; a bool tensor ``[]`` where the values decide.
-        clip: clipping scalar(s), broadcastable against the tensor; for an asymmetric grid those of ``x - offset``.
-        offset: the value at integer 0 of an asymmetric grid, which is unsigned, ``[]``; 0 if it is symmetric, but the
-            values could have made it asymmetric; ``None`` for other grids.
-    """
-
-    signed: Sign
-    clip: Tensor
-    offset: Tensor | None = None
-
 
 FROZEN_BUFFERS = ("clips", "unsigned_clips", "offset")
 """The buffers of frozen clips."""
@@ -237,18 +222,19 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         clip_from_offset = self.compute_clip(minus_offset(x, offset, stays), False, skip=stays)
         return Grid(negative & stays, torch.where(shifted, clip_from_offset, clip), offset)
 
-    def forward(self, x: Tensor, call_index: int = 0) -> Tensor:
+    def forward(self, x: Tensor, call_index: int = 0, codes: torch.dtype | None = None) -> Any:
         """``x`` (float, any shape) on the grid; same shape and dtype.
 
         Args:
             x: floating point, any shape; with clips for parts of it ``[batch, ..., *dim]``.
             call_index: which multiplication of the operand in one forward pass of its module this is, from 0. Each has
                 a frozen clip of its own.
+            codes: return ``Codes`` of this dtype: the integers of the result and what they stand for.
 
         Raises:
             ValueError: there is no clip for the data, or the frozen clips have another shape; the message has ``name``.
             RuntimeError: the call is being recorded by ``torch.jit.trace``, ``torch.fx`` or, unless the clip is frozen,
-                ``torch.export``.
+                ``torch.export``; or codes are asked for where a gradient is.
         """
         frozen = self.active_frozen_clips
         refuse_recording(self, x, dynamic=frozen is None)
@@ -258,9 +244,16 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
             grid = self.dynamic_grid(x)
             if self.observer is not None:
                 self.observer.observe(x, call_index, grid)
-        return fake_quantize(
-            x, grid.clip, self.num_bits, signed=grid.signed, offset=grid.offset, gradient=self.gradient_estimator
-        )
+        if codes is None:
+            return fake_quantize(
+                x, grid.clip, self.num_bits, signed=grid.signed, offset=grid.offset, gradient=self.gradient_estimator
+            )
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                f"{self.name or 'FakeQuantize'}: integers have no gradient, and the operand of shape {tuple(x.shape)} "
+                "requires one; run the model under torch.no_grad(), or call octav_hf.unpack_octav(model) to train it"
+            )
+        return Codes.of(x, grid, self.num_bits, codes)
 
     def _frozen_grid(self, frozen: FrozenClips, x: Tensor, call_index: int) -> Grid:
         dtype, parts = statistics_dtype(x.dtype), tuple(frozen.clips.shape[1:])

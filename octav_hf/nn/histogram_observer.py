@@ -8,7 +8,8 @@ from torch import Tensor
 from ..functional.registry import RULES_OF_TABLES, poolable_rules
 from .all_ranks import gather, sum_over_ranks
 from .clip_observer import ClipObserver
-from .fake_quantize import FakeQuantize, Grid
+from .codes import Grid
+from .fake_quantize import FakeQuantize
 from .frozen_clips import FrozenClips
 from .pooled_values import clip_of_range, clip_of_table, pooled_range, value_range
 from .sparse_table import SparseTable

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .all_ranks import gather
 from .clip_observer import ClipObserver
-from .fake_quantize import FakeQuantize, Grid
+from .codes import Grid
+from .fake_quantize import FakeQuantize
 from .frozen_clips import FrozenClips
 
 

@@ -1,6 +1,7 @@
 """Layers with packed weights: integers and scales instead of a float parameter."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -23,6 +24,12 @@ class PackedLayer(QuantizedLayer):
     other_form: ClassVar[str] = "weight"
     other_form_by: ClassVar[str] = "unpack_octav"
     weight_quantizer: PackedWeight
+    # What computes ``forward`` instead of the layer's class: ``octav_hf.inference``.
+    arithmetic: Callable[[Any, Tensor], Tensor] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As the quantized layer's."""
+        return super().forward(input) if self.arithmetic is None else self.arithmetic(self, input)
 
     @property
     def weight(self) -> Tensor:
@@ -41,6 +48,7 @@ class PackedLayer(QuantizedLayer):
 
     def unpack(self) -> None:
         """Undo ``pack`` in place; the parameter ``weight`` gets the packed values."""
+        self.__dict__.pop("arithmetic", None)
         packed, quantizer = self.weight_quantizer, self.weight_quantizer_class(**self.weight_quantizer.init_kwargs)
         if packed.is_frozen:
             quantizer.freeze(FrozenClips(True, packed.compute_clip(self.weight)))
@@ -51,6 +59,7 @@ class PackedLayer(QuantizedLayer):
     def restore(self) -> None:
         """Convert to a float layer with the packed values, in place."""
         packed = self.weight_quantizer
+        self.__dict__.pop("arithmetic", None)
         super().restore()
         _give_parameter(self, packed)
 

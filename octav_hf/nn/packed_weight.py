@@ -92,7 +92,7 @@ class PackedWeight(FakeQuantize):
         like = torch.empty(self.shape, dtype=self.dtype, device="meta")
         self.register_parameter(_GUARD, PackedGuard.of(self.name, like, self.packed_data.device))
 
-    def forward(self, x: Tensor, call_index: int = 0) -> Tensor:
+    def forward(self, x: Tensor, call_index: int = 0, codes: torch.dtype | None = None) -> Tensor:
         """The weight if ``x`` is ``tensor``; its rows ``x`` of integers. ``RuntimeError`` if this is being recorded."""
         refuse_recording(self, x, dynamic=False)
         if not x.is_floating_point():
@@ -108,7 +108,13 @@ class PackedWeight(FakeQuantize):
 
     def dequantize(self) -> Tensor:
         """The weight, of ``shape`` and ``dtype``, contiguous."""
-        rows = self._values(self._packed_rows, self.scale)
+        return self._shaped(self._values(self._packed_rows, self.scale))
+
+    def integers(self) -> Tensor:
+        """The integers of the weight, int8, of ``shape``, contiguous."""
+        return self._shaped(unpack_bits(self._packed_rows, self.num_bits, self._row_length))
+
+    def _shaped(self, rows: Tensor) -> Tensor:
         order = [d for d in range(len(self.shape)) if d not in self._along_a_row] + self._along_a_row
         inverse = sorted(order, key=order.__getitem__)
         return rows.reshape([self.shape[d] for d in order]).permute(inverse).contiguous()

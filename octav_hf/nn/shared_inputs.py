@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from .fake_quantize import FakeQuantize
 
 
 class _Scope(threading.local):
-    entries: list[tuple[Tensor, tuple[object, ...], Tensor]] | None = None  # input, state, output
+    entries: list[tuple[Tensor, tuple[object, ...], Any]] | None = None  # input, state, output
 
 
 _scope = _Scope()
@@ -28,16 +29,16 @@ def shared_inputs() -> Iterator[None]:
         _scope.entries = before
 
 
-def quantize_input(quantizer: nn.Module, x: Tensor) -> Tensor:
-    """``quantizer(x)``, or an equal quantizer's result for the same tensor within ``shared_inputs``."""
+def quantize_input(quantizer: nn.Module, x: Tensor, **codes: Any) -> Any:
+    """``quantizer(x, **codes)``, or an equal quantizer's result for the same tensor within ``shared_inputs``."""
     # A compiler eliminates the repeated work itself.
     if torch.compiler.is_compiling() or _scope.entries is None or not isinstance(quantizer, FakeQuantize):
-        return quantizer(x)
+        return quantizer(x, **codes)
     version = None if x.is_inference() else version_counter(x)
-    state = (version, torch.is_grad_enabled(), quantizer.cache_key)
+    state = (version, torch.is_grad_enabled(), quantizer.cache_key, codes)
     for known_input, known_state, output in _scope.entries:
         if known_input is x and known_state == state:
             return output
-    output = quantizer(x)
+    output = quantizer(x, **codes)
     _scope.entries.append((x, state, output))
     return output

@@ -10,7 +10,8 @@ from ..functional.registry import RULES_OF_TABLES
 from ..functional.rows import Sign, check_floating, not_finite_error, statistics_dtype, to_rows
 from ..functional.table import has_negative_bin, is_finite, magnitude_table
 from .all_ranks import gather, own_rank, sum_and_gather
-from .fake_quantize import FakeQuantize, Grid
+from .codes import Grid
+from .fake_quantize import FakeQuantize
 from .function_modes import outside_function_modes
 from .pooled_values import clip_of_range, clip_of_table, pooled_range, value_range
 

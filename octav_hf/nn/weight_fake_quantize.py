@@ -9,7 +9,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .._utils.torch_private import storage_id, storage_reference, version_counter
 from ..functional.rows import Dim, Sign, to_rows
-from .fake_quantize import FakeQuantize, Grid
+from .codes import Grid
+from .fake_quantize import FakeQuantize
 from .frozen_clips import FrozenClips
 
 _optimizer_steps = 0

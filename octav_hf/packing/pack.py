@@ -15,7 +15,8 @@ from ..conversion.modules import layers_by_quantizer, shared_weights
 from ..conversion.output_embeddings import requantize_output_embeddings
 from ..conversion.record import check_quantized, is_packed, recorded_config
 from ..conversion.request import Request
-from ..nn import FakeQuantize, PackedLayer, PackedWeight
+from ..nn import FakeQuantize, PackedLayer, PackedWeight, QuantizedAttention
+from ..nn.attention.arithmetic import SIMULATED
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,9 @@ def unpack_octav(model: Model) -> Model:
         raise ValueError(f"{type(model).__name__} is not packed; train it as it is")
     for layer in packed_layers(model).values():
         layer.unpack()
+    for module in model.modules():
+        if isinstance(module, QuantizedAttention):
+            module.arithmetic = SIMULATED
     release_packed(model)
     return model
 

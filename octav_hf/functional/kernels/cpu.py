@@ -19,9 +19,9 @@ from .operations import NotFinite
 MIN_NUMEL = 1 << 12  # elements from which loading the library, which takes a second per process, is worthwhile
 FLAGS: tuple[str, ...] = ()  # extra compiler flags, for tests
 
-_LOOPS = ["-ftree-loop-vectorize", "-ffp-contract=fast"]  # torch's own flags forbid both
+LOOPS = ["-ftree-loop-vectorize", "-ffp-contract=fast"]  # torch's own flags forbid both
 if platform.machine() in ("x86_64", "AMD64"):
-    _LOOPS.append("-mprefer-vector-width=512")  # of AVX-512, which GCC hesitates to use; no effect without it
+    LOOPS.append("-mprefer-vector-width=512")  # of AVX-512, which GCC hesitates to use; no effect without it
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: -1}  # of values and of tables
 _OCTAV, _MSE = 0, 1
 _libraries: dict[tuple[str, ...], Any] = {}  # by their flags
@@ -103,8 +103,7 @@ def _in_memory(x: Tensor) -> Tensor:
 
 def _load(flags: tuple[str, ...]) -> Any:
     """The C++ functions, compiled and cached on disk by torch's own means."""
-    source = Path(__file__).with_name("clips.cpp").read_text(encoding="utf-8")
-    library = load_cpp(source, (*_LOOPS, *flags))
+    library = load_cpp(source_of("clips.cpp"), (*LOOPS, *flags))
     library.has_negative.restype = c_bool
     library.has_negative.argtypes = [c_void_p, c_int, c_int64]
     library.magnitude_table.restype = None
@@ -115,3 +114,8 @@ def _load(flags: tuple[str, ...]) -> Any:
     of_rows = [c_void_p, c_int, c_int64, c_int64, c_int, c_void_p, c_int, c_int, c_void_p]
     library.clips_of_rows.argtypes = of_rows
     return library
+
+
+def source_of(name: str) -> str:
+    """The text of a file in C++ beside this one."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")

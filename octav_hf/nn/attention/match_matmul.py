@@ -1,5 +1,6 @@
 """Recognizes calls of torch functions that are matmuls of two tensors."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,13 @@ _PLACES: dict[Function, tuple[Place, Place]] = {
     **dict.fromkeys((torch.addmm, Tensor.addmm, Tensor.addmm_), _ADDMM),
     **dict.fromkeys((torch.baddbmm, Tensor.baddbmm, Tensor.baddbmm_), _BADDBMM),
     **dict.fromkeys((torch.addbmm, Tensor.addbmm, Tensor.addbmm_), _BADDBMM),
+}
+
+# Functions that add a matmul to their first argument -> the matmul.
+_ADDING: dict[Function, Function] = {
+    **dict.fromkeys((torch.addmm, Tensor.addmm, Tensor.addmm_), torch.mm),
+    **dict.fromkeys((torch.baddbmm, Tensor.baddbmm, Tensor.baddbmm_), torch.bmm),
+    **dict.fromkeys((torch.addbmm, Tensor.addbmm, Tensor.addbmm_), lambda left, right: torch.bmm(left, right).sum(0)),
 }
 
 # Other functions that multiply and sum.
@@ -73,8 +81,10 @@ class Matmul:
 
     operands: tuple[Tensor, Tensor]  # left and right
     dims: tuple[OperandDims, OperandDims]
-    inner_size: int  # terms of each sum
+    inner_size: int  # terms of each sum along the operands' last dimension
     call: Callable[[Tensor, Tensor], Any]  # the same call with other operands
+    product: Callable[[Tensor, Tensor], Tensor]  # the sums alone, which ``finish`` makes the call's result of
+    finish: Callable[[Tensor], Any]
 
 
 def match_matmul(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Matmul | None:
@@ -98,7 +108,16 @@ def match_matmul(function: Function, args: tuple[Any, ...], kwargs: dict[str, An
         return function(*new_args, **new_kwargs)
 
     dims = _matmul_dims(left, ROWS, function), _matmul_dims(right, COLUMNS, function)
-    return Matmul((left, right), dims, left.shape[-1], call)
+    if function not in _ADDING:
+        return Matmul((left, right), dims, left.shape[-1], call, call, lambda sums: sums)
+    finish = functools.partial(_add, function, args[0] if args else kwargs["input"], **kwargs)
+    return Matmul((left, right), dims, left.shape[-1], call, _ADDING[function], finish)
+
+
+def _add(function: Function, x: Tensor, sums: Tensor, *, beta: float = 1, alpha: float = 1, **_: Any) -> Tensor:
+    """``beta * x + alpha * sums``, in the memory of ``x`` if this is what ``function`` does."""
+    sums = alpha * sums if beta == 0 else torch.add(beta * x, sums, alpha=alpha)
+    return x.copy_(sums) if function.__name__.endswith("_") else sums
 
 
 def _matmul_dims(operand: Tensor, dims: OperandDims, function: Function) -> OperandDims:
@@ -126,7 +145,7 @@ def _einsum(equation: str, *operands: Any) -> Matmul | None:
     dims = _einsum_dims(first, second, in_result), _einsum_dims(second, first, in_result)
     inner_size = math.prod([operands[0].shape[first.index(index)] for index in common])
     call: Function = lambda left, right: torch.einsum(equation, left, right)  # noqa: E731
-    return Matmul((operands[0], operands[1]), dims, inner_size, call)
+    return Matmul((operands[0], operands[1]), dims, inner_size, call, call, lambda sums: sums)
 
 
 def _indices(letters: str, dims: int) -> list[str | int]:

@@ -11,11 +11,11 @@ from torch.overrides import TorchFunctionMode
 from ...functional.rows import Dim
 from ..fake_quantize import FakeQuantize
 from ..granularity import ATTENTION_OPERANDS
+from .arithmetic import SIMULATED, AttentionArithmetic
 from .match_matmul import LAYER_FUNCTIONS, Matmul, UnsupportedMatmul, match_matmul
-from .operand_form import quantize_operand
 from .own_parameters import is_view_of, overlaps
 from .probabilities import LOOKUPS, SOFTMAX, keeps_values
-from .scaled_dot_product_attention import OperandQuantizers, quantized_scaled_dot_product_attention
+from .scaled_dot_product_attention import OperandQuantizers
 
 
 class AttentionMatmuls(TorchFunctionMode):
@@ -41,6 +41,7 @@ class AttentionMatmuls(TorchFunctionMode):
             operands, or weights of ``torch.nn.functional.linear`` and convolutions. What is looked up in one by an
             index tensor may be, as what is looked up in an embedding.
         layer_parameters: those of the layers inside it.
+        arithmetic: computes the matmuls.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class AttentionMatmuls(TorchFunctionMode):
         name: str | Callable[[], str],
         own_parameters: Iterable[Tensor] = (),
         layer_parameters: Collection[Tensor] = (),
+        arithmetic: AttentionArithmetic = SIMULATED,
     ):
         super().__init__()
         self.quantizers = quantizers
         self._get_name = name
         self._own = list(own_parameters)  # and copies of them
         self._layer_parameters = layer_parameters
+        self._arithmetic = arithmetic
         self._probabilities: list[Tensor] = []
         self._call_counts = dict.fromkeys(ATTENTION_OPERANDS, 0)
         self._next_calls = {operand: _NextCall(self, operand) for operand in ATTENTION_OPERANDS}
@@ -65,7 +68,7 @@ class AttentionMatmuls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self._refuse_own([*args[:3], *(kwargs.get(name) for name in ("query", "key", "value"))])
-            return quantized_scaled_dot_product_attention(self._next_calls, *args, **kwargs)
+            return self._arithmetic.scaled_dot_product_attention(self._next_calls, *args, **kwargs)
         try:
             matmul = match_matmul(func, args, kwargs)
         except UnsupportedMatmul as error:
@@ -120,15 +123,14 @@ class AttentionMatmuls(TorchFunctionMode):
         names = ("query", "key")
         if any(probabilities):
             names = ("probabilities", "value") if probabilities[0] else ("value", "probabilities")
-        calls = (self._next_calls[name] for name in names)
-        return matmul.call(*map(quantize_operand, calls, matmul.operands, matmul.dims))
+        return self._arithmetic.matmul([self._next_calls[name] for name in names], matmul)
 
-    def quantize(self, operand: str, x: Tensor) -> Tensor:
+    def quantize(self, operand: str, x: Tensor, **codes: Any) -> Any:
         index, expected, quantizer = self._call_counts[operand], self._frozen_calls(operand), self.quantizers[operand]
         if expected is not None and index >= expected:
             raise self._wrong_call_count(operand, f"more than {expected}", expected)
         self._call_counts[operand] += 1
-        return quantizer(x, index) if isinstance(quantizer, FakeQuantize) else quantizer(x)
+        return quantizer(x, index, **codes) if isinstance(quantizer, FakeQuantize) else quantizer(x)
 
     def _frozen_calls(self, operand: str) -> int | None:
         """The number of frozen clips of ``operand``; ``None`` if clips are dynamic."""
@@ -189,5 +191,5 @@ class _NextCall:
     def active_dim(self) -> Dim:
         return getattr(self._matmuls.quantizers[self._operand], "active_dim", None)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._matmuls.quantize(self._operand, x)
+    def __call__(self, x: Tensor, **codes: Any) -> Any:
+        return self._matmuls.quantize(self._operand, x, **codes)

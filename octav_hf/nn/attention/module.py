@@ -13,6 +13,7 @@ from ..holds_frozen_clips import HoldsFrozenClips
 from ..linear import LINEAR, QuantizedLinear
 from ..quantized_layer import QuantizedLayer
 from ..shared_inputs import shared_inputs
+from .arithmetic import SIMULATED, AttentionArithmetic
 from .matmuls import AttentionMatmuls
 from .own_parameters import split_parameters
 from .scaled_dot_product_attention import OperandQuantizers
@@ -26,6 +27,7 @@ class QuantizedAttention(HoldsFrozenClips):
     """
 
     attention_name: str
+    arithmetic: AttentionArithmetic = SIMULATED
 
     @staticmethod
     def convert(attention: nn.Module, quantizers: OperandQuantizers, name: str) -> None:
@@ -53,6 +55,7 @@ class QuantizedAttention(HoldsFrozenClips):
         for operand in ATTENTION_OPERANDS:
             delattr(self, f"{operand}_quantizer")
         del self.attention_name
+        self.__dict__.pop("arithmetic", None)
         self.__class__ = type(self).__bases__[1]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +81,8 @@ class QuantizedAttention(HoldsFrozenClips):
     @contextmanager
     def _quantized_operands(self) -> Iterator[None]:
         self._check_float_layers()
-        matmuls = AttentionMatmuls(self.operand_quantizers, lambda: self.attention_name, *split_parameters(self))
+        parameters = split_parameters(self)
+        matmuls = AttentionMatmuls(self.operand_quantizers, lambda: self.attention_name, *parameters, self.arithmetic)
         with matmuls:
             yield
         matmuls.check_complete()

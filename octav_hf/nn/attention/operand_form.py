@@ -6,26 +6,32 @@ from typing import Any
 
 from torch import Tensor
 
+from ..codes import Codes
 from .match_matmul import OperandDims
 
 
-def quantize_operand(quantizer: Callable[[Tensor], Tensor], x: Tensor, dims: OperandDims) -> Tensor:
-    """``quantizer(x)``, shape of ``x``; a granular quantizer is called on ``[batch dimensions, free, contracted]``.
+def quantize_operand(quantizer: Callable[..., Any], x: Tensor, dims: OperandDims, **codes: Any) -> Any:
+    """``quantizer(x, **codes)``, shape of ``x``; a granular quantizer is called on ``[batch dims, free, contracted]``.
 
     The free and contracted dimensions are flattened into one each, of size 1 if there is none.
     """
     if not is_granular(quantizer):
-        return quantizer(x)
+        return quantizer(x, **codes)
     free, contracted = ([dim % x.dim() for dim in part] for part in dims)
     batch = [dim for dim in range(x.dim()) if dim not in (*free, *contracted)]
     order = [*batch, *free, *contracted]
     permuted = x.permute(order)
-    flat = [
-        *(x.shape[dim] for dim in batch),
-        *(math.prod([x.shape[dim] for dim in part]) for part in (free, contracted)),
-    ]
-    quantized = quantizer(permuted.reshape(flat))
-    return quantized.reshape(permuted.shape).permute(sorted(range(x.dim()), key=order.__getitem__))
+    parts = [[x.shape[dim] for dim in part] for part in (free, contracted)]
+    flat = [*permuted.shape[: len(batch)], *map(math.prod, parts)]
+
+    def unflatten(y: Tensor) -> Tensor:
+        """``y``, of shape ``flat`` or with fewer or smaller dimensions that broadcast to it, in the form of ``x``."""
+        y = y[(None,) * (len(flat) - y.dim())]
+        sizes = [part if size > 1 else [1] * len(part) for size, part in zip(y.shape[-2:], parts, strict=True)]
+        return y.reshape([*y.shape[:-2], *sizes[0], *sizes[1]]).permute(sorted(range(x.dim()), key=order.__getitem__))
+
+    quantized = quantizer(permuted.reshape(flat), **codes)
+    return quantized.map(unflatten) if isinstance(quantized, Codes) else unflatten(quantized)
 
 
 def is_granular(quantizer: Any) -> bool:

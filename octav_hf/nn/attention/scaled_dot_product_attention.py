@@ -1,17 +1,19 @@
 """Scaled dot-product attention with quantized operands of both matmuls."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..codes import Codes
 from .match_matmul import COLUMNS, ROWS, OperandDims
 from .operand_form import is_granular, quantize_operand
 
 OperandQuantizers = Mapping[str, nn.Module] | nn.ModuleDict
 """The modules named ``query``, ``key``, ``probabilities`` and ``value``."""
 
-Quantize = Callable[[Tensor], Tensor]
+Quantize = Callable[..., Any]
 
 
 def quantized_scaled_dot_product_attention(
@@ -43,14 +45,21 @@ def quantized_scaled_dot_product_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     heads = query.shape[-3] if enable_gqa else None
     query = quantize_operand(quantizers["query"], query, ROWS)
-    key = _quantized_for_heads(quantizers["key"], key, heads, ROWS)
-    value = _quantized_for_heads(quantizers["value"], value, heads, COLUMNS)
-    # Scaling the query is cheaper than scaling the scores; adding the mask in place is safe for the backward pass.
+    key = quantize_for_heads(quantizers["key"], key, heads, ROWS)
+    value = quantize_for_heads(quantizers["value"], value, heads, COLUMNS)
+    # Scaling the query is cheaper than scaling the scores.
     scores = torch.matmul(query * scale, key.transpose(-2, -1))
-    mask = _additive_mask(scores, attn_mask, is_causal)
-    probabilities = _softmax(scores) if mask is None else _masked_softmax(scores, mask)
-    probabilities = nn.functional.dropout(probabilities.to(value.dtype), dropout_p)
+    probabilities = attention_probabilities(scores, attn_mask, is_causal, dropout_p, value.dtype)
     return torch.matmul(quantize_operand(quantizers["probabilities"], probabilities, ROWS), value)
+
+
+def attention_probabilities(
+    scores: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout_p: float, dtype: torch.dtype
+) -> Tensor:
+    """What the second matmul multiplies, in ``dtype``; the mask may be added to ``scores`` in place."""
+    mask = _additive_mask(scores, attn_mask, is_causal)  # in place, which is safe for the backward pass
+    probabilities = _softmax(scores) if mask is None else _masked_softmax(scores, mask)
+    return nn.functional.dropout(probabilities.to(dtype), dropout_p)
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -74,15 +83,18 @@ def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     return probabilities
 
 
-def _quantized_for_heads(quantizer: Quantize, x: Tensor, heads: int | None, dims: OperandDims) -> Tensor:
+def quantize_for_heads(quantizer: Quantize, x: Tensor, heads: int | None, dims: OperandDims, **codes: Any) -> Any:
     """``x`` quantized, with its heads repeated to ``heads`` unless that is ``None``."""
     if heads is None:
-        return quantize_operand(quantizer, x, dims)
+        return quantize_operand(quantizer, x, dims, **codes)
     repeats = heads // x.shape[-3]
     # Per-head clips are for repeated heads, because Transformers' models repeat them first if there is a mask.
     if is_granular(quantizer):
-        return quantize_operand(quantizer, x.repeat_interleave(repeats, dim=-3), dims)
-    return quantizer(x).repeat_interleave(repeats, dim=-3)
+        return quantize_operand(quantizer, x.repeat_interleave(repeats, dim=-3), dims, **codes)
+    quantized = quantizer(x, **codes)
+    if isinstance(quantized, Codes):
+        return quantized._replace(integers=quantized.integers.repeat_interleave(repeats, dim=-3))
+    return quantized.repeat_interleave(repeats, dim=-3)
 
 
 def _additive_mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:

@@ -1,0 +1,87 @@
+"""Packed layers that multiply integers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from .._utils.torch_private import version_counter
+from ..nn import PackedLayer
+from ..nn.codes import Codes
+from ..nn.function_modes import outside_function_modes
+from ..nn.shared_inputs import quantize_input
+from .integer_matmul import Float, Kernel, kernel_for, scaled
+
+
+class Plan:
+    """What is made once of a packed layer's weight.
+
+    Attributes:
+        kernel: has the weight's integers.
+        scale: ``[out]`` or ``[1]``, of the weight.
+        sums: ``[out]``, of the weight's values, by which an offset of the input is multiplied.
+    """
+
+    def __init__(self, layer: Any, reference: bool):
+        packed = layer.weight_quantizer
+        integers = packed.integers()
+        if layer.float_class is Conv1D:
+            integers = integers.t().contiguous()
+        num_bits = layer.input_quantizer.num_bits, packed.num_bits
+        self.kernel: Kernel
+        if reference:
+            self.kernel = Float(layer, integers, num_bits, torch.float64)
+        else:
+            self.kernel = kernel_for(layer, integers, num_bits, packed.scale.dtype)
+        self.scale = packed.scale
+        self.sums = integers.flatten(1).sum(dim=1) * packed.scale
+
+    def __call__(self, codes: Codes, bias: Tensor | None) -> Tensor:
+        """The layer's output."""
+        bias = None if bias is None else bias.to(self.scale.dtype)
+        if codes.offset is not None:
+            bias = codes.offset * self.sums + (0 if bias is None else bias)
+        if not codes.is_granular:
+            return self.kernel(codes, codes.scale.reshape(()), self.scale, bias)
+        one = torch.ones((), dtype=self.scale.dtype, device=self.scale.device)
+        return scaled(self.kernel(codes, one, self.scale, None), codes.scale, bias)
+
+
+class IntegerArithmetic:
+    """The ``arithmetic`` of a packed layer: the product of the integers of input and weight, scaled afterwards.
+
+    Args:
+        layer: the packed layer.
+        reference: compute the products in float64.
+    """
+
+    def __init__(self, layer: PackedLayer, reference: bool):
+        self.reference = reference
+        self._made: tuple[Any, Plan] | None = None
+        self._plan(layer)
+
+    @outside_function_modes  # which would call Python for each operation of a layer inside an attention module
+    def __call__(self, layer: Any, input: Tensor) -> Tensor:
+        plan = self._plan(layer)
+        codes = quantize_input(layer.input_quantizer, input, codes=plan.kernel.dtype)
+        return plan(codes, layer.bias).to(input.dtype)
+
+    def _plan(self, layer: Any) -> Plan:
+        """The plan, made again if the packed weight was moved or loaded, or this is a copy."""
+        if self._made is not None and torch.compiler.is_compiling():
+            return self._made[1]
+        packed = layer.weight_quantizer
+        state = [(id(x), None if x.is_inference() else version_counter(x)) for x in (packed.packed_data, packed.scale)]
+        if self._made is None or self._made[0] != state:
+            self._made = state, Plan(layer, self.reference)
+        return self._made[1]
+
+    def __str__(self) -> str:
+        """What computes the product, for the coverage report."""
+        if self.reference:
+            return "integers as float64"
+        return "integers" if self._made is None else str(self._made[1].kernel)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"reference": self.reference, "_made": None}

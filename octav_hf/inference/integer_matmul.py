@@ -1,0 +1,239 @@
+"""Products with an integer weight, exact before scaling: the one file with torch's quantized kernels.
+
+oneDNN's kernel takes uint8 codes and scales its int32 sums itself; it needs AVX512-VNNI. FBGEMM's runs on every x86, by
+way of ``vpmaddubsw``, which adds two products in 16 bits and saturates: 255 * -128 twice does not fit, so the 8-bit
+weight of 8-bit codes is split in two. Elsewhere products are of integer-valued floats, while all sums are exact.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.torch_private import LINEAR
+from ..functional.grid import integer_range
+from ..functional.kernels.operations import operation
+from ..nn import QuantizedConvolution
+from ..nn.codes import Codes
+
+
+class Kernel:
+    """A layer's product of the integers of ``Codes`` and of its weight, scaled, with the bias added.
+
+    Args:
+        layer: the linear layer or convolution.
+        integers: the weight's, int8 ``[out, in]``, or ``[out, in / groups, *window]``.
+        num_bits: of the codes, and of the weight.
+    """
+
+    dtype: torch.dtype  # of the codes
+
+    def __init__(self, layer: Any, integers: Tensor, num_bits: tuple[int, int]):
+        raise NotImplementedError
+
+    def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output for values ``step * k`` and a weight ``scale * integers``.
+
+        Args:
+            codes: the layer's input; its scale and offset are not used.
+            step: ``[]``, of the codes.
+            scale: ``[out]`` or ``[1]``, of the weight.
+            bias: ``[out]``.
+        """
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return f"integers, {type(self).__name__}"
+
+
+class OneDNN(Kernel):
+    """Of uint8 codes, by oneDNN, which scales and adds the bias itself."""
+
+    dtype = torch.uint8
+
+    def __init__(self, layer: Any, integers: Tensor, num_bits: tuple[int, int]):
+        self._weight = torch.ops.onednn.qlinear_prepack(integers, None)
+        self._zero_points = torch.zeros(len(integers), dtype=torch.int32, device=integers.device)
+
+    def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        weight = self._weight, scale, self._zero_points[: len(scale)], bias
+        if not torch.compiler.is_compiling():
+            return multiply_linear.reference(codes.integers, step, codes.lowest, *weight)
+        lowest = torch.as_tensor(codes.lowest, dtype=torch.int32, device="cpu")
+        return multiply_linear(codes.integers, step, lowest, *weight)
+
+
+# One operation for compilers: Inductor takes oneDNN's only with weights that are constants of the graph.
+@operation(
+    "(Tensor x, Tensor step, Tensor lowest, Tensor weight, Tensor scale, Tensor zero_points, Tensor? bias) -> Tensor",
+    lambda x, step, lowest, weight, *_: x.new_empty([*x.shape[:-1], weight.shape[-1]], dtype=torch.float32),
+)
+def multiply_linear(
+    x: Tensor, step: Tensor, lowest: Any, weight: Tensor, scale: Tensor, zero_points: Tensor, bias: Tensor | None
+) -> Tensor:
+    if x.numel() == 0:  # of which it loses dimensions
+        return x.new_zeros([*x.shape[:-1], weight.shape[-1]], dtype=torch.float32)
+    return torch.ops.onednn.qlinear_pointwise(
+        x, float(step), -int(lowest), weight, scale, zero_points, bias, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+class FBGEMM(Kernel):
+    """Of integer-valued floats, by FBGEMM, which converts them to uint8 codes."""
+
+    dtype = torch.float32
+
+    def __init__(self, layer: Any, integers: Tensor, num_bits: tuple[int, int]):
+        upper = integers >> 1
+        parts = [upper, integers - upper] if saturates(num_bits) else [integers]
+        with warnings.catch_warnings(), _engine("fbgemm"):
+            warnings.simplefilter("ignore")  # torch means to remove the type of tensor that holds the weight
+            self._weights = [torch.ops.quantized.linear_prepack(_with_scale_one(part), None) for part in parts]
+
+    def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        sums = [multiply(codes.integers, 1.0, -int(codes.lowest), weight) for weight in self._weights]
+        return scaled(sums[0] if len(sums) == 1 else sums[0].add_(sums[1]), step * scale, bias)
+
+
+class OneDNNConvolution(Kernel):
+    """Of uint8 codes, by oneDNN, which pads with the code of zero."""
+
+    dtype = torch.uint8
+
+    def __init__(self, layer: Any, integers: Tensor, num_bits: tuple[int, int]):
+        zero_points = torch.zeros(len(integers), dtype=torch.int32, device=integers.device)
+        scales = torch.ones(len(integers), dtype=torch.float32, device=integers.device)
+        self._window = *(list(x) for x in (layer.stride, layer.padding, layer.dilation)), layer.groups
+        self._weight = torch.ops.onednn.qconv_prepack(integers, scales, 1.0, 0, *self._window)
+        self._zero_points = zero_points
+
+    def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        x = codes.integers
+        batched = x if x.dim() == len(self._window[0]) + 2 else x[None]
+        weight = self._weight, scale, self._zero_points[: len(scale)], bias, *self._window
+        result = torch.ops.onednn.qconv_pointwise(
+            batched, float(step), -int(codes.lowest), *weight, 1.0, 0, torch.float32, "none", [], None
+        )
+        result = result if batched is x else result[0]
+        return result.contiguous() if x.is_contiguous() else result  # as of the float layer
+
+
+class Float(Kernel):
+    """Of integer-valued floats, in ``dtype``; the weight is converted at every call."""
+
+    def __init__(
+        self, layer: Any, integers: Tensor, num_bits: tuple[int, int], dtype: torch.dtype | None = None, why: str = ""
+    ):
+        self._why = why
+        self._layer = layer if isinstance(layer, QuantizedConvolution) else None
+        self._integers = integers
+        is_exact = integers[0].numel() * _largest_product(num_bits) < 2**24
+        # Elsewhere a convolution may not be computed by multiplying these very numbers.
+        is_plain = self._layer is None or integers.device.type == "cpu"
+        self.dtype = dtype or (torch.float32 if is_exact and is_plain else torch.float64)
+
+    def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        integers = self._integers.to(self.dtype)
+        if self._layer is None:
+            return scaled(LINEAR(codes.integers, integers), step * scale, bias)
+        window = (1,) * (integers.dim() - 2)
+        sums = self._layer._conv_forward(codes.integers, integers, None)
+        return scaled(sums, (step * scale).view(-1, *window), None if bias is None else bias.view(-1, *window))
+
+    def __str__(self) -> str:
+        return f"integers as {str(self.dtype).removeprefix('torch.')} {self._why}"
+
+
+def multiply(
+    product: Callable[[Tensor, Tensor], Tensor], left: Codes, right: Codes, terms: int, reference: bool = False
+) -> Tensor:
+    """The sums of products of two tensors' integers, which have a dtype of float: exact, float32 or float64.
+
+    Args:
+        product: multiplies and sums, such as ``torch.matmul``.
+        terms: how many products a sum has.
+        reference: always in float64.
+    """
+    is_exact = terms * left.largest * right.largest < 2**24 and not reference
+    dtype = torch.float32 if is_exact else torch.float64
+    return product(left.integers.to(dtype), right.integers.to(dtype))
+
+
+def scaled(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``sums * scale + bias``, in the dtype of the scale or of the sums, whichever is wider."""
+    return sums * scale if bias is None else torch.addcmul(bias.to(sums.dtype), sums, scale)
+
+
+def saturates(num_bits: tuple[int, int]) -> bool:
+    """Whether two products of uint8 codes and a weight, of these bits, can be too large for 16 bits."""
+    return 2 * _largest_product(num_bits) >= 2**15
+
+
+def _largest_product(num_bits: tuple[int, int]) -> int:
+    return (2 ** num_bits[0] - 1) * 2 ** (num_bits[1] - 1)
+
+
+def kernel_for(layer: Any, integers: Tensor, num_bits: tuple[int, int], dtype: torch.dtype) -> Kernel:
+    """The fastest exact kernel that there is for a layer, and codes whose scale has ``dtype``; else ``Float``."""
+    kernel = _exact_kernel(isinstance(layer, QuantizedConvolution), num_bits)
+    reason = "" if kernel else "since this processor has no exact kernel"
+    if integers[0].numel() * _largest_product(num_bits) >= 2**31:
+        reason = "where sums are too long for 32 bits"
+    if isinstance(layer, QuantizedConvolution) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+        reason = "where a convolution pads otherwise than by a number of zeros"
+    if dtype != torch.float32:
+        reason = f"for values in {dtype}"
+    if integers.device.type != "cpu":
+        reason = f"on the device {integers.device.type}"
+    if kernel is None or reason:
+        _warn_of_fallback(reason)
+        return Float(layer, integers, num_bits, why=reason)
+    return kernel(layer, integers, num_bits)
+
+
+@functools.cache
+def _exact_kernel(is_convolution: bool, num_bits: tuple[int, int]) -> type[Kernel] | None:
+    """The kernel for this processor, if it proves to be exact for the largest codes; for convolutions only oneDNN's."""
+    has_vnni = torch.cpu.get_capabilities().get("avx512_vnni", False)
+    if is_convolution and not has_vnni:
+        return None
+    kernel: type[Kernel] = OneDNNConvolution if is_convolution else OneDNN if has_vnni else FBGEMM
+    low, high = integer_range(num_bits[1], signed=True)
+    weight = torch.tensor([[low] * 64, [high] * 64, [low, high] * 32], dtype=torch.int8, device="cpu")
+    codes = torch.tensor([[0] * 64, [2 ** num_bits[0] - 1] * 64], dtype=torch.int64, device="cpu")
+    expected = codes @ weight.long().t()
+    layer: nn.Module = nn.Linear(64, 3, device="cpu", dtype=torch.float32)
+    if is_convolution:
+        layer = nn.Conv1d(64, 3, 1, device="cpu", dtype=torch.float32)
+        weight, codes, expected = weight[..., None], codes[..., None], expected[..., None]
+    one = torch.ones(1, dtype=torch.float32, device="cpu")
+    try:
+        run = kernel(layer, weight, num_bits)
+        sums = run(Codes(codes.to(run.dtype), 0, num_bits[0], one), one[0], one, None)
+    except RuntimeError:
+        return None
+    return kernel if torch.equal(sums.long(), expected) else None
+
+
+@functools.cache
+def _warn_of_fallback(reason: str) -> None:
+    warnings.warn(f"Integer products are computed in floating point, exactly but slower, {reason}", stacklevel=2)
+
+
+@contextmanager
+def _engine(name: str) -> Iterator[None]:
+    """torch's engine for quantized weights that are made inside."""
+    before, torch.backends.quantized.engine = torch.backends.quantized.engine, name
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def _with_scale_one(integers: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(integers.float(), 1.0, 0, torch.qint8)
