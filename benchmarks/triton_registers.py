@@ -47,7 +47,7 @@ Launch = tuple[Any, tuple[Any, ...], int]
 class Kernels:
     """In place of the module with the kernels: what is launched is kept in ``launches``."""
 
-    BINS, SET = triton_kernels.BINS, triton_kernels.SET
+    BINS, TAILS = triton_kernels.BINS, triton_kernels.TAILS
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []

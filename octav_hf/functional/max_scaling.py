@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .grid import check_num_bits
 from .registry import register_clip_rule
-from .rows import Dim, Sign, check_floating, checked_clips, clips_of, magnitude, operation_of_rows
+from .rows import Dim, Sign, check_floating, clips_of, magnitude, operation_of_rows
 
 
 @register_clip_rule("max", of_range=True, tensor_sign=True)
@@ -17,14 +17,13 @@ def max_clip(x: Tensor, num_bits: int, *, signed: Sign = True, dim: Dim = None, 
     """
     check_floating(x, "max_clip")
     check_num_bits(num_bits)
-    return clips_of(max_of_rows, x, dim, signed=signed, skip=skip, name="max_clip")
+    return clips_of(max_of_rows, x, dim, num_bits, signed, skip, name="max_clip")
 
 
-@operation_of_rows("(Tensor rows, Tensor signed, Tensor? skip, bool check) -> Tensor")
-def max_of_rows(rows: Tensor, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
+@operation_of_rows()
+def max_of_rows(rows: Tensor, num_bits: int, signed: Tensor) -> Tensor:
     """The largest magnitude of each of ``[rows, n]``: ``[rows]``."""
     # NaN propagates. With dim=1 aminmax is many times slower.
     low, high = (rows.amin(dim=1), rows.amax(dim=1)) if len(rows) > 1 else map(torch.atleast_1d, torch.aminmax(rows))
     largest = torch.maximum(magnitude(low, signed), magnitude(high, signed))
-    finite = (low > -torch.inf) & (high < torch.inf)
-    return checked_clips(torch.where(finite, largest, torch.nan), skip, check)
+    return torch.where((low > -torch.inf) & (high < torch.inf), largest, torch.nan)

@@ -1,35 +1,71 @@
 """The clip with the lowest quantization error, measured with the two's-complement grid instead of modelled."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .error import rows_errors
-from .grid import check_num_bits, noise_factor
+from .grid import check_num_bits
 from .kernels.operations import operation
 from .octav import fixed_point, octav_of_rows
 from .registry import register_clip_rule
-from .rows import Dim, Sign, check_floating, checked_clips, clips_of, magnitude, operation_of_rows
-from .table import Tails, empty_clip, is_finite, magnitude_table, uses_table
-
-# The highest of the candidates near OCTAV's clip, in its units, by bits: Eq. 6 underestimates the dead zone and the
-# clipped top, more so at few bits.
-HIGHEST = {2: 8.0, 3: 4.0, 4: 2.6, 5: 2.2, 6: 2.0, 7: 1.8, 8: 1.8}
-LOWEST = 0.85
-NEAR, FAR, FINE = 40, 15, 15  # candidates near OCTAV's clip, from there to the top, and around the best of them
-# Of a short row, each of which reads it. Few values are beyond its clip, so that the best is closer to OCTAV's, and
-# near the top, which is the highest candidate but for many bits, of which rounding makes one slightly above the best.
-LOWEST_OF_ROW = {2: 0.95, 3: 0.92, 4: 0.94, 5: 0.95, 6: 0.96, 7: 0.97, 8: 0.98}
-BEYOND_TOP_OF_ROW = {bits: 1.0 if bits <= 4 else 1.03 for bits in HIGHEST}
-NEAR_OF_ROW = {2: 8, 3: 8, 4: 4, 5: 4, 6: 8, 7: 8, 8: 4}
-FAR_OF_ROW, FINE_OF_ROW = 4, 4
+from .rows import Dim, Sign, check_floating, clips_of, magnitude, operation_of_rows
+from .table import Tails, empty_clip, is_finite
 
 
-def mse_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
+class Search(NamedTuple):
+    """Which clips are tried: near OCTAV's, from there to the top, and then around the best of them.
+
+    The top is the clip whose highest grid value is the largest magnitude.
+    """
+
+    lowest: float  # of the near ones, in units of OCTAV's clip
+    highest: float
+    beyond: float  # the highest of the near ones is not above this, in units of the top
+    near: int = 40  # how many
+    far: int = 15
+    fine: int = 15
+
+
+# Eq. 6 underestimates the dead zone and the clipped top, more so at few bits.
+SEARCH_OF_TABLE = {
+    bits: Search(0.85, highest, torch.inf)
+    for bits, highest in {2: 8.0, 3: 4.0, 4: 2.6, 5: 2.2, 6: 2.0, 7: 1.8, 8: 1.8}.items()
+}
+# Each candidate reads a row. Few values are beyond its clip, so that the best is closer to OCTAV's, and near the top,
+# which is the highest candidate but for many bits, of which rounding makes one slightly above the best.
+SEARCH_OF_ROW = {
+    2: Search(0.95, 8.0, 1.0, near=8, far=4, fine=4),
+    3: Search(0.92, 4.0, 1.0, near=8, far=4, fine=4),
+    4: Search(0.94, 2.6, 1.0, near=4, far=4, fine=4),
+    5: Search(0.95, 2.2, 1.03, near=4, far=4, fine=4),
+    6: Search(0.96, 2.0, 1.03, near=8, far=4, fine=4),
+    7: Search(0.97, 1.8, 1.03, near=8, far=4, fine=4),
+    8: Search(0.98, 1.8, 1.03, near=4, far=4, fine=4),
+}
+
+
+@operation("(Tensor table, int num_bits, Tensor signed) -> Tensor", empty_clip)
+def lowest_error_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
     """``mse_clip`` of a tensor with this magnitude table; arguments and result as in ``octav_of_table``."""
-    return lowest_error_of_table(table, num_bits, signed)
+    tails = Tails(table, signed)
+    levels = 2.0**num_bits / (signed.double() + 1)
+    numbers = torch.arange(1, 2**num_bits, dtype=torch.float64, device=table.device)
+    used = torch.stack([numbers < levels, numbers <= levels])  # levels of positive values and of negative ones
+
+    def error(clips: Tensor) -> Tensor:
+        step = clips / levels
+        _, excess = tails.above((numbers - 0.5) * step[:, None])
+        return -2 * step * (excess * used[:, None]).sum(dim=(0, 2))
+
+    octav, top = fixed_point(tails, num_bits, signed), tails.top * (levels / (levels - 1))
+    clip = lowest_error(error, octav, top, SEARCH_OF_TABLE[num_bits]).clamp(max=torch.finfo(torch.float32).max)
+    return torch.where(is_finite(table), clip, torch.nan).float()
 
 
-@register_clip_rule("mse", of_table=mse_of_table, tensor_sign=True)
+@register_clip_rule("mse", of_table=lowest_error_of_table, tensor_sign=True)
 @torch.no_grad()
 def mse_clip(x: Tensor, num_bits: int, *, signed: Sign = True, dim: Dim = None, skip: Tensor | None = None) -> Tensor:
     r"""Clipping scalar(s) with nearly the lowest measured squared error, by a search around OCTAV's clip.
@@ -58,83 +94,43 @@ def mse_clip(x: Tensor, num_bits: int, *, signed: Sign = True, dim: Dim = None, 
     """
     check_floating(x, "mse_clip")
     check_num_bits(num_bits)
-    return clips_of(mse_of_rows, x, dim, num_bits, signed=signed, skip=skip, name="mse_clip")
+    return clips_of(mse_of_rows, x, dim, num_bits, signed, skip, name="mse_clip")
 
 
-@operation("(Tensor table, int num_bits, Tensor signed) -> Tensor", empty_clip)
-def lowest_error_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
-    """The clip with the lowest E among the candidates; see ``mse_of_table``."""
-    octav = fixed_point(Tails.of(table, signed), noise_factor(num_bits, signed))
-    levels = 2.0**num_bits / (signed.double() + 1)
-    steps = torch.arange(1, 2**num_bits, dtype=torch.float64, device=table.device)
-    one = signed.new_ones(1)
-    positive = Tails(table, torch.cat([one, ~one]).to(torch.int64))
-    negative = Tails(table, torch.cat([~one, one & signed]).to(torch.int64))
-
-    def gains(clips: Tensor) -> Tensor:
-        """``sum(x^2) - E`` of each clip."""
-        step = clips[:, None] / levels
-        thresholds = (steps - 0.5) * step
-        total = positive.excess(thresholds) * (steps < levels) + negative.excess(thresholds) * (steps <= levels)
-        return 2 * step[:, 0] * total.sum(dim=1)
-
-    top = torch.maximum(positive.top, negative.top) * levels / (levels - 1)
-    clips, ratios = _candidates(octav, LOWEST, HIGHEST[num_bits] * octav, top, NEAR, FAR)
-    best, ratio = _at(gains(clips).argmax(), clips, ratios)
-    clips = _between(best, ratio, FINE)
-    (best,) = _at(gains(clips).argmax(), clips)
-    best = best.clamp(max=torch.finfo(torch.float32).max)
-    return torch.where(is_finite(table), torch.where(octav > 0, best, octav), torch.nan).to(torch.float32)
-
-
-@operation_of_rows("(Tensor rows, int num_bits, Tensor signed, Tensor? skip, bool check) -> Tensor")
-def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
-    """The clips with the lowest error of rows, ``[rows, n]``: ``[rows]``; see ``mse_clip``."""
-    if uses_table(rows):
-        found = [lowest_error_of_table(magnitude_table(row), num_bits, signed) for row in rows]
-        return checked_clips(torch.stack(found), skip, check)
-    octav = octav_of_rows(rows, num_bits, signed, skip, check)
+@operation_of_rows(lowest_error_of_table)
+def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor) -> Tensor:
+    """The clips with the lowest error of rows; see ``mse_clip``."""
+    octav = octav_of_rows(rows, num_bits, signed, None, False)
     # On an unsigned grid a negative value has the same error for every clip, which may drown the rest.
     values = torch.where(signed, rows, rows.clamp(min=0))
     levels = 2.0**num_bits / (signed.to(octav.dtype) + 1)
     top = magnitude(values, True).amax(dim=1) * (levels / (levels - 1))
-    last = torch.minimum(HIGHEST[num_bits] * octav, BEYOND_TOP_OF_ROW[num_bits] * top).maximum(1.02 * octav)
-    clips, ratios = _candidates(octav, LOWEST_OF_ROW[num_bits], last, top, NEAR_OF_ROW[num_bits], FAR_OF_ROW)
-    best, ratio = _at(rows_errors(values, clips, num_bits, signed).argmin(dim=0), clips, ratios)
-    clips = _between(best, ratio, FINE_OF_ROW)
-    (best,) = _at(rows_errors(values, clips, num_bits, signed).argmin(dim=0), clips)
-    return checked_clips(torch.where(octav > 0, best, octav), skip, check)
+    return lowest_error(lambda clips: rows_errors(values, clips, num_bits, signed), octav, top, SEARCH_OF_ROW[num_bits])
 
 
-def _candidates(octav: Tensor, lowest: float, last: Tensor, top: Tensor, near: int, far: int) -> tuple[Tensor, Tensor]:
-    """Clips to try, ``[near + far, ...]`` for OCTAV's clips, ``[...]``, and the ratio of each to the next.
+def lowest_error(error: Callable[[Tensor], Tensor], octav: Tensor, top: Tensor, search: Search) -> Tensor:
+    """The clips with the lowest error among those of a search, and 0 for those of zeros.
 
-    They are ``near`` clips from ``lowest``, in units of OCTAV's, to ``last``, and ``far`` from there to ``top``, where
-    this is higher.
+    Args:
+        error: of clips, ``[k, ...]``, up to a constant: ``[k, ...]``.
+        octav, top: of what the clips are for, ``[...]``.
     """
     largest = torch.finfo(octav.dtype).max
-    ends = (torch.where(octav > 0, clip, 1).to(octav.dtype) for clip in (lowest * octav, last, top))
-    first, last, top = (clip.clamp(max=largest) for clip in ends)
-    near_ratio = (last / first) ** (1 / (near - 1))
-    far_ratio = (top / last).clamp(min=1) ** (1 / far)
+    near, far = search.near, search.far
+    first = search.lowest * octav
+    last = torch.minimum(search.highest * octav, search.beyond * top).maximum(1.02 * octav).clamp(max=largest)
+    near_step = torch.log2(last / first) / (near - 1)
+    far_step = torch.log2(top.clamp(max=largest) / last).clamp(min=0) / far
 
-    def powers(ratio: Tensor, begin: int, end: int) -> Tensor:
-        exponents = torch.arange(begin, end, dtype=octav.dtype, device=octav.device)
-        return ratio ** exponents.view(-1, *[1] * octav.dim())
+    def numbers(begin: int, end: int) -> Tensor:
+        return torch.arange(begin, end, dtype=octav.dtype, device=octav.device).view(-1, *[1] * octav.dim())
 
-    clips = torch.cat([first * powers(near_ratio, 0, near), last * powers(far_ratio, 1, far + 1)])
-    clips = clips.clamp(max=largest)
-    ratios = [near_ratio.expand(near, *octav.shape), torch.maximum(far_ratio, near_ratio).expand(far, *octav.shape)]
-    return clips, torch.cat(ratios)
-
-
-def _between(clip: Tensor, ratio: Tensor, count: int) -> Tensor:
-    """``clip`` and ``count`` clips between it over and it times ``ratio``: ``[count + 1, ...]``."""
-    shares = torch.linspace(-1, 1, count + 2, dtype=clip.dtype, device=clip.device).narrow(0, 1, count)
-    clips = torch.cat([clip[None], clip * ratio ** shares.view(-1, *[1] * clip.dim())])
-    return clips.clamp(max=torch.finfo(clip.dtype).max)
-
-
-def _at(index: Tensor, *values: Tensor) -> list[Tensor]:
-    """The entries of values, ``[k, ...]``, with this index, ``[...]``, in the first dimension."""
-    return [part.gather(0, index[None])[0] for part in values]
+    index = numbers(0, near + far)
+    near_clips, far_clips = first * torch.exp2(near_step * index), last * torch.exp2(far_step * (index - (near - 1)))
+    clips = torch.where(index < near, near_clips, far_clips).clamp(max=largest)
+    best = error(clips).argmin(dim=0, keepdim=True)
+    clip, step = clips.gather(0, best), torch.where(best < near, near_step, torch.maximum(near_step, far_step))
+    around = clip * torch.exp2(step * (numbers(1, search.fine + 1) * (2 / (search.fine + 1)) - 1))
+    clips = torch.cat([clip, around]).clamp(max=largest)
+    clip = clips.gather(0, error(clips).argmin(dim=0, keepdim=True))[0]
+    return torch.where(octav > 0, clip, octav)

@@ -1,5 +1,7 @@
 """OCTAV: the clipping scalar that minimises the modelled quantization error (Eq. 6 of Sakr et al. 2022)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,20 +9,12 @@ from .._utils.escaping import shown
 from .grid import check_num_bits, noise_factor
 from .kernels.operations import operation
 from .registry import register_clip_rule
-from .rows import (
-    Dim,
-    Sign,
-    check_floating,
-    checked_clips,
-    clips_of,
-    operation_of_rows,
-    scaled_magnitudes,
-    statistics_dtype,
-)
-from .table import Tails, empty_clip, is_finite, magnitude_table, uses_table
+from .rows import Dim, Sign, check_floating, clips_of, operation_of_rows, scaled_magnitudes
+from .table import Tails, empty_clip, is_finite
 
 _MAX_ITERATIONS = 1000  # that can be asked for
-_PARTS, _ROUNDS = 64, 3  # of a bin: the clip is found to 64^-3 of the bin's width
+
+_Above = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _check_options(max_iterations: int | None = None) -> None:
@@ -42,15 +36,7 @@ def octav_of_table(table: Tensor, num_bits: int, signed: Tensor, max_iterations:
     """
     if max_iterations is None:
         return fixed_point_of_table(table, num_bits, signed)
-    tails = Tails.of(table, signed)
-    noise = noise_factor(num_bits, signed)
-    clip = tails.excess(tails.nonzero * 0) / tails.nonzero.clamp(min=1)
-    for _ in range(max_iterations):
-        within = tails.bins(clip)
-        count = tails.count_in(within, clip)
-        total = tails.excess_in(within, clip) + clip * count
-        clip = torch.where(count > 0, total / (noise * (tails.nonzero - count) + count), clip)
-    return torch.where(is_finite(table), clip, torch.nan).to(torch.float32)
+    return updates_of_table(table, num_bits, signed, max_iterations)
 
 
 @register_clip_rule("octav", check_options=_check_options, of_table=octav_of_table, tensor_sign=True)
@@ -107,16 +93,26 @@ def octav_clip(
     check_num_bits(num_bits)
     _check_options(max_iterations)
     if max_iterations is None:
-        return clips_of(octav_of_rows, x, dim, num_bits, signed=signed, skip=skip, name="octav_clip")
-    return clips_of(updates_of_rows, x, dim, num_bits, max_iterations, signed=signed, skip=skip, name="octav_clip")
+        return clips_of(octav_of_rows, x, dim, num_bits, signed, skip, name="octav_clip")
+    return clips_of(updates_of_rows, x, dim, num_bits, signed, skip, max_iterations, name="octav_clip")
 
 
-@operation_of_rows("(Tensor rows, int num_bits, Tensor signed, Tensor? skip, bool check) -> Tensor")
-def octav_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
-    """The fixed points of Eq. 6 of rows, ``[rows, n]``: ``[rows]``; see ``octav_clip``."""
-    if uses_table(rows):
-        found = [fixed_point_of_table(magnitude_table(row), num_bits, signed) for row in rows]
-        return checked_clips(torch.stack(found), skip, check)
+@operation("(Tensor table, int num_bits, Tensor signed) -> Tensor", empty_clip)
+def fixed_point_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
+    """The fixed point of Eq. 6 of a magnitude table; see ``octav_of_table``."""
+    return torch.where(is_finite(table), fixed_point(Tails(table, signed), num_bits, signed), torch.nan).float()
+
+
+def fixed_point(tails: Tails, num_bits: int, signed: Tensor) -> Tensor:
+    """Where h changes its sign, ``[]`` float64; 0 if there are no magnitudes."""
+    noise = noise_factor(num_bits, signed)
+    clip = tails.crossing(lambda s, count, excess: noise * s * (tails.nonzero - count) - excess)
+    return torch.where(tails.nonzero > 0, clip, 0.0)
+
+
+@operation_of_rows(fixed_point_of_table)
+def octav_of_rows(rows: Tensor, num_bits: int, signed: Tensor) -> Tensor:
+    """The fixed points of Eq. 6 of rows; see ``octav_clip``."""
     magnitudes, unit = scaled_magnitudes(rows, signed)
     magnitudes = magnitudes.sort(dim=1, descending=True).values
     noise = noise_factor(num_bits, signed)
@@ -129,47 +125,39 @@ def octav_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | No
     risen = (at_magnitudes >= 0) & (magnitudes > 0)
     index = ((count * risen).amax(dim=1, keepdim=True) - 1).clamp(min=0).to(torch.int64)
     count, total, magnitude = index + 1, total.gather(1, index), magnitudes.gather(1, index)
-    clips = torch.minimum(magnitude, total / (noise * (nonzero - count) + count))
-    return checked_clips((clips * unit)[:, 0].to(statistics_dtype(rows.dtype)), skip, check)
+    return (torch.minimum(magnitude, total / (noise * (nonzero - count) + count)) * unit)[:, 0]
 
 
-@operation_of_rows("(Tensor rows, int num_bits, int updates, Tensor signed, Tensor? skip, bool check) -> Tensor")
-def updates_of_rows(
-    rows: Tensor, num_bits: int, updates: int, signed: Tensor, skip: Tensor | None, check: bool
-) -> Tensor:
-    """Eq. 6 as it is written, ``updates`` times from s_1 on, of rows, ``[rows, n]``: ``[rows]``."""
+def updates_of_table(table: Tensor, num_bits: int, signed: Tensor, updates: int) -> Tensor:
+    """Eq. 6 as it is written, ``updates`` times from s_1 on, of a magnitude table: ``[]``."""
+    tails = Tails(table, signed)
+
+    def above(clip: Tensor) -> tuple[Tensor, Tensor]:
+        count, excess = (values.sum(dim=0) for values in tails.above(clip))
+        return count, excess + count * clip
+
+    clip = _updated(above, tails.nonzero, noise_factor(num_bits, signed), updates)
+    return torch.where(is_finite(table), clip, torch.nan).float()
+
+
+@operation_of_rows(options=", int updates")
+def updates_of_rows(rows: Tensor, num_bits: int, signed: Tensor, updates: int) -> Tensor:
+    """As ``updates_of_table``, of the elements of rows themselves."""
     magnitudes, unit = scaled_magnitudes(rows, signed)
-    noise = noise_factor(num_bits, signed)
-    nonzero = (magnitudes > 0).sum(dim=1, keepdim=True)
-    clips = magnitudes.sum(dim=1, keepdim=True) / nonzero.clamp(min=1)
-    for _ in range(updates):
+
+    def above(clips: Tensor) -> tuple[Tensor, Tensor]:
         outside = magnitudes > clips
-        count = outside.sum(dim=1, keepdim=True)
-        total = (magnitudes * outside).sum(dim=1, keepdim=True)
+        return outside.sum(dim=1, keepdim=True), (magnitudes * outside).sum(dim=1, keepdim=True)
+
+    nonzero = (magnitudes > 0).sum(dim=1, keepdim=True)
+    return (_updated(above, nonzero, noise_factor(num_bits, signed), updates) * unit)[:, 0]
+
+
+def _updated(above: _Above, nonzero: Tensor, noise: Tensor | float, updates: int) -> Tensor:
+    """``updates`` of Eq. 6, with the count and the sum of the magnitudes that are above clips."""
+    clips = nonzero.double() * 0
+    for _ in range(1 + updates):  # the first of which gives s_1
+        count, total = above(clips)
         # With nothing above it, which Eq. 6 would turn into 0, a clip stays.
         clips = torch.where(count > 0, total / (noise * (nonzero - count) + count), clips)
-    return checked_clips((clips * unit)[:, 0].to(statistics_dtype(rows.dtype)), skip, check)
-
-
-@operation("(Tensor table, int num_bits, Tensor signed) -> Tensor", empty_clip)
-def fixed_point_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
-    """The fixed point of Eq. 6 of a magnitude table; see ``octav_of_table``."""
-    tails = Tails.of(table, signed)
-    return torch.where(is_finite(table), fixed_point(tails, noise_factor(num_bits, signed)), torch.nan).float()
-
-
-def fixed_point(tails: Tails, noise: Tensor | float) -> Tensor:
-    """Where h changes its sign, ``[]`` float64; 0 if there are no magnitudes."""
-    counts, excesses = tails.at_edges()
-    below = noise * tails.edges * (tails.nonzero - counts) < excesses
-    # The highest bin whose lower edge is below the clip, then ever smaller parts of it.
-    index = (torch.arange(len(below), dtype=torch.int64, device=below.device) * below).amax()
-    within = tails.bin(index)
-    low, high = within.edge, within.edge + within.width
-    shares = torch.arange(_PARTS + 1, dtype=torch.float64, device=below.device) / _PARTS
-    for _ in range(_ROUNDS):
-        points = low + (high - low) * shares
-        h = noise * points * (tails.nonzero - tails.count_in(within, points)) - tails.excess_in(within, points)
-        above = (h < 0).sum().clamp(1, _PARTS).view(1)
-        low, high = points.index_select(0, above - 1)[0], points.index_select(0, above)[0]
-    return torch.where(tails.nonzero > 0, (low + high) / 2, 0.0)
+    return clips

@@ -9,8 +9,8 @@ from torch import Tensor
 from .._utils.escaping import shown
 from .grid import check_num_bits
 from .registry import register_clip_rule
-from .rows import Dim, Sign, check_floating, checked_clips, clips_of, magnitude, operation_of_rows
-from .table import Tails, is_finite, magnitude_table, number_of_values, uses_table
+from .rows import Dim, Sign, check_floating, clips_of, magnitude, operation_of_rows
+from .table import Tails, is_finite
 
 
 def _check_options(percentile: float = 99.9) -> None:
@@ -21,11 +21,12 @@ def _check_options(percentile: float = 99.9) -> None:
 
 def percentile_of_table(table: Tensor, num_bits: int, signed: Tensor, percentile: float = 99.9) -> Tensor:
     """``percentile_clip`` of a tensor with this magnitude table, as in ``octav_of_table``; its bin is exact."""
-    tails, number = Tails.of(table, signed), number_of_values(table)
+    tails, number = Tails(table, signed), table[0].sum()
     # 99.9 % of 1000 is 999.0000000000001 in floating point; its rank is 999.
     rank = (number.double() * (percentile / 100) - 1e-6).ceil().clamp(min=1)
-    clip = tails.magnitude_below(number - rank)
-    return torch.where(is_finite(table), clip, torch.nan).to(torch.float32)
+    above = number - rank
+    clip = tails.crossing(lambda _, count, excess: above + 0.5 - count)
+    return torch.where(is_finite(table), torch.where(above < tails.nonzero, clip, 0.0), torch.nan).float()
 
 
 @register_clip_rule("percentile", check_options=_check_options, of_table=percentile_of_table, tensor_sign=True)
@@ -52,16 +53,12 @@ def percentile_clip(
     check_floating(x, "percentile_clip")
     check_num_bits(num_bits)
     _check_options(percentile)
-    return clips_of(percentile_of_rows, x, dim, float(percentile), signed=signed, skip=skip, name="percentile_clip")
+    return clips_of(percentile_of_rows, x, dim, num_bits, signed, skip, float(percentile), name="percentile_clip")
 
 
-@operation_of_rows("(Tensor rows, float percentile, Tensor signed, Tensor? skip, bool check) -> Tensor")
-def percentile_of_rows(rows: Tensor, percentile: float, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
+@operation_of_rows(percentile_of_table, ", float percentile")
+def percentile_of_rows(rows: Tensor, num_bits: int, signed: Tensor, percentile: float) -> Tensor:
     """The percentile of each of ``[rows, n]``: ``[rows]``."""
-    if uses_table(rows):
-        clips = torch.stack([percentile_of_table(magnitude_table(row), 8, signed, percentile) for row in rows])
-    else:
-        rank = max(1, math.ceil(percentile / 100 * rows.shape[1] - 1e-6))
-        clips = magnitude(rows, signed).kthvalue(rank, dim=1).values
-        clips = torch.where(rows.abs().amax(dim=1) < torch.inf, clips, torch.nan)
-    return checked_clips(clips, skip, check)
+    rank = max(1, math.ceil(percentile / 100 * rows.shape[1] - 1e-6))
+    clips = magnitude(rows, signed).kthvalue(rank, dim=1).values
+    return torch.where(rows.abs().amax(dim=1) < torch.inf, clips, torch.nan)

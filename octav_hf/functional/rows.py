@@ -1,5 +1,6 @@
 """Shared by the clipping rules: a tensor as rows, their magnitudes and signs, and checks."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .kernels.operations import NotFinite, operation
-from .table import LONG_ROW
+from .table import LONG_ROW, magnitude_table, uses_table
 
+_OfRows = Callable[..., Tensor]
 Dim = int | tuple[int, ...] | None
 Sign = bool | Tensor
 """Whether a grid is signed; a bool tensor ``[]`` on the device of the data where the data say it."""
@@ -73,13 +75,11 @@ def flat_rows(rows: Tensor) -> Tensor:
 
 
 def clips_of(
-    clips_of_rows: Any, x: Tensor, dim: Dim, *arguments: Any, signed: Sign, skip: Tensor | None, name: str
+    operation: Any, x: Tensor, dim: Dim, num_bits: int, signed: Sign, skip: Tensor | None, *options: Any, name: str
 ) -> Tensor:
-    """``clips_of_rows(rows, *arguments, signed, skip, check)`` of the rows of ``x``, in a shape that broadcasts to it.
+    """The clips of the rows of ``x`` by an ``operation_of_rows``, in a shape that broadcasts to it.
 
     Args:
-        clips_of_rows: an ``operation_of_rows``; with ``check`` it raises ``NotFinite`` for a row on the CPU with NaN or
-            Inf, whose clip is NaN otherwise.
         name: of the rule, for errors.
     """
     if isinstance(signed, Tensor) and (signed.dtype != torch.bool or signed.dim() > 0):
@@ -95,30 +95,47 @@ def clips_of(
     if not isinstance(signed, Tensor):
         signed = torch.full((), signed, dtype=torch.bool, device=x.device)
     if torch.compiler.is_compiling():
-        return clips_of_rows(rows, *arguments, signed, skip, False).reshape(shape)
+        return operation(rows, num_bits, signed, skip, False, *options).reshape(shape)
     try:
-        return clips_of_rows(rows, *arguments, signed, skip, True).reshape(shape)
+        return operation(rows, num_bits, signed, skip, True, *options).reshape(shape)
     except NotFinite:
         raise not_finite_error(x, name) from None
 
 
-def empty_clips(rows: Tensor, *_: Any) -> Tensor:
-    """What ``clips_of_rows`` gives for rows without values: ``[rows]``."""
+def operation_of_rows(of_table: Callable[..., Tensor] | None = None, options: str = "") -> Callable[[_OfRows], Any]:
+    """Decorator: make ``of_rows(rows, num_bits, signed, *options)``, which gives clips of rows, a custom operation.
+
+    The operation has the arguments ``(rows, num_bits, signed, skip, check, *options)``: floating point ``[rows, ...]``,
+    bool ``[]`` for the grid's sign, and bool ``[]`` or ``None``; where it is true the clips are 0. It gives ``[rows]``
+    in ``statistics_dtype``. With ``check`` it raises ``NotFinite`` for a row on the CPU with NaN or Inf, whose clip is
+    NaN otherwise.
+
+    Args:
+        of_table: the same as a function of a magnitude table, which is used for long rows.
+        options: their schema.
+    """
+
+    def declare(of_rows: _OfRows) -> Any:
+        @functools.wraps(of_rows)
+        def run(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool, *options: Any) -> Tensor:
+            if of_table is not None and uses_table(rows):
+                clips = torch.stack([of_table(magnitude_table(row), num_bits, signed, *options) for row in rows])
+            else:
+                clips = of_rows(rows, num_bits, signed, *options).to(statistics_dtype(rows.dtype))
+            if skip is not None:
+                clips = torch.where(skip, 0, clips)
+            if check and clips.device.type == "cpu" and bool(clips.isnan().any()):
+                raise NotFinite
+            return clips
+
+        schema = f"(Tensor rows, int num_bits, Tensor signed, Tensor? skip, bool check{options}) -> Tensor"
+        return operation(schema, _empty_clips, flat_rows)(run)
+
+    return declare
+
+
+def _empty_clips(rows: Tensor, *_: Any) -> Tensor:
     return torch.empty(rows.shape[0], dtype=statistics_dtype(rows.dtype), device=rows.device)
-
-
-def operation_of_rows(schema: str) -> Callable[[Callable[..., Tensor]], Any]:
-    """Decorator: make a function of ``[rows, n]`` that gives ``[rows]`` a custom operation on ``[rows, ...]``."""
-    return operation(schema, empty_clips, flat_rows)
-
-
-def checked_clips(clips: Tensor, skip: Tensor | None, check: bool) -> Tensor:
-    """``clips``, ``[rows]``, or 0 if ``skip`` is true; ``NotFinite`` for NaN on the CPU if ``check``."""
-    if skip is not None:
-        clips = torch.where(skip, 0, clips)
-    if check and clips.device.type == "cpu" and bool(clips.isnan().any()):
-        raise NotFinite
-    return clips
 
 
 def scaled_magnitudes(rows: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:

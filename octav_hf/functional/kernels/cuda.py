@@ -3,13 +3,13 @@
 Arguments and results are those of the functions of the same names in ``table.py``, ``octav.py`` and ``mse.py``.
 """
 
-import functools
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..mse import BEYOND_TOP_OF_ROW, HIGHEST, LOWEST_OF_ROW, NEAR_OF_ROW
+from ..mse import SEARCH_OF_ROW, SEARCH_OF_TABLE
 from ..table import uses_table
 from .compilation import disable_kernels, kernels_disabled
 
@@ -18,6 +18,7 @@ DEVICE_TYPES: tuple[str, ...] = ("cuda",)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)  # of values and of tables
 _BLOCK = 2048  # values that a program counts
 _PACKED = 1 << 22  # most values in a packed table, which overflows at 2^23
+_NO_SEARCH = (None,) * len(SEARCH_OF_TABLE[2])
 _TABLES = 64  # of rows, each of 1.5 MB, that are in memory at once
 
 
@@ -32,34 +33,28 @@ def magnitude_table(x: Tensor) -> Tensor:
     return _tables(x.reshape(1, -1), None)[0]
 
 
-def fixed_point_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
-    return _solve(table[None], num_bits, signed, mse=False)[0]
+def _clip_of_table(table: Tensor, num_bits: int, signed: Tensor, mse: bool) -> Tensor:
+    return _clips_of_tables(table[None].contiguous(), num_bits, signed, mse)[0]
 
 
-def lowest_error_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
-    return _solve(table[None], num_bits, signed, mse=True)[0]
-
-
-def octav_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
-    return _clips(rows, num_bits, signed, skip, mse=False)
-
-
-def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool) -> Tensor:
-    return _clips(rows, num_bits, signed, skip, mse=True)
-
-
-def _clips(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, mse: bool) -> Tensor:
+def _clips_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool, mse: bool) -> Tensor:
     rows = rows.contiguous()
     if uses_table(rows):
-        return torch.cat([_solve(_tables(part, skip), num_bits, signed, mse) for part in rows.split(_TABLES)])
-    result = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
+        parts = rows.split(_TABLES)
+        return torch.cat([_clips_of_tables(_tables(part, skip), num_bits, signed, mse) for part in parts])
+    result = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     block = 1 << max(5, (rows.shape[1] - 1).bit_length())
-    of_bits = (LOWEST_OF_ROW, HIGHEST, BEYOND_TOP_OF_ROW, NEAR_OF_ROW)
-    search = [values[num_bits] if mse else None for values in of_bits]
+    search = SEARCH_OF_ROW[num_bits] if mse else _NO_SEARCH
     arguments = (rows, skip, result, rows.shape[1], num_bits, signed, *search, block)
     with torch.cuda.device_of(rows):
-        _triton_kernels(rows.device).clips_of_rows[(len(rows),)](*arguments, num_warps=min(32, max(1, block // 512)))
+        _triton_kernels(rows.device).clip_of_row[(len(rows),)](*arguments, num_warps=min(32, max(1, block // 512)))
     return result
+
+
+fixed_point_of_table = partial(_clip_of_table, mse=False)
+lowest_error_of_table = partial(_clip_of_table, mse=True)
+octav_of_rows = partial(_clips_of_rows, mse=False)
+mse_of_rows = partial(_clips_of_rows, mse=True)
 
 
 def _tables(rows: Tensor, skip: Tensor | None) -> Tensor:
@@ -76,21 +71,18 @@ def _tables(rows: Tensor, skip: Tensor | None) -> Tensor:
     return tables
 
 
-def _solve(tables: Tensor, num_bits: int, signed: Tensor, mse: bool) -> Tensor:
-    """The clips of tables, ``[rows, 2, 2, 32768]``: ``[rows]``."""
-    triton, tables = _triton_kernels(tables.device), tables.contiguous()
-    count, sets = len(tables), 3 if mse else 1
-    tails = torch.empty(count, sets, triton.SET.value, dtype=torch.float64, device=tables.device)
+def _clips_of_tables(tables: Tensor, num_bits: int, signed: Tensor, mse: bool) -> Tensor:
+    """The clips of ``[rows, 2, 2, 32768]``: ``[rows]``."""
+    triton, count = _triton_kernels(tables.device), len(tables)
+    tails = torch.empty(count, triton.TAILS.value, dtype=torch.float64, device=tables.device)
     result = torch.empty(count, dtype=torch.float32, device=tables.device)
+    search = SEARCH_OF_TABLE[num_bits] if mse else _NO_SEARCH
     with torch.cuda.device_of(tables):
-        triton.fixed_point_of_table[(sets, count)](tables, tails, result, num_bits, signed, num_warps=16)
-        if mse:
-            arguments = (tails, result, num_bits, HIGHEST[num_bits], signed)
-            triton.lowest_error_of_tails[(count,)](*arguments, num_warps=16)
+        triton.clip_of_table[(count,)](tables, tails, result, num_bits, signed, *search, num_warps=16)
     return result
 
 
-@functools.cache
+@cache
 def _triton_kernels(device: torch.device) -> Any:
     """The module with the kernels; ``None`` if Triton is not installed or cannot launch, as without a C compiler."""
     try:

@@ -8,24 +8,16 @@
 import triton
 import triton.language as tl
 
-from .. import mse
-
 BINS = tl.constexpr(1 << 16)  # of a table, positive values' before the negative ones'
-SET = tl.constexpr(4 * 32 * 128 + 4)  # numbers in a set of tails
+TAILS = tl.constexpr(6 * 2 * 32 * 128)  # numbers in the tails of a table
 _NEGATIVE = tl.constexpr(1 << 15)  # the first bin of negative values
 _NOT_FINITE = tl.constexpr(255 << 7)  # the first bin of Inf and NaN
 _COUNTED = tl.constexpr(1 << 40)  # what a value adds to its packed bin, besides its rest
 _WINDOW = tl.constexpr(32 * 128)  # bins that matter, the highest of which is empty
-_CHUNK = tl.constexpr(1024)  # bins that are summed at once
-_PARTS, _ROUNDS = tl.constexpr(64), tl.constexpr(3)  # a clip is found to 64^-3 of its bin
+_CHUNK = tl.constexpr(512)  # bins that are summed at once
+_PLACES = tl.constexpr(1 << 18)  # in a bin, of which a clip is one
 _MAX_UPDATES, _TOLERANCE = tl.constexpr(64), tl.constexpr(2.0**-23)  # of Eq. 6
 _LARGEST = tl.constexpr(2.0**128 - 2.0**104)  # float32
-_NEAR, _FAR, _FINE = tl.constexpr(mse.NEAR), tl.constexpr(mse.FAR), tl.constexpr(mse.FINE)
-_FAR_OF_ROW, _FINE_OF_ROW, _LOWEST = (
-    tl.constexpr(mse.FAR_OF_ROW),
-    tl.constexpr(mse.FINE_OF_ROW),
-    tl.constexpr(mse.LOWEST),
-)
 
 
 @triton.jit(do_not_specialize=["numel", "tables"])
@@ -73,179 +65,144 @@ def _edges(bins):
 
 
 @triton.jit
-def _clamp(x, low, high):
-    return tl.minimum(tl.maximum(x, low), high)
+def _load(table, sign, bins, signed):
+    """Values of bins, float64; 0 for bins of zeros and of what is not finite, and of a sign that does not count."""
+    used = (bins > 0) & (bins < _NOT_FINITE) & ((sign == 0) | signed)
+    return tl.load(table + sign * _NEGATIVE + bins, mask=used, other=0).to(tl.float64)
 
 
 @triton.jit
-def _both_signs(table, bins, positive, negative):
-    """Sum over the signs that count; 0 for bins of zeros and of what is not finite."""
-    usable = (bins > 0) & (bins < _NOT_FINITE)
-    values = tl.load(table + bins, mask=usable & positive, other=0)
-    return values + tl.load(table + _NEGATIVE + bins, mask=usable & negative, other=0)
-
-
-@triton.jit
-def _above(tails, thresholds):
-    """Count of the magnitudes above thresholds, and the sum of what they exceed them by."""
-    first = tl.load(tails + 4 * _WINDOW).to(tl.int32)
-    index = _clamp((thresholds.to(tl.float32).to(tl.int32, bitcast=True) >> 16) - first, 0, _WINDOW - 1)
-    edge, width = _edges(first + index)
-    number, mean = tl.load(tails + index), tl.load(tails + _WINDOW + index)
-    below, above = tl.load(tails + tl.maximum(index - 1, 0)), tl.load(tails + tl.minimum(index + 1, _WINDOW - 1))
-    alone = (number == 1) | (mean == 0)
-    smooth = tl.where(alone, 0.0, tl.minimum(below, above))
-    crowded = tl.where(alone | (number > 2 * (below + above)), number - smooth, 0.0)
-    place = _clamp((number * mean - smooth / 2) / tl.maximum(crowded, 1.0), 0.0, 1.0)
-    u = _clamp((thresholds - edge) / width, 0.0, 1.0)
-    spread = number * _clamp((1 - u) * (1 + 6 * u * (mean - 0.5)), 0.0, 1.0)
-    point = smooth * (1 - u) + tl.where(u < place, crowded, 0.0)
-    higher = tl.load(tails + 2 * _WINDOW + index)
-    count = higher + tl.where(crowded > 0, point, spread)
-    line = (1 - u) * (1 - u) * (0.5 + (mean - 0.5) * (1 + 2 * u))
-    spread = number * tl.maximum(tl.maximum(line, mean - u), 0.0)
-    point = smooth * (1 - u) * (1 - u) / 2 + crowded * tl.maximum(place - u, 0.0)
-    excess = width * tl.where(crowded > 0, point, spread)
-    return count, excess + tl.load(tails + 3 * _WINDOW + index) + higher * (edge + width - thresholds)
-
-
-@triton.jit(do_not_specialize=["num_bits"])
-def fixed_point_of_table(tables, tails, result, num_bits, signed):
-    """Fill a set of tails, and find OCTAV's clip from it. One program for each table and set.
-
-    The sets are of all magnitudes, of positive and of negative ones. A set is float64: counts of bins, their mean
-    places, counts and excesses above them, each ``[_WINDOW]``; then the first bin, the largest magnitude and the clip.
-    """
-    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    table = tables + row * 2 * BINS
-    tails += (row * tl.num_programs(0) + part) * SET
-    signed = tl.load(signed) != 0
-    positive, negative = part < 2, signed & (part != 1)
-    window = tl.arange(0, _WINDOW)
-    counts, filled = tl.zeros([_WINDOW], tl.int64), tl.zeros([_WINDOW], tl.int32)
-    for begin in range(0, _NEGATIVE, _WINDOW):
-        new = _both_signs(table, begin + window, positive, negative)
-        counts, filled = counts + new, tl.where(new > 0, begin + window, filled)
-    nonzero, highest = tl.sum(counts).to(tl.float64), tl.max(filled)
-    first = tl.maximum(highest - (_WINDOW - 2), 1)
-    tl.store(tails + 4 * _WINDOW, first.to(tl.float64))
-    noise = 1.0 / (tl.where(signed, 3, 12) << (2 * num_bits)).to(tl.float64)
-    last, count_above, sum_above = first, nonzero * 0, nonzero * 0
+def _fill(table, tails, first, signed):
+    """Store the tails of both signs, float64 ``[6, 2, _WINDOW]``: what ``_above`` loads. The largest magnitude."""
+    sign = tl.arange(0, 2)[:, None]
+    count_above, sum_above = tl.zeros([2, 1], tl.float64), tl.zeros([2, 1], tl.float64)
+    top = tl.sum(count_above)
     for chunk in range(1, _WINDOW // _CHUNK + 1):  # from the highest bins down
-        index = _WINDOW - chunk * _CHUNK + tl.arange(0, _CHUNK)
+        index = _WINDOW - chunk * _CHUNK + tl.arange(0, _CHUNK)[None, :]
         bins = first + index
         edge, width = _edges(bins)
-        number = _both_signs(table, bins, positive, negative).to(tl.float64)
-        mean = _both_signs(table + BINS, bins, positive, negative).to(tl.float64) / tl.maximum(number * 65536, 1.0)
-        sums = number * edge + number * mean * width
-        higher = count_above + tl.cumsum(number, 0, reverse=True) - number
-        excess = sum_above + tl.cumsum(sums, 0, reverse=True) - sums - higher * (edge + width)
-        tl.store(tails + index, number)
-        tl.store(tails + _WINDOW + index, mean)
-        tl.store(tails + 2 * _WINDOW + index, higher)
-        tl.store(tails + 3 * _WINDOW + index, excess)
-        # The highest bin whose lower edge is below the clip, which the last bin holds.
-        below = noise * edge * (nonzero - higher - number) < excess + width * (number * mean + higher)
-        last = tl.maximum(last, tl.max(tl.where(below, bins, 0)))
-        count_above, sum_above = count_above + tl.sum(number), sum_above + tl.sum(sums)
-    tl.debug_barrier()
-    low, step = _edges(last)
-    for _ in range(_ROUNDS):
-        step /= _PARTS
-        points = low + step * tl.arange(0, _PARTS)
-        count, excess = _above(tails, points)
-        below = noise * points * (nonzero - count) < excess
-        low += step * (tl.maximum(tl.sum(below.to(tl.int32)), 1) - 1)
-    clip = tl.where(nonzero > 0, low + step / 2, 0.0)
-    edge, width = _edges(highest)
-    place = tl.where(tl.load(tails + highest - first) > 1, 1.0, tl.load(tails + _WINDOW + highest - first))
-    tl.store(tails + 4 * _WINDOW + 1, tl.where(nonzero > 0, edge + width * place, 0.0))
-    tl.store(tails + 4 * _WINDOW + 2, clip)
-    if part == 0:
-        bins = _NOT_FINITE + tl.arange(0, 128)
-        broken = tl.sum(tl.load(table + bins) + tl.load(table + _NEGATIVE + bins))
-        tl.store(result + row, tl.where(broken == 0, clip, float("nan")).to(tl.float32))
+        number = _load(table, sign, bins, signed)
+        mean = _load(table + BINS, sign, bins, signed) / tl.maximum(number * 65536, 1.0)
+        below, above = _load(table, sign, tl.maximum(bins - 1, 1), signed), _load(table, sign, bins + 1, signed)
+        at_one_place = (number == 1) | (mean == 0)
+        is_crowded = at_one_place | (number > 2 * (below + above))
+        others = tl.where(at_one_place, 0.0, tl.minimum(below, above))
+        crowd = tl.where(is_crowded, number - others, 0.0)
+        to = tails + sign * _WINDOW + index
+        tl.store(to, number - crowd)
+        tl.store(to + 2 * _WINDOW, tl.where(is_crowded, 0.5, mean))
+        tl.store(to + 4 * _WINDOW, crowd)
+        tl.store(to + 6 * _WINDOW, tl.clamp((number * mean - others / 2) / tl.maximum(crowd, 1.0), 0.0, 1.0))
+        sums = number * (edge + mean * width)
+        higher = count_above + tl.cumsum(number, 1, reverse=True) - number
+        tl.store(to + 8 * _WINDOW, higher)
+        excess = sum_above + tl.cumsum(sums, 1, reverse=True) - sums - higher * (edge + width)
+        tl.store(to + 10 * _WINDOW, excess)
+        top = tl.maximum(top, tl.max(tl.where(number > 0, edge + width * tl.where(number > 1, 1.0, mean), 0.0)))
+        count_above += tl.sum(number, 1, keep_dims=True)
+        sum_above += tl.sum(sums, 1, keep_dims=True)
+    return top
 
 
 @triton.jit
-def _gains(tails, clips, levels, signed, shape: tl.constexpr):
-    """What the error of each clip is less than the sum of squares."""
+def _above(tails, first, sign, thresholds):
+    """Count of the magnitudes of a sign above thresholds, and the sum of what they exceed them by."""
+    index = (thresholds.to(tl.float32).to(tl.int32, bitcast=True) >> 16) - first
+    index = tl.minimum(tl.maximum(index, 0), _WINDOW - 1)
+    edge, width = _edges(first + index)
+    at = tails + sign * _WINDOW + index
+    spread, tilt = tl.load(at), tl.load(at + 2 * _WINDOW) - 0.5
+    crowd, place = tl.load(at + 4 * _WINDOW), tl.load(at + 6 * _WINDOW)
+    count, excess = tl.load(at + 8 * _WINDOW), tl.load(at + 10 * _WINDOW)
+    u = tl.clamp((thresholds - edge) / width, 0.0, 1.0)
+    line = tl.maximum(tl.maximum((1 - u) * (1 - u) * (0.5 + tilt * (1 + 2 * u)), tilt + 0.5 - u), 0.0)
+    excess += count * (edge + width - thresholds) + width * (spread * line + crowd * tl.maximum(place - u, 0.0))
+    return count + spread * tl.clamp((1 - u) * (1 + 6 * u * tilt), 0.0, 1.0) + tl.where(u < place, crowd, 0.0), excess
+
+
+@triton.jit
+def _sign_change(tails, first, nonzero, noise):
+    """OCTAV's clip, by 64 thresholds at a time: their places are counted from the lowest edge on."""
+    place, step = first * 0, first * 0 + _WINDOW * _PLACES
+    for _ in range(5):
+        step //= 64
+        places = place + step * tl.arange(0, 64)
+        edge, width = _edges(first + places // _PLACES)
+        clips = edge + width * ((places % _PLACES).to(tl.float64) / _PLACES)
+        positive, positive_excess = _above(tails, first, 0, clips)
+        negative, negative_excess = _above(tails, first, 1, clips)
+        below = noise * clips * (nonzero - positive - negative) < positive_excess + negative_excess
+        place += step * (tl.maximum(tl.sum(below.to(tl.int32)), 1) - 1)
+    edge, width = _edges(first + place // _PLACES)
+    return edge + width * (((place % _PLACES) + 1).to(tl.float64) / _PLACES)
+
+
+@triton.jit
+def _error_of_table(tails, first, clips, levels, signed, shape: tl.constexpr):
+    """The error of each clip less the sum of squares."""
     steps = clips / levels
     total = tl.zeros(shape, tl.float64)
     for begin in range(1, levels + 1, shape[1]):
         number = (begin + tl.arange(0, shape[1]))[None, :]
         thresholds = (number - 0.5) * steps[:, None]
-        total += tl.where(number < levels, _above(tails + SET, thresholds)[1], 0.0)
+        total += tl.where(number < levels, _above(tails, first, 0, thresholds)[1], 0.0)
         if signed:
-            total += tl.where(number <= levels, _above(tails + 2 * SET, thresholds)[1], 0.0)
-    return 2 * steps * tl.sum(total, 1)
+            total += tl.where(number <= levels, _above(tails, first, 1, thresholds)[1], 0.0)
+    return -2 * steps * tl.sum(total, 1)
 
 
 @triton.jit
-def _candidate(index, lowest, last, top, near: tl.constexpr, far: tl.constexpr):
+def _candidate(index, first, last, top, near, far):
     """A clip to try, and log2 of its ratio to the next: ``near`` to ``last``, ``far`` from there to ``top``."""
-    near_step = tl.log2(last / lowest) / (near - 1)
+    near_step = tl.log2(last / first) / (near - 1)
     far_step = tl.log2(tl.maximum(top / last, 1.0)) / far
     is_far = index >= near
     step = tl.where(is_far, far_step, near_step)
-    clip = tl.where(is_far, last, lowest) * tl.exp2(step * tl.where(is_far, index - (near - 1), index))
+    clip = tl.where(is_far, last, first) * tl.exp2(step * tl.where(is_far, index - (near - 1), index))
     return clip, tl.maximum(step, near_step)
 
 
 @triton.jit
-def _between(index, clip, step, fine: tl.constexpr):
+def _around(index, clip, step, fine):
     """The clip, and ``fine`` clips around it."""
     return tl.where(index == 0, clip, clip * tl.exp2(step * (index * (2.0 / (fine + 1)) - 1)))
 
 
-@triton.jit(do_not_specialize=["num_bits"])
-def lowest_error_of_tails(tails, result, num_bits, highest, signed):
-    """The clip with the lowest error, from the three sets of tails of a table. One program a table."""
+@triton.jit(do_not_specialize=["num_bits", "near", "far", "fine"])
+def clip_of_table(tables, tails, result, num_bits, signed, lowest, highest, beyond, near, far, fine):
+    """OCTAV's clip of a table, or by a search the one with the lowest error. One program for each table."""
     row = tl.program_id(0).to(tl.int64)
-    tails += row * 3 * SET
+    table = tables + row * 2 * BINS
+    tails += row * TAILS
     signed = tl.load(signed) != 0
-    levels = tl.where(signed, 1, 2) << (num_bits - 1)
-    top = tl.maximum(tl.load(tails + SET + 4 * _WINDOW + 1), tl.load(tails + 2 * SET + 4 * _WINDOW + 1))
-    index = tl.arange(0, 64)
-    octav = tl.load(tails + 4 * _WINDOW + 2)
-    top = top * levels / (levels - 1)
-    clips, steps = _candidate(index, octav * _LOWEST, octav * highest, top, _NEAR, _FAR)
-    gains = tl.where(index < _NEAR + _FAR, _gains(tails, clips, levels, signed, [64, 8]), -1.0)
-    best = index == tl.argmax(gains, 0)
-    clip, step = tl.sum(tl.where(best, clips, 0.0)), tl.sum(tl.where(best, steps, 0.0))
-    index = tl.arange(0, 16)
-    clips = _between(index, clip, step, _FINE)
-    gains = tl.where(index <= _FINE, _gains(tails, clips, levels, signed, [16, 32]), -1.0)
-    clip = tl.sum(tl.where(index == tl.argmax(gains, 0), clips, 0.0))
-    before = tl.load(result + row)
-    tl.store(result + row, tl.where(before > 0, tl.minimum(clip, _LARGEST).to(tl.float32), before))
-
-
-@triton.jit(do_not_specialize=["num_bits"])
-def clips_of_rows(
-    rows, skip, result, length, num_bits, signed, lowest, highest, beyond, near: tl.constexpr, block: tl.constexpr
-):
-    """Clips of short rows, one program each: OCTAV's, or those with the lowest error if ``lowest`` ... are given."""
-    row = tl.program_id(0)
-    offsets = tl.arange(0, block)
-    inside = offsets < length
-    if skip is not None:
-        inside = inside & (tl.load(skip) == 0)
-    values = tl.load(rows + row.to(tl.int64) * length + offsets, mask=inside, other=0.0).to(tl.float32)
-    finite = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < (_NOT_FINITE << 16)
-    signed = tl.load(signed) != 0
-    values = tl.where(signed, values, tl.maximum(values, 0.0))
-    nonzero = tl.sum((values != 0).to(tl.float32))
-    # In units of a power of two near the largest magnitude, so that sums do not overflow and it is not subnormal.
-    exponent = _clamp(tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 23, 1, 253)
-    values *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    noise = 1.0 / (tl.where(signed, 3, 12) << (2 * num_bits)).to(tl.float32)
-    clip = _fixed_point(tl.abs(values), nonzero, noise)
+    window = tl.arange(0, _WINDOW)
+    counts, filled = tl.zeros([_WINDOW], tl.float64), tl.zeros([_WINDOW], tl.int32)
+    for begin in range(0, _NEGATIVE, _WINDOW):
+        new = _load(table, 0, begin + window, signed) + _load(table, 1, begin + window, signed)
+        counts, filled = counts + new, tl.where(new > 0, begin + window, filled)
+    nonzero = tl.sum(counts)
+    first = tl.maximum(tl.max(filled) - (_WINDOW - 2), 1)
+    top = _fill(table, tails, first, signed)
+    tl.debug_barrier()
+    clip = _sign_change(tails, first, nonzero, 1.0 / (tl.where(signed, 3, 12) << (2 * num_bits)).to(tl.float64))
     if lowest is not None:
-        levels = (tl.where(signed, 1, 2) << (num_bits - 1)).to(tl.float32)
-        clip = _lowest_error(values, clip, levels, lowest, highest, beyond, near)
-    clip = tl.minimum(clip * (exponent << 23).to(tl.float32, bitcast=True), _LARGEST)
-    tl.store(result + row, tl.where(finite, clip, float("nan")))
+        levels = tl.where(signed, 1, 2) << (num_bits - 1)
+        top = top * levels / (levels - 1)
+        last = tl.maximum(tl.minimum(clip * highest, top * beyond), clip * 1.02)
+        index = tl.arange(0, 64)
+        clips, steps = _candidate(index, clip * lowest, last, top, near, far)
+        errors = _error_of_table(tails, first, clips, levels, signed, [64, 8])
+        best = index == tl.argmin(tl.where(index < near + far, errors, float("inf")), 0)
+        middle, step = tl.sum(tl.where(best, clips, 0.0)), tl.sum(tl.where(best, steps, 0.0))
+        index = tl.arange(0, 16)
+        clips = _around(index, middle, step, fine)
+        errors = _error_of_table(tails, first, clips, levels, signed, [16, 32])
+        best = index == tl.argmin(tl.where(index <= fine, errors, float("inf")), 0)
+        clip = tl.minimum(tl.sum(tl.where(best, clips, 0.0)), _LARGEST)
+    bins = _NOT_FINITE + tl.arange(0, 128)
+    broken = tl.sum(tl.load(table + bins) + tl.load(table + _NEGATIVE + bins))
+    clip = tl.where(nonzero > 0, clip, 0.0)
+    tl.store(result + row, tl.where(broken == 0, clip, float("nan")).to(tl.float32))
 
 
 @triton.jit
@@ -265,25 +222,46 @@ def _fixed_point(magnitudes, nonzero, noise):
 
 
 @triton.jit
-def _lowest_error(values, octav, levels, lowest, highest, beyond, near: tl.constexpr):
-    """The clip with the lowest error among the candidates, measured on the whole row."""
-    top = tl.max(tl.abs(values)) * (levels / (levels - 1))
-    last = tl.maximum(tl.minimum(octav * highest, top * beyond), octav * 1.02)
-    middle, middle_step, least = octav, octav, float("inf")
-    for index in range(near + _FAR_OF_ROW):
-        clip, step = _candidate(index, octav * lowest, last, top, near, _FAR_OF_ROW)
-        error = _error(values, clip / levels, levels)
-        middle, middle_step = tl.where(error < least, clip, middle), tl.where(error < least, step, middle_step)
-        least = tl.minimum(error, least)
-    best = middle
-    for index in range(1, _FINE_OF_ROW + 1):
-        clip = _between(index, middle, middle_step, _FINE_OF_ROW)
-        error = _error(values, clip / levels, levels)
-        best, least = tl.where(error < least, clip, best), tl.minimum(error, least)
-    return tl.where(octav > 0, best, octav)
-
-
-@triton.jit
-def _error(values, step, levels):
-    number = _clamp(tl.floor(values * (1 / step) + 0.5), -levels, levels - 1)
+def _error_of_row(values, step, levels):
+    number = tl.clamp(tl.floor(values * (1 / step) + 0.5), -levels, levels - 1)
     return tl.sum((values - step * number) * (values - step * number))
+
+
+@triton.jit(do_not_specialize=["num_bits", "near", "far", "fine"])
+def clip_of_row(
+    rows, skip, result, length, num_bits, signed, lowest, highest, beyond, near, far, fine, block: tl.constexpr
+):
+    """OCTAV's clip of a short row, or by a search the one with the lowest error. One program for each row."""
+    row = tl.program_id(0)
+    offsets = tl.arange(0, block)
+    inside = offsets < length
+    if skip is not None:
+        inside = inside & (tl.load(skip) == 0)
+    values = tl.load(rows + row.to(tl.int64) * length + offsets, mask=inside, other=0.0).to(tl.float32)
+    finite = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < (_NOT_FINITE << 16)
+    signed = tl.load(signed) != 0
+    values = tl.where(signed, values, tl.maximum(values, 0.0))
+    nonzero = tl.sum((values != 0).to(tl.float32))
+    # In units of a power of two near the largest magnitude, so that sums do not overflow and it is not subnormal.
+    exponent = tl.minimum(tl.maximum(tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 23, 1), 253)
+    values *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    noise = 1.0 / (tl.where(signed, 3, 12) << (2 * num_bits)).to(tl.float32)
+    clip = _fixed_point(tl.abs(values), nonzero, noise)
+    if lowest is not None:
+        levels = (tl.where(signed, 1, 2) << (num_bits - 1)).to(tl.float32)
+        top = tl.max(tl.abs(values)) * (levels / (levels - 1))
+        last = tl.maximum(tl.minimum(clip * highest, top * beyond), clip * 1.02)
+        middle, middle_step, least = clip, clip, float("inf")
+        for index in range(near + far):
+            tried, step = _candidate(index, clip * lowest, last, top, near, far)
+            error = _error_of_row(values, tried / levels, levels)
+            middle, middle_step = tl.where(error < least, tried, middle), tl.where(error < least, step, middle_step)
+            least = tl.minimum(error, least)
+        clip = middle
+        for index in range(1, fine + 1):
+            tried = _around(index, middle, middle_step, fine)
+            error = _error_of_row(values, tried / levels, levels)
+            clip, least = tl.where(error < least, tried, clip), tl.minimum(error, least)
+    clip = tl.minimum(clip * (exponent << 23).to(tl.float32, bitcast=True), _LARGEST)
+    clip = tl.where(nonzero > 0, clip, 0.0)
+    tl.store(result + row, tl.where(finite, clip, float("nan")))

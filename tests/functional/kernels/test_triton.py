@@ -221,12 +221,14 @@ def test_nothing_has_the_clip_zero() -> None:
 def test_operations_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that have one; the others, and tensors that have none, run as they are written."""
     monkeypatch.setitem(operations._kernels, DEVICE, cuda)
-    used, original = [], cuda._clips
-    monkeypatch.setattr(cuda, "_clips", lambda *rows, mse: used.append(mse) or original(*rows, mse=mse))
+    used = []
+    for name in ("octav_of_rows", "mse_of_rows"):
+        kernel = getattr(cuda, name)
+        monkeypatch.setattr(cuda, name, lambda *rows, name=name, kernel=kernel: used.append(name) or kernel(*rows))
     x = random(3, 100).to(DEVICE)
     for rule in (octav_clip, mse_clip):
         assert_close(rule(x, 4, dim=1), rule(x.double(), 4, dim=1).float())
-    assert used == [False, True]
+    assert used == ["octav_of_rows", "mse_of_rows"]
     assert has_negative(x)
     assert octav_clip(x, 4, dim=1, max_iterations=10).shape == (3, 1)
 
