@@ -7,8 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
+from torch.nn import functional as F
 from transformers import (
     BertForQuestionAnswering,
     DistilBertConfig,
@@ -17,9 +19,18 @@ from transformers import (
 )
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav
-from octav_hf.nn import FrozenClips, QuantizedAttention
+from octav_hf.functional import octav_clip
+from octav_hf.nn import FrozenClips, QuantizedAttention, quantized_scaled_dot_product_attention
 
-from .nn.attention.test_module import SPELLINGS, in_pieces, operands, quantizers, with_einsum_of_lists, with_sdpa
+from .nn.attention.test_module import (
+    SPELLINGS,
+    in_pieces,
+    no_quantizers,
+    operands,
+    quantizers,
+    with_einsum_of_lists,
+    with_sdpa,
+)
 from .nn.attention.test_own_parameters import GOES_ON, REFUSED, Attention, inputs
 
 pytestmark = pytest.mark.slow
@@ -154,6 +165,37 @@ def test_frozen_clips(small_bert: MakeBert, padded_batch: dict, implementation: 
     calibrate_octav(model, [batch], progress_bar=False)
     assert_same_step(model, torch.compile(model, backend="aot_eager", fullgraph=True), batch)
     assert_one_graph()
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+def test_queries_that_attend_to_nothing(boolean: bool) -> None:
+    """Their probabilities are zeros, and no gradient is NaN, as in torch's own attention."""
+    may_attend = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    may_attend[1, :, 2:4] = False
+    mask = may_attend if boolean else torch.zeros(may_attend.shape).masked_fill(~may_attend, -torch.inf)
+    expected = [x.requires_grad_() for x in operands()]
+    F.scaled_dot_product_attention(*expected, attn_mask=mask).square().sum().backward()
+    got = [x.requires_grad_() for x in operands()]
+    attend = torch.compile(quantized_scaled_dot_product_attention, backend="aot_eager", fullgraph=True)
+    attend(no_quantizers(), *got, attn_mask=mask).square().sum().backward()
+    for operand, reference in zip(got, expected, strict=True):
+        torch.testing.assert_close(operand.grad, reference.grad)
+
+
+def test_a_clip_needs_no_copy() -> None:
+    """The operation takes a transposed tensor as it is; a contiguous one would be another pass over memory."""
+    seen: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    x = torch.randn(4, 200, 64).transpose(1, 2)
+    clip = torch.compile(lambda x: octav_clip(x, 4), backend=aot_autograd(fw_compiler=backend), fullgraph=True)
+    assert clip(x) == octav_clip(x, 4)
+    copies = {torch.ops.aten.clone.default, torch.ops.aten.copy.default, torch.ops.aten.contiguous.default}
+    assert torch.ops.octav_hf.octav_of_rows.default in seen
+    assert not copies & set(seen)
 
 
 class Calls(nn.Module):

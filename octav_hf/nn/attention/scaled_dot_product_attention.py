@@ -69,18 +69,29 @@ def _softmax(scores: Tensor) -> Tensor:
 def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     """The softmax of ``scores + mask``, with a row of zeros where the mask is minus infinity everywhere.
 
-    There the softmax would be NaN. Such a row may attend to its first key instead, so that it is 1 and zeros, and the 1
-    is erased: without reading the mask's values on the host, and without another tensor of this size.
+    There the softmax would be NaN. In eager mode such a row may attend to its first key instead, so that it is 1 and
+    zeros, and the 1 is erased: without reading the mask's values on the host, and without another tensor of this size.
     """
+    if torch.compiler.is_compiling():
+        return _fused_masked_softmax(scores, mask)
     blind = (mask == -torch.inf).all(dim=-1, keepdim=True)
     first = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.int64) == 0
     probabilities = _softmax(scores.add_(mask.masked_fill(blind & first, 0)))
-    if torch.compiler.is_compiling():
-        return probabilities.masked_fill(blind, 0)  # which a compiler fuses, and tracers do not support .data
     # Hidden from autograd, which keeps this tensor: the gradient of 1 and zeros is zero, and so is that of zeros.
     if scores.shape[-1]:
         probabilities.data.narrow(-1, 0, 1).masked_fill_(blind, 0)
     return probabilities
+
+
+def _fused_masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """``_masked_softmax`` in the form of which a compiler makes the same loops as of a softmax without such rows.
+
+    Their highest score, which the softmax needs anyway, tells them, where a flag with the shape of the mask would keep
+    the division from being fused with the sum. No gradient goes where nothing may be attended to, not even their NaN.
+    """
+    scores = torch.where(mask == -torch.inf, -torch.inf, scores + mask)
+    highest = scores.detach().amax(dim=-1, keepdim=True)
+    return _softmax(scores).masked_fill(highest == -torch.inf, 0)
 
 
 def quantize_for_heads(quantizer: Quantize, x: Tensor, heads: int | None, dims: OperandDims, **codes: Any) -> Any:
