@@ -19,7 +19,7 @@ class Plan:
 
     Attributes:
         kernel: has the weight's integers.
-        scale: ``[out]`` or ``[1]``, of the weight.
+        scale: ``[out]``, of the weight.
         sums: ``[out]``, of the weight's values, by which an offset of the input is multiplied.
     """
 
@@ -34,8 +34,8 @@ class Plan:
             self.kernel = Float(layer, integers, num_bits, torch.float64)
         else:
             self.kernel = kernel_for(layer, integers, num_bits, packed.scale.dtype)
-        self.scale = packed.scale
-        self.sums = integers.flatten(1).sum(dim=1) * packed.scale
+        self.scale = packed.scale.expand(len(integers)).contiguous()
+        self.sums = integers.flatten(1).sum(dim=1) * self.scale
 
     def __call__(self, codes: Codes, bias: Tensor | None) -> Tensor:
         """The layer's output."""
