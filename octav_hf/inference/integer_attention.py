@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..functional.kernels import attention as kernel
+from ..nn import ATTENTION_OPERANDS
 from ..nn.attention.arithmetic import AttentionArithmetic
 from ..nn.attention.match_matmul import COLUMNS, ROWS, Matmul, OperandDims
 from ..nn.attention.operand_form import quantize_operand
-from ..nn.attention.scaled_dot_product_attention import attention_probabilities, quantize_for_heads
+from ..nn.attention.scaled_dot_product_attention import additive_mask, attention_probabilities, quantize_for_heads
 from ..nn.codes import Codes
 from .integer_matmul import multiply
 
@@ -58,9 +60,15 @@ class IntegerAttentionArithmetic(AttentionArithmetic):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         heads = query.shape[-3] if enable_gqa else None
         dtype = query.dtype
-        queries = quantize_operand(quantizers["query"], query, ROWS, **_CODES)
-        keys = quantize_for_heads(quantizers["key"], key, heads, ROWS, **_CODES)
-        values = quantize_for_heads(quantizers["value"], value, heads, COLUMNS, **_CODES)
+        is_fused = not self.reference and not dropout_p and _is_fused(quantizers, query)
+        codes = {"codes": torch.uint8} if is_fused else _CODES
+        queries = quantize_operand(quantizers["query"], query, ROWS, **codes)
+        keys = quantize_for_heads(quantizers["key"], key, heads, ROWS, **codes)
+        values = quantize_for_heads(quantizers["value"], value, heads, COLUMNS, **codes)
+        if is_fused:
+            like = query.new_empty(()).expand(query.shape[-2], key.shape[-2])
+            mask = additive_mask(attn_mask, is_causal, like)
+            return _fused_attention(queries, keys, values, quantizers["probabilities"], mask, scale)
         scores = self._multiply(_times_transposed, queries, keys, (ROWS, ROWS), scale)
         probabilities = attention_probabilities(scores.to(dtype), attn_mask, is_causal, dropout_p, dtype)
         quantized = quantize_operand(quantizers["probabilities"], probabilities, ROWS, **_CODES)
@@ -83,6 +91,29 @@ class IntegerAttentionArithmetic(AttentionArithmetic):
             scale = left.scale.reshape(()) * right.scale.reshape(())
         # Converted first, since a 0-dim scale does not promote. Most often this is the memory of the sums.
         return sums.to(torch.promote_types(sums.dtype, scale.dtype)).mul_(scale * factor)
+
+
+def _is_fused(quantizers: Any, query: Tensor) -> bool:
+    """Whether ``kernels.attention`` can be used: each operand has one clip, that of the probabilities a frozen one."""
+    modules = {name: quantizers[name].quantizer for name in ATTENTION_OPERANDS}
+    return (
+        query.dim() == 4
+        and modules["probabilities"].is_static
+        and modules["probabilities"].signed is False
+        and all(modules[name].active_dim is None and modules[name].signed for name in ("query", "key", "value"))
+        and kernel.is_supported(query)
+    )
+
+
+def _fused_attention(
+    query: Codes, key: Codes, value: Codes, probabilities: Any, mask: Tensor | None, scale: float
+) -> Tensor:
+    quantizer = probabilities.quantizer
+    step = float(quantizer.frozen.clips[probabilities.next_index()]) / 2**quantizer.num_bits
+    scales = float(query.scale) * float(key.scale) * scale, step * float(value.scale)
+    codes = query.integers.contiguous(), key.integers.contiguous(), value.integers.contiguous()
+    lowest = query.lowest, key.lowest, value.lowest
+    return kernel.attention(*codes, lowest, mask, scales, step, quantizer.num_bits)
 
 
 def _times_transposed(left: Tensor, right: Tensor) -> Tensor:

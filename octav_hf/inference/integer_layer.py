@@ -19,7 +19,7 @@ class Plan:
 
     Attributes:
         kernel: has the weight's integers.
-        scale: ``[out]`` or ``[1]``, of the weight.
+        scale: ``[out]``, of the weight.
         sums: ``[out]``, of the weight's values, by which an offset of the input is multiplied.
     """
 
@@ -34,8 +34,8 @@ class Plan:
             self.kernel = Float(layer, integers, num_bits, torch.float64)
         else:
             self.kernel = kernel_for(layer, integers, num_bits, packed.scale.dtype)
-        self.scale = packed.scale
-        self.sums = integers.flatten(1).sum(dim=1) * packed.scale
+        self.scale = packed.scale.expand(len(integers)).contiguous()
+        self.sums = integers.flatten(1).sum(dim=1) * self.scale
 
     def __call__(self, codes: Codes, bias: Tensor | None) -> Tensor:
         """The layer's output."""
@@ -58,7 +58,7 @@ class IntegerArithmetic:
 
     def __init__(self, layer: PackedLayer, reference: bool):
         self.reference = reference
-        self._made: tuple[Any, Plan] | None = None
+        self._made: tuple[Plan, tuple[Tensor, Tensor], list[int | None]] | None = None
         self._plan(layer)
 
     @outside_function_modes  # which would call Python for each operation of a layer inside an attention module
@@ -70,18 +70,20 @@ class IntegerArithmetic:
     def _plan(self, layer: Any) -> Plan:
         """The plan, made again if the packed weight was moved or loaded, or this is a copy."""
         if self._made is not None and torch.compiler.is_compiling():
-            return self._made[1]
+            return self._made[0]
         packed = layer.weight_quantizer
-        state = [(id(x), None if x.is_inference() else version_counter(x)) for x in (packed.packed_data, packed.scale)]
-        if self._made is None or self._made[0] != state:
-            self._made = state, Plan(layer, self.reference)
-        return self._made[1]
+        tensors = packed.packed_data, packed.scale
+        versions = [None if x.is_inference() else version_counter(x) for x in tensors]
+        made = self._made
+        if made is None or made[2] != versions or any(old is not x for old, x in zip(made[1], tensors, strict=True)):
+            self._made = made = Plan(layer, self.reference), tensors, versions
+        return made[0]
 
     def __str__(self) -> str:
         """What computes the product, for the coverage report."""
         if self.reference:
             return "integers as float64"
-        return "integers" if self._made is None else str(self._made[1].kernel)
+        return "integers" if self._made is None else str(self._made[0].kernel)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"reference": self.reference, "_made": None}

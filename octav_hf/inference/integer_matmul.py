@@ -41,7 +41,7 @@ class Kernel:
         Args:
             codes: the layer's input; its scale and offset are not used.
             step: ``[]``, of the codes.
-            scale: ``[out]`` or ``[1]``, of the weight.
+            scale: ``[out]``, of the weight.
             bias: ``[out]``.
         """
         raise NotImplementedError
@@ -60,7 +60,7 @@ class OneDNN(Kernel):
         self._zero_points = torch.zeros(len(integers), dtype=torch.int32, device=integers.device)
 
     def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        weight = self._weight, scale, self._zero_points[: len(scale)], bias
+        weight = self._weight, scale, self._zero_points, bias
         if not torch.compiler.is_compiling():
             return multiply_linear.reference(codes.integers, step, codes.lowest, *weight)
         lowest = torch.as_tensor(codes.lowest, dtype=torch.int32, device="cpu")
@@ -115,7 +115,7 @@ class OneDNNConvolution(Kernel):
     def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         x = codes.integers
         batched = x if x.dim() == len(self._window[0]) + 2 else x[None]
-        weight = self._weight, scale, self._zero_points[: len(scale)], bias, *self._window
+        weight = self._weight, scale, self._zero_points, bias, *self._window
         result = torch.ops.onednn.qconv_pointwise(
             batched, float(step), -int(codes.lowest), *weight, 1.0, 0, torch.float32, "none", [], None
         )

@@ -162,6 +162,12 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         return self.frozen if self.observer is None else None
 
     @property
+    def is_static(self) -> bool:
+        """Whether the grid of the next call is known before its operand is: frozen, and one for the whole tensor."""
+        frozen = self.active_frozen_clips
+        return frozen is not None and frozen.clips.dim() == 1
+
+    @property
     def active_dim(self) -> Dim:
         """The dimension(s) that share one clip at the next call."""
         if self.observer is not None:

@@ -28,6 +28,7 @@ COLUMNS = {
     "test_saved_and_loaded": "reload",
     "test_packed": "packed",
     "test_frozen": "frozen",
+    "test_integer": "integer",
     "test_removed": "remove",
     "test_eager_and_sdpa_agree": "eager = sdpa",
     "test_generates_with_a_cache": "generate",

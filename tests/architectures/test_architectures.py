@@ -15,12 +15,13 @@ from octav_hf import (
     apply_octav,
     calibrate_octav,
     check_coverage,
+    convert_octav,
     coverage_report,
     pack_octav,
     remove_octav,
 )
 from octav_hf.conversion.record import recorded_config
-from octav_hf.nn import ATTENTION_OPERANDS, FakeQuantize, QuantizedAttention, QuantizedLayer
+from octav_hf.nn import ATTENTION_OPERANDS, FakeQuantize, PackedLayer, QuantizedAttention, QuantizedLayer
 from octav_hf.packing.pack import packed_layers
 
 from .models import ARCHITECTURES, Architecture, Batch
@@ -207,6 +208,21 @@ def test_frozen(architecture: Architecture, tmp_path: Path) -> None:
     if architecture.generates:
         prompt = {name: value for name, value in batch.items() if name != "labels"}
         assert torch.equal(Generation(loaded)(**prompt), Generation(model)(**prompt))
+
+
+@each_implementation
+def test_integer(architecture: Architecture, implementation: str) -> None:
+    """Converted, every layer and attention module multiplies integers, to the outputs of the reference in float64."""
+    model, batch = apply_octav(architecture.make(implementation), OctavConfig()), architecture.batch()
+    expected = logits(pack_octav(calibrate_octav(model, [batch], progress_bar=False)), batch)
+    reference = logits(convert_octav(model, reference=True), batch)
+    got = logits(convert_octav(model), batch)
+    report = coverage_report(model)
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLayer | QuantizedAttention)}
+    assert {row.module for row in report if row.arithmetic.startswith("integers")} == packed
+    assert check_coverage(model, batch) == []
+    for result in (reference, got):
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
 
 
 @each_implementation

@@ -21,7 +21,12 @@ def test_every_architecture_and_every_test_is_recorded() -> None:
     assert list(RECORDED["architectures"]) == list(ARCHITECTURES)
     for name, architecture in ARCHITECTURES.items():
         passed = RECORDED["architectures"][name]["passed"]
-        assert passed["test_covered"] == passed["test_removed"] == list(architecture.implementations), name
+        assert (
+            passed["test_covered"]
+            == passed["test_integer"]
+            == passed["test_removed"]
+            == list(architecture.implementations)
+        ), name
         assert ("test_eager_and_sdpa_agree" in passed) is architecture.implementations_agree, name
         assert ("test_generates_with_a_cache" in passed) is architecture.generates, name
         assert {"test_trains", "test_saved_and_loaded", "test_packed", "test_frozen"} <= set(passed), name

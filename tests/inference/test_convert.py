@@ -74,9 +74,10 @@ def test_same_answers_from_the_same_codes(model: BertForQuestionAnswering) -> No
     for reference in (True, False):
         assert convert_octav(model, reference=reference) is model
         integer = codes_of(model)
-        assert integer.keys() == simulated.keys()
-        pairs = [pair for name in simulated for pair in zip(simulated[name], integer[name], strict=False)]
-        assert sum(int((a != b).sum()) for a, b in pairs) == 0  # no code flips in so small a model
+        not_called = simulated.keys() - integer.keys()  # fused attention has the codes of probabilities inside
+        assert all("probabilities" in name and not reference for name in not_called)
+        # No code flips in so small a model. Codes that layers share are computed once.
+        assert all(torch.equal(simulated[name][0], integer[name][0]) for name in integer)
         torch.testing.assert_close(logits(model, batch()), expected, rtol=0, atol=2e-6)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from octav_hf.functional.kernels import attention
 from octav_hf.inference import integer_attention
 from octav_hf.inference.integer_attention import IntegerAttentionArithmetic
 from octav_hf.inference.integer_matmul import multiply
@@ -127,6 +128,23 @@ def test_equal_to_multiplying_the_values(
         result = run(attend, matmuls, torch.float64)  # in which rounding moves no value to another code
         torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
     assert {x.dtype for x in sums} == {torch.float32, torch.float64}
+
+
+@pytest.mark.parametrize("num_bits", [8, 4])
+@pytest.mark.parametrize("attend", [sdpa, masked, biased, causal, grouped])
+def test_fused(attend: Attend, num_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one frozen clip for each operand, C++ computes the whole."""
+    modules = quantizers(num_bits, "tensor")
+    for name, quantizer in modules.items():
+        quantizer.freeze(FrozenClips(name != "probabilities", torch.tensor([0.7 if name == "probabilities" else 2.1])))
+    expected = run(attend, AttentionMatmuls(modules, ""), torch.float64)
+    if attention.is_supported(operands(torch.float32)[0]):
+        monkeypatch.setattr(integer_attention, "multiply", None)
+    matmuls = AttentionMatmuls(modules, "", arithmetic=IntegerAttentionArithmetic(False))
+    result = run(attend, matmuls, torch.float32)
+    matmuls.check_complete()
+    assert result.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("attend", [sdpa, masked, matmul])

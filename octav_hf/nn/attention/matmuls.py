@@ -125,12 +125,13 @@ class AttentionMatmuls(TorchFunctionMode):
             names = ("probabilities", "value") if probabilities[0] else ("value", "probabilities")
         return self._arithmetic.matmul([self._next_calls[name] for name in names], matmul)
 
-    def quantize(self, operand: str, x: Tensor, **codes: Any) -> Any:
-        index, expected, quantizer = self._call_counts[operand], self._frozen_calls(operand), self.quantizers[operand]
+    def next_index(self, operand: str) -> int:
+        """The index of the operand's next call, which is counted."""
+        index, expected = self._call_counts[operand], self._frozen_calls(operand)
         if expected is not None and index >= expected:
             raise self._wrong_call_count(operand, f"more than {expected}", expected)
         self._call_counts[operand] += 1
-        return quantizer(x, index, **codes) if isinstance(quantizer, FakeQuantize) else quantizer(x)
+        return index
 
     def _frozen_calls(self, operand: str) -> int | None:
         """The number of frozen clips of ``operand``; ``None`` if clips are dynamic."""
@@ -188,8 +189,16 @@ class _NextCall:
         self._operand = operand
 
     @property
+    def quantizer(self) -> nn.Module:
+        return self._matmuls.quantizers[self._operand]
+
+    @property
     def active_dim(self) -> Dim:
-        return getattr(self._matmuls.quantizers[self._operand], "active_dim", None)
+        return getattr(self.quantizer, "active_dim", None)
+
+    def next_index(self) -> int:
+        return self._matmuls.next_index(self._operand)
 
     def __call__(self, x: Tensor, **codes: Any) -> Any:
-        return self._matmuls.quantize(self._operand, x, **codes)
+        index, quantizer = self.next_index(), self.quantizer
+        return quantizer(x, index, **codes) if isinstance(quantizer, FakeQuantize) else quantizer(x)

@@ -57,7 +57,7 @@ def attention_probabilities(
     scores: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout_p: float, dtype: torch.dtype
 ) -> Tensor:
     """What the second matmul multiplies, in ``dtype``; the mask may be added to ``scores`` in place."""
-    mask = _additive_mask(scores, attn_mask, is_causal)  # in place, which is safe for the backward pass
+    mask = additive_mask(attn_mask, is_causal, scores)  # in place, which is safe for the backward pass
     probabilities = _softmax(scores) if mask is None else _masked_softmax(scores, mask)
     return nn.functional.dropout(probabilities.to(dtype), dropout_p)
 
@@ -108,12 +108,12 @@ def quantize_for_heads(quantizer: Quantize, x: Tensor, heads: int | None, dims: 
     return quantized.repeat_interleave(repeats, dim=-3)
 
 
-def _additive_mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
-    """The mask to add to ``scores``, with minus infinity where nothing may be attended to."""
+def additive_mask(attn_mask: Tensor | None, is_causal: bool, like: Tensor) -> Tensor | None:
+    """The mask to add to ``like``, the scores, with minus infinity where nothing may be attended to."""
     if is_causal:
         if attn_mask is not None:
             raise ValueError("scaled_dot_product_attention: pass either attn_mask or is_causal=True, not both")
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        attn_mask = torch.ones(like.shape[-2:], dtype=torch.bool, device=like.device).tril()
     if attn_mask is None or attn_mask.dtype != torch.bool:
         return attn_mask
-    return torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(~attn_mask, -torch.inf)
+    return torch.zeros_like(attn_mask, dtype=like.dtype).masked_fill(~attn_mask, -torch.inf)

@@ -1,0 +1,85 @@
+"""Attention on integers by AVX512-VNNI, in C++: ``attention.cpp``."""
+
+import functools
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._utils.torch_private import load_cpp
+from .compilation import can_compile, disable_kernels
+from .cpu import source_of
+
+_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-fno-math-errno")
+
+
+def is_supported(x: Tensor) -> bool:
+    """Whether ``attention`` can be used for operands like ``x``."""
+    has_vnni = torch.cpu.get_capabilities().get("avx512_vnni", False)
+    return has_vnni and x.dtype == torch.float32 and can_compile(x, ("cpu",)) and _library() is not None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lowest: tuple[int, int, int],
+    mask: Tensor | None,
+    scales: tuple[float, float],
+    probability_step: float,
+    num_bits: int,
+) -> Tensor:
+    """Scaled dot-product attention, whose sums are exact.
+
+    Args:
+        query: codes, uint8 ``[batch, heads, L, E]``, counted from ``lowest[0]``; this and the others contiguous.
+        key: ``[batch, heads, S, E]``, counted from ``lowest[1]``, of a signed grid.
+        value: ``[batch, heads, S, V]``, counted from ``lowest[2]``, of a signed grid.
+        mask: added to the scores, float32, broadcastable to ``[batch, heads, L, S]``.
+        scales: by which the sums of the first and of the second matmul are multiplied.
+        probability_step, num_bits: of the unsigned grid of probabilities.
+
+    Returns:
+        float32 ``[batch, heads, L, V]``, of which the heads are next to the channels in memory; zeros for a query that
+        may attend to no key.
+    """
+    batch, heads, length, channels = query.shape
+    keys, width = value.shape[-2:]
+    result = torch.empty(batch, length, heads, width, dtype=torch.float32, device=query.device)
+    strides: tuple[int, ...] = (0, 0, 0)
+    if mask is not None:
+        mask = mask.expand(batch, heads, length, keys)
+        if keys > 1 and mask.stride(-1) != 1:
+            mask = mask.contiguous()
+        strides = mask.stride()[:3]
+    _library().attention(
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        (c_int64 * 6)(batch, heads, length, keys, channels, width),
+        (c_int32 * 3)(*lowest),
+        None if mask is None else mask.data_ptr(),
+        (c_int64 * 3)(*strides),
+        scales[0],
+        probability_step,
+        2.0**num_bits - 1,
+        scales[1],
+        result.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return result.transpose(1, 2)
+
+
+@functools.cache
+def _library() -> Any:
+    """The C++ function; ``None`` if it does not compile."""
+    try:
+        library = load_cpp(source_of("attention.cpp"), _FLAGS)
+    except Exception as error:  # such as no compiler, or a read-only cache
+        disable_kernels(error)
+        return None
+    library.attention.restype = None
+    pointers, scalars = [c_void_p] * 3, [c_float] * 4
+    library.attention.argtypes = [*pointers, c_int64 * 6, c_int32 * 3, c_void_p, c_int64 * 3, *scalars, c_void_p, c_int]
+    return library
