@@ -82,7 +82,9 @@ def record_modules(model: nn.Module) -> None:
         elif isinstance(module, QuantizedAttention):
             for quantizer in module.operand_quantizers.values():
                 if isinstance(quantizer, FakeQuantize):
-                    RecordedQuantizer.record(quantizer, without_sign=quantizer.signed is False)
+                    # ONNX Runtime converts int8 codes of one matmul, not those that two share, as in DeBERTa. OpenVINO
+                    # leaves attention in float where codes without a sign have a zero point.
+                    RecordedQuantizer.record(quantizer, without_sign=len(quantizer.frozen.clips) > 1)
 
 
 def _record_layer(layer: Any) -> None:
@@ -126,7 +128,11 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
     weight = _onnx("DequantizeLinear", (codes, layer.weight_scale), torch.float32, codes.shape, along)
     result = _onnx("MatMul", (x, weight), torch.float32, (*x.shape[:-1], codes.shape[1]))
     result = result.squeeze(0) if is_matrix else result
-    return result if layer.recorded_bias is None else result + layer.recorded_bias
+    if layer.recorded_bias is None:
+        return result
+    # With a vector as the bias, what has the same shape in every batch would become a float operator, too.
+    is_constant = all(isinstance(size, int) for size in x.shape)
+    return result + (layer.recorded_bias[(None,) * (result.dim() - 1)] if is_constant else layer.recorded_bias)
 
 
 def _convolution(layer: Any, x: Tensor) -> Tensor:
