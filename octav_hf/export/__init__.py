@@ -1,4 +1,3 @@
 """Models for other runtimes: ONNX files whose quantized matmuls multiply integers."""
 
 from .to_onnx import to_onnx
-

@@ -17,6 +17,4 @@ def require_extra() -> None:
             found = "0"
         if Version(found) < Version(lowest):
             problem = f"{package} {found} is too old" if found != "0" else f"{package} is not installed"
-            raise ImportError(
-                f"octav_hf.export needs {package}>={lowest}, and {problem}: pip install 'octav-hf[onnx]'"
-            )
+            raise ImportError(f"octav_hf.export needs {package}>={lowest}, and {problem}: pip install 'octav-hf[onnx]'")

@@ -100,7 +100,9 @@ def _record_layer(layer: Any) -> None:
         layer.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
         return
     if layer.kind not in _FORWARDS:
-        raise NotImplementedError(f"{packed.name}: {type(layer).__name__} has no form in ONNX; exclude it from quantization")
+        raise NotImplementedError(
+            f"{packed.name}: {type(layer).__name__} has no form in ONNX; exclude it from quantization"
+        )
     codes, scale = packed.codes, packed.scale.float()
     if layer.kind == "linear" and layer.clip_dim == (1,):
         codes = codes.t()  # Transformers' Conv1D has it as [in, out] already
@@ -158,6 +160,10 @@ _FORWARDS = {"linear": _linear, "convolution": _convolution, "embedding": _embed
 
 
 def _onnx(
-    name: str, inputs: Sequence[Tensor], dtype: torch.dtype, shape: Sequence[Any], attributes: dict[str, Any] | None = None
+    name: str,
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    shape: Sequence[Any],
+    attributes: dict[str, Any] | None = None,
 ) -> Tensor:
     return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, version=OPSET)

@@ -1,6 +1,5 @@
 """``to_onnx``: a folder with a model's ONNX file, its config and its tokenizer."""
 
-import ast
 import copy
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +15,9 @@ from ..conversion.modules import activation_quantizers, transformers_models
 from ..conversion.record import check_quantized, recorded_config
 from ..hub.output_dir import atomic_output_dir
 from .extra import require_extra
+from .finish import finish
 from .folder import MODEL_FILE, write_record
-from .recorded_modules import INT4, OPSET, record_modules
+from .recorded_modules import OPSET, record_modules
 
 _MAX_NAMES = 3  # of operands in an error's message
 
@@ -95,8 +95,7 @@ def to_onnx(
         "activation_bits": str(bits.activation_bits),
         "embedding_bits": str(bits.embedding_bits),
     }
-    _store_as_int4(program.model)
-    _name_by_module(program.model)
+    finish(program.model)
     program.model.metadata_props.update({f"octav_hf.{name}": value for name, value in facts.items()})
     with atomic_output_dir(Path(folder)) as unfinished:
         program.save(unfinished / MODEL_FILE)
@@ -113,7 +112,9 @@ def to_onnx(
 def _check_static(model: nn.Module) -> None:
     dynamic = [f"{path} {operand}" for path, operand, each in activation_quantizers(model) if not each.is_frozen]
     if dynamic:
-        names = ", ".join(dynamic[:_MAX_NAMES]) + (f" and {len(dynamic) - _MAX_NAMES} more" * (len(dynamic) > _MAX_NAMES))
+        names = ", ".join(dynamic[:_MAX_NAMES]) + (
+            f" and {len(dynamic) - _MAX_NAMES} more" * (len(dynamic) > _MAX_NAMES)
+        )
         raise ValueError(
             f"to_onnx: the clips of {names} follow the data, which no runtime computes; call "
             "octav_hf.calibrate_octav(model, batches) first, or better before the last part of the training"
@@ -131,35 +132,3 @@ def _output_names(outputs: Any) -> list[str]:
             raise ValueError("to_onnx: the model computed a loss; leave labels out of example_inputs")
         names += [f"{name}"] if isinstance(value, Tensor) else [f"{name}.{i}" for i in range(len(value))]
     return names
-
-
-def _store_as_int4(model: Any) -> None:
-    """Give weights that fit it the type INT4, with a Cast to INT8, which runtimes compute once when they load."""
-    import ml_dtypes
-    import onnx_ir as ir
-
-    for name, value in list(model.graph.initializers.items()):
-        if name.rpartition(".")[2] != INT4:
-            continue
-        narrow = ir.Value(name=f"{name}.packed", shape=value.shape, type=ir.TensorType(ir.DataType.INT4))
-        narrow.const_value = ir.tensor(value.const_value.numpy().astype(ml_dtypes.int4), name=narrow.name)
-        cast = ir.node("Cast", [narrow], {"to": ir.DataType.INT8}, name=f"{name}.cast")
-        model.graph.register_initializer(narrow)
-        cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = name, ir.DataType.INT8, value.shape
-        value.replace_all_uses_with(cast.outputs[0])
-        del model.graph.initializers[name]
-        model.graph.insert_before(model.graph[0], cast)
-
-
-def _name_by_module(model: Any) -> None:
-    """Name nodes after the modules that they are in, and leave out what the recording noted, such as paths of files."""
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-
-    counts: dict[str, int] = {}
-    for node in model.graph:
-        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
-        name = f"{scopes[-2] if len(scopes) > 1 else ''}/{node.op_type}"
-        counts[name] = counts.get(name, 0) + 1
-        node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
-    ClearMetadataAndDocStringPass()(model)
-    model.graph.metadata_props.clear()
