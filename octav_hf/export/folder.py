@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .._utils.json_file import read_json
-from .recorded_modules import OPSET
+from .recorded_operands import OPSET
 
 MODEL_FILE, RECORD_FILE = "model.onnx", "octav_export.json"
 _FORMAT_VERSION = 1
@@ -26,7 +26,6 @@ def read_model(folder: Path) -> tuple[Any, dict[str, Any]]:
         ValueError: a file is missing, cut off, altered or of another export; or the opset is another one.
     """
     import onnx
-    from google.protobuf.message import DecodeError
 
     path = folder / MODEL_FILE
     for needed in (path, folder / RECORD_FILE):
@@ -34,7 +33,7 @@ def read_model(folder: Path) -> tuple[Any, dict[str, Any]]:
             raise ValueError(f"{needed} is missing; write the folder by octav_hf.export.to_onnx or octav-hf export")
     try:
         model = onnx.load(path)
-    except (DecodeError, OSError, ValueError) as error:
+    except Exception as error:  # of the protobuf library, of files
         raise ValueError(f"{path} is cut off or damaged, or a file beside it is ({error}); export it anew") from error
     opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
     if opsets.get("ai.onnx") != OPSET:
@@ -43,15 +42,15 @@ def read_model(folder: Path) -> tuple[Any, dict[str, Any]]:
             "integers; export it anew"
         )
     record = read_json(folder / RECORD_FILE)
-    hashes = record.get("sha256") if isinstance(record, dict) else None
-    if not isinstance(hashes, dict) or record.get("format_version") != _FORMAT_VERSION:
+    is_record = isinstance(record, dict) and record.get("format_version") == _FORMAT_VERSION
+    if not is_record or not all(isinstance(record.get(field), dict) for field in ("sha256", "session_options")):
         raise ValueError(f"{folder / RECORD_FILE} has another form than octav_hf writes; export the model anew")
-    present = {each.name: _sha256(each) for each in folder.iterdir() if _is_recorded(each)}
+    hashes, present = record["sha256"], {each.name: _sha256(each) for each in folder.iterdir() if _is_recorded(each)}
     wrong = sorted(name for name in hashes.keys() | present.keys() if hashes.get(name) != present.get(name))
     if wrong:
         raise ValueError(
-            f"{folder}: {', '.join(wrong)} missing, altered or of another export (SHA-256 in {RECORD_FILE}); export the "
-            "model anew"
+            f"{folder}: {', '.join(wrong)} missing, altered or of another export (SHA-256 in {RECORD_FILE}); export "
+            "the model anew"
         )
     return model, record
 

@@ -17,9 +17,12 @@ from ..hub.output_dir import atomic_output_dir
 from .extra import require_extra
 from .finish import finish
 from .folder import MODEL_FILE, write_record
-from .recorded_modules import OPSET, record_modules
+from .recorded_modules import record_modules
+from .recorded_operands import OPSET
 
 _MAX_NAMES = 3  # of operands in an error's message
+# Without it sums of two products of uint8 and int8 saturate on processors without VNNI; with VNNI it changes nothing.
+_SESSION_OPTIONS = {"session.x64quantprecision": "1"}
 
 
 def to_onnx(
@@ -28,16 +31,16 @@ def to_onnx(
     example_inputs: Mapping[str, Tensor],
     *,
     tokenizer: Any = None,
-    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
+    dynamic_shapes: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a quantized model, in training form or packed, as ONNX (opset 21) whose quantized matmuls are of integers.
+    """Write a quantized model, in training form or packed, as ONNX of opset 21 whose quantized matmuls are of integers.
 
-    An activation becomes Clip (below 8 bits) → QuantizeLinear → DequantizeLinear with its static clip, a weight integers
-    (INT4 at 4 bits and less, else INT8) → DequantizeLinear with a scale per row, between which a runtime multiplies
-    integers: ``sum(a * b) * scale_a * scale_b``. A convolution is a ConvInteger and a multiplication, since runtimes
-    fuse it only with a quantized result. The offset of an asymmetric grid becomes part of the bias. What is in float in
-    ``model`` stays so; a matmul with one quantized operand gets this operand's quantized values in float. The arithmetic
-    around is float32. Dropout is off.
+    An activation becomes Clip (below 8 bits) → QuantizeLinear → DequantizeLinear with its static clip, a weight
+    becomes integers (INT4 at 4 bits and less, else INT8) → DequantizeLinear with its scales. Between the two a runtime
+    multiplies integers: ``sum(a * b) * scale_a * scale_b``. A convolution is a ConvInteger that is scaled, since
+    runtimes fuse the other form only with a quantized result. The offset of an asymmetric grid becomes part of the
+    bias. What is in float in ``model`` stays so; a product with one quantized operand is computed in float from the
+    values on this operand's grid. The arithmetic around is float32, without dropout.
 
     The folder holds ``model.onnx`` (with a file of weights beside it above 2 GB), ``config.json``, as of a float model,
     the tokenizer and ``octav_export.json``, which says what it is and has the files' SHA-256.
@@ -99,13 +102,13 @@ def to_onnx(
     program.model.metadata_props.update({f"octav_hf.{name}": value for name, value in facts.items()})
     with atomic_output_dir(Path(folder)) as unfinished:
         program.save(unfinished / MODEL_FILE)
-        if hasattr(config, "save_pretrained"):
+        if config is not None:
             float_config = copy.deepcopy(config)
             float_config.__dict__.pop("quantization_config", None)
             float_config.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
-        write_record(unfinished, facts)
+        write_record(unfinished, {**facts, "session_options": _SESSION_OPTIONS})
     return Path(folder) / MODEL_FILE
 
 
