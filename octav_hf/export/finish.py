@@ -1,9 +1,9 @@
-"""What is done to a recorded graph: narrow weights, names, and one operator that ONNX Runtime fuses to its cost."""
+"""What is done to a recorded graph: weights, names, and one operator that ONNX Runtime fuses to its cost."""
 
 import ast
 from typing import Any
 
-from .recorded_modules import INT4
+from .recorded_modules import INT4, INT8
 
 
 def finish(model: Any) -> None:
@@ -11,6 +11,7 @@ def finish(model: Any) -> None:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     _store_as_int4(model.graph)
+    _separate_weights(model.graph)
     _keep_layer_norms(model.graph)
     _name_by_module(model.graph)
     # What the recording noted has paths of files on this machine.
@@ -34,6 +35,27 @@ def _store_as_int4(graph: Any) -> None:
         value.replace_all_uses_with(cast.outputs[0])
         del graph.initializers[name]
         graph.insert_before(graph[0], cast)
+
+
+def _separate_weights(graph: Any) -> None:
+    """Give each matmul its own copy of a weight in INT8: ``session.x64quantprecision=1`` fails where two share one."""
+    import onnx_ir as ir
+
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if weight is None or weight.name.rpartition(".")[2] != INT8:
+            continue
+        for number, (user, index) in enumerate(list(node.outputs[0].uses())[1:], 2):
+            copied = ir.Value(name=f"{weight.name}_{number}", shape=weight.shape, type=weight.type)
+            copied.const_value = ir.tensor(weight.const_value.numpy(), name=copied.name)
+            graph.register_initializer(copied)
+            again = ir.node(
+                node.op_type, [copied, *node.inputs[1:]], node.attributes, metadata_props=node.metadata_props
+            )
+            again.outputs[0].dtype, again.outputs[0].shape = node.outputs[0].dtype, node.outputs[0].shape
+            again.outputs[0].name = f"{copied.name}.values"
+            graph.insert_after(node, again)
+            user.replace_input_with(index, again.outputs[0])
 
 
 def _keep_layer_norms(graph: Any) -> None:

@@ -26,20 +26,21 @@ def record_modules(model: nn.Module) -> None:
                 # Codes that two matmuls share, as in DeBERTa, ONNX Runtime does not convert. Others have no zero point
                 # here, since OpenVINO leaves attention in float where they have one.
                 is_shared = quantizer.frozen is not None and len(quantizer.frozen.clips) > 1
-                RecordedQuantizer.record(quantizer, haszero_point=is_shared)
+                RecordedQuantizer.record(quantizer, counts_from_lowest=is_shared)
 
 
 def _record_layer(layer: Any) -> None:
     quantizer, inputs = layer.weight_quantizer, layer.operand_quantizers.get("input")
     if isinstance(inputs, FakeQuantize):
-        RecordedQuantizer.record(inputs, haszero_point=True)  # layers such as query and key share codes
+        RecordedQuantizer.record(inputs, counts_from_lowest=True)  # layers such as query and key share codes
     if not isinstance(quantizer, FakeQuantize):
         return  # the product is in float
-    if not isinstance(layer, PackedLayer):
-        PackedLayer.pack(layer, PackedWeight.pack(quantizer, layer.weight))
-    packed = layer.weight_quantizer
+    packed = quantizer if isinstance(quantizer, PackedWeight) else PackedWeight.pack(quantizer, layer.weight)
+    if isinstance(layer, PackedLayer):
+        layer.unpack()  # a model may read the weight's dtype, at which a packed one is dequantized
     if isinstance(inputs, nn.Identity):
         # In float as well: seeing the weight's integers, ONNX Runtime would quantize the input by itself.
+        layer.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
         layer.restore()
         return
     if layer.kind not in _FORWARDS:

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..functional import integer_range
 from ..functional.grid import step_size
 from ..inference.integer_attention import IntegerAttentionArithmetic
-from ..nn import FakeQuantize
 from ..nn.attention.match_matmul import COLUMNS, ROWS, OperandDims
 from ..nn.codes import Codes
+from ..nn.fake_quantize import FakeQuantize
 
 OPSET = 21
 
@@ -26,23 +26,23 @@ class RecordedQuantizer(FakeQuantize):
     ``record`` makes one from an existing quantizer by changing its class in place.
 
     Attributes:
-        haszero_point: whether the codes of a signed grid are uint8, counted from the lowest integer, and not int8.
+        counts_from_lowest: whether the codes of a signed grid are uint8, counted from the lowest integer, and not int8.
         steps: of the grid at each call; empty if parts have clips of their own.
         start: where an asymmetric grid begins, or 0.
     """
 
-    haszero_point: bool
+    counts_from_lowest: bool
     steps: list[float]
     start: float
 
     @staticmethod
-    def record(quantizer: FakeQuantize, haszero_point: bool) -> None:
+    def record(quantizer: FakeQuantize, counts_from_lowest: bool) -> None:
         """Convert ``quantizer`` in place."""
         frozen = quantizer.frozen
         assert frozen is not None
         quantizer.__class__ = RecordedQuantizer
         assert isinstance(quantizer, RecordedQuantizer)
-        quantizer.haszero_point = haszero_point
+        quantizer.counts_from_lowest = counts_from_lowest
         steps = step_size(frozen.clips.float(), quantizer.num_bits, frozen.signed)
         quantizer.steps = steps.tolist() if steps.dim() == 1 else []
         quantizer.start = 0.0 if frozen.offset is None else float(frozen.offset)
@@ -71,7 +71,7 @@ class RecordedQuantizer(FakeQuantize):
             x = x / (scale + (scale == 0))
         if self.num_bits < 8 or bounds[1] == 0:
             x = torch.clamp(x, *bounds)
-        dtype = torch.uint8 if self.haszero_point or low == 0 else torch.int8
+        dtype = torch.uint8 if self.counts_from_lowest or low == 0 else torch.int8
         zero_point = constant(-low if dtype == torch.uint8 else 0, dtype)
         integers = onnx("QuantizeLinear", (x, value_of_1, zero_point), dtype, x.shape)
         return Codes(integers, low, self.num_bits, scale, None)

@@ -17,12 +17,12 @@ from ..hub.output_dir import atomic_output_dir
 from .extra import require_extra
 from .finish import finish
 from .folder import MODEL_FILE, write_record
-from .recorded_modules import record_modules
+from .recorded_modules import INT8, record_modules
 from .recorded_operands import OPSET
 
 _MAX_NAMES = 3  # of operands in an error's message
-# Without it sums of two products of uint8 and int8 saturate on processors without VNNI; with VNNI it changes nothing.
-_SESSION_OPTIONS = {"session.x64quantprecision": "1"}
+# Without it sums of two products of uint8 and int8 saturate on processors without VNNI, if weights have 8 bits.
+_EXACT_AT_8_BITS = {"session.x64quantprecision": "1"}
 
 
 def to_onnx(
@@ -105,11 +105,18 @@ def to_onnx(
         if config is not None:
             float_config = copy.deepcopy(config)
             float_config.__dict__.pop("quantization_config", None)
+            float_config.architectures = [type(model).__name__]
             float_config.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
-        write_record(unfinished, {**facts, "session_options": _SESSION_OPTIONS})
+        write_record(unfinished, {**facts, "session_options": _EXACT_AT_8_BITS if _has_8_bits(recorded) else {}})
     return Path(folder) / MODEL_FILE
+
+
+def _has_8_bits(recorded: nn.Module) -> bool:
+    """Whether a weight's integers need more than 7 bits."""
+    weights = (x for name, x in recorded.named_buffers() if name.rpartition(".")[2] == INT8)
+    return any(x.numel() and int(x.short().abs().max()) > 2**6 for x in weights)
 
 
 def _check_static(model: nn.Module) -> None:

@@ -53,9 +53,9 @@ class OnnxCheck:
 def verify_onnx(model: nn.Module, folder: str | Path, example_inputs: Mapping[str, Tensor]) -> OnnxCheck:
     """Run what ``to_onnx`` wrote in ONNX Runtime on a batch and compare it with ``model``, product by product.
 
-    Weights of 8 bits need the session option ``session.x64quantprecision=1``, which is set here: on processors without
-    AVX-VNNI or AVX512-VNNI sums of two products would otherwise saturate, and be wrong. Set it wherever you run the
-    file; it is in ``octav_export.json``, field ``session_options``.
+    Weights of 8 bits need the session option ``session.x64quantprecision=1``, which is set here: on x86 processors
+    without VNNI sums of two products would otherwise saturate, and be wrong. Set it wherever you run the file: what is
+    needed is in ``octav_export.json``, field ``session_options``.
 
     Args:
         model: what was exported, in training form or packed.
@@ -92,7 +92,8 @@ def verify_onnx(model: nn.Module, folder: str | Path, example_inputs: Mapping[st
         wrong = list(wrong_products(optimized, run))
     in_float = [node.name for node in float_products(optimized)]
     listed = {row.module for row in report.left_in_float()}
-    unlisted = [name for name in in_float if not any(_is_in(name.rpartition("/")[0], module) for module in listed)]
+    # A name is that of the module, a slash and what follows.
+    unlisted = [name for name in in_float if not any(_is_in(name.partition("/")[0], module) for module in listed)]
     count = len(integer_products(optimized))
     if unlisted or count != check.quantized_matmuls:
         raise ValueError(
@@ -100,7 +101,7 @@ def verify_onnx(model: nn.Module, folder: str | Path, example_inputs: Mapping[st
             f"{check.quantized_matmuls} quantized matmuls and convolutions; in float are {_names(unlisted) or 'none'}"
         )
     if wrong:
-        raise ValueError(f"{folder}: {_names(wrong)}; ONNX Runtime saturates on this processor")
+        raise ValueError(f"{folder}: {_names(wrong)}, so ONNX Runtime saturates on this processor")
     return _compare(model, folder, example_inputs, outputs, count, in_float)
 
 
