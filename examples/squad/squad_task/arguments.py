@@ -148,8 +148,8 @@ class OutputArguments:
     export_onnx: bool = field(
         default=False,
         metadata={
-            "help": "Also write the model as ONNX with integer matmuls, to OUTPUT_DIR/onnx. Its activation clips must be "
-            "static: add --static_clip_batches or --calibration_batches. Needs pip install 'octav-hf[onnx]'."
+            "help": "Also write the model as ONNX with integer matmuls, to OUTPUT_DIR/onnx. Clips of activations must "
+            "be static: add --static_clip_batches or --calibration_batches. Needs the extra octav-hf[onnx]."
         },
     )
     calibration_batches: Optional[int] = field(
