@@ -3,6 +3,7 @@
 Importing the package registers the quantization method ``octav`` with Transformers, which loading a saved model needs.
 """
 
+from . import export
 from ._version import __version__
 from .config import OctavConfig
 from .conversion.convert import apply_octav, remove_octav
@@ -36,6 +37,7 @@ __all__ = [
     "convert_octav",
     "coverage_report",
     "distill",
+    "export",
     "last_whole_checkpoint",
     "model_card",
     "pack_octav",

@@ -1,4 +1,4 @@
-"""The console command ``octav-hf``: pack, unpack, inspect and push checkpoints, and write their cards."""
+"""The console command ``octav-hf``: pack, unpack, export, inspect and push checkpoints, and write their cards."""
 
 import argparse
 import json
@@ -14,16 +14,19 @@ from transformers import PreTrainedModel, logging
 from ._utils.escaping import escaped, shown
 from ._utils.text_table import aligned
 from .config import OctavConfig
+from .export import to_onnx, verify_onnx
+from .export.example_inputs import random_inputs
 from .hub.checkpoint_folder import CheckpointFolder, summary
 from .hub.model_card import bits_in_words
 from .hub.output_dir import atomic_output_dir
+from .hub.training_run import FILE_NAME as RUN_FILE
 from .hub.training_run import TrainingRun
 from .packing.pack import pack_octav, unpack_octav
 
 _MAX_NAMES = 8  # of modules in one line
 
 # HTTPError covers errors of the Hub and failed connections; huggingface_hub exports the client that it uses.
-_EXPECTED_ERRORS = (ValueError, OSError, NotImplementedError, httpx.HTTPError)
+_EXPECTED_ERRORS = (ValueError, OSError, NotImplementedError, ImportError, httpx.HTTPError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_source_and_output(unpack, "packed checkpoint")
     unpack.set_defaults(run=_unpack)
 
+    export = commands.add_parser("export", help="write a checkpoint with static clips for another runtime")
+    export.add_argument("--format", required=True, choices=["onnx"], help="needs pip install 'octav-hf[onnx]'")
+    _add_source_and_output(export, "checkpoint in either form", shards=False)
+    export.add_argument("--verify", action="store_true", help="run it and compare it with the model before it is kept")
+    export.set_defaults(run=_export)
+
     inspect = commands.add_parser("inspect", help="show what a checkpoint is, and check that it is whole")
     inspect.add_argument("source", metavar="SOURCE", type=os.path.expanduser, help="folder, or id of a repository")
     inspect.add_argument("--json", action="store_true", help="for programs")
@@ -78,14 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_source_and_output(parser: argparse.ArgumentParser, source: str) -> None:
+def _add_source_and_output(parser: argparse.ArgumentParser, source: str, shards: bool = True) -> None:
     parser.add_argument(
         "source", metavar="SOURCE", type=os.path.expanduser, help=f"{source}: a folder, or the id of a repository"
     )
     parser.add_argument(
         "output", metavar="OUTPUT", type=_path, help="folder to write, which must not exist or be empty"
     )
-    parser.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="such as 2GB; default %(default)s")
+    if shards:
+        parser.add_argument("--max-shard-size", default="50GB", metavar="SIZE", help="such as 2GB; default %(default)s")
 
 
 def _pack(options: argparse.Namespace) -> None:
@@ -105,6 +115,21 @@ def _unpack(options: argparse.Namespace) -> None:
     with atomic_output_dir(options.output) as folder:
         _write(unpack_octav(source.load()), source, folder, options, same_outputs=False)
     _report(options.output)
+
+
+def _export(options: argparse.Namespace) -> None:
+    source = CheckpointFolder(options.source)
+    with atomic_output_dir(options.output) as folder:
+        model = source.load()
+        inputs = random_inputs(model)
+        file = to_onnx(model, folder, inputs)
+        left_out = source.copy_companions(folder)
+        for name in ("README.md", RUN_FILE):  # which say how the checkpoint is loaded, and what it scored
+            (folder / name).unlink(missing_ok=True)
+        check = verify_onnx(model, folder, inputs) if options.verify else None
+        size = file.stat().st_size
+    print("".join(f"left out: {', '.join(left_out)}\n" if left_out else ""), end="")
+    print(f"wrote {options.output}: {file.name} of {size:,} bytes" + ("" if check is None else f"; {check}"))
 
 
 def _write(

@@ -537,3 +537,19 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.Cap
         main(arguments)
     assert ended.value.code == 2
     assert "usage: octav-hf" in capsys.readouterr().err
+
+
+def test_export(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["export", "--format", "onnx", str(trained), str(tmp_path / "onnx"), "--verify"]) == 0
+    assert "17 products of integers, all sums exact; 0 in float" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "onnx").iterdir()}
+    assert names == {"model.onnx", "config.json", "octav_export.json", "vocab.txt"}
+    assert "exists already" in error_of(capsys, "export", "--format", "onnx", trained, tmp_path / "onnx")
+
+
+def test_export_of_dynamic_clips(small_bert: MakeBert, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    apply_octav(small_bert(), OctavConfig()).save_pretrained(tmp_path / "dynamic")
+    capsys.readouterr()
+    error = error_of(capsys, "export", "--format", "onnx", tmp_path / "dynamic", tmp_path / "onnx")
+    assert "calibrate_octav(model, batches)" in error
+    assert not (tmp_path / "onnx").exists()

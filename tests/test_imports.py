@@ -21,8 +21,9 @@ LAYERS = (
     ("conversion",),
     ("static_clips", "packing"),
     ("coverage",),
-    ("inference", "export"),
+    ("inference",),
     ("training", "hub"),
+    ("export",),
     ("integrations", "cli"),
     ("__init__",),
 )
@@ -34,7 +35,9 @@ PRIVATE = ("octav_hf._utils.torch_private", "octav_hf._utils.transformers_compat
 # Of Transformers' modules, those that its documentation or its own quantizers and models show to be imported from.
 DOCUMENTED = ("transformers", "transformers.pytorch_utils", "transformers.quantizers", "transformers.utils")
 # What nn.Module and namedtuple pass on under a private name to be used.
-INHERITED = {"_apply", "_buffers", "_conv_forward", "_load_from_state_dict", "_replace"}
+INHERITED = {"_apply", "_buffers", "_conv_forward", "_load_from_state_dict", "_replace"} | {
+    "_reversed_padding_repeated_twice"
+}
 
 
 def imports(name: str) -> set[str]:

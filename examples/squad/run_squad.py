@@ -41,6 +41,7 @@ from transformers import (
 
 # opening a quantized checkpoint needs the plugin to be imported, also when nothing is quantized anew
 import octav_hf
+from octav_hf.export import to_onnx
 from octav_hf.hub.checkpoint_folder import CheckpointFolder
 from octav_hf.hub.output_dir import atomic_output_dir
 from octav_hf.training.checkpoints import check_checkpoint
@@ -82,12 +83,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             f"with the quantization that it carries, or start from the float model."
         )
     if not octav_args.quantize and getattr(config, "quantization_config", None) is None:
-        for name in ("pack", "calibration_batches"):
+        for name in ("pack", "calibration_batches", "export_onnx"):
             if getattr(output_args, name):
                 raise ValueError(f"--{name} needs a quantized model: add --quantize, or give one, not a float model.")
     calibrates = octav_args.static_clip_batches or output_args.calibration_batches
     if output_args.calibration_observer and not calibrates:
         raise ValueError("--calibration_observer would be ignored: add --calibration_batches or --static_clip_batches.")
+    if output_args.export_onnx and octav_args.quantize and not calibrates:
+        raise ValueError("--export_onnx needs static clips: add --static_clip_batches or --calibration_batches.")
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     windows = Windows(
         data_args.max_seq_length, data_args.doc_stride, data_args.max_query_length, data_args.pad_to_max_length
@@ -182,6 +185,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         trainer.push_to_hub(**card)
     elif training_args.do_train or output_args.pack:
         trainer.create_model_card(**card)
+    if output_args.export_onnx:
+        write_onnx(trainer)
     if output_args.pack:
         packed = write_packed(trainer)
         if training_args.do_eval:
@@ -261,6 +266,16 @@ def write_packed(trainer: QuestionAnsweringTrainer) -> CheckpointFolder:
             CheckpointFolder(str(folder)).write_card(trainer.args.hub_model_id or source.name)
     trainer.accelerator.wait_for_everyone()
     return CheckpointFolder(str(source / "packed"))
+
+
+def write_onnx(trainer: QuestionAnsweringTrainer) -> None:
+    """Write the trained model as ONNX, with tokenizer and config, to `onnx` in the output folder."""
+    if trainer.is_world_process_zero():
+        tokenizer: Any = trainer.processing_class
+        inputs = tokenizer(["Who?", "When was it?"], ["A person.", "Then."], padding=True, return_tensors="pt")
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        to_onnx(model, Path(str(trainer.args.output_dir)) / "onnx", dict(inputs), tokenizer=tokenizer)
+    trainer.accelerator.wait_for_everyone()
 
 
 def parse_arguments(

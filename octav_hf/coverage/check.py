@@ -16,12 +16,16 @@ class CoverageCheck(list[FloatOperand]):
 
     Attributes:
         matmuls: number of matmuls and convolutions that ran, quantized or not.
+        quantized_matmuls: number of those that had no operand in float.
         description: common to the operands, for the table.
     """
 
-    def __init__(self, rows: Iterable[FloatOperand], matmuls: int, description: str = "in float"):
+    def __init__(
+        self, rows: Iterable[FloatOperand], matmuls: int, quantized_matmuls: int, description: str = "in float"
+    ):
         super().__init__(rows)
         self.matmuls = matmuls
+        self.quantized_matmuls = quantized_matmuls
         self.description = description
 
     def unexplained(self, report: CoverageReport) -> "CoverageCheck":
@@ -35,7 +39,7 @@ class CoverageCheck(list[FloatOperand]):
         for operand in report:
             listed.setdefault(operand.module, []).append(operand)
         rows = (row for row in self if not _explained(row, listed))
-        return CoverageCheck(rows, self.matmuls, "in float and not listed as such")
+        return CoverageCheck(rows, self.matmuls, self.quantized_matmuls, "in float and not listed as such")
 
     def __str__(self) -> str:
         summary = f"{len(self)} operands {self.description}; {self.matmuls} matmuls ran"
@@ -89,4 +93,4 @@ def check_coverage(model: nn.Module, batch: Batch) -> CoverageCheck:
         run_batch(runnable, batch)
     if watch.matmuls == 0:
         raise ValueError(f"{type(model).__name__} ran without any matmul, so there was nothing to check")
-    return CoverageCheck(watch.float_operands, watch.matmuls)
+    return CoverageCheck(watch.float_operands, watch.matmuls, watch.quantized_matmuls)

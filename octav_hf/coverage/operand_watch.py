@@ -68,6 +68,7 @@ class OperandWatch(TorchDispatchMode):
     Attributes:
         float_operands: as the keys of a dictionary, in the order of first use.
         matmuls: number of matmuls and convolutions that ran.
+        quantized_matmuls: number of those that had no operand in float.
     """
 
     supports_higher_order_operators = True  # such as flex attention
@@ -75,7 +76,7 @@ class OperandWatch(TorchDispatchMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.float_operands: dict[FloatOperand, None] = {}
-        self.matmuls = 0
+        self.matmuls = self.quantized_matmuls = 0
         self._names = {module: name for name, module in model.named_modules()}
         self._running: list[nn.Module] = []
         # By storage, so that views share it. Keeping the tensor keeps its storage's address from being reused.
@@ -133,6 +134,7 @@ class OperandWatch(TorchDispatchMode):
             self._add(name, (argument for argument in enumerate(args) if self._is_unquantized_table(argument[1])))
             return
         self.matmuls += 1
+        self.quantized_matmuls += not any(_is_float(x) for _, x in unquantized)
         self._add(name, unquantized)
 
     def _add(self, name: str, unquantized: Iterable[tuple[int, Tensor]]) -> None:

@@ -61,7 +61,10 @@ def _move_files(source: Path, target: Path) -> None:
             if path.name != last.name:
                 moved.append(target / path.name)
                 path.rename(target / path.name)
-        (source / last.name).replace(last)
+        if (source / last.name).exists():
+            (source / last.name).replace(last)
+        else:
+            last.unlink()
     except BaseException:
         for path in (*moved, last):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

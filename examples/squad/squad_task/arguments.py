@@ -145,6 +145,13 @@ class OutputArguments:
             "--push_to_hub it is what the repository holds in the end."
         },
     )
+    export_onnx: bool = field(
+        default=False,
+        metadata={
+            "help": "Also write the model as ONNX with integer matmuls, to OUTPUT_DIR/onnx. Clips of activations must "
+            "be static: add --static_clip_batches or --calibration_batches. Needs the extra octav-hf[onnx]."
+        },
+    )
     calibration_batches: Optional[int] = field(
         default=None,
         metadata={

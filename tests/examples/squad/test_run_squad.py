@@ -14,8 +14,9 @@ from huggingface_hub import ModelCard
 from run_squad import main
 from safetensors.torch import load_file
 from squad_files import DATA, question, write_squad
-from transformers import AutoConfig, AutoTokenizer, BertForQuestionAnswering
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, BertForQuestionAnswering
 
+from octav_hf.export import verify_onnx
 from tests.twins import octav_clip_twin
 
 SIZES = ["--max_seq_length", "128", "--doc_stride", "32", "--use_cpu"]
@@ -158,7 +159,10 @@ def test_calibration_freezes_clips_before_evaluation(tiny_model: str, tmp_path: 
     words = ["--do_train", "--do_eval", "--max_steps", "2", "--quantize"]
     dynamic = main(arguments(tiny_model, tmp_path / "dynamic", *words))
     frozen = main(arguments(str(tmp_path / "dynamic"), tmp_path / "a", "--do_eval", "--calibration_batches", "3"))
-    at_once = main(arguments(tiny_model, tmp_path / "b", *words, "--calibration_batches", "3", "--pack"))
+    with pytest.raises(ValueError, match="--export_onnx needs static clips"):
+        main(arguments(tiny_model, tmp_path / "b", *words, "--export_onnx"))
+    words += ["--calibration_batches", "3", "--export_onnx", "--pack"]
+    at_once = main(arguments(tiny_model, tmp_path / "b", *words))
     words = ["--do_eval", "--calibration_batches", "3", "--calibration_observer", "histogram"]
     main(arguments(str(tmp_path / "dynamic"), tmp_path / "c", *words))
     found = [frozen_clips(tmp_path / name) for name in ("dynamic", "a", "b", "b/packed", "c")]
@@ -167,6 +171,9 @@ def test_calibration_freezes_clips_before_evaluation(tiny_model: str, tmp_path: 
     assert found[2] == found[3]
     assert {"eval_f1", "eval_exact_match"} <= set(frozen) & set(dynamic)
     assert at_once["packed_f1"] == at_once["eval_f1"]
+    model = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "b")
+    inputs = dict(AutoTokenizer.from_pretrained(tmp_path / "b/onnx")("Who?", "Ada, in London.", return_tensors="pt"))
+    assert verify_onnx(model, tmp_path / "b/onnx", inputs).integer_products == 13 + 2 * 2
 
 
 def test_static_clips_come_from_before_training(tiny_model: str, tmp_path: Path) -> None:

@@ -1,0 +1,144 @@
+"""``to_onnx``: a folder with a model's ONNX file, its config and its tokenizer."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.torch_private import uncompiled
+from .._utils.transformers_compat import attn_implementation
+from .._version import __version__
+from ..conversion.modules import activation_quantizers, transformers_models
+from ..conversion.record import check_quantized, recorded_config
+from ..hub.output_dir import atomic_output_dir
+from .extra import require_extra
+from .finish import finish
+from .folder import MODEL_FILE, write_record
+from .recorded_modules import INT8, record_modules
+from .recorded_operands import OPSET
+
+_MAX_NAMES = 3  # of operands in an error's message
+# Without it sums of two products of uint8 and int8 saturate on processors without VNNI, if weights have 8 bits.
+_EXACT_AT_8_BITS = {"session.x64quantprecision": "1"}
+
+
+def to_onnx(
+    model: nn.Module,
+    folder: str | Path,
+    example_inputs: Mapping[str, Tensor],
+    *,
+    tokenizer: Any = None,
+    dynamic_shapes: dict[str, Any] | None = None,
+) -> Path:
+    """Write a quantized model, in training form or packed, as ONNX of opset 21 whose quantized matmuls are of integers.
+
+    An activation becomes Clip (below 8 bits) → QuantizeLinear → DequantizeLinear with its static clip, a weight
+    becomes integers (INT4 at 4 bits and less, else INT8) → DequantizeLinear with its scales. Between the two a runtime
+    multiplies integers: ``sum(a * b) * scale_a * scale_b``. A convolution is a ConvInteger that is scaled, since
+    runtimes fuse the other form only with a quantized result. The offset of an asymmetric grid becomes part of the
+    bias. What is in float in ``model`` stays so; a product with one quantized operand is computed in float from the
+    values on this operand's grid. The arithmetic around is float32, without dropout.
+
+    The folder holds ``model.onnx`` (with a file of weights beside it above 2 GB), ``config.json``, as of a float model,
+    the tokenizer and ``octav_export.json``, which says what it is and has the files' SHA-256.
+
+    Args:
+        model: with static clips of activations (``calibrate_octav``). It is not changed. Attention runs in its eager
+            implementation, since others scale the query between quantization and multiplication.
+        folder: new or empty. It appears with all its files at once.
+        example_inputs: a batch as keyword arguments of the model's forward, without labels. Its names become those of
+            the inputs; the outputs get the names of the model's outputs, such as ``start_logits``.
+        tokenizer: or a processor: anything with ``save_pretrained``.
+        dynamic_shapes: input -> dimension -> name, of the sizes that may differ from the example's. ``None``: the
+            first dimension of all, ``"batch"``, and the second of matrices, ``"length"``.
+
+    Returns:
+        The path of ``model.onnx``.
+
+    Raises:
+        ImportError: the extra ``onnx`` is not installed.
+        TypeError: ``model`` is not an ``nn.Module``, or ``example_inputs`` is no mapping of tensors.
+        ValueError: ``model`` is not quantized, or has dynamic clips of activations; or the batch has labels.
+        NotImplementedError: a layer or a clip has no form in ONNX; the message says which and what to do.
+        FileExistsError: ``folder`` exists and is not empty.
+    """
+    require_extra()
+    check_quantized(model, "to_onnx")
+    model = uncompiled(model)
+    _check_static(model)
+    if not isinstance(example_inputs, Mapping) or not all(isinstance(x, Tensor) for x in example_inputs.values()):
+        raise TypeError("to_onnx takes example_inputs as a mapping of the forward's argument names to tensors")
+    config, bits = getattr(model, "config", None), recorded_config(model)
+    # A size of 1 would be taken for a constant.
+    inputs = {name: torch.cat([x, x])[: max(2, len(x))].cpu() for name, x in example_inputs.items()}
+    if dynamic_shapes is None:
+        dynamic_shapes = {name: {0: "batch"} | ({1: "length"} if x.dim() == 2 else {}) for name, x in inputs.items()}
+    recorded = nn.Module.float(copy.deepcopy(model).cpu()).eval()  # that of Transformers refuses
+    for part in transformers_models(recorded):
+        if attn_implementation(part.config) != "eager":
+            part.set_attn_implementation("eager")
+    with torch.no_grad():
+        names = _output_names(recorded(**inputs))
+        record_modules(recorded)
+        program: Any = torch.onnx.export(
+            recorded,
+            kwargs=inputs,
+            output_names=names,
+            dynamic_shapes=dynamic_shapes,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    facts = {
+        "octav_hf_version": __version__,
+        "weight_bits": str(bits.weight_bits),
+        "activation_bits": str(bits.activation_bits),
+        "embedding_bits": str(bits.embedding_bits),
+    }
+    finish(program.model)
+    program.model.metadata_props.update({f"octav_hf.{name}": value for name, value in facts.items()})
+    with atomic_output_dir(Path(folder)) as unfinished:
+        program.save(unfinished / MODEL_FILE)
+        if config is not None:
+            float_config = copy.deepcopy(config)
+            float_config.__dict__.pop("quantization_config", None)
+            float_config.architectures = [type(model).__name__]
+            float_config.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        write_record(unfinished, {**facts, "session_options": _EXACT_AT_8_BITS if _has_8_bits(recorded) else {}})
+    return Path(folder) / MODEL_FILE
+
+
+def _has_8_bits(recorded: nn.Module) -> bool:
+    """Whether a weight's integers need more than 7 bits."""
+    weights = (x for name, x in recorded.named_buffers() if name.rpartition(".")[2] == INT8)
+    return any(x.numel() and int(x.short().abs().max()) > 2**6 for x in weights)
+
+
+def _check_static(model: nn.Module) -> None:
+    dynamic = [f"{path} {operand}" for path, operand, each in activation_quantizers(model) if not each.is_frozen]
+    if dynamic:
+        names = ", ".join(dynamic[:_MAX_NAMES]) + (
+            f" and {len(dynamic) - _MAX_NAMES} more" * (len(dynamic) > _MAX_NAMES)
+        )
+        raise ValueError(
+            f"to_onnx: the clips of {names} follow the data, which no runtime computes; call "
+            "octav_hf.calibrate_octav(model, batches) first, or better before the last part of the training"
+        )
+
+
+def _output_names(outputs: Any) -> list[str]:
+    """The names of a model's outputs, those of tensors in a tuple numbered."""
+    if isinstance(outputs, Tensor):
+        return ["output"]
+    named = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
+    names: list[str] = []
+    for name, value in named:
+        if name == "loss":
+            raise ValueError("to_onnx: the model computed a loss; leave labels out of example_inputs")
+        names += [f"{name}"] if isinstance(value, Tensor) else [f"{name}.{i}" for i in range(len(value))]
+    return names

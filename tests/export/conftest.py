@@ -1,0 +1,72 @@
+"""What the tests of the export share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from transformers import BertForQuestionAnswering
+
+from octav_hf import OctavConfig, apply_octav, calibrate_octav
+from octav_hf.export import to_onnx
+
+Batch = dict[str, torch.Tensor]
+
+
+def quantized(model: Any, batch: Batch, config: OctavConfig | None = None) -> Any:
+    """``model`` with static clips of what ``batch`` shows."""
+    apply_octav(model, config or OctavConfig(activation_bits=8))
+    return calibrate_octav(model.eval(), [batch], weights=True, progress_bar=False)
+
+
+def run(folder: Path, batch: Batch) -> dict[str, np.ndarray]:
+    """The outputs of an exported folder by name, by ONNX Runtime's defaults."""
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {name: x.numpy() for name, x in batch.items()}), strict=True))
+
+
+def expected(model: nn.Module, batch: Batch) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        return {name: x.numpy() for name, x in model(**batch).items()}
+
+
+def assert_same(model: nn.Module, folder: Path, batch: Batch) -> None:
+    """The small models' outputs agree to float32 rounding: no value of theirs is that close to a boundary."""
+    outputs = expected(model, batch)
+    found = run(folder, batch)
+    assert found.keys() == outputs.keys()
+    for name, x in outputs.items():
+        np.testing.assert_allclose(found[name], x, rtol=0, atol=2e-6 * max(1.0, np.abs(x).max()))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[BertForQuestionAnswering, Path, Batch]:
+    """A small BERT with weights of 4 bits and activations of 8, what was exported of it, and the batch."""
+    from transformers import BertConfig
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = BertForQuestionAnswering(BertConfig(vocab_size=100, max_position_embeddings=64, **sizes))
+    ids = torch.randint(0, 100, (2, 16), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 10:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    folder = tmp_path_factory.mktemp("exported")
+    to_onnx(quantized(model, batch), folder, batch)
+    return model, folder, batch
+
+
+@pytest.fixture
+def copied(exported: tuple[Any, Path, Batch], tmp_path: Path) -> Path:
+    """A copy of the exported folder, to be changed."""
+    import shutil
+
+    return Path(shutil.copytree(exported[1], tmp_path / "copied"))
+
+
+MakeBert = Callable[..., BertForQuestionAnswering]
