@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering
 
 from octav_hf import OctavConfig, apply_octav
-from octav_hf.functional.fake_quantize import GRADIENT_FUNCTIONS
+from octav_hf.functional.fake_quantize import FakeQuantizeFunction
 from octav_hf.nn import FakeQuantize
 
 VARIANTS: dict[str, tuple[str, OctavConfig | None]] = {
@@ -165,10 +165,10 @@ def time_of_parts(step: Callable[[], None]) -> dict[str, float]:
 
     patched: list[tuple[Any, str, Any]] = [(FakeQuantize, "dynamic_grid", FakeQuantize.dynamic_grid)]
     FakeQuantize.dynamic_grid = clocked(FakeQuantize.dynamic_grid, "clips")  # type: ignore[method-assign]
-    for function in GRADIENT_FUNCTIONS.values():
-        for method, part in (("forward", "rounding"), ("backward", "gradient")):
-            patched.append((function, method, staticmethod(getattr(function, method))))
-            setattr(function, method, staticmethod(clocked(getattr(function, method), part)))
+    for method, part in (("forward", "rounding"), ("backward", "gradient")):
+        original = getattr(FakeQuantizeFunction, method)
+        patched.append((FakeQuantizeFunction, method, staticmethod(original)))
+        setattr(FakeQuantizeFunction, method, staticmethod(clocked(original, part)))
     try:
         step()
     finally:

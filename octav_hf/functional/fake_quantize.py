@@ -67,7 +67,7 @@ def fake_quantize(
     check_floating(x, "fake_quantize")
     check_floating(clip, "fake_quantize (clip)")
     check_num_bits(num_bits)
-    if gradient not in GRADIENT_FUNCTIONS:
+    if gradient not in list(GradientEstimator):
         raise ValueError(f"gradient must be one of {sorted(map(str, GradientEstimator))}, got {gradient!r}")
     trailing = x.shape[x.dim() - clip.dim() :] if clip.dim() <= x.dim() else None
     if trailing is None or any(c not in (1, n) for c, n in zip(clip.shape, trailing, strict=True)):
@@ -82,48 +82,32 @@ def fake_quantize(
         )
     clip = clip.detach().to(statistics_dtype(x.dtype))
     offset = None if offset is None else offset.detach().to(clip.dtype)
-    return GRADIENT_FUNCTIONS[gradient].apply(x, clip, *range_and_sign(num_bits, signed), offset)
+    return FakeQuantizeFunction.apply(x, gradient, clip, *range_and_sign(num_bits, signed), offset)
 
 
-_NO_GRADIENTS = (None,) * 5  # into what is behind x
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *grid: Any) -> Tensor:
-        return round_to_levels(x, *grid)
+class FakeQuantizeFunction(torch.autograd.Function):
+    """``fake_quantize``, with the grid as ``round_to_levels`` takes it."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, *_NO_GRADIENTS
-
-
-class _PiecewiseLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *grid: Any) -> Tensor:
-        if not ctx.needs_input_grad[0]:
-            return round_to_levels(x, *grid)
-        rounded, inside = round_and_compare(x, *grid)
-        ctx.save_for_backward(inside)
-        return rounded
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return keep_inside(grad, *ctx.saved_tensors), *_NO_GRADIENTS
-
-
-class _MagnitudeAware(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *grid: Any) -> Tensor:
-        if ctx.needs_input_grad[0]:
+    def forward(ctx: Any, x: Tensor, gradient: str, *grid: Any) -> Tensor:
+        ctx.gradient = gradient
+        if ctx.needs_input_grad[0] and gradient == GradientEstimator.PWL:
+            rounded, inside = round_and_compare(x, *grid)
+            ctx.save_for_backward(inside)
+            return rounded
+        if ctx.needs_input_grad[0] and gradient == GradientEstimator.MAD:
             clip, ctx.low, _, signed, offset = grid
             ctx.save_for_backward(x, clip, signed, offset)
         return round_to_levels(x, *grid)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, clip, signed, offset = ctx.saved_tensors
-        return attenuate_outside(grad, x, clip, ctx.low, signed, offset), *_NO_GRADIENTS
+        if ctx.gradient == GradientEstimator.PWL:
+            grad = keep_inside(grad, *ctx.saved_tensors)
+        elif ctx.gradient == GradientEstimator.MAD:
+            x, clip, signed, offset = ctx.saved_tensors
+            grad = attenuate_outside(grad, x, clip, ctx.low, signed, offset)
+        return grad, *(None,) * 6
 
 
 @elementwise("(Tensor x, Tensor clip, int low, int high, Tensor? signed, Tensor? offset) -> Tensor")
@@ -198,10 +182,3 @@ def _difference(x: Tensor, clip: Tensor, offset: Tensor | None) -> Tensor:
     """``x - offset`` in the dtype of clips: in a narrower one the difference would lose digits of ``x``."""
     value = x.to(clip.dtype)
     return value if offset is None else value - offset
-
-
-GRADIENT_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
-    GradientEstimator.STE: _StraightThrough,
-    GradientEstimator.PWL: _PiecewiseLinear,
-    GradientEstimator.MAD: _MagnitudeAware,
-}

@@ -14,8 +14,6 @@ from .table import Tails, empty_clip, is_finite
 
 _MAX_ITERATIONS = 1000  # that can be asked for
 
-_Above = Callable[[Tensor], tuple[Tensor, Tensor]]
-
 
 def _check_options(max_iterations: int | None = None) -> None:
     is_integer = isinstance(max_iterations, int) and not isinstance(max_iterations, bool)
@@ -131,12 +129,8 @@ def octav_of_rows(rows: Tensor, num_bits: int, signed: Tensor) -> Tensor:
 def updates_of_table(table: Tensor, num_bits: int, signed: Tensor, updates: int) -> Tensor:
     """Eq. 6 as it is written, ``updates`` times from s_1 on, of a magnitude table: ``[]``."""
     tails = Tails(table, signed)
-
-    def above(clip: Tensor) -> tuple[Tensor, Tensor]:
-        count, excess = (values.sum(dim=0) for values in tails.above(clip))
-        return count, excess + count * clip
-
-    clip = _updated(above, tails.nonzero, noise_factor(num_bits, signed), updates)
+    noise = noise_factor(num_bits, signed)
+    clip = _updated(lambda clip: [part.sum(dim=0) for part in tails.above(clip)], tails.nonzero, noise, updates)
     return torch.where(is_finite(table), clip, torch.nan).float()
 
 
@@ -145,19 +139,18 @@ def updates_of_rows(rows: Tensor, num_bits: int, signed: Tensor, updates: int) -
     """As ``updates_of_table``, of the elements of rows themselves."""
     magnitudes, unit = scaled_magnitudes(rows, signed)
 
-    def above(clips: Tensor) -> tuple[Tensor, Tensor]:
-        outside = magnitudes > clips
-        return outside.sum(dim=1, keepdim=True), (magnitudes * outside).sum(dim=1, keepdim=True)
+    def above(clips: Tensor) -> list[Tensor]:
+        return [part.sum(dim=1, keepdim=True) for part in (magnitudes > clips, (magnitudes - clips).clamp(min=0))]
 
     nonzero = (magnitudes > 0).sum(dim=1, keepdim=True)
     return (_updated(above, nonzero, noise_factor(num_bits, signed), updates) * unit)[:, 0]
 
 
-def _updated(above: _Above, nonzero: Tensor, noise: Tensor | float, updates: int) -> Tensor:
-    """``updates`` of Eq. 6, with the count and the sum of the magnitudes that are above clips."""
+def _updated(above: Callable[[Tensor], list[Tensor]], nonzero: Tensor, noise: Tensor | float, updates: int) -> Tensor:
+    """``updates`` of Eq. 6, with the count and the excess of the magnitudes above clips."""
     clips = nonzero.double() * 0
     for _ in range(1 + updates):  # the first of which gives s_1
-        count, total = above(clips)
+        count, excess = above(clips)
         # With nothing above it, which Eq. 6 would turn into 0, a clip stays.
-        clips = torch.where(count > 0, total / (noise * (nonzero - count) + count), clips)
+        clips = torch.where(count > 0, (excess + count * clips) / (noise * (nonzero - count) + count), clips)
     return clips

@@ -94,24 +94,21 @@ def clips_of(
         return torch.zeros(shape, dtype=statistics_dtype(x.dtype), device=x.device)
     if not isinstance(signed, Tensor):
         signed = torch.full((), signed, dtype=torch.bool, device=x.device)
-    if torch.compiler.is_compiling():
-        return operation(rows, num_bits, signed, skip, False, *options).reshape(shape)
     try:
-        return operation(rows, num_bits, signed, skip, True, *options).reshape(shape)
+        return operation(rows, num_bits, signed, skip, not torch.compiler.is_compiling(), *options).reshape(shape)
     except NotFinite:
         raise not_finite_error(x, name) from None
 
 
 def operation_of_rows(of_table: Callable[..., Tensor] | None = None, options: str = "") -> Callable[[_OfRows], Any]:
-    """Decorator: make ``of_rows(rows, num_bits, signed, *options)``, which gives clips of rows, a custom operation.
+    """Decorator: make ``of_rows(rows, num_bits, signed, *options)``, of ``[rows, n]``, a custom operation.
 
-    The operation has the arguments ``(rows, num_bits, signed, skip, check, *options)``: floating point ``[rows, ...]``,
-    bool ``[]`` for the grid's sign, and bool ``[]`` or ``None``; where it is true the clips are 0. It gives ``[rows]``
-    in ``statistics_dtype``. With ``check`` it raises ``NotFinite`` for a row on the CPU with NaN or Inf, whose clip is
-    NaN otherwise.
+    The operation is ``(rows, num_bits, signed, skip, check, *options) -> clips``, of ``[rows, ...]``: ``[rows]`` in
+    ``statistics_dtype``, 0 where ``skip``, bool ``[]`` or ``None``, is true. A row with NaN or Inf has the clip NaN, or
+    with ``check``, on the CPU, raises ``NotFinite``.
 
     Args:
-        of_table: the same as a function of a magnitude table, which is used for long rows.
+        of_table: the same of a magnitude table, for long rows.
         options: their schema.
     """
 

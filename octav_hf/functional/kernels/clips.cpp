@@ -15,7 +15,6 @@ namespace {
 constexpr int64_t kBins = 1 << 15;            // of each sign
 constexpr int64_t kNotFinite = 255 << 7;      // the first bin of Inf and NaN
 constexpr int64_t kWindow = 32 * 128;         // bins below the highest that matter
-constexpr int64_t kLongRow = 1 << 15;         // elements of a row from which its clip is that of its table
 constexpr int64_t kParallel = 1 << 15;        // elements for which a thread pays
 constexpr int64_t kMostPacked = 1 << 23;      // values that a packed table can count
 constexpr uint64_t kPackedValue = 1ull << 40; // one of them, to which its rest is added
@@ -345,16 +344,17 @@ template <class T> float clip_of_long_row(const T *x, int64_t n, const Grid &gri
 }
 
 template <class T>
-void clips_of_rows(const T *x, int64_t rows, int64_t n, const Grid &grid, const Search *search, int64_t threads, float *clips) {
-  const bool is_long = n >= kLongRow, in_parallel = is_long ? rows >= threads : rows * n >= kParallel;
+void clips_of_rows(const T *x, int64_t rows, int64_t n, bool by_table, const Grid &grid, const Search *search,
+                   int64_t threads, float *clips) {
+  const bool in_parallel = by_table ? rows >= threads : rows * n >= kParallel;
 #pragma omp parallel num_threads(threads) if (threads > 1 && in_parallel) // else threads share a long row
   {
     static thread_local std::vector<float> buffer;
-    buffer.resize(is_long ? 0 : n);
+    buffer.resize(by_table ? 0 : n);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++)
-      clips[row] = is_long ? clip_of_long_row(x + row * n, n, grid, search, threads)
-                           : clip_of_short_row(x + row * n, n, grid, search, buffer.data());
+      clips[row] = by_table ? clip_of_long_row(x + row * n, n, grid, search, threads)
+                            : clip_of_short_row(x + row * n, n, grid, search, buffer.data());
   }
 }
 
@@ -399,10 +399,10 @@ extern "C" void clip_of_table(int64_t *table, int64_t num_bits, const bool *is_s
 }
 
 // The clips of rows of n > 0 elements, NaN for rows that are not finite.
-extern "C" void clips_of_rows(const void *x, int64_t dtype, int64_t rows, int64_t n, int64_t num_bits, const bool *is_signed,
-                              const void *search, int64_t threads, float *clips) {
+extern "C" void clips_of_rows(const void *x, int64_t dtype, int64_t rows, int64_t n, int64_t by_table, int64_t num_bits,
+                              const bool *is_signed, const void *search, int64_t threads, float *clips) {
   const Grid grid{num_bits, *is_signed};
   with_type(x, dtype, [=](auto values) {
-    clips_of_rows(values, rows, n, grid, static_cast<const Search *>(search), threads, clips);
+    clips_of_rows(values, rows, n, by_table, grid, static_cast<const Search *>(search), threads, clips);
   });
 }

@@ -66,9 +66,10 @@ def _clip_of_table(table: Tensor, num_bits: int, signed: Tensor, mse: bool) -> T
 def _clips_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool, mse: bool) -> Tensor:
     clips = torch.zeros(len(rows), dtype=torch.float32, device=rows.device)
     if skip is None or not bool(skip):
-        searches = SEARCH_OF_TABLE if uses_table(rows) else SEARCH_OF_ROW
-        grid = (num_bits, signed, searches[num_bits] if mse else None)
-        _call("clips_of_rows", rows, _DTYPES[rows.dtype], *rows.shape, *grid, torch.get_num_threads(), clips)
+        by_table, threads = uses_table(rows), torch.get_num_threads()
+        search = (SEARCH_OF_TABLE if by_table else SEARCH_OF_ROW)[num_bits] if mse else None
+        shape = (_DTYPES[rows.dtype], *rows.shape, by_table)
+        _call("clips_of_rows", rows, *shape, num_bits, signed, search, threads, clips)
     if check and bool(clips.isnan().any()):
         raise NotFinite
     return clips
@@ -91,10 +92,10 @@ def _call(name: str, *arguments: Tensor | Search | int | None) -> None:
                 raise ValueError(f"a tensor of shape {shape} is on {argument.device}; C++ reads memory of the CPU")
             tensors.append(argument.contiguous().resolve_neg())
             passed.append(c_void_p(tensors[-1].data_ptr()))
+        elif isinstance(argument, Search):
+            passed.append((c_double * len(argument))(*argument))
         else:
-            passed.append(
-                (c_double * len(argument))(*argument) if isinstance(argument, Search) else c_int64(argument or 0)
-            )
+            passed.append(c_int64(argument or 0))
     getattr(_libraries[FLAGS], name)(*passed)
 
 
