@@ -22,7 +22,7 @@ __m512 exp16(__m512 x) {
   __m512 p = _mm512_set1_ps(1.9875691e-4f);
   for (float c : {1.3981999e-3f, 8.3334519e-3f, 4.1665796e-2f, 1.6666665e-1f, 5.0000001e-1f, 1.0f, 1.0f})
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(p, n);
+  return _mm512_scalef_ps(p, n); // of minus infinity 0: what p is then, NaN, does not count
 }
 
 // sums[columns] += codes[4 * groups] times matrix [groups, columns, 4]; columns are multiples of 16.
