@@ -13,17 +13,18 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     Raises:
         ValueError: the model's main input is neither ``input_ids`` nor ``pixel_values``.
     """
-    config, generator = model.config, torch.Generator().manual_seed(0)
+    config, generator = model.config, torch.Generator(device="cpu").manual_seed(0)
     if model.main_input_name == "pixel_values":
         size = getattr(config, "image_size", _IMAGE_SIZE)
         sizes = (size, size) if isinstance(size, int) else tuple(size)
-        return {"pixel_values": torch.randn(2, config.num_channels, *sizes, generator=generator, dtype=torch.float32)}
+        shape = 2, config.num_channels, *sizes
+        return {"pixel_values": torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")}
     if model.main_input_name != "input_ids":
         raise ValueError(
             f"{type(model).__name__} takes {model.main_input_name}, of which no batch can be made up; call "
             "octav_hf.export.to_onnx(model, folder, example_inputs) in Python"
         )
-    ids = torch.randint(config.vocab_size, (2, _LENGTH), generator=generator, dtype=torch.int64)
+    ids = torch.randint(config.vocab_size, (2, _LENGTH), generator=generator, dtype=torch.int64, device="cpu")
     mask = torch.ones_like(ids)
     mask[1, _LENGTH // 2 :] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
