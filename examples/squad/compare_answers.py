@@ -68,7 +68,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for form, prefix in present.items():
         results = _read(run / f"{prefix}_results.json")
-        scores = {key: results[f"{Path(prefix).name}_{key}"] for key in ("f1", "exact_match", "runtime")}
+        scores = {key: results[f"{Path(prefix).name}_{key}"] for key in ("f1", "exact_match")}
         found = {name: differences(base, lists[form], rounding) for name, base in bases.items() if name != form}
         rows.append({"run": run.name, "form": form, "questions": len(lists[form]), **scores, **found})
     return rows

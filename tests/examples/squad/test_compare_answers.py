@@ -47,7 +47,7 @@ def test_ties_are_what_rounding_moves(tmp_path: Path) -> None:
 def write_run(folder: Path, **forms: dict[str, list[dict[str, Any]]]) -> Path:
     folder.mkdir(exist_ok=True)
     for prefix, lists in forms.items():
-        scores = {f"{prefix}_f1": 50.0, f"{prefix}_exact_match": 25.0, f"{prefix}_runtime": 1.5}
+        scores = {f"{prefix}_f1": 50.0, f"{prefix}_exact_match": 25.0}
         (folder / f"{prefix}_results.json").write_text(json.dumps(scores))
         (folder / f"{prefix}_nbest_predictions.json").write_text(json.dumps(lists))
     return folder
