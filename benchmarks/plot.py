@@ -1,6 +1,6 @@
 """The plots of the README's performance section, from the JSON files that the benchmarks write.
 
-python benchmarks/plot.py --clip clip.json --step step.json --output_dir benchmarks/plots
+python benchmarks/plot.py --clip clip.json --step step.json --inference inference.json --output_dir benchmarks/plots
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 COLOURS = {"octav_clip": "#c1440e", "aminmax": "#37618e", "eq6": "#8a8a8a"}
 LABELS = {"octav_clip": "octav_clip", "aminmax": "torch.aminmax", "eq6": "Eq. 6 as it is written"}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write `clip.svg` and `step.svg`."""
+    """Write `clip.svg`, `step.svg` and `inference.svg`, of the files that are given."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--clip", type=Path, required=True, help="what clip.py --output wrote")
-    parser.add_argument("--step", type=Path, required=True, help="what step.py --output wrote")
+    for name in PLOTS:
+        parser.add_argument(f"--{name}", type=Path, help=f"what {name}.py --output wrote")
     parser.add_argument("--output_dir", type=Path, required=True)
     options = parser.parse_args(argv)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update(
         {"font.size": 10, "svg.hashsalt": "octav_hf", "axes.spines.top": False, "axes.spines.right": False}
     )
-    plot_clip(json.loads(options.clip.read_text()), options.output_dir / "clip.svg")
-    plot_step(json.loads(options.step.read_text()), options.output_dir / "step.svg")
+    for name, plot in PLOTS.items():
+        if path := getattr(options, name):
+            plot(json.loads(path.read_text()), options.output_dir / f"{name}.svg")
 
 
 def plot_clip(rows: list[dict[str, Any]], path: Path) -> None:
@@ -69,6 +71,28 @@ def plot_step(result: dict[str, Any], path: Path) -> None:
     )
     figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
+
+
+def plot_inference(result: dict[str, Any], path: Path) -> None:
+    """Times over PyTorch's in FP32 with the most threads, a panel for each model and a marker for each size."""
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    most = max(case.split(", ")[1] for case in result["rows"][0]["seconds"])
+    figure, panels = plt.subplots(1, len(models), figsize=(5 * len(models), 4), sharey=True, layout="constrained")
+    for axes, model in zip(np.atleast_1d(panels), models, strict=True):
+        rows = [row for row in result["rows"] if row["model"] == model][::-1]
+        base = next(row["seconds"] for row in rows if row["form"].startswith("PyTorch FP32"))
+        cases = [case for case in base if case.endswith(most)]
+        for case, marker, colour in zip(cases, "os^", ("#c1440e", "#37618e", "#8a8a8a"), strict=False):
+            ratios = [row["seconds"][case] / base[case] for row in rows]
+            axes.plot(ratios, [row["form"] for row in rows], marker, color=colour, label=case.split(", ")[0])
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.grid(alpha=0.3)
+        axes.set(xlim=(0, None), xlabel="time / PyTorch FP32", title=f"{model}, {most}")
+    axes.legend(title="batch x tokens", frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+PLOTS = {"clip": plot_clip, "step": plot_step, "inference": plot_inference}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -196,16 +195,19 @@ def peak_memory(name: str, size: tuple[int, int]) -> int:
     """Bytes of resident memory at their highest over three steps, less those before the first."""
     step = make_step(name, size)
     make_step(name, (1, 8))()  # what is loaded at the first use of anything does not count
-    before = resident_now()
+    before = resident_memory("VmRSS")
     for _ in range(3):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return resident_memory("VmHWM") - before
 
 
-def resident_now() -> int:
-    """Bytes of resident memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def resident_memory(field: str) -> int:
+    """Bytes of resident memory of this process: now ("VmRSS"), or at their highest ("VmHWM").
+
+    The highest that `resource.getrusage` knows begins with that of the process which started this one.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":

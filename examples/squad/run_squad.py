@@ -12,6 +12,7 @@ A run that was interrupted goes on, and ends in the weights of an uninterrupted 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import sys
@@ -22,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from squad_task.arguments import METRICS, DataArguments, ModelArguments, OctavArguments, OutputArguments
-from squad_task.dataset import load_squad_dataset, read_squad_file, sample
-from squad_task.features import Windows, evaluation_features, training_features
+from squad_task.arguments import METRICS, ModelArguments, OctavArguments, OutputArguments
+from squad_task.data_arguments import DataArguments
+from squad_task.dataset import sample
+from squad_task.features import evaluation_features, training_features
 from squad_task.metric import score_answers
-from squad_task.predictions import predict_answers
 from squad_task.trainer import QuestionAnsweringTrainer, StepTimer, peak_memory_bytes
 from torch.utils.data import DataLoader
 from transformers import (
@@ -47,7 +48,6 @@ from octav_hf.hub.output_dir import atomic_output_dir
 from octav_hf.training.checkpoints import check_checkpoint
 
 logger = logging.getLogger(__name__)
-EVAL_SAMPLE_SEED = 0
 LAST = "last"  # of --resume_from_checkpoint
 RESUME_HELP = (
     f"--resume_from_checkpoint FOLDER continues training from that checkpoint, which has to be whole. "
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             f"with the quantization that it carries, or start from the float model."
         )
     if not octav_args.quantize and getattr(config, "quantization_config", None) is None:
-        for name in ("pack", "calibration_batches", "export_onnx"):
+        for name in ("pack", "calibration_batches", "export_onnx", "also_evaluate"):
             if getattr(output_args, name):
                 raise ValueError(f"--{name} needs a quantized model: add --quantize, or give one, not a float model.")
     calibrates = octav_args.static_clip_batches or output_args.calibration_batches
@@ -92,9 +92,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if output_args.export_onnx and octav_args.quantize and not calibrates:
         raise ValueError("--export_onnx needs static clips: add --static_clip_batches or --calibration_batches.")
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-    windows = Windows(
-        data_args.max_seq_length, data_args.doc_stride, data_args.max_query_length, data_args.pad_to_max_length
-    )
+    windows = data_args.windows()
     windows.check(tokenizer)
     windows.check_model(config)
     teacher = model_args.distill_from
@@ -109,10 +107,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     features: dict[str, Dataset] = {}
     if training_args.do_train or output_args.calibration_batches:
         seed = training_args.data_seed if training_args.data_seed is not None else training_args.seed
-        examples["train"] = sample(load_examples(data_args, "train"), data_args.max_train_samples, seed)
+        examples["train"] = sample(data_args.load("train"), data_args.max_train_samples, seed)
         features["train"] = training_features(examples["train"], tokenizer, windows)
     if training_args.do_eval:
-        examples["eval"] = sample(load_examples(data_args, "validation"), data_args.max_eval_samples, EVAL_SAMPLE_SEED)
+        examples["eval"] = data_args.evaluation_examples()
         features["eval"] = evaluation_features(examples["eval"], tokenizer, windows)
 
     model = AutoModelForQuestionAnswering.from_pretrained(model_args.model_name_or_path, config=config)
@@ -123,16 +121,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         octav_hf.distill(model, AutoModelForQuestionAnswering.from_pretrained(teacher))
 
     def score_logits(start_logits: np.ndarray, end_logits: np.ndarray, prefix: str) -> dict[str, float]:
-        predictions = predict_answers(
-            examples["eval"],
-            features["eval"],
-            start_logits,
-            end_logits,
-            data_args.n_best_size,
-            data_args.max_answer_length,
-            data_args.version_2_with_negative,
-            data_args.null_score_diff_threshold,
-        )
+        predictions = data_args.predict(examples["eval"], features["eval"], start_logits, end_logits)
         if trainer.is_world_process_zero():
             predictions.write(str(training_args.output_dir), prefix)
         return score_answers(examples["eval"], predictions.texts, predictions.null_probability)
@@ -154,6 +143,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         octav_hf.calibrate_octav(unwrapped, random_batches(parts, batches), observer=observer, weights=weights)
 
     results: dict[str, float] = {}
+
+    def evaluate_again(form: torch.nn.Module, prefix: str) -> None:
+        metrics = QuestionAnsweringTrainer(model=form, **parts).evaluate(metric_key_prefix=prefix)
+        report(trainer, prefix, metrics)
+        results.update(metrics)
+
     if octav_args.static_clip_batches:
         calibrate(octav_args.static_clip_batches, weights=True)
     if training_args.do_train:
@@ -190,13 +185,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if output_args.pack:
         packed = write_packed(trainer)
         if training_args.do_eval:
-            again = QuestionAnsweringTrainer(model=packed.load(), **parts)
-            metrics = again.evaluate(metric_key_prefix="packed")
-            report(trainer, "packed", metrics)
-            results.update(metrics)
+            evaluate_again(packed.load(), "packed")
         if training_args.push_to_hub and trainer.is_world_process_zero():
             repo_id = training_args.hub_model_id or Path(str(training_args.output_dir)).name
             packed.push(repo_id, private=training_args.hub_private_repo, token=training_args.hub_token)
+    for form in output_args.also_evaluate or []:
+        model = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model))
+        if form == "float64":
+            evaluate_again(model.double(), form)
+        else:
+            evaluate_again(octav_hf.convert_octav(model, reference=form == "reference"), form)
     return results
 
 
@@ -297,6 +295,8 @@ def parse_arguments(
         raise ValueError("Nothing to do: pass --do_train, --do_eval or both.")
     if octav_args.quantize and not training_args.do_train:
         raise ValueError("--quantize starts quantization-aware training: add --do_train.")
+    if output_args.also_evaluate and not training_args.do_eval:
+        raise ValueError("--also_evaluate goes with --do_eval: add that, or leave it out.")
     if model_args.distill_from and not training_args.do_train:
         raise ValueError("--distill_from is for training: add --do_train, or leave it out.")
     if training_args.resume_from_checkpoint and not training_args.do_train:
@@ -346,15 +346,6 @@ def check_output_dir(training_args: TrainingArguments, checkpoint: str | None) -
             f"--output_dir {folder} is not empty. Choose another folder, empty it, or continue its run with "
             f"--resume_from_checkpoint CHECKPOINT, or with --resume_from_checkpoint {LAST}."
         )
-
-
-def load_examples(data_args: DataArguments, split: str) -> Dataset:
-    """The checked questions of `split` ("train" or "validation")."""
-    allow_no_answer = data_args.version_2_with_negative
-    if data_args.dataset_name is not None:
-        return load_squad_dataset(data_args.dataset_name, split, data_args.dataset_config_name, allow_no_answer)
-    path = data_args.train_file if split == "train" else data_args.validation_file
-    return read_squad_file(str(path), allow_no_answer)
 
 
 def report(trainer: QuestionAnsweringTrainer, split: str, metrics: dict[str, float]) -> None:

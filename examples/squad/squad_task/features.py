@@ -7,14 +7,16 @@ always comes first and is never cut to make room: only the context is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from torch import Tensor
-from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from squad_task.dataset import read_squad_file, sample
-from squad_task.positions import max_positions
+
+if TYPE_CHECKING:  # evaluate_onnx.py runs without torch, which these import
+    from torch import Tensor
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Windows:
 
     def check_model(self, config: PreTrainedConfig, name: str = "model") -> None:
         """Raise `ValueError` when a model of `config`, which the message calls `name`, has too few positions."""
+        from squad_task.positions import max_positions  # imports torch
+
         limit = max_positions(config)
         if limit is not None:
             self._check_length(limit, name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compare_answers import table
 from squad_study.cells import cell_of
 from squad_study.record import read_lines
 from squad_study.tables import cells_table, scores_table
@@ -82,3 +83,7 @@ def test_tables_are_those_of_the_records(name: str) -> None:
     )
     table = cells_table(lines) if name == "demo" else scores_table(lines, "eval_f1")
     assert table in README
+
+
+def test_the_table_of_answers_is_that_of_the_record() -> None:
+    assert table(json.loads((RESULTS / "deploy/answers.json").read_text(encoding="utf-8"))["rows"]) in README

@@ -149,6 +149,23 @@ def test_pack_writes_what_scores_the_same_and_a_card(tiny_model: str, tmp_path: 
     assert again["eval_f1"] == metrics["eval_f1"]
 
 
+def test_integers_give_the_scores_of_their_exact_products(tiny_model: str, tmp_path: Path) -> None:
+    words = ["--do_train", "--max_steps", "2", "--quantize", "--activation_bits", "8", "--static_clip_batches", "2"]
+    main(arguments(tiny_model, tmp_path / "out", *words))
+    with pytest.raises(ValueError, match="--also_evaluate goes with --do_eval"):
+        main(arguments(tiny_model, tmp_path / "out2", *words, "--also_evaluate", "integer"))
+    folder = tmp_path / "evaluated"
+    metrics = main(arguments(str(tmp_path / "out"), folder, "--do_eval", "--also_evaluate", "integer", "reference"))
+    assert metrics["integer_f1"] == metrics["reference_f1"]
+    integer, reference, simulated = (
+        json.loads((folder / f"{name}_nbest_predictions.json").read_text()) for name in ("integer", "reference", "eval")
+    )
+    assert {name: [each["offsets"] for each in lists] for name, lists in integer.items()} == {
+        name: [each["offsets"] for each in lists] for name, lists in reference.items()
+    }
+    assert integer != simulated  # which rounds the sums that these two have exactly
+
+
 def frozen_clips(folder: Path) -> dict[str, list[float]]:
     """The frozen clips of activations in a checkpoint."""
     tensors = load_file(folder / "model.safetensors")
@@ -269,7 +286,7 @@ def test_windows_longer_than_the_positions_are_refused_before_any_work(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of models whose tokenizer knows no limit."""
-    monkeypatch.setattr("run_squad.load_examples", lambda *args: pytest.fail("the data were read"))
+    monkeypatch.setattr("squad_task.data_arguments.DataArguments.load", lambda *args: pytest.fail("the data were read"))
     for name, positions in (("long", 128), ("short", 64)):
         config = AutoConfig.from_pretrained(tiny_model, max_position_embeddings=positions)
         BertForQuestionAnswering(config).save_pretrained(tmp_path / name)

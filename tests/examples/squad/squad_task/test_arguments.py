@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from run_squad import check_output_dir, checkpoint_to_resume, main, parse_arguments
-from squad_task.arguments import DataArguments, OctavArguments
+from squad_task.arguments import OctavArguments
+from squad_task.data_arguments import DataArguments
 
 from octav_hf import OctavConfig
 from octav_hf.config import WRITTEN_FIELDS

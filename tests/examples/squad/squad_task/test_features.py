@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from squad_files import CONTEXT, DATA, examples
 from squad_task.features import Windows, evaluation_features, training_batch, training_features
-from squad_task.metric import normalize
+from squad_task.scores import normalize
 from transformers import PreTrainedTokenizerBase
 
 SHORT = Windows(max_seq_length=128, doc_stride=32)

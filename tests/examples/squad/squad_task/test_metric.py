@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from squad_task.metric import SquadMetric, normalize
+from squad_task.metric import SquadMetric
+from squad_task.scores import normalize
 
 
 def score(config_name: str, cases: list[tuple[str, list[str]]], **options: Any) -> dict[str, float]:
