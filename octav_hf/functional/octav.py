@@ -149,7 +149,8 @@ def updates_of_rows(rows: Tensor, num_bits: int, signed: Tensor, updates: int) -
 def _updated(above: Callable[[Tensor], list[Tensor]], nonzero: Tensor, noise: Tensor | float, updates: int) -> Tensor:
     """``updates`` of Eq. 6, with the count and the excess of the magnitudes above clips."""
     clips = nonzero.double() * 0
-    for _ in range(1 + updates):  # the first of which gives s_1
+    clips = above(clips)[1] / nonzero.clamp(min=1)  # s_1
+    for _ in range(updates):
         count, excess = above(clips)
         # With nothing above it, which Eq. 6 would turn into 0, a clip stays.
         clips = torch.where(count > 0, (excess + count * clips) / (noise * (nonzero - count) + count), clips)

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octav_hf.functional import octav_clip
+from octav_hf.functional.octav import updates_of_table
+from octav_hf.functional.table import magnitude_table
 from tests import twins
 
 MILLION = 10**6
@@ -243,6 +245,15 @@ def test_rows_that_alternate_beside_rows_that_do_not(num_bits: int) -> None:
     got = octav_clip(x, num_bits, dim=1)
     assert any(is_two_cycle(row, num_bits, True) for row in rows[: len(cases)])
     np.testing.assert_allclose(got.double().numpy(), rows_twin(x, (0,), num_bits), rtol=RELATIVE)
+
+
+@pytest.mark.parametrize("updates", [0, 1, 2, 10])
+def test_truncation_of_a_table(updates: int) -> None:
+    """Values that are too small beside the largest to matter to a clip count among those that are not zero."""
+    x = torch.randn(3000, generator=torch.Generator().manual_seed(0)) ** 5
+    assert (x.abs() < x.abs().max() / 2**33).sum() > 100
+    clip = updates_of_table(magnitude_table(x), 4, torch.tensor(True), updates)
+    assert scalar(clip) == pytest.approx(twins.octav_clip_twin(x, 4, True, updates), rel=1e-3)
 
 
 @pytest.mark.parametrize("max_iterations", [31, 32])
