@@ -19,8 +19,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_there_are_five_snippets() -> None:
-    assert len(SNIPPETS) == 5
+def test_there_are_six_snippets() -> None:
+    assert len(SNIPPETS) == 6
 
 
 def test_the_trainer_snippet_runs_and_its_checkpoint_comes_back_quantized(
@@ -72,7 +72,7 @@ def test_the_checkpoint_snippet_runs(
 
 def test_the_integer_snippet_runs(small_bert: Callable[..., BertForQuestionAnswering], padded_batch: dict) -> None:
     model = octav_hf.apply_octav(small_bert(), octav_hf.OctavConfig())
-    exec(SNIPPETS[2], {"octav_hf": octav_hf, "model": model, "batches": [padded_batch]})
+    exec(SNIPPETS[3], {"octav_hf": octav_hf, "model": model, "batches": [padded_batch]})
     assert all(row.arithmetic.startswith("integers") for row in coverage_report(model) if row.bits)
 
 
@@ -80,13 +80,13 @@ def test_the_checking_snippet_runs(
     small_bert: Callable[..., BertForQuestionAnswering], padded_batch: dict, capsys: pytest.CaptureFixture
 ) -> None:
     model = octav_hf.apply_octav(small_bert(), octav_hf.OctavConfig())
-    exec(SNIPPETS[3], {"octav_hf": octav_hf, "model": model, "batch": padded_batch})
+    exec(SNIPPETS[4], {"octav_hf": octav_hf, "model": model, "batch": padded_batch})
     assert capsys.readouterr().out == "0 operands in float; 17 matmuls ran\n"
 
 
 def test_the_numerics_snippet_runs() -> None:
     names: dict[str, torch.Tensor] = {}
-    exec(SNIPPETS[4], names)
+    exec(SNIPPETS[5], names)
     assert names["clip"].shape == (1024, 1)
     assert names["y"].shape == names["x"].shape
     assert all(row.unique().numel() <= 16 for row in names["y"])
