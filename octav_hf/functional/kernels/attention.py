@@ -16,8 +16,9 @@ _FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni",
 
 def is_supported(x: Tensor) -> bool:
     """Whether ``attention`` can be used for operands like ``x``."""
-    has_vnni = torch.cpu.get_capabilities().get("avx512_vnni", False)
-    return has_vnni and x.dtype == torch.float32 and can_compile(x, ("cpu",)) and _library() is not None
+    if x.dtype != torch.float32 or not can_compile(x, ("cpu",)):
+        return False
+    return torch.cpu.get_capabilities().get("avx512_vnni", False) and _library() is not None
 
 
 def attention(
