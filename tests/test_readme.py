@@ -39,14 +39,18 @@ def test_the_trainer_snippet_runs_and_its_checkpoint_comes_back_quantized(
         "train_dataset": [row | {"start_positions": position, "end_positions": position}] * 4,
     }
     exec(SNIPPETS[0], names)
-    assert str(coverage_report(names["model"])) in capsys.readouterr().out
+    printed = capsys.readouterr().out
 
     with torch.no_grad():
-        trained = names["model"].eval()(**padded_batch).start_logits
+        converted = names["model"].eval()(**padded_batch).start_logits
+        logits = []
         for folder in ("bert-4bit", "bert-4bit-packed"):
             loaded = AutoModelForQuestionAnswering.from_pretrained(folder)
             assert len(coverage_report(loaded).quantized("attention")) == 8
-            assert torch.equal(loaded(**padded_batch).start_logits, trained)
+            assert folder != "bert-4bit" or str(coverage_report(loaded)) in printed
+            logits.append(loaded(**padded_batch).start_logits)
+    assert torch.equal(*logits)
+    torch.testing.assert_close(converted, logits[0], rtol=0, atol=1e-3)
 
 
 def test_the_checkpoint_snippet_runs(

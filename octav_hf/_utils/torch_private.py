@@ -47,6 +47,17 @@ def compilation_errors() -> tuple[type[Exception], ...]:
     return TorchDynamoException, FailOnRecompileLimitHit
 
 
+def vector_width() -> dict[str, int]:
+    """An option of ``torch.compile``: the bits of this processor's vectors, as it would choose them itself.
+
+    Compiled graphs are cached under a key that lacks them: a cache that another processor has filled would give loops
+    that leave out elements.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa  # takes a second, too
+
+    return {"cpp.simdlen": pick_vec_isa().bit_width()}
+
+
 def schema(operator: Any) -> Any:
     """The name and arguments of an operator, and which of them it writes to, which have no public path."""
     return operator._schema

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._utils.torch_private import compilation_errors, function_mode_stack, tree_map, without_innermost_function_mode
+from ..._utils.torch_private import (
+    compilation_errors,
+    function_mode_stack,
+    tree_map,
+    vector_width,
+    without_innermost_function_mode,
+)
 from ..rows import memory_order
 from .compilation import can_compile, disable_kernels, kernels_disabled
 from .operations import operation
@@ -72,7 +78,11 @@ class Elementwise:
             return self.plain(*arguments)
         if self._compiled is None:
             self._compiled = torch.compile(  # type: ignore[call-overload]  # its stubs lack recompile_limit
-                self.plain, dynamic=True, fullgraph=True, recompile_limit=_RECOMPILE_LIMIT
+                self.plain,
+                dynamic=True,
+                fullgraph=True,
+                recompile_limit=_RECOMPILE_LIMIT,
+                options=vector_width(),
             )
         try:
             with _neutral(device):

@@ -236,3 +236,20 @@ def test_without_a_compiler_one_warning_and_the_plain_functions(tmp_path: Path) 
     torch.testing.assert_close(clip, octav_clip(x, 4), rtol=1e-6, atol=0)
     torch.testing.assert_close(row_clips, octav_clip(x, 4, dim=1), rtol=1e-6, atol=0)
     assert torch.equal(quantized, fake_quantize(x, torch.tensor(2.5), 4))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs vectors of two widths")
+def test_processors_with_other_vectors_share_a_cache(tmp_path: Path) -> None:
+    script = (
+        "import torch\n"
+        "from octav_hf.functional import fake_quantize\n"
+        "x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))\n"
+        f"torch.save(fake_quantize(x, torch.tensor(2.5), 4), {str(tmp_path / 'result.pt')!r})\n"
+    )
+    folders = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(Path(fused.__file__).parents[3])}
+    expected = fake_quantize(torch.randn(300, 200, generator=torch.Generator().manual_seed(0)), torch.tensor(2.5), 4)
+    for width in ("avx512", "avx2"):
+        environment = {**os.environ, **folders, "ATEN_CPU_CAPABILITY": width}
+        subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+        assert torch.equal(torch.load(tmp_path / "result.pt"), expected), width
