@@ -346,14 +346,18 @@ template <class T> float clip_of_long_row(const T *x, int64_t n, const Grid &gri
 template <class T>
 void clips_of_rows(const T *x, int64_t rows, int64_t n, bool by_table, const Grid &grid, const Search *search,
                    int64_t threads, float *clips) {
-  const bool in_parallel = by_table ? rows >= threads : rows * n >= kParallel;
-#pragma omp parallel num_threads(threads) if (threads > 1 && in_parallel) // else threads share a long row
+  if (by_table && rows < threads) { // which share a row: inside another parallel region they would be started anew
+    for (int64_t row = 0; row < rows; row++)
+      clips[row] = clip_of_long_row(x + row * n, n, grid, search, threads);
+    return;
+  }
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows * n >= kParallel)
   {
     static thread_local std::vector<float> buffer;
     buffer.resize(by_table ? 0 : n);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++)
-      clips[row] = by_table ? clip_of_long_row(x + row * n, n, grid, search, threads)
+      clips[row] = by_table ? clip_of_long_row(x + row * n, n, grid, search, 1)
                             : clip_of_short_row(x + row * n, n, grid, search, buffer.data());
   }
 }
