@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._utils.torch_private import load_cpp
-from .compilation import can_compile, disable_kernels
-from .cpu import source_of
+from .compilation import can_compile
+from .cpu import load
 
 _FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-fno-math-errno")
 
@@ -75,10 +74,8 @@ def attention(
 @functools.cache
 def _library() -> Any:
     """The C++ function; ``None`` if it does not compile."""
-    try:
-        library = load_cpp(source_of("attention.cpp"), _FLAGS)
-    except Exception as error:  # such as no compiler, or a read-only cache
-        disable_kernels(error)
+    library = load("attention.cpp", _FLAGS)
+    if library is None:
         return None
     library.attention.restype = None
     pointers, scalars = [c_void_p] * 3, [c_float] * 4

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._utils.torch_private import load_cpp
-from .compilation import can_compile, disable_kernels
-from .cpu import LOOPS, source_of
+from .compilation import can_compile
+from .cpu import LOOPS, load
 
 _FLAGS = (*LOOPS, "-fno-math-errno", "-fno-trapping-math")  # rounding and conversion in vectors
 _PARALLEL = 1 << 15  # elements for which threads pay
@@ -55,10 +54,8 @@ def round_to_codes(
 @functools.cache
 def _library() -> Any:
     """The C++ functions; ``None`` if they do not compile."""
-    try:
-        library = load_cpp(source_of("codes.cpp"), _FLAGS)
-    except Exception as error:  # such as no compiler, or a read-only cache
-        disable_kernels(error)
+    library = load("codes.cpp", _FLAGS)
+    if library is None:
         return None
     library.round_to_codes.restype = None
     grid = c_void_p, c_bool, c_float, c_float, c_float

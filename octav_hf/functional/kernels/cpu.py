@@ -35,13 +35,10 @@ def is_supported(x: Tensor) -> bool:
     if x.numel() < MIN_NUMEL or x.dtype not in _DTYPES or x.device.type != "cpu" or kernels_disabled():
         return False
     if FLAGS not in _libraries:
-        try:
-            _libraries[FLAGS] = load_cpp(
-                source_of("clips.cpp"), (*LOOPS, *FLAGS)
-            )  # cached on disk by torch's own means
-        except Exception as error:  # such as no compiler, or a read-only cache
-            disable_kernels(error)
+        library = load("clips.cpp", (*LOOPS, *FLAGS))
+        if library is None:
             return False
+        _libraries[FLAGS] = library
     return True
 
 
@@ -99,6 +96,13 @@ def _call(name: str, *arguments: Tensor | Search | int | None) -> None:
     getattr(_libraries[FLAGS], name)(*passed)
 
 
-def source_of(name: str) -> str:
-    """The text of a file in C++ beside this one."""
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+def load(file: str, flags: tuple[str, ...]) -> Any:
+    """The functions of a C++ file beside this one, cached on disk by torch's own means.
+
+    ``None``, and no compiled kernels from then on, if it does not compile.
+    """
+    try:
+        return load_cpp(Path(__file__).with_name(file).read_text(encoding="utf-8"), flags)
+    except Exception as error:  # such as no compiler, or a read-only cache
+        disable_kernels(error)
+        return None
