@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from octav_hf.functional.kernels import cuda, triton_kernels
+from octav_hf.functional.kernels import cuda, cuda_loops, triton_kernels, triton_loops
 
 ARCHITECTURES = (80, 90, 100)
 LENGTHS = {
@@ -37,26 +37,27 @@ TYPES = {
     torch.float16: "fp16",
     torch.float64: "fp64",
     torch.int64: "i64",
+    torch.uint8: "u8",
     torch.bool: "i1",
 }
 
-Launch = tuple[Any, tuple[Any, ...], int]
-"""Kernel, arguments, warps."""
+Launch = tuple[Any, tuple[Any, ...], int, bool]
+"""Kernel, arguments, warps, whether multiplications and additions may be fused."""
 
 
 class Kernels:
-    """In place of the module with the kernels: what is launched is kept in ``launches``."""
+    """In place of a module with kernels: what is launched is kept in ``launches``."""
 
     BINS, TAILS = triton_kernels.BINS, triton_kernels.TAILS
 
-    def __init__(self) -> None:
-        self.launches: list[Launch] = []
+    def __init__(self, module: Any, launches: list[Launch]) -> None:
+        self.module, self.launches = module, launches
 
     def __getattr__(self, name: str) -> Any:
-        kernel = getattr(triton_kernels, name)
+        kernel = getattr(self.module, name)
 
-        def launch(*arguments: Any, num_warps: int = 4) -> None:
-            self.launches.append((kernel, arguments, num_warps))
+        def launch(*arguments: Any, num_warps: int = 4, enable_fp_fusion: bool = True) -> None:
+            self.launches.append((kernel, arguments, num_warps, enable_fp_fusion))
 
         return _Grid(launch)
 
@@ -71,20 +72,29 @@ class _Grid:
 
 def launches() -> list[Launch]:
     """What ``cuda.py`` launches for both rules, each dtype and length, with and without ``skip``."""
-    kernels = Kernels()
+    found: list[Launch] = []
     signed = torch.empty((), dtype=torch.bool, device="meta")
-    with mock.patch.object(cuda, "_triton_kernels", return_value=kernels):
+    with mock.patch.object(cuda, "_triton_kernels", return_value=Kernels(triton_kernels, found)):
         for dtype, lengths in LENGTHS.items():
             for length in lengths:
                 rows = torch.empty(2, length, dtype=dtype, device="meta")
                 cuda.octav_of_rows(rows, 4, signed, None, False)
                 cuda.mse_of_rows(rows, 4, signed, signed, False)
-    return kernels.launches
+    with mock.patch.object(cuda_loops, "_triton_loops", return_value=Kernels(triton_loops, found)):
+        for dtype in LENGTHS:
+            x, clip = (torch.empty(2, 3, 32, 4, dtype=dtype, device="meta") for _ in range(2))
+            for clips in (clip[0, 0, 0, 0], clip[..., :1], clip[:, :, :1], clip[:, :1, :, :1], clip):
+                grid = (x, clips.float(), -8, 7, signed, clips.float().amax())
+                cuda.round_to_levels(*grid)
+                _, inside = cuda.round_and_compare(*grid)
+                cuda.attenuate_outside(x, *grid[:3], *grid[4:])
+            cuda.keep_inside(x, inside)
+    return found
 
 
 def describe(launch: Launch) -> str:
     """A name for what is compiled: kernel, dtype, and what it is specialised for."""
-    kernel, arguments, _ = launch
+    kernel, arguments, *_ = launch
     named = dict(zip(kernel.arg_names, arguments, strict=True))
     words = [kernel.__name__, TYPES[arguments[0].dtype]]
     if "lowest" in named:
@@ -93,6 +103,10 @@ def describe(launch: Launch) -> str:
         words.append("skip")
     if named.get("length", 0) % 16:
         words.append("odd length")
+    if "dims" in named:
+        words.append(f"{named['dims']} loops" + ", one clip each" * named["varies"])
+    if named.get("is_inside") is not None:
+        words.append("is_inside")
     if named.get("block"):
         words.append(f"block {named['block']}")
     return ", ".join(words)
@@ -100,7 +114,7 @@ def describe(launch: Launch) -> str:
 
 def source(launch: Launch) -> ASTSource:
     """What Triton's own launch would compile."""
-    kernel, arguments, _ = launch
+    kernel, arguments, *_ = launch
     signature, constants, attributes = {}, {}, {}
     for index, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
         aligned = not parameter.do_not_specialize
@@ -119,7 +133,7 @@ def source(launch: Launch) -> ASTSource:
 
 def assemble(launch: Launch, architecture: int) -> dict[str, int]:
     """Registers of a thread and bytes that are spilled."""
-    target, options = GPUTarget("cuda", architecture, 32), {"num_warps": launch[2]}
+    target, options = GPUTarget("cuda", architecture, 32), {"num_warps": launch[2], "enable_fp_fusion": launch[3]}
     ptx = triton.compile(source(launch), target=target, options=options).asm["ptx"]
     tools = triton.knobs.nvidia
     ptxas = tools.ptxas_blackwell if architecture >= 100 else tools.ptxas

@@ -1,6 +1,7 @@
-"""The operations behind clips on a CUDA device, by the kernels in ``triton_kernels.py``.
+"""The operations of a training step on a CUDA device: clips by the kernels in ``triton_kernels.py``, and loops.
 
-Arguments and results are those of the functions of the same names in ``table.py``, ``octav.py`` and ``mse.py``.
+Arguments and results are those of the functions of the same names in ``table.py``, ``octav.py``, ``mse.py`` and
+``fake_quantize.py``.
 """
 
 from functools import cache, partial
@@ -12,6 +13,20 @@ from torch import Tensor
 from ..mse import SEARCH_OF_ROW, SEARCH_OF_TABLE
 from ..table import uses_table
 from .compilation import disable_kernels, kernels_disabled
+from .cuda_loops import attenuate_outside, keep_inside, round_and_compare, round_to_levels
+
+__all__ = [
+    "attenuate_outside",
+    "fixed_point_of_table",
+    "is_supported",
+    "keep_inside",
+    "lowest_error_of_table",
+    "magnitude_table",
+    "mse_of_rows",
+    "octav_of_rows",
+    "round_and_compare",
+    "round_to_levels",
+]
 
 DEVICE_TYPES: tuple[str, ...] = ("cuda",)
 
@@ -20,6 +35,7 @@ _BLOCK = 2048  # values that a program counts
 _PACKED = 1 << 22  # most values in a packed table, which overflows at 2^23
 _NO_SEARCH = (None,) * len(SEARCH_OF_TABLE[2])
 _TABLES = 64  # of rows, each of 1.5 MB, that are in memory at once
+_SPREAD = 8  # packed tables of a long row, of which every 64 blocks get one: additions to one address wait
 
 
 def is_supported(x: Tensor) -> bool:
@@ -40,8 +56,8 @@ def _clip_of_table(table: Tensor, num_bits: int, signed: Tensor, mse: bool) -> T
 def _clips_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool, mse: bool) -> Tensor:
     rows = rows.contiguous()
     if uses_table(rows):
-        parts = rows.split(_TABLES)
-        return torch.cat([_clips_of_tables(_tables(part, skip), num_bits, signed, mse) for part in parts])
+        clips = [_clips_of_tables(_tables(part, skip), num_bits, signed, mse) for part in rows.split(_TABLES)]
+        return clips[0] if len(clips) == 1 else torch.cat(clips)
     result = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     block = 1 << max(5, (rows.shape[1] - 1).bit_length())
     search = SEARCH_OF_ROW[num_bits] if mse else _NO_SEARCH
@@ -62,12 +78,12 @@ def _tables(rows: Tensor, skip: Tensor | None) -> Tensor:
     triton = _triton_kernels(rows.device)
     (count, length), bins = rows.shape, triton.BINS.value
     blocks = -(-length // _BLOCK)
-    parts = -(-blocks * _BLOCK // _PACKED)
+    parts = max(-(-blocks * _BLOCK // _PACKED), min(_SPREAD, blocks // 64, _TABLES // max(1, count)))
     packed = torch.zeros(count, parts, bins, dtype=torch.int64, device=rows.device)
     tables = torch.empty(count, 2, 2, bins // 2, dtype=torch.int64, device=rows.device)
     with torch.cuda.device_of(rows):
         triton.count[(blocks, count)](rows, skip, packed, length, parts, _BLOCK, num_warps=8)
-        triton.unpack[(bins // 1024, count)](packed, tables, parts, 1024)
+        triton.unpack[(bins // 256, count)](packed, tables, parts, 256, num_warps=2)
     return tables
 
 
@@ -92,7 +108,7 @@ def _triton_kernels(device: torch.device) -> Any:
     try:
         table = torch.empty(2 * triton_kernels.BINS.value, dtype=torch.int64, device=device)
         with torch.cuda.device_of(table):
-            triton_kernels.unpack[(1,)](table, table, 0, 1024)
+            triton_kernels.unpack[(1,)](table, table, 0, 256, num_warps=2)
     except Exception as error:
         disable_kernels(error)
         return None

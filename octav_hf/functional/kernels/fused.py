@@ -57,21 +57,14 @@ class Elementwise:
 
     def _run(self, tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> Any:
         first = tensors[0]
-        if not fuses(first):
-            return self.plain(*tensors, *parameters)
-        order = memory_order(first)
-        ordered = first.permute(order)
-        same_layout = ordered.is_contiguous() and all(tensor.stride() == first.stride() for tensor in tensors)
-        in_order = [_in_order(parameter, order) for parameter in parameters]
-        loops = _loops(ordered.shape, in_order) if same_layout else None
+        loops = in_loops(tensors, parameters) if fuses(first) else None
         if loops is None:
             return self.plain(*tensors, *parameters)
-        sizes, viewed = loops
-        results = self._call_compiled(
-            first.device.type, *(tensor.permute(order).view(sizes) for tensor in tensors), *viewed
-        )
+        order = memory_order(first)
+        results = self._call_compiled(first.device.type, *loops[0], *loops[1])
+        shape = [first.shape[d] for d in order]
         inverse = sorted(range(first.dim()), key=order.__getitem__)
-        return tree_map(lambda result: result.view(ordered.shape).permute(inverse), results)
+        return tree_map(lambda result: result.view(shape).permute(inverse), results)
 
     def _call_compiled(self, device: str, *arguments: Any) -> Any:
         if kernels_disabled():
@@ -107,6 +100,23 @@ def _neutral(device: str) -> Iterator[None]:
         for _ in range(len(function_mode_stack())):
             stack.enter_context(without_innermost_function_mode())
         yield
+
+
+def in_loops(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[list[Tensor], list[Any]] | None:
+    """Tensors of one shape as views in memory order, and parameters that broadcast to them, by ``_loops``.
+
+    ``None`` if the tensors are not in memory alike, without gaps.
+    """
+    first = tensors[0]
+    order = memory_order(first)
+    ordered = first.permute(order)
+    if not ordered.is_contiguous() or any(tensor.stride() != first.stride() for tensor in tensors):
+        return None
+    loops = _loops(ordered.shape, [_in_order(parameter, order) for parameter in parameters])
+    if loops is None:
+        return None
+    sizes, viewed = loops
+    return [tensor.permute(order).view(sizes) for tensor in tensors], viewed
 
 
 def _in_order(parameter: Any, order: list[int]) -> Any:
