@@ -32,6 +32,7 @@ DEVICE_TYPES: tuple[str, ...] = ("cuda",)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)  # of values and of tables
 _BLOCK = 2048  # values that a program counts
+_BLOCKS = 8  # of them, whose moments a program sums
 _PACKED = 1 << 22  # most values in a packed table, which overflows at 2^23
 _NO_SEARCH = (None,) * len(SEARCH_OF_TABLE[2])
 _TABLES = 64  # of rows, each of 1.5 MB, that are in memory at once
@@ -50,13 +51,13 @@ def magnitude_table(x: Tensor) -> Tensor:
 
 
 def _clip_of_table(table: Tensor, num_bits: int, signed: Tensor, mse: bool) -> Tensor:
-    return _clips_of_tables(table[None].contiguous(), num_bits, signed, mse)[0]
+    return _clips_of_tables(table[None].contiguous(), None, num_bits, signed, mse)[0]
 
 
 def _clips_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool, mse: bool) -> Tensor:
     rows = rows.contiguous()
     if uses_table(rows):
-        clips = [_clips_of_tables(_tables(part, skip), num_bits, signed, mse) for part in rows.split(_TABLES)]
+        clips = [_clips_of_long_rows(part, num_bits, signed, skip, mse) for part in rows.split(_TABLES)]
         return clips[0] if len(clips) == 1 else torch.cat(clips)
     result = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     block = 1 << max(5, (rows.shape[1] - 1).bit_length())
@@ -73,8 +74,23 @@ octav_of_rows = partial(_clips_of_rows, mse=False)
 mse_of_rows = partial(_clips_of_rows, mse=True)
 
 
-def _tables(rows: Tensor, skip: Tensor | None) -> Tensor:
-    """The tables of ``[rows, n]``, contiguous: int64 ``[rows, 2, 2, 32768]``; of nothing if ``skip`` is true."""
+def _clips_of_long_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, mse: bool) -> Tensor:
+    """By tables of the values that matter, which moments tell: most values are too small to."""
+    triton, programs = _triton_kernels(rows.device), -(-rows.shape[1] // (_BLOCK * _BLOCKS))
+    moments = torch.zeros(len(rows), 4, dtype=torch.float64, device=rows.device)
+    with torch.cuda.device_of(rows):
+        arguments = rows, skip, signed, moments, rows.shape[1], _BLOCKS, _BLOCK
+        triton.moments[(programs, len(rows))](*arguments, num_warps=8)
+    # The lowest border of rounding is half a step of the lowest clip that is tried.
+    reach = SEARCH_OF_TABLE[num_bits].lowest / 2**num_bits / 4 if mse else 1.0
+    return _clips_of_tables(_tables(rows, skip, moments, signed, num_bits, reach), moments, num_bits, signed, mse)
+
+
+def _tables(rows: Tensor, skip: Tensor | None, moments: Tensor | None = None, *bounds: Any) -> Tensor:
+    """The tables of ``[rows, n]``, contiguous: int64 ``[rows, 2, 2, 32768]``; of nothing if ``skip`` is true.
+
+    With ``moments``, of what matters for the sign, bits and reach in ``bounds``.
+    """
     triton = _triton_kernels(rows.device)
     (count, length), bins = rows.shape, triton.BINS.value
     blocks = -(-length // _BLOCK)
@@ -82,19 +98,20 @@ def _tables(rows: Tensor, skip: Tensor | None) -> Tensor:
     packed = torch.zeros(count, parts, bins, dtype=torch.int64, device=rows.device)
     tables = torch.empty(count, 2, 2, bins // 2, dtype=torch.int64, device=rows.device)
     with torch.cuda.device_of(rows):
-        triton.count[(blocks, count)](rows, skip, packed, length, parts, _BLOCK, num_warps=8)
+        which = (moments, *(bounds or (None, 0, None)))
+        triton.count[(blocks, count)](rows, skip, packed, length, parts, *which, _BLOCK, num_warps=8)
         triton.unpack[(bins // 256, count)](packed, tables, parts, 256, num_warps=2)
     return tables
 
 
-def _clips_of_tables(tables: Tensor, num_bits: int, signed: Tensor, mse: bool) -> Tensor:
+def _clips_of_tables(tables: Tensor, moments: Tensor | None, num_bits: int, signed: Tensor, mse: bool) -> Tensor:
     """The clips of ``[rows, 2, 2, 32768]``: ``[rows]``."""
     triton, count = _triton_kernels(tables.device), len(tables)
     tails = torch.empty(count, triton.TAILS.value, dtype=torch.float64, device=tables.device)
     result = torch.empty(count, dtype=torch.float32, device=tables.device)
     search = SEARCH_OF_TABLE[num_bits] if mse else _NO_SEARCH
     with torch.cuda.device_of(tables):
-        triton.clip_of_table[(count,)](tables, tails, result, num_bits, signed, *search, num_warps=16)
+        triton.clip_of_table[(count,)](tables, tails, moments, result, num_bits, signed, *search, num_warps=16)
     return result
 
 

@@ -20,12 +20,58 @@ _MAX_UPDATES, _TOLERANCE = tl.constexpr(64), tl.constexpr(2.0**-23)  # of Eq. 6
 _LARGEST = tl.constexpr(2.0**128 - 2.0**104)  # float32
 
 
-@triton.jit(do_not_specialize=["numel", "tables"])
-def count(x, skip, packed, numel, tables, block: tl.constexpr):
+@triton.jit
+def _noise(num_bits, signed):
+    """The rounding noise inside a clip, in units of its square (Eq. 4), float64."""
+    return 1.0 / (tl.where(signed, 3, 12) << (2 * num_bits)).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def moments(x, skip, signed, result, numel, blocks: tl.constexpr, block: tl.constexpr):
+    """Add a row's count of magnitudes, their sum and sum of squares, and keep the largest: float64 ``[4]``."""
+    row = tl.program_id(1).to(tl.int64)
+    signed = tl.load(signed) != 0
+    count, total, squares = tl.zeros([block], tl.float32), tl.zeros([block], tl.float32), tl.zeros([block], tl.float32)
+    top = tl.zeros([block], tl.float32)
+    for index in range(blocks):
+        offsets = (tl.program_id(0).to(tl.int64) * blocks + index) * block + tl.arange(0, block)
+        inside = offsets < numel
+        if skip is not None:
+            inside = inside & (tl.load(skip) == 0)
+        values = tl.load(x + row * numel + offsets, mask=inside, other=0.0).to(tl.float32)
+        values = tl.where(signed, tl.abs(values), tl.maximum(values, 0.0))
+        count += (values.to(tl.int32, bitcast=True) > 0xFFFF).to(tl.float32)  # as in a table, whose first bin is 0's
+        total, squares, top = total + values, squares + values * values, tl.maximum(top, values)
+    to = result + row * 4
+    tl.atomic_add(to, tl.sum(count).to(tl.float64), sem="relaxed")
+    tl.atomic_add(to + 1, tl.sum(total.to(tl.float64)), sem="relaxed")
+    tl.atomic_add(to + 2, tl.sum(squares.to(tl.float64)), sem="relaxed")
+    tl.atomic_max(to + 3, tl.max(top).to(tl.float64), sem="relaxed")
+
+
+@triton.jit
+def _floor(moments, noise):
+    """A magnitude below OCTAV's clip; 0 if these moments are too large to say.
+
+    Below the clip the noise of the n values inside is less than the sum of excesses (Eq. 5 and 6). For a threshold t
+    and the largest magnitude m that sum is at least S - n t, as of the values themselves, and (Q - t S) / m, as of
+    values in proportion to their magnitudes, where S and Q are the sums of magnitudes and of their squares.
+    """
+    count, total, squares = tl.load(moments), tl.load(moments + 1), tl.load(moments + 2)
+    top = tl.maximum(tl.load(moments + 3), 1e-300)
+    by_mean = total / tl.maximum(count * (1 + noise), 1.0)
+    by_squares = squares / tl.maximum(noise * count * top + total, 1e-300)
+    floor = 0.999 * tl.maximum(by_mean, by_squares)  # sums of float32 are rounded
+    return tl.where((count > 0) & (squares > 1e-30) & (squares < 1e30), floor, 0.0)
+
+
+@triton.jit(do_not_specialize=["numel", "tables", "num_bits"])
+def count(x, skip, packed, numel, tables, moments, signed, num_bits, reach, block: tl.constexpr):
     """Add each value to its bin of a packed table: 2^40 for its count, and its rest. A program counts one block.
 
     Additions to one address wait for each other. So values in a block's first and last bin, such as the zeros of a
-    ReLU or of a mask and the sixes of a ReLU6, are summed before.
+    ReLU or of a mask and the sixes of a ReLU6, are summed before. With ``moments``, magnitudes that a clip does not
+    depend on are left out: those two bins or more below ``reach`` times ``_floor``.
     """
     program, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     offsets = program.to(tl.int64) * block + tl.arange(0, block)
@@ -35,6 +81,13 @@ def count(x, skip, packed, numel, tables, block: tl.constexpr):
     values = tl.load(x + row * numel + offsets, mask=inside, other=0.0).to(tl.float32)
     bits = values.to(tl.int32, bitcast=True)
     bins = (bits >> 16) & 0xFFFF
+    if moments is not None:
+        is_signed = tl.load(signed) != 0
+        lowest = (_floor(moments + row * 4, _noise(num_bits, is_signed)) * reach).to(tl.float32)
+        lowest = (lowest.to(tl.int32, bitcast=True) >> 16) - 2
+        magnitude_bins = bins & 0x7FFF
+        counts = (bins < _NEGATIVE) | is_signed | (magnitude_bins >= _NOT_FINITE)
+        inside = inside & (magnitude_bins >= lowest) & counts
     added = tl.where(inside, (bits & 0xFFFF).to(tl.int64) + _COUNTED, 0)
     table = packed + (row * tables + program % tables) * BINS
     first, last = tl.min(bins), tl.max(bins)
@@ -121,8 +174,8 @@ def _above(tails, first, sign, thresholds):
 
 
 @triton.jit
-def _sign_change(tails, first, nonzero, noise):
-    """OCTAV's clip, by 64 thresholds at a time: their places are counted from the lowest edge on."""
+def _sign_change(tails, first, nonzero, noise, floor):
+    """OCTAV's clip, above ``floor``, by 64 thresholds at a time: their places are counted from the lowest edge on."""
     place, step = first * 0, first * 0 + _WINDOW * _PLACES
     for _ in range(5):
         step //= 64
@@ -132,6 +185,7 @@ def _sign_change(tails, first, nonzero, noise):
         positive, positive_excess = _above(tails, first, 0, clips)
         negative, negative_excess = _above(tails, first, 1, clips)
         below = noise * clips * (nonzero - positive - negative) < positive_excess + negative_excess
+        below = below | (clips < floor)
         place += step * (tl.maximum(tl.sum(below.to(tl.int32)), 1) - 1)
     edge, width = _edges(first + place // _PLACES)
     return edge + width * (((place % _PLACES) + 1).to(tl.float64) / _PLACES)
@@ -169,8 +223,11 @@ def _around(index, clip, step, fine):
 
 
 @triton.jit(do_not_specialize=["num_bits", "near", "far", "fine"])
-def clip_of_table(tables, tails, result, num_bits, signed, lowest, highest, beyond, near, far, fine):
-    """OCTAV's clip of a table, or by a search the one with the lowest error. One program for each table."""
+def clip_of_table(tables, tails, moments, result, num_bits, signed, lowest, highest, beyond, near, far, fine):
+    """OCTAV's clip of a table, or by a search the one with the lowest error. One program for each table.
+
+    With ``moments``, of a table of the values that ``count`` has kept by them.
+    """
     row = tl.program_id(0).to(tl.int64)
     table = tables + row * 2 * BINS
     tails += row * TAILS
@@ -184,7 +241,10 @@ def clip_of_table(tables, tails, result, num_bits, signed, lowest, highest, beyo
     first = tl.maximum(tl.max(filled) - (_WINDOW - 2), 1)
     top = _fill(table, tails, first, signed)
     tl.debug_barrier()
-    clip = _sign_change(tails, first, nonzero, 1.0 / (tl.where(signed, 3, 12) << (2 * num_bits)).to(tl.float64))
+    noise, floor = _noise(num_bits, signed), nonzero * 0
+    if moments is not None:
+        nonzero, floor = tl.load(moments + row * 4), _floor(moments + row * 4, noise)
+    clip = _sign_change(tails, first, nonzero, noise, floor)
     if lowest is not None:
         levels = tl.where(signed, 1, 2) << (num_bits - 1)
         top = top * levels / (levels - 1)

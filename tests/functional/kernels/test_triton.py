@@ -137,6 +137,28 @@ def test_clips_of_tables(name: str, signed: bool, num_bits: int) -> None:
         assert octav.item() == pytest.approx(twins.octav_root_twin(x, num_bits, signed), rel=2e-4)
 
 
+@every_kind
+@both_signs
+def test_what_moments_leave_out_changes_no_clip(name: str, signed: bool) -> None:
+    x = AWKWARD[name](SIZE).to(DEVICE)
+    table = cuda.magnitude_table(x)
+    for of_rows, of_table in (
+        (cuda.octav_of_rows, cuda.fixed_point_of_table),
+        (cuda.mse_of_rows, cuda.lowest_error_of_table),
+    ):
+        got = of_rows(x[None], 4, flag(signed), None, False)
+        torch.testing.assert_close(got[0], of_table(table, 4, flag(signed)), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "softmax"])
+def test_most_values_are_not_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+    monkeypatch.setattr(cuda, "_clips_of_tables", lambda tables, *_: counted.append(tables[:, 0].sum()) or tables)
+    x, signed = AWKWARD[name](SIZE).to(DEVICE), flag(name == "gaussian")
+    cuda.octav_of_rows(x[None], 4, signed, None, False)
+    assert 0 < counted[0] < 0.3 * SIZE
+
+
 @both_signs
 @pytest.mark.parametrize("name", ["gaussian", "softmax", "log_normal"])
 def test_the_error_is_nearly_the_lowest(name: str, signed: bool) -> None:
