@@ -234,7 +234,11 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
             return clip_for_sign(self.clip, x, self.num_bits, signed=signed, dim=dim, skip=skip, **self.clip_options)
 
         dim, size = self._sharing
-        return rule(x, dim) if size is None else Groups(size, dim).clips(x, rule)
+        if size is None:
+            return rule(x, dim)
+        if dim is None:  # to be frozen, for all tokens: observed in each batch element, as clips of heads are
+            dim = tuple(range(1 if x.dim() > 2 else 0, x.dim()))
+        return Groups(size, dim).clips(x, rule)
 
     @outside_function_modes
     def dynamic_grid(self, x: Tensor) -> Grid:

@@ -267,10 +267,11 @@ def clips_over_tokens(x: Tensor, signed: bool = True) -> np.ndarray:
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_frozen_clip_of_an_input_is_for_all_tokens(length: int) -> None:
+    """The mean over batch elements and calls, or that of all values."""
     calls = [data(tokens, 2, length, seed=tokens) for tokens in (3, 5)]
     quantizer = static()
     frozen = observed(quantizer, MeanObserver, *calls)
-    expected = np.mean([clips_over_tokens(x) for x in calls], axis=0)
+    expected = np.mean([clips_over_tokens(x) for x in [*calls[0], *calls[1]]], axis=0)
     np.testing.assert_allclose(frozen.clips.numpy(), expected[None], rtol=1e-6)
     pooled = observed(static(), HistogramObserver, *calls)
     both = torch.cat([x.flatten(0, -2) for x in calls])
