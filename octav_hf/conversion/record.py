@@ -144,8 +144,8 @@ def _group_size(name: str, quantizers: Mapping[str, nn.Module]) -> dict[str, int
     sizes = {quantizer.group_size for quantizer in each if quantizer.group_size is not None}
     if len(sizes) > 1:
         raise ValueError(
-            f"{name}: its operands have groups of {' and '.join(map(str, sorted(sizes)))} elements, which the config cannot "
-            "record; give all of them the same group_size"
+            f"{name}: its operands have groups of {' and '.join(map(str, sorted(sizes)))} elements, which the config "
+            "cannot record; give all of them the same group_size"
         )
     return {"group_size": sizes.pop()} if sizes else {}
 
