@@ -33,6 +33,8 @@ OTHER_SETTINGS = {
     "percentile": OctavConfig(weight_clip="percentile", activation_clip="percentile", embedding_bits=8),
     "ten updates": OctavConfig(activation_clip_options={"max_iterations": 10}, asymmetric_activations=True),
 }
+OPERANDS = ("input", "query", "key", "probabilities", "value")
+GROUPS = OctavConfig.accurate(weight_granularity="group", activation_granularity=dict.fromkeys(OPERANDS, "group"))
 
 
 def main() -> None:
@@ -53,6 +55,8 @@ def results() -> Iterator[tuple[str, str]]:
             yield f"{recipe} synchronized", error_of_a_step(together)
     for name, settings in OTHER_SETTINGS.items():
         yield f"{name}, without kernels", error_of_a_step(settings, without_kernels=True)
+    for length in (*LENGTHS, 70):
+        yield f"groups, {length}", error_of_a_step(GROUPS, length)
 
 
 class References(TorchDispatchMode):

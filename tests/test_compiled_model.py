@@ -39,6 +39,7 @@ MakeBert = Callable[..., BertForQuestionAnswering]
 Tensor = torch.Tensor
 
 FINE = {"input": "token", "query": "token", "key": "token", "probabilities": "token", "value": "channel"}
+GROUPS = dict.fromkeys(FINE, "group")
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -80,8 +81,9 @@ def assert_one_graph() -> None:
         ("sdpa", OctavConfig(weight_clip="mse", activation_clip="mse", activation_gradient_estimator="pwl")),
         ("eager", OctavConfig(weight_clip="max", activation_clip="max", activation_granularity=FINE)),
         ("sdpa", OctavConfig.accurate()),
+        ("sdpa", OctavConfig.accurate(weight_granularity="group", activation_granularity=GROUPS, group_size=64)),
     ],
-    ids=["octav", "octav per token", "mse", "max per token", "accurate"],
+    ids=["octav", "octav per token", "mse", "max per token", "accurate", "groups"],
 )
 def test_a_step_of_bert_is_one_graph(
     small_bert: MakeBert, padded_batch: dict, implementation: str, config: OctavConfig

@@ -91,5 +91,5 @@ def test_a_step_on_tensors_without_values(fake_steps: dict[str, str]) -> None:
     """The float model shows that the rest of a step reads nothing."""
     assert [error for case, error in fake_steps.items() if case.startswith("float")] == [""] * 8
     errors = "\n".join(f"{case}: {error}" for case, error in fake_steps.items() if error)
-    assert len(fake_steps) == 29
+    assert len(fake_steps) == 32
     assert not errors, errors

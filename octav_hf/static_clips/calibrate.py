@@ -42,7 +42,9 @@ def calibrate_octav(
     and positions in turn. An activation that may be signed or unsigned gets the unsigned grid if no tensor had a
     negative value. With ``activation_granularity``, clips per attention head or channel are shared by all calls and
     batch elements (and heads, where a module merges them with the batch, as DeBERTa does). Tokens have no identity
-    across batches, so an operand with a clip per token gets one for the whole tensor.
+    across batches, so an operand with a clip per token gets one for the whole tensor. A layer's input in groups has one
+    for each group of channels, attention operands in groups are frozen without: the value per channel, the others per
+    tensor.
 
     The histogram is for the clipping rules of ``sync_activation_clips``. It takes 30 to 150 kB for each clip. With
     ``asymmetric_activations`` the model runs twice on each batch, and the batches are kept for that: an offset, the

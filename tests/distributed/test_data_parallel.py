@@ -126,10 +126,11 @@ def test_a_clip_per_token_of_unequal_batches(succeed: Run) -> None:
     [
         *({"activation_clip": clip} for clip in ("octav", "max", "mse", "percentile")),
         {"activation_granularity": HEADS},
+        {"activation_granularity": {"input": "group"}, "group_size": 32},
         {"asymmetric_activations": True},
         {"activation_clip": "max", "asymmetric_activations": True},
     ],
-    ids=["octav", "max", "mse", "percentile", "heads", "asymmetric", "max, asymmetric"],
+    ids=["octav", "max", "mse", "percentile", "heads", "groups", "asymmetric", "max, asymmetric"],
 )
 def test_calibration_freezes_the_clips_of_all_ranks(succeed: Run, fields: dict[str, Any], observer: str) -> None:
     options = {"batches": 2, "observer": observer, "activation_bits": 8, **fields, **SYNCHRONIZED}

@@ -85,12 +85,19 @@ def test_it_is_that_of_the_whole_tensor_by_one_collective(succeed: Run, name: st
         assert alone["long"]["offset"] < 0
 
 
-PARTS = [({"dim": [-1]}, [8, 3, 5]), ({"dim": [-2, -1]}, [8, 2, 3, 5]), ({"dim": [-1]}, [8, 5])]
+PARTS: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "channel or token": ({"dim": [-1]}, [8, 3, 5]),
+    "head": ({"dim": [-2, -1]}, [8, 2, 3, 5]),
+    "token of a layer's input": ({"dim": [-1]}, [8, 5]),
+    "group": ({"dim": [-1], "group_size": 2}, [8, 5]),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("clip", ["octav", "mse", "max", "percentile"])
-@pytest.mark.parametrize(("settings", "shape"), PARTS, ids=["channel or token", "head", "token of a layer's input"])
+@pytest.mark.parametrize(
+    ("settings", "shape"), PARTS, ids=["channel or token", "head", "token of a layer's input", "group"]
+)
 def test_of_parts_one_collective_shares_sign_and_offset(
     succeed: Run, settings: dict[str, Any], shape: list[int], clip: str
 ) -> None:
