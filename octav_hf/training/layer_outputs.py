@@ -1,114 +1,130 @@
-"""Inputs and outputs of layers while a model and its teacher run, up to the layers that are asked for."""
+"""Running a model again and again, each time up to some of its layers, without repeating what comes before them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .._utils.forward_pass import Batch, run_batch
-from .least_squares import LeastSquares
-from .padding import decoder_mask, has_decoder, inputs_by_name
-
-_Take = Callable[[Any, Tensor, Tensor], Any]
+from .._utils.torch_private import tree_map
 
 
 class _Enough(Exception):
     """Ends a forward pass."""
 
 
-def groups_by_input(
-    model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
-) -> tuple[list[list[str]], dict[str, str]]:
-    """The layers' names in the order of execution, neighbours with the same input together; and why others are left."""
-    calls = _watch(model, batch, layers, lambda layer, x, output: x, stops=False)
-    names = [name for name, _ in calls]
-    left = {name: "the first batch did not reach it" for name in layers if name not in names}
-    left |= {name: "it was called several times" for name in layers if names.count(name) > 1}
-    groups: list[list[str]] = []
-    before = None
-    for name, x in calls:
-        if name in left:
-            continue
-        if x is before:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-        before = x
-    return groups, left
+class LayerOutputs:
+    """What layers get and give in passes over the same batches, while more and more of them are finished.
 
-
-def layer_sums(
-    model: nn.Module, teacher: nn.Module, layers: Mapping[str, tuple[Any, nn.Module]], batches: Sequence[Batch]
-) -> dict[str, LeastSquares]:
-    """The sums over the tokens of all batches, without padding where it is known, by name of the layer.
+    A module that runs once in a pass, and whose layers are all finished, gives its output of the pass before from then
+    on instead of running. So all passes together take about as long as two whole ones, and memory for one output of
+    each such module and batch.
 
     Args:
-        layers: name -> the quantized layer of ``model``, whose quantized inputs are ``x``, and that of ``teacher``,
-            whose outputs are ``y``.
+        model: in evaluation mode, without gradients.
+        layers: full name -> layer of ``model``, all that will be asked for.
+        batches: as for ``run_batch``.
 
-    Raises:
-        ValueError: the teacher's layer was not called, or gives another number of tokens or features.
+    Attributes:
+        calls: ``(name, input)`` of each call of these layers in a pass over the first batch.
     """
-    students, teachers = ({name: pair[role] for name, pair in layers.items()} for role in range(2))
-    sums: dict[str, LeastSquares] = {}
-    for batch in batches:
-        targets = dict(_watch(teacher, batch, teachers, lambda layer, x, output: _rows(output), stops=True))
-        masks = _masks(model, batch)
-        for name, (x, width) in _watch(model, batch, students, _quantized_input_and_width, stops=True):
-            y = targets.get(name)
-            if y is None or y.shape != (len(x), width):
-                found = "was not called" if y is None else f"gave {tuple(y.shape)}"
-                raise ValueError(
-                    f"{name}: the teacher's layer {found}, where this one gave {(len(x), width)}, tokens and features; "
-                    "take the float model that the quantized one was made from"
-                )
-            kept = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            for mask in masks:
-                kept = kept & mask.to(x.device) if mask.shape == kept.shape else kept
-            if name not in sums:
-                sums[name] = LeastSquares(x.shape[1], width, x.device)
-            sums[name].add(x[kept], y.to(x.device)[kept])
-    return sums
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch]):
+        self._model, self._layers, self._batches = model, layers, batches
+        self.calls: list[tuple[str, Tensor]] = []
+        counts = Counter[str]()
+
+        def count(name: str, *_: Any) -> None:
+            counts[name] += 1
+
+        def note(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.calls.append((name, _input(args, kwargs)))
+
+        modules = dict(model.named_modules())
+        with _hooks(modules, count), _hooks(layers, note):
+            run_batch(model, batches[0])
+        # Module that runs once -> the layers in it.
+        self._inside = {
+            name: {layer for layer in layers if _is_within(layer, name)} for name in modules if counts[name] == 1
+        }
+        self._modules, self._finished = modules, set[str]()
+        self._outputs: list[dict[str, Any]] = [{} for _ in batches]
+
+    def finish(self, names: Collection[str]) -> None:
+        """From now on the layers of these names, and all that run before them, do not change any more."""
+        self._finished |= set(names)
+
+    def take(self, batch: int, names: Collection[str], take: Callable[[Any, Tensor, Tensor], Any]) -> dict[str, Any]:
+        """``take(layer, input, output)`` by name, of layers in a pass over the batch of this number; some may not run.
+
+        The pass ends with the last of these layers.
+        """
+        found: dict[str, Any] = {}
+
+        def hook(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            found[name] = take(layer, _input(args, kwargs), output)
+            if len(found) == len(names):
+                raise _Enough
+
+        outputs = self._outputs[batch]
+
+        def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            for inner in [other for other in outputs if _is_within(other, name)]:
+                del outputs[inner]
+            outputs[name] = _copy(output)
+
+        finished = [name for name, inside in self._inside.items() if inside and inside <= self._finished]
+        outermost = [
+            name for name in finished if not any(name != other and _is_within(name, other) for other in finished)
+        ]
+        kept = {name: self._modules[name] for name in outermost if name not in outputs}
+        taken = {name: self._layers[name] for name in names}
+        with suppress(_Enough), _replaced(self._modules, outputs), _hooks(kept, keep), _hooks(taken, hook):
+            run_batch(self._model, self._batches[batch])
+        return found
 
 
-def _watch(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module], take: _Take, stops: bool) -> list[Any]:
-    """``(name, take(layer, input, output))`` of each call in a forward pass; it ``stops`` when all layers had one."""
-    calls: list[Any] = []
-    missing = set(layers)
+@contextmanager
+def _hooks(modules: Mapping[str, nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    """Within it, ``hook(name, module, args, kwargs, output)`` is called after each call of a module."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(partial(hook, name), with_kwargs=True).remove)
+        yield
 
-    def hook(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        calls.append((name, take(layer, args[0] if args else next(iter(kwargs.values())), output)))
-        missing.discard(name)
-        if stops and not missing:
-            raise _Enough
 
-    handles = [layer.register_forward_hook(partial(hook, name), with_kwargs=True) for name, layer in layers.items()]
+@contextmanager
+def _replaced(modules: Mapping[str, nn.Module], outputs: Mapping[str, Any]) -> Iterator[None]:
+    """Within it, these modules give these outputs, or copies, in which a caller may write."""
+    with ExitStack() as stack:
+        for name, output in outputs.items():
+            stack.enter_context(_forward_replaced(modules[name], output))
+        yield
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, output: Any) -> Iterator[None]:
+    before = module.__dict__.get("forward")  # other libraries replace it in this way, too
+    module.forward = lambda *args, **kwargs: _copy(output)
     try:
-        run_batch(model, batch)
-    except _Enough:
-        pass
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
-    return calls
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
-def _quantized_input_and_width(layer: Any, x: Tensor, output: Tensor) -> tuple[Tensor, int]:
-    return _rows(layer.input_quantizer(x)), output.shape[-1]
+def _copy(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """A copy, ``[tokens, features]``, in float64."""
-    return x.reshape(-1, x.shape[-1]).to(torch.float64, copy=True)
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
-def _masks(model: nn.Module, batch: Batch) -> list[Tensor]:
-    """The known masks, flat; a layer of an encoder-decoder model may see the tokens of either."""
-    if isinstance(batch, Mapping):
-        inputs = dict(batch)
-    else:
-        inputs = inputs_by_name(model, (batch,) if isinstance(batch, Tensor) else tuple(batch), {})
-    found = [inputs.get("attention_mask"), decoder_mask(inputs) if has_decoder(model) else None]
-    return [mask.bool().flatten() for mask in found if isinstance(mask, Tensor) and mask.dim() == 2]
+def _is_within(name: str, other: str) -> bool:
+    """Whether a module is in another one, or is that."""
+    return name == other or name.startswith(f"{other}.")

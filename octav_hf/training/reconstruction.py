@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,8 +17,9 @@ from .._utils.torch_private import own_parameters, uncompiled
 from ..conversion.modules import shared_weights
 from ..conversion.record import check_quantized, is_packed
 from ..nn import QuantizedLayer
-from .layer_outputs import groups_by_input, layer_sums
+from .layer_outputs import LayerOutputs
 from .least_squares import LeastSquares
+from .padding import decoder_mask, has_decoder, inputs_by_name
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +54,8 @@ def reconstruct(
 
     Where training follows, it starts from here. Clips of activations that are to be static are calibrated afterwards.
 
-    The cost is, for each group of layers with one input (query, key and value), one forward pass of both models up to
-    it, so about half as many passes over the batches as there are groups; and the memory of one such matrix ``Xᵀ X`` in
-    float64.
+    Both models run each batch about twice in all: a module whose layers are done gives its output of the pass before.
+    That takes memory for one output of each block and batch, and for one matrix ``Xᵀ X`` in float64.
 
     Args:
         model: one that ``apply_octav`` quantized, changed in place. Its mode, buffers and the random state are
@@ -97,12 +97,17 @@ def reconstruct(
         without_trace(teacher) as target,
         _restored_after_error(layers.values()),
     ):
-        groups, unreached = groups_by_input(student, layers, kept[0])
+        ours, theirs = LayerOutputs(student, layers, kept), LayerOutputs(target, teachers, kept)
+        groups, unreached = _groups(layers, ours.calls)
         left |= unreached
+        for outputs in (ours, theirs):
+            outputs.finish(unreached)
         errors: dict[str, LayerError] = {}
         for group in tqdm(groups, desc="reconstructing", disable=not progress_bar):
-            sums = layer_sums(student, target, {name: (layers[name], teachers[name]) for name in group}, kept)
-            errors |= {name: _improve(name, layers[name], sums[name], ridge) for name in group}
+            for name, sums in _sums(ours, theirs, group, [_masks(student, batch) for batch in kept]).items():
+                errors[name] = _improve(name, layers[name], sums, ridge)
+            for outputs in (ours, theirs):
+                outputs.finish(group)
     if left:
         reasons = ", ".join(f"{name} ({reason})" for name, reason in left.items())
         logger.warning("%d linear layers were not reconstructed: %s", len(left), reasons)
@@ -184,6 +189,64 @@ def _restored_after_error(layers: Iterable[nn.Module]) -> Iterator[None]:
             for parameter, values in zip(parameters, before, strict=True):
                 parameter.copy_(values)
         raise
+
+
+def _groups(layers: Iterable[str], calls: Sequence[tuple[str, Tensor]]) -> tuple[list[list[str]], dict[str, str]]:
+    """The layers' names in the order of their calls, neighbours with one input together; and why others are left."""
+    names = [name for name, _ in calls]
+    left = {name: "the first batch did not reach it" for name in layers if name not in names}
+    left |= {name: "it was called several times" for name in layers if names.count(name) > 1}
+    groups: list[list[str]] = []
+    before = None
+    for name, x in calls:
+        if name in left:
+            continue
+        if x is before:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+        before = x
+    return groups, left
+
+
+def _sums(
+    ours: LayerOutputs, theirs: LayerOutputs, group: Sequence[str], masks: Sequence[Sequence[Tensor]]
+) -> dict[str, LeastSquares]:
+    """By name of the layer, over the tokens of all batches for which no mask of their number is false."""
+    found: dict[str, LeastSquares] = {}
+    for number, known in enumerate(masks):
+        targets = theirs.take(number, group, lambda layer, x, output: _rows(output))
+        inputs = ours.take(number, group, lambda layer, x, output: (_rows(layer.input_quantizer(x)), output.shape[-1]))
+        for name, (x, width) in inputs.items():
+            y = targets.get(name)
+            if y is None or y.shape != (len(x), width):
+                given = "was not called" if y is None else f"gave {tuple(y.shape)}"
+                raise ValueError(
+                    f"{name}: the teacher's layer {given}, where this one gave {(len(x), width)}, tokens and features; "
+                    "take the float model that the quantized one was made from"
+                )
+            kept = torch.ones(len(x), dtype=torch.bool, device=x.device)
+            for mask in known:
+                kept = kept & mask.to(x.device) if mask.shape == kept.shape else kept
+            if name not in found:
+                found[name] = LeastSquares(x.shape[1], width, x.device)
+            found[name].add(x[kept], y.to(x.device)[kept])
+    return found
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A copy, ``[tokens, features]``, in float64."""
+    return x.reshape(-1, x.shape[-1]).to(torch.float64, copy=True)
+
+
+def _masks(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """The known masks, flat; a layer of an encoder-decoder model may see the tokens of either."""
+    if isinstance(batch, Mapping):
+        inputs = dict(batch)
+    else:
+        inputs = inputs_by_name(model, (batch,) if isinstance(batch, Tensor) else tuple(batch), {})
+    found = [inputs.get("attention_mask"), decoder_mask(inputs) if has_decoder(model) else None]
+    return [mask.bool().flatten() for mask in found if isinstance(mask, Tensor) and mask.dim() == 2]
 
 
 def _improve(name: str, layer: Any, sums: LeastSquares, ridge: float) -> LayerError:

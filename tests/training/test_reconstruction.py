@@ -289,3 +289,20 @@ def test_after_an_error_the_model_is_as_it_was(small_bert: MakeBert) -> None:
         reconstruct(model, teacher, batches(), progress_bar=False)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_what_is_finished_does_not_run_again(small_bert: MakeBert) -> None:
+    """And a forward that another library has replaced is the same afterwards."""
+    teacher, data = small_bert(num_hidden_layers=4), batches(2)
+    model = apply_octav(copy.deepcopy(teacher), CONFIG)
+    first, replaced = teacher.bert.encoder.layer[0], teacher.bert.encoder.layer[1]
+    runs: list[int] = []
+    first.intermediate.dense.register_forward_pre_hook(lambda *_: runs.append(1))
+    forward = replaced.forward
+    replaced.forward = forward
+    errors = reconstruct(model, teacher, data, progress_bar=False)
+    assert len(errors) == 25
+    # To find the layers' order, to reconstruct this layer and the next, and to keep the module's output.
+    assert len(runs) <= 1 + 3 * len(data)
+    assert replaced.__dict__.pop("forward") == forward
+    assert all("forward" not in module.__dict__ for each in (model, teacher) for module in each.modules())
