@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from octav_hf import OctavConfig, apply_octav, distill
+from octav_hf.training.distillation import distillations
 from octav_hf.training.features import attention_loss, hidden_state_loss
 from tests.question_answering import Spans
 
@@ -232,14 +233,21 @@ def test_a_quantized_student_has_features_of_quantized_layers(bert: Any, padded_
 
 
 def test_a_compiled_student(bert: Any, padded_batch: dict) -> None:
+    """In a step with features, and in one after them."""
     student, teacher = bert(0), bert(1)
-    distill(student, teacher, hidden_states=1.0, attentions=1.0)
+    distill(student, teacher, hidden_states=1.0, attentions=1.0, feature_steps=0.5)
+    (distillation,) = distillations(student)
     compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
-    losses = [run(**padded_batch).loss for run in (student, compiled)]
-    torch.testing.assert_close(*losses)
-    gradients = [torch.autograd.grad(loss, list(student.parameters()), allow_unused=True) for loss in losses]
-    torch.testing.assert_close(*gradients)
-    assert list(compiled(**padded_batch)) == ["loss", "start_logits", "end_logits"]
+    found = []
+    for step in range(2):
+        distillation.at_step(step, 2)
+        losses = [run(**padded_batch).loss for run in (student, compiled)]
+        torch.testing.assert_close(*losses)
+        gradients = [torch.autograd.grad(loss, list(student.parameters()), allow_unused=True) for loss in losses]
+        torch.testing.assert_close(*gradients)
+        found.append(losses[1].item())
+        assert list(compiled(**padded_batch)) == ["loss", "start_logits", "end_logits"]
+    assert found[0] > found[1] + 0.1
 
 
 def test_a_copy_is_not_distilled(bert: Any, padded_batch: dict) -> None:
@@ -330,7 +338,7 @@ def test_features_are_learned_in_the_first_steps(bert: Any, padded_batch: dict, 
     with pytest.raises(
         RuntimeError, match=r"feature_steps=0.6, and only Trainer tells the step; in a loop of your own"
     ):
-        students[0](**padded_batch)
+        students[0].train()(**padded_batch)
     students[0].eval()(**padded_batch)
 
 
