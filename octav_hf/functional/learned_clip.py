@@ -78,13 +78,13 @@ class _LearnedClip(torch.autograd.Function):
             place = round_and_locate(x, clip, ctx.low, ctx.high, signed, offset)[1]
         else:
             signed, place = ctx.saved_tensors
+        inside, by_element = split_gradient(grad, place, ctx.low, ctx.high, signed, ctx.dtype)
         high = bounds_for_sign(ctx.low, ctx.high, signed, ctx.dtype)[1]
-        by_element = times_change(grad, place, ctx.low, ctx.high, signed, ctx.dtype)
         of_clip = by_element.sum_to_size(ctx.shape) * ((ctx.elements * high) ** -0.5 / (high + 1))
-        if ctx.gradient == GradientEstimator.MAD and ctx.needs_input_grad[0]:
+        if ctx.gradient == GradientEstimator.PWL:
+            grad = inside
+        elif ctx.gradient == GradientEstimator.MAD:
             grad = attenuate_outside(grad, x, clip, ctx.low, signed, offset)
-        elif ctx.gradient == GradientEstimator.PWL and ctx.needs_input_grad[0]:
-            grad = keep_located_inside(grad, place)
         return grad, None, None, of_clip, *(None,) * 4
 
 
@@ -106,18 +106,14 @@ def round_and_locate(
 
 
 @elementwise(
-    "(Tensor grad, Tensor place, int low, int high, Tensor? signed, ScalarType dtype) -> Tensor",
-    tensors=2,
+    "(Tensor grad, Tensor place, int low, int high, Tensor? signed, ScalarType dtype) -> (Tensor, Tensor)", tensors=2
 )
-def times_change(grad: Tensor, place: Tensor, low: int, high: int, signed: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The gradient times ``d result / d clip · (p + 1)``, in ``dtype``."""
+def split_gradient(
+    grad: Tensor, place: Tensor, low: int, high: int, signed: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The gradient inside the clip, 0 outside; and that times ``d result / d clip · (p + 1)``, in ``dtype``."""
     located, bounds = place.to(dtype), bounds_for_sign(low, high, signed, dtype)
-    change = torch.where(located > _ABOVE_HIGHEST - 0.5, bounds[1], located / _ERROR_UNITS)
-    return grad.to(dtype) * torch.where(located < _BELOW + 0.5, bounds[0], change)
-
-
-@elementwise("(Tensor grad, Tensor place) -> Tensor", tensors=2)
-def keep_located_inside(grad: Tensor, place: Tensor) -> Tensor:
-    """PWL: the gradient inside the clip, 0 outside."""
-    located = place.to(torch.float32)
-    return grad * ((located > _BELOW + 0.5) & (located < _ABOVE_CLIP - 0.5)).to(grad.dtype)
+    is_below, is_above = located < _BELOW + 0.5, located > _ABOVE_HIGHEST - 0.5
+    change = torch.where(is_below, bounds[0], torch.where(is_above, bounds[1], located / _ERROR_UNITS))
+    is_inside = (located > _BELOW + 0.5) & (located < _ABOVE_CLIP - 0.5)
+    return grad * is_inside.to(grad.dtype), grad.to(dtype) * change
