@@ -54,6 +54,13 @@ class Groups(NamedTuple):
         found = [rule(part, self._shared(x)) for part in self.cut(x)]
         return found[0] if len(found) == 1 else torch.cat(found, dim=self._last(x))
 
+    def map(self, x: Tensor, clip: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """``function`` of what ``cut`` gives and its clips, put together in the shape of ``x``."""
+        last, parts = self._last(x), self.cut(x)
+        clips = clip.split([part.shape[last] for part in parts], dim=last - x.dim() - 1)
+        results = [function(*both).flatten(last, last + 1) for both in zip(parts, clips, strict=True)]
+        return results[0] if len(results) == 1 else torch.cat(results, dim=last)
+
     def rows(self, x: Tensor) -> list[Tensor]:
         """The parts of ``x`` that share a clip as rows of matrices, those of the shorter last group in another one."""
         return [to_rows(part, self._shared(x))[0] for part in self.cut(x)]

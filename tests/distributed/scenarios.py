@@ -70,10 +70,17 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def train_step(
-    folder: Path, config: dict[str, Any], checkpointing: bool = False, distilled: bool = False, **model: Any
+    folder: Path,
+    config: dict[str, Any],
+    checkpointing: bool = False,
+    distilled: bool = False,
+    learned: bool = False,
+    **model: Any,
 ) -> dict[str, Any]:
     """Gradients of one step on the global batch, and the loss on this rank's part of it."""
     octav = apply_octav(bert(**model), OctavConfig(**config)).train()
+    if learned:
+        octav_hf.calibrate_octav(octav, [part_of(batch())], learned=True, progress_bar=False)
     if distilled:
         octav_hf.distill(octav, bert(seed=1, **model), weight=0.5)
     if checkpointing:

@@ -49,6 +49,7 @@ def error_of_all(gradients: Tensors, expected: Tensors) -> float:
         {"config": {"activation_bits": 8, "asymmetric_activations": True}},
         {"config": {"activation_bits": 8, "asymmetric_activations": True, "activation_granularity": TOKENS}},
         {"config": {"activation_bits": 8}, "distilled": True},
+        {"config": {"activation_bits": 8}, "learned": True},
     ],
     ids=[
         "octav",
@@ -61,6 +62,7 @@ def error_of_all(gradients: Tensors, expected: Tensors) -> float:
         "asymmetric",
         "asymmetric_tokens",
         "distilled",
+        "learned",
     ],
 )
 def test_gradients_are_those_of_the_whole_batch(succeed: Run, ranks: int, options: dict[str, Any]) -> None:
