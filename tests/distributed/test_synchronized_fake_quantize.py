@@ -95,9 +95,7 @@ PARTS: dict[str, tuple[dict[str, Any], list[int]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("clip", ["octav", "mse", "max", "percentile"])
-@pytest.mark.parametrize(
-    ("settings", "shape"), PARTS, ids=["channel or token", "head", "token of a layer's input", "group"]
-)
+@pytest.mark.parametrize(("settings", "shape"), PARTS.values(), ids=PARTS.keys())
 def test_of_parts_one_collective_shares_sign_and_offset(
     succeed: Run, settings: dict[str, Any], shape: list[int], clip: str
 ) -> None:
