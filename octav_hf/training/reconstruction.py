@@ -36,7 +36,7 @@ def reconstruct(
     teacher: nn.Module,
     batches: Iterable[Batch],
     *,
-    ridge: float = 0.01,
+    ridge: float = 0.1,
     progress_bar: bool = True,
 ) -> dict[str, LayerError]:
     """Give quantized linear layers the weights that come closest to the teacher's outputs, without training.
