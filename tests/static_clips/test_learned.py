@@ -81,7 +81,7 @@ def test_the_clip_of_each_call_and_its_gradient() -> None:
     quantizer = FakeQuantize(4, gradient_estimator="pwl")
     quantizer.freeze(FrozenClips(True, torch.tensor([0.5, 1.5])).learning)
     with torch.no_grad():
-        quantizer.clip_correction.copy_(torch.tensor([0.02, -0.01]))
+        quantizer.clip_correction.copy_(torch.tensor([0.64, -0.32]) / CORRECTION_RATE)
     expected = torch.tensor([0.5, 1.5]) * torch.tensor([0.64, -0.32]).exp()
     torch.testing.assert_close(quantizer.frozen.clips, expected)
     for call, clip in enumerate(quantizer.frozen.clips):
@@ -130,7 +130,7 @@ def test_training_moves_them_and_lowers_the_loss() -> None:
     target = net(x).detach()
     learned(apply_octav(net, OctavConfig(weight_bits=None, activation_bits=3)), 8 * x)
     before, begin = frozen_activations(net), (net(x) - target).square().mean()
-    optimizer = torch.optim.Adam(corrections(net).values(), lr=2e-3)
+    optimizer = torch.optim.Adam(corrections(net).values(), lr=5e-4)
     for _ in range(60):
         optimizer.zero_grad()
         loss = (net(x) - target).square().mean()
