@@ -14,9 +14,9 @@ CORRECTION_RATE = 128.0
 """By how much the logarithm of a learned clip changes with its parameter; part of the format of checkpoints.
 
 Adam moves a parameter by at most about the learning rate a step: a clip by 1.3 % at 1e-4, and by a factor of up to 2.2
-in a short run whose learning rates add up to 0.006. Clips of a 4-bit MiniLM that were trained alone, to the float model's
-logits, ended at 0.2 to 3 times what was calibrated, half of them within 0.76 and 1.31; in such a short run 128 lowered
-their divergence by 18 %, 32 by 1 % and 512 by 10 %.
+in a short run whose learning rates add up to 0.006. Clips of a 4-bit MiniLM, trained alone to the float model's logits,
+ended at 0.2 to 3 times what was calibrated, half of them within 0.76 and 1.31; in such a short run 128 lowered their
+divergence by 18 %, 32 by 1 % and 512 by 10 %.
 """
 
 
