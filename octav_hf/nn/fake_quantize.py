@@ -60,7 +60,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
             gets. One for each multiplication of the operand in one forward pass of its module.
         offset: where the grid of frozen clips begins if it is asymmetric, ``[]``, negative.
         clip_correction: the parameter of frozen clips that learn, in the shape and dtype of the clips, which are
-            multiplied by ``exp(32 clip_correction)``; ``None`` for others.
+            multiplied by ``exp(128 clip_correction)``; ``None`` for others.
         observer: while set, is told the dynamic clips of every call, and frozen clips are not used.
     """
 

@@ -10,11 +10,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .._utils.torch_private import has_values, version_counter
 from .function_modes import outside_function_modes
 
-CORRECTION_RATE = 32.0
+CORRECTION_RATE = 128.0
 """By how much the logarithm of a learned clip changes with its parameter; part of the format of checkpoints.
 
-Adam moves a parameter by about the learning rate r a step, which is r / σ of a weight if σ is their standard deviation,
-0.02 to 0.05 in Transformers' models, and 32 r of a clip: the two change equally fast, as in LSQ (section 2.2).
+Adam moves a parameter by at most about the learning rate a step: a clip by 1.3 % at 1e-4, and by a factor of up to 2.2
+in a short run whose learning rates add up to 0.006. Clips of a 4-bit MiniLM, trained alone to the float model's logits,
+ended at 0.2 to 3 times what was calibrated, half of them within 0.76 and 1.31; in such a short run 128 lowered their
+divergence by 18 %, 32 by 1 % and 512 by 10 %.
 """
 
 
@@ -26,7 +28,7 @@ class FrozenClips(NamedTuple):
         clips: in the units of the operand, one for each multiplication of it in one forward pass of its module, and for
             each part that has a clip of its own: ``[calls, *parts]``. Of a weight as the clipping rule gives them.
         offset: where an asymmetric grid begins, ``[]``, negative; ``None`` for other grids.
-        correction: what was learned, in the shape of ``clips``, which are to be multiplied by ``exp(32 correction)``;
+        correction: what was learned, in the shape of ``clips``, which are to be multiplied by ``exp(128 correction)``;
             ``None`` for clips that do not learn.
     """
 

@@ -50,7 +50,7 @@ def calibrate_octav(
     lowest value of all, is not known before the last batch.
 
     **Learned clips.** With ``learned=True`` training goes on from the clips of activations that were found. Each is
-    multiplied by ``exp(32 c)`` with a parameter c, ``<operand>_quantizer.clip_correction``, which begins at 0, so that
+    multiplied by ``exp(128 c)`` with a parameter c, ``<operand>_quantizer.clip_correction``, which begins at 0, so that
     the outputs are the same as without, and gets the gradient of LSQ (``functional.fake_quantize_learned_clip``); the
     gradients of inputs stay those of the config's estimator. c is a parameter of the model like any other: an optimizer
     that is made after this call trains it, state dicts and checkpoints have it, and weight decay draws the clip to what

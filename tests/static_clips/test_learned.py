@@ -22,7 +22,7 @@ from octav_hf import (
     uncalibrate_octav,
     unpack_octav,
 )
-from octav_hf.functional import fake_quantize
+from octav_hf.functional import fake_quantize, fake_quantize_learned_clip
 from octav_hf.nn import FakeQuantize, FrozenClips
 from octav_hf.nn.frozen_clips import CORRECTION_RATE
 from tests.frozen_activations import frozen_activations
@@ -34,6 +34,7 @@ MakeBert = Callable[..., BertForQuestionAnswering]
 Tensor = torch.Tensor
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 PARTS = {"query": "attn_head", "key": "attn_head", "probabilities": "attn_head", "value": "channel"}
+GROUPS = dict.fromkeys(("input", "probabilities", "value"), "group")
 
 
 def corrections(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -58,11 +59,11 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("observer", ["mean", "histogram"])
-@pytest.mark.parametrize("granularity", [{}, PARTS], ids=["tensor", "parts"])
+@pytest.mark.parametrize("granularity", [{}, PARTS, GROUPS], ids=["tensor", "parts", "groups"])
 def test_they_begin_as_calibrated(
     small_bert: MakeBert, padded_batch: dict, granularity: dict[str, str], observer: str
 ) -> None:
-    config = OctavConfig(activation_granularity=granularity, asymmetric_activations=True)
+    config = OctavConfig(activation_granularity=granularity, group_size=32, asymmetric_activations=True)
     static, model = (apply_octav(small_bert(), config) for _ in range(2))
     calibrate_octav(static, [padded_batch], observer=observer, progress_bar=False)
     learned(model, padded_batch, observer=observer)
@@ -80,7 +81,7 @@ def test_the_clip_of_each_call_and_its_gradient() -> None:
     quantizer = FakeQuantize(4, gradient_estimator="pwl")
     quantizer.freeze(FrozenClips(True, torch.tensor([0.5, 1.5])).learning)
     with torch.no_grad():
-        quantizer.clip_correction.copy_(torch.tensor([0.02, -0.01]))
+        quantizer.clip_correction.copy_(torch.tensor([0.64, -0.32]) / CORRECTION_RATE)
     expected = torch.tensor([0.5, 1.5]) * torch.tensor([0.64, -0.32]).exp()
     torch.testing.assert_close(quantizer.frozen.clips, expected)
     for call, clip in enumerate(quantizer.frozen.clips):
@@ -101,6 +102,26 @@ def test_the_clip_of_each_call_and_its_gradient() -> None:
         assert torch.equal(quantizer(x, 1), fake_quantize(x, quantizer.frozen.clips[1], 4))
 
 
+@pytest.mark.parametrize("length", [64, 50], ids=["even", "shorter_last_group"])
+@pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
+def test_the_gradient_of_groups(length: int, gradient: str) -> None:
+    """Each group is a tensor of its own."""
+    x, weights = (torch.randn(4, 6, length, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    clips = torch.tensor([0.5, 1.5])
+    quantizer = FakeQuantize(4, gradient_estimator=gradient, frozen_group_size=32)
+    quantizer.freeze(FrozenClips(True, clips[None]).learning)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    result = quantizer(inputs[0])
+    (result * weights).sum().backward()
+    own = clips.clone().requires_grad_()
+    parts = zip(inputs[1].split(32, dim=-1), own, strict=True)
+    expected = torch.cat([fake_quantize_learned_clip(p, c, 4, gradient=gradient) for p, c in parts], dim=-1)
+    (expected * weights).sum().backward()
+    assert torch.equal(result, expected)
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+    torch.testing.assert_close(quantizer.clip_correction.grad[0], CORRECTION_RATE * clips * own.grad)
+
+
 def test_training_moves_them_and_lowers_the_loss() -> None:
     """Weights held: clips that are far too wide lose accuracy, which learning them alone brings back."""
     torch.manual_seed(0)
@@ -109,7 +130,7 @@ def test_training_moves_them_and_lowers_the_loss() -> None:
     target = net(x).detach()
     learned(apply_octav(net, OctavConfig(weight_bits=None, activation_bits=3)), 8 * x)
     before, begin = frozen_activations(net), (net(x) - target).square().mean()
-    optimizer = torch.optim.Adam(corrections(net).values(), lr=2e-3)
+    optimizer = torch.optim.Adam(corrections(net).values(), lr=5e-4)
     for _ in range(60):
         optimizer.zero_grad()
         loss = (net(x) - target).square().mean()
