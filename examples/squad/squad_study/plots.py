@@ -24,8 +24,7 @@ FP32_COLOUR = "#1a1a1a"
 
 
 def write_plots(lines: Sequence[Line], folder: Path) -> None:
-    """Write `f1.png`, `f1.svg`, `convergence.png` and `convergence.svg`; `recipes` too if a cell has extras, and `bytes`
-    if the size of checkpoints is known.
+    """Write `f1` and `convergence`, `recipes` if a cell has extras, and `bytes` if the size of checkpoints is known.
 
     The same lines give the same bytes.
     """
