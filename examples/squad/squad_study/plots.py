@@ -1,4 +1,4 @@
-"""The plots of a study, as PNG and SVG: F1 against bits, and the loss of training (figure 4 of the paper)."""
+"""The plots of a study, as PNG and SVG: F1 against bits and bytes, and the loss of training (figure 4 of the paper)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FP32_COLOUR = "#1a1a1a"
 
 
 def write_plots(lines: Sequence[Line], folder: Path) -> None:
-    """Write `f1.png`, `f1.svg`, `convergence.png` and `convergence.svg`, and `recipes` too if a cell has extras.
+    """Write `f1` and `convergence`, `recipes` if a cell has extras, and `bytes` if the size of checkpoints is known.
 
     The same lines give the same bytes.
     """
@@ -34,6 +34,9 @@ def write_plots(lines: Sequence[Line], folder: Path) -> None:
         if any(cell_of(line).extras for line in recipes):
             save(plot_f1(recipes), folder / "recipes")
         save(plot_convergence(lines), folder / "convergence")
+        sized = [line for line in lines if "checkpoint_bytes" in line["metrics"]]
+        if sized:
+            save(plot_bytes(sized), folder / "bytes")
 
 
 def is_recipe(cell: Cell) -> bool:
@@ -53,6 +56,7 @@ def plot_f1(lines: Sequence[Line]) -> Figure:
         cell, f1 = cell_of(line), line["metrics"]["eval_f1"]
         if cell.bits is None:
             fp32.append(f1)
+        if cell.bits is None or cell.activation_bits is not None:
             continue
         curves.setdefault(cell.label, {}).setdefault(cell.bits, []).append(f1)
         cells.setdefault(cell.label, cell)
@@ -85,6 +89,29 @@ def plot_f1(lines: Sequence[Line]) -> Figure:
     return figure
 
 
+def plot_bytes(lines: Sequence[Line]) -> Figure:
+    """F1 against the megabytes of a checkpoint, packed if the model is quantized; mean and spread over seeds."""
+    curves: dict[str, dict[float, list[float]]] = {}
+    cells: dict[str, Cell] = {}
+    for line in lines:
+        cell, metrics = cell_of(line), line["metrics"]
+        curves.setdefault(cell.label, {}).setdefault(metrics["checkpoint_bytes"] / 1e6, []).append(metrics["eval_f1"])
+        cells.setdefault(cell.label, cell)
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for label, curve in curves.items():
+        sizes = sorted(curve)
+        means = [statistics.fmean(curve[size]) for size in sizes]
+        spreads = [statistics.stdev(curve[size]) if len(curve[size]) > 1 else 0 for size in sizes]
+        appearance = {"color": FP32_COLOUR, "marker": "*"} if cells[label].bits is None else look(cells[label])
+        axes.errorbar(sizes, means, spreads, capsize=2, markersize=5, linewidth=1, label=label, **appearance)
+    axes.set(xlabel="checkpoint (MB)", ylabel="F1 (%)", xscale="log")
+    axes.xaxis.set_minor_formatter("{x:.0f}")
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
 def look(cell: Cell) -> dict[str, str]:
     """Colour by clip, or by estimator if it is not MPH; line by dynamic or static; mark by percentile and extras."""
     clip = str(cell.clip)
@@ -93,7 +120,9 @@ def look(cell: Cell) -> dict[str, str]:
     if cell.gradient != "mph":
         colour, marker = GRADIENT_COLOURS[str(cell.gradient)], "D"
     if cell.extras:
-        marker = EXTRA_MARKERS[sum(2**i for i, extra in enumerate(EXTRAS) if extra in cell.extras) - 1]
+        marker = EXTRA_MARKERS[
+            (sum(2**i for i, extra in enumerate(EXTRAS) if getattr(cell, extra)) - 1) % len(EXTRA_MARKERS)
+        ]
     return {"color": colour, "linestyle": "-" if cell.mode == "dynamic" else "--", "marker": marker}
 
 

@@ -282,6 +282,46 @@ def test_distilled_from_itself_a_float_model_does_not_change(tiny_model: str, tm
     assert "| distilled from | ./start |" in (tmp_path / "quantized/README.md").read_text()
 
 
+def test_features_groups_and_least_squares_in_one_run(tiny_model: str, tmp_path: Path) -> None:
+    """What it says of the size of the checkpoint is what the packed form has."""
+    groups = json.dumps({"input": "group", "probabilities": "group", "value": "group"})
+    words = ["--do_train", "--do_eval", "--max_steps", "2", "--quantize", "--pack", "--reconstruct_batches", "2"]
+    words += ["--weight_granularity", "group", "--group_size", "32", "--activation_granularity", groups]
+    words += ["--distill_from", tiny_model, "--distill_weight", "0.5", "--distill_temperature", "1"]
+    words += ["--distill_hidden_states", "1", "--distill_attentions", "1", "--distill_layers", "0", "-1"]
+    metrics = main(arguments(tiny_model, tmp_path / "out", *words, "--distill_feature_steps", "0.5"))
+    packed = load_file(tmp_path / "out/packed/model.safetensors")
+    assert metrics["checkpoint_bytes"] == sum(tensor.nbytes for tensor in packed.values())
+    assert metrics["packed_f1"] == metrics["eval_f1"]
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert (config["weight_granularity"], config["group_size"]) == ("group", 32)
+
+
+def test_learned_clips_are_learned(tiny_model: str, tmp_path: Path) -> None:
+    words = ["--do_train", "--quantize", "--max_steps", "2", "--learning_rate", "0.01", "--static_clip_batches", "2"]
+    main(arguments(tiny_model, tmp_path / "out", *words, "--learned_clips", "true"))
+    corrections = [t for n, t in load_file(tmp_path / "out/model.safetensors").items() if n.endswith("clip_correction")]
+    assert len(corrections) == 13 + 2 * 4
+    assert any(tensor.abs().max() > 0 for tensor in corrections)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--distill_attentions", "1"], "--distill_attentions would be ignored: add --distill_from"),
+        (["--quantize", "--learned_clips", "true"], "--learned_clips corrects static clips: add --static_clip_batches"),
+        (["--reconstruct_batches", "3"], "--reconstruct_batches would be ignored: add --quantize"),
+        (["--quantize", "--reconstruct_batches", "0"], "--reconstruct_batches must be at least 1, not 0"),
+    ],
+)
+def test_parts_of_a_recipe_that_do_not_go_together(
+    tiny_model: str, tmp_path: Path, words: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(arguments(tiny_model, tmp_path / "out", "--do_train", *words))
+    assert not (tmp_path / "out").exists()
+
+
 def test_windows_longer_than_the_positions_are_refused_before_any_work(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -344,3 +344,56 @@ def test_a_killed_study_goes_on_and_ends_in_the_same_results(tiny_model: str, tm
     assert results[0] == results[1]
     assert len(results[0]) == 4
     assert all(len(curve) == 3 for curve, _ in results[0].values())
+
+
+def test_groups_two_widths_learned_clips_features_and_reconstruction(runs: list[list[str]], tmp_path: Path) -> None:
+    cells = ["dynamic-mse-fine-shifted-group32:3", "dynamic-mse-fine-shifted-group32:W2A8"]
+    cells += ["static-mse-shifted-learned:W4A8", "dynamic-mse-fine-shifted-distilled-group64-reconstructed-features:4"]
+    study.main([*MODEL, "--cells", *cells, "--output_dir", str(tmp_path)])
+    names = [Path(options(command)["--output_dir"]).name for command in runs]
+    assert names == [
+        "dynamic-mse-fine-shifted-group32-3bit-seed0",
+        "dynamic-mse-fine-shifted-group32-W2A8-seed0",
+        "static-mse-shifted-learned-W4A8-seed0",
+        "dynamic-mse-fine-shifted-distilled-group64-reconstructed-features-4bit-seed0",
+    ]
+    three, two, static, all_of_them = map(options, runs)
+    assert (three["--weight_granularity"], three["--group_size"]) == ("group", "32")
+    assert json.loads(three["--activation_granularity"]) == {
+        **dict.fromkeys(("input", "probabilities", "value"), "group"),
+        **dict.fromkeys(("query", "key"), "token"),
+    }
+    assert (three["--weight_bits"], three["--activation_bits"]) == ("3", "3")
+    assert (two["--weight_bits"], two["--activation_bits"]) == ("2", "8")
+    assert (static["--learned_clips"], static["--static_clip_batches"]) == ("true", "5")
+    assert not {"--group_size", "--activation_granularity"} & {*static}
+    assert (all_of_them["--group_size"], all_of_them["--distill_from"]) == ("64", "m")
+    assert float(all_of_them["--distill_hidden_states"]) > 0 < float(all_of_them["--distill_attentions"])
+    assert int(all_of_them["--reconstruct_batches"]) > 0
+    assert not {"--learned_clips", "--reconstruct_batches", "--distill_from"} & {*three}
+    tables = (tmp_path / "tables.md").read_text()
+    assert "| method | 3 | 4 | W2A8 | W4A8 |" in tables
+    assert "dynamic MSE, fine clips, shifted, groups of 32" in tables
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("dynamic-mse-learned:4", "write static in the place of dynamic"),
+        ("dynamic-mse-features:4", "write distilled too"),
+        ("dynamic-mse-group:4", "is not a cell"),
+        ("dynamic-mse:W9A8", "is not a cell"),
+    ],
+)
+def test_parts_of_a_cell_that_do_not_go_together(cell: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_cells([cell], [0])
+
+
+def test_sizes_of_checkpoints_are_drawn_where_they_are_known(tmp_path: Path) -> None:
+    lines = [line("fp32"), line("dynamic-octav:4"), line("dynamic-octav:W4A8", f1=60.0)]
+    for each, size in zip(lines, (90_000_000, 53_000_000, 53_000_000), strict=True):
+        each["metrics"]["checkpoint_bytes"] = size
+        append_line(tmp_path / "results.jsonl", each)
+    study.main(["--render", str(tmp_path / "results.jsonl")])
+    assert {"bytes.png", "bytes.svg"} <= {file.name for file in tmp_path.iterdir()}
