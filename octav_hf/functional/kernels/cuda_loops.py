@@ -1,7 +1,7 @@
 """Rounding and its gradients on a CUDA device, by the kernels in ``triton_loops.py``.
 
 Arguments and results are those of the functions of the same names in ``fake_quantize.py``. A training step has hundreds
-of these calls, and a launch takes the host a tenth of the time of a call of what ``torch.compile`` makes of them.
+of these calls, and a launch takes the host a third to a half of the time of what ``torch.compile`` makes of them.
 """
 
 from functools import cache
