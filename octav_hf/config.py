@@ -166,6 +166,20 @@ _ACCURATE: dict[str, Any] = {
     "activation_granularity": FINEST,
     "asymmetric_activations": True,
 }
+_GROUPS = _ACCURATE | {
+    "weight_granularity": "group",
+    "activation_granularity": FINEST | dict.fromkeys(("input", "probabilities", "value"), "group"),
+}
+_ONNX_RUNTIME = _ACCURATE | {"activation_bits": 8, "activation_granularity": {}}
+_GGML = {
+    "activation_bits": 8,
+    "weight_clip": "mse",
+    "activation_clip": "mse",
+    "weight_granularity": "group",
+    "activation_granularity": dict.fromkeys(ACTIVATION_GRANULARITIES, "group"),
+    "group_size": 32,
+    "unsigned_activations": False,
+}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -248,17 +262,48 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
 
     @classmethod
     def paper(cls, **fields: Any) -> "OctavConfig":
-        """The paper's clips, granularity, grids and gradients, whatever the defaults are; ``fields`` add to them."""
+        """The paper's clips, granularity, grids and gradients, whatever the defaults are; ``fields`` add to them.
+
+        Each matmul is one integer product and one scale: any integer matmul runs it.
+        """
         return cls(**_PAPER | fields)
 
     @classmethod
     def accurate(cls, **fields: Any) -> "OctavConfig":
-        """What loses least at few bits, by the measurements in ``examples/squad/README.md``; ``fields`` add to it.
+        """What loses least at few bits without groups, by ``examples/squad/README.md``; ``fields`` add to it.
 
         The clip ``"mse"`` for weights and activations, the finest granularity whose scales factor out of the matmuls,
-        and asymmetric grids. A step takes longer than the paper's, and clips per token cannot be frozen as such.
+        and asymmetric grids: one integer product with a scale per token and channel, as kernels with per-token dynamic
+        quantization have. A step takes longer than the paper's, and clips per token cannot be frozen as such.
         """
         return cls(**_ACCURATE | fields)
+
+    @classmethod
+    def groups(cls, **fields: Any) -> "OctavConfig":
+        """``accurate()`` with groups of 64 in weights, linear inputs, probabilities and values; ``fields`` add to it.
+
+        It loses least of all at 4 bits and below. An integer product for each group and one multiply-add, as kernels
+        with group scales have (Atom, QServe); ``convert_octav`` and ``to_onnx`` do not.
+        """
+        return cls(**_GROUPS | fields)
+
+    @classmethod
+    def onnxruntime(cls, **fields: Any) -> "OctavConfig":
+        """4-bit weights and 8-bit activations with one clip per tensor, for ``to_onnx``; ``fields`` add to it.
+
+        ONNX Runtime, OpenVINO and ``convert_octav`` multiply 8-bit integers, with the weights' scale per channel, once
+        activation clips are static: ``calibrate_octav(model, batches, learned=True)`` before training.
+        """
+        return cls(**_ONNX_RUNTIME | fields)
+
+    @classmethod
+    def ggml(cls, **fields: Any) -> "OctavConfig":
+        """4-bit weights and 8-bit operands in groups of 32, as GGML's Q4_0 x Q8_0; ``fields`` add to it.
+
+        GGML multiplies such blocks of signed integers; probabilities are unsigned here. This package trains for them,
+        and writes no file for GGML.
+        """
+        return cls(**_GGML | fields)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -55,6 +55,33 @@ def test_presets() -> None:
     assert OctavConfig.accurate().activation_granularity == finest
 
 
+def test_presets_of_groups() -> None:
+    groups, ggml = OctavConfig.groups(), OctavConfig.ggml()
+    accurate = OctavConfig.accurate()
+    assert groups.weight_granularity == "group"
+    assert groups.activation_granularity == {
+        "input": "group",
+        "query": "token",
+        "key": "token",
+        "probabilities": "group",
+        "value": "group",
+    }
+    assert (groups.group_size, groups.weight_clip, groups.asymmetric_activations) == (64, "mse", True)
+    assert (groups.weight_bits, groups.activation_bits) == (accurate.weight_bits, accurate.activation_bits) == (4, 4)
+    assert (ggml.weight_bits, ggml.activation_bits, ggml.group_size) == (4, 8, 32)
+    assert {*ggml.activation_granularity.values(), ggml.weight_granularity} == {"group"}
+    assert not ggml.unsigned_activations
+    assert not ggml.asymmetric_activations
+
+
+def test_the_preset_for_onnxruntime_has_a_clip_per_tensor() -> None:
+    config = OctavConfig.onnxruntime()
+    assert (config.weight_bits, config.activation_bits, config.activation_clip) == (4, 8, "mse")
+    assert config.activation_granularity == {}
+    assert config.weight_granularity == "channel"
+    assert OctavConfig.onnxruntime(activation_bits=4).activation_bits == 4
+
+
 def test_defaults_are_the_papers_recipe() -> None:
     config = OctavConfig()
     assert (config.weight_bits, config.activation_bits) == (4, 4)

@@ -73,6 +73,19 @@ def test_the_most_accurate_recipe(small_bert: MakeBert, padded_batch: Batch, tmp
     assert_same(model, tmp_path, padded_batch)
 
 
+def test_the_preset_with_clips_that_have_learned(small_bert: MakeBert, padded_batch: Batch, tmp_path: Path) -> None:
+    model = apply_octav(small_bert(hidden_act="gelu"), OctavConfig.onnxruntime())
+    calibrate_octav(model.eval(), [padded_batch], weights=True, learned=True, progress_bar=False)
+    with torch.no_grad():
+        corrections = [x for name, x in model.named_parameters() if name.endswith("clip_correction")]
+        for correction in corrections:
+            correction.fill_(-0.002)
+    assert len(corrections) == 13 + 2 * 4
+    to_onnx(model, tmp_path, padded_batch)
+    assert verify_onnx(model, tmp_path, padded_batch).integer_products == 17
+    assert_same(model, tmp_path, padded_batch)
+
+
 def test_weights_in_the_file(exported: tuple[Any, Path, Batch]) -> None:
     model, folder, _ = exported
     graph = onnx.load(folder / "model.onnx").graph
