@@ -16,6 +16,7 @@ from squad_study.cells import EXTRAS, Cell, cell_of
 from squad_study.record import Line
 
 COLOURS = {"octav": "#c1440e", "mse": "#7a3fb5", "max": "#7a7a7a", "mse_sweep": "#37618e", "percentile": "#3c8d5a"}
+GROUP_COLOURS = {32: "#1b9e77", 64: "#2c7fb8", 128: "#253494"}
 OTHER_COLOURS = ("#c06090", "#5b7f1e", "#6f6ad1")  # of rules of the user's own
 EXTRA_MARKERS = "<>PX*dh"  # by which extras there are
 MARKERS = {99.9: "v", 99.99: "s", 99.999: "^"}
@@ -60,7 +61,7 @@ def plot_f1(lines: Sequence[Line]) -> Figure:
             continue
         curves.setdefault(cell.label, {}).setdefault(cell.bits, []).append(f1)
         cells.setdefault(cell.label, cell)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     if fp32:
         axes.axhline(statistics.fmean(fp32), color=FP32_COLOUR, linewidth=1, label="FP32")
         spread = statistics.stdev(fp32) if len(fp32) > 1 else 0
@@ -85,37 +86,37 @@ def plot_f1(lines: Sequence[Line]) -> Figure:
         axes.set(xticks=widths, xlim=(widths[0] - 0.4, widths[-1] + 0.4))
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     return figure
 
 
 def plot_bytes(lines: Sequence[Line]) -> Figure:
     """F1 against the megabytes of a checkpoint, packed if the model is quantized; mean and spread over seeds."""
-    curves: dict[str, dict[float, list[float]]] = {}
+    points: dict[tuple[str, float], list[float]] = {}
     cells: dict[str, Cell] = {}
     for line in lines:
         cell, metrics = cell_of(line), line["metrics"]
-        curves.setdefault(cell.label, {}).setdefault(metrics["checkpoint_bytes"] / 1e6, []).append(metrics["eval_f1"])
+        points.setdefault((cell.label, metrics["checkpoint_bytes"] / 1e6), []).append(metrics["eval_f1"])
         cells.setdefault(cell.label, cell)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for label, curve in curves.items():
-        sizes = sorted(curve)
-        means = [statistics.fmean(curve[size]) for size in sizes]
-        spreads = [statistics.stdev(curve[size]) if len(curve[size]) > 1 else 0 for size in sizes]
-        appearance = {"color": FP32_COLOUR, "marker": "*"} if cells[label].bits is None else look(cells[label])
-        axes.errorbar(sizes, means, spreads, capsize=2, markersize=5, linewidth=1, label=label, **appearance)
-    axes.set(xlabel="checkpoint (MB)", ylabel="F1 (%)", xscale="log")
-    axes.xaxis.set_minor_formatter("{x:.0f}")
-    axes.set_ylim(bottom=0)
-    axes.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False)
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    for label, cell in cells.items():
+        of_label = {size: f1 for (name, size), f1 in points.items() if name == label}
+        means = [statistics.fmean(f1) for f1 in of_label.values()]
+        spreads = [statistics.stdev(f1) if len(f1) > 1 else 0 for f1 in of_label.values()]
+        appearance = {"color": FP32_COLOUR, "marker": "*"} if cell.bits is None else look(cell)
+        appearance["linestyle"] = "none"
+        axes.errorbar(list(of_label), means, spreads, capsize=2, markersize=6, label=label, **appearance)
+    axes.set(xlabel="checkpoint (MB)", ylabel="F1 (%)")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     return figure
 
 
 def look(cell: Cell) -> dict[str, str]:
-    """Colour by clip, or by estimator if it is not MPH; line by dynamic or static; mark by percentile and extras."""
+    """Colour by clip, groups or estimator if not MPH; line by dynamic or static; mark by percentile and extras."""
     clip = str(cell.clip)
     colour = COLOURS.get(clip) or OTHER_COLOURS[sum(map(ord, clip)) % len(OTHER_COLOURS)]
+    colour = GROUP_COLOURS[cell.group] if cell.group is not None else colour
     marker = MARKERS.get(cell.percentile or 0, "o")
     if cell.gradient != "mph":
         colour, marker = GRADIENT_COLOURS[str(cell.gradient)], "D"
@@ -165,4 +166,5 @@ def _draw_losses(axes: Axes, cells: Sequence[tuple[Cell, list[list[float]]]], ti
     axes.set(xlabel="optimizer steps", title=title)
     axes.grid(alpha=0.3)
     if losses:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False, fontsize=8)
+        columns = 3 if max(map(len, losses)) <= 30 else 1
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, frameon=False, fontsize=8)

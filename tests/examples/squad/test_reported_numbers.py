@@ -75,7 +75,7 @@ def test_a_number_that_is_not_recorded_is_found(recorded: list[float]) -> None:
         assert not any(math.isclose(round(each, 2), number, abs_tol=1e-9) for each in recorded)
 
 
-@pytest.mark.parametrize("name", ["demo", "real_squad"])
+@pytest.mark.parametrize("name", ["demo", "real_squad", "four_bits"])
 def test_tables_are_those_of_the_records(name: str) -> None:
     lines = sorted(
         (line for line in read_lines(RESULTS / name / "results.jsonl") if "clips" not in line),
