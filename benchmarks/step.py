@@ -29,12 +29,6 @@ from octav_hf.functional.fake_quantize import FakeQuantizeFunction
 from octav_hf.nn import FakeQuantize
 
 
-def groups(size: int) -> OctavConfig:
-    """Clips for groups where a product sums over many elements."""
-    operands = {"query": "token", "key": "token"} | dict.fromkeys(("input", "probabilities", "value"), "group")
-    return OctavConfig.accurate(weight_granularity="group", activation_granularity=operands, group_size=size)
-
-
 VARIANTS: dict[str, tuple[str, OctavConfig | None]] = {
     "FP32 eager": ("eager", None),
     "FP32 sdpa": ("sdpa", None),
@@ -44,8 +38,8 @@ VARIANTS: dict[str, tuple[str, OctavConfig | None]] = {
     "max-scaling 4-bit": ("sdpa", OctavConfig(weight_clip="max", activation_clip="max")),
     "mse 4-bit": ("sdpa", OctavConfig(weight_clip="mse", activation_clip="mse")),
     "accurate 4-bit": ("sdpa", OctavConfig.accurate()),
-    "groups of 64 4-bit": ("sdpa", groups(64)),
-    "groups of 32 4-bit": ("sdpa", groups(32)),
+    "groups of 64 4-bit": ("sdpa", OctavConfig.groups()),
+    "groups of 32 4-bit": ("sdpa", OctavConfig.groups(group_size=32)),
     "compiled FP32 eager": ("eager", None),
     "compiled FP32 sdpa": ("sdpa", None),
     "compiled OCTAV 4-bit": ("sdpa", OctavConfig()),
