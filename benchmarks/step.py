@@ -28,7 +28,6 @@ from octav_hf import OctavConfig, apply_octav
 from octav_hf.functional.fake_quantize import FakeQuantizeFunction
 from octav_hf.nn import FakeQuantize
 
-
 VARIANTS: dict[str, tuple[str, OctavConfig | None]] = {
     "FP32 eager": ("eager", None),
     "FP32 sdpa": ("sdpa", None),
