@@ -171,7 +171,7 @@ _GROUPS = _ACCURATE | {
     "activation_granularity": FINEST | dict.fromkeys(("input", "probabilities", "value"), "group"),
 }
 _ONNX_RUNTIME = _ACCURATE | {"activation_bits": 8, "activation_granularity": {}}
-_GGML = {
+_GGML: dict[str, Any] = {
     "activation_bits": 8,
     "weight_clip": "mse",
     "activation_clip": "mse",
