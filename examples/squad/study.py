@@ -86,25 +86,24 @@ def main(argv: list[str] | None = None) -> list[Line]:
     missing = [cell for cell in arguments if cell.name not in finished]
     print(f"{len(arguments)} cells, of which {len(arguments) - len(missing)} are finished", flush=True)
     progress = Progress(len(missing), options.jobs)
-    failed = threading.Event()
+    failed, writing = threading.Event(), threading.Lock()
 
-    def run_unless_failed(cell: Cell) -> Line | None:
+    def run_unless_failed(cell: Cell) -> None:
         try:
-            return None if failed.is_set() else run_cell(options, cell, arguments[cell])
+            if not failed.is_set():
+                line = run_cell(options, cell, arguments[cell])
+                with (
+                    writing
+                ):  # before the thread begins with another cell, or a study that is killed then would lose it
+                    append_line(results, line)
+                    progress.report(line)
         except BaseException:
             failed.set()  # no further cell starts; those that run go on, so that their time is not lost
             raise
 
-    errors = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for future in as_completed([pool.submit(run_unless_failed, cell) for cell in missing]):
-            error = future.exception()
-            line = None if error is not None else future.result()
-            if error is not None:
-                errors.append(error)
-            if line is not None:
-                append_line(results, line)
-                progress.report(line)
+        futures = as_completed([pool.submit(run_unless_failed, cell) for cell in missing])
+        errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         raise errors[0]
     if options.clip_bits and CLIPS not in finished:

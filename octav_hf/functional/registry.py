@@ -34,6 +34,11 @@ def poolable_rules() -> list[str]:
     return sorted(RULES_OF_TABLES.keys() | RULES_OF_RANGES)
 
 
+def takes_skip(name: str) -> bool:
+    """Whether the rule ``name`` leaves a tensor unread where ``skip`` is true; others read it whatever it holds."""
+    return name in _TENSOR_SIGN
+
+
 def register_clip_rule(
     name: str,
     *,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._utils.torch_private import own_parameters
 from ..functional import fake_quantize, fake_quantize_learned_clip, integer_range
 from ..functional.groups import Groups
-from ..functional.registry import clip_for_sign
+from ..functional.registry import clip_for_sign, takes_skip
 from ..functional.rows import Dim, Sign, has_negative, minus_offset, statistics_dtype
 from .clip_observer import ClipObserver
 from .codes import Codes, Grid
@@ -274,7 +274,8 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         shifted = negative & (-low <= clip.mean())
         stays = shifted.logical_not()
         offset = torch.where(shifted, low, 0.0)
-        clip_from_offset = self.compute_clip(minus_offset(x, offset, stays), False, skip=stays)
+        skip = stays if takes_skip(self.clip) else torch.zeros_like(stays)
+        clip_from_offset = self.compute_clip(minus_offset(x, offset, skip), False, skip=skip)
         return Grid(negative & stays, torch.where(shifted, clip_from_offset, clip), offset)
 
     def forward(self, x: Tensor, call_index: int = 0, codes: torch.dtype | None = None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -100,6 +100,15 @@ def test_check_finite_of_a_quantizer_without_a_name() -> None:
         check_finite(model)
 
 
+@pytest.fixture
+def nan_memory() -> Iterator[None]:
+    """Memory that is not written to holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_memory")
 def test_a_rule_of_a_user_is_computed_for_both_signs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("octav_hf.functional.registry.CLIP_RULES", dict(CLIP_RULES))
     monkeypatch.setitem(CLIP_RULES, "mine", None)
