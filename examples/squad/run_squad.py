@@ -113,13 +113,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         examples["eval"] = data_args.evaluation_examples()
         features["eval"] = evaluation_features(examples["eval"], tokenizer, windows)
 
-    model = AutoModelForQuestionAnswering.from_pretrained(model_args.model_name_or_path, config=config)
-    if octav_args.quantize:
-        octav_hf.apply_octav(model, octav_args.to_config())
-        logger.info("Quantized:\n%s", octav_hf.coverage_report(model))
-    if teacher:
-        octav_hf.distill(model, AutoModelForQuestionAnswering.from_pretrained(teacher))
-
     def score_logits(start_logits: np.ndarray, end_logits: np.ndarray, prefix: str) -> dict[str, float]:
         predictions = data_args.predict(examples["eval"], features["eval"], start_logits, end_logits)
         if trainer.is_world_process_zero():
@@ -135,12 +128,23 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "data_collator": DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None),
         "score_logits": score_logits,
     }
+    load = AutoModelForQuestionAnswering.from_pretrained
+    model = load(model_args.model_name_or_path, config=config, **model_args.loading())
+    if octav_args.quantize:
+        octav_hf.apply_octav(model, octav_args.to_config())
+        logger.info("Quantized:\n%s", octav_hf.coverage_report(model))
+    if octav_args.reconstruct_batches:
+        batches = random_batches(parts, octav_args.reconstruct_batches)
+        start = load(teacher or model_args.model_name_or_path).to(training_args.device)
+        octav_hf.reconstruct(model.to(training_args.device), start, list(batches))
+    if teacher:
+        octav_hf.distill(model, load(teacher, **model_args.loading()), **model_args.distillation())
     trainer = QuestionAnsweringTrainer(model=model, callbacks=[timer], **parts)
 
-    def calibrate(batches: int, weights: bool = False) -> None:
+    def calibrate(batches: int, **more: bool) -> None:
         unwrapped = trainer.accelerator.unwrap_model(trainer.model)
         observer = output_args.calibration_observer or "mean"
-        octav_hf.calibrate_octav(unwrapped, random_batches(parts, batches), observer=observer, weights=weights)
+        octav_hf.calibrate_octav(unwrapped, random_batches(parts, batches), observer=observer, **more)
 
     results: dict[str, float] = {}
 
@@ -150,7 +154,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         results.update(metrics)
 
     if octav_args.static_clip_batches:
-        calibrate(octav_args.static_clip_batches, weights=True)
+        calibrate(octav_args.static_clip_batches, weights=True, learned=bool(octav_args.learned_clips))
     if training_args.do_train:
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {
@@ -158,6 +162,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             **timer.metrics(),
             "train_peak_memory_bytes": peak_memory_bytes(),
             "train_samples": len(examples["train"]),
+            "checkpoint_bytes": checkpoint_bytes(trainer.accelerator.unwrap_model(trainer.model)),
         }
         report(trainer, "train", metrics)
         trainer.save_state()
@@ -212,6 +217,14 @@ def random_batches(parts: dict[str, Any], count: int) -> Iterator[dict[str, torc
         collate_fn=parts["data_collator"],
     )
     return itertools.islice(iter(loader), count)
+
+
+def checkpoint_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a checkpoint's tensors, those of the packed form if the model is quantized."""
+    if getattr(model, "octav_config", None) is not None:
+        model = octav_hf.pack_octav(copy.deepcopy(model))
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    return sum(tensors.values())
 
 
 def describe_run(

@@ -53,6 +53,7 @@ def plot_f1(lines: Sequence[Line]) -> Figure:
         cell, f1 = cell_of(line), line["metrics"]["eval_f1"]
         if cell.bits is None:
             fp32.append(f1)
+        if cell.bits is None or cell.activation_bits is not None:
             continue
         curves.setdefault(cell.label, {}).setdefault(cell.bits, []).append(f1)
         cells.setdefault(cell.label, cell)
@@ -93,7 +94,9 @@ def look(cell: Cell) -> dict[str, str]:
     if cell.gradient != "mph":
         colour, marker = GRADIENT_COLOURS[str(cell.gradient)], "D"
     if cell.extras:
-        marker = EXTRA_MARKERS[sum(2**i for i, extra in enumerate(EXTRAS) if extra in cell.extras) - 1]
+        marker = EXTRA_MARKERS[
+            (sum(2**i for i, extra in enumerate(EXTRAS) if getattr(cell, extra)) - 1) % len(EXTRA_MARKERS)
+        ]
     return {"color": colour, "linestyle": "-" if cell.mode == "dynamic" else "--", "marker": marker}
 
 

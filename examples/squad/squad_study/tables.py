@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from reporting.markdown_table import markdown_table
 
-from squad_study.cells import cell_of
+from squad_study.cells import FLOAT_WIDTH, cell_of
 from squad_study.record import Line
 
 _CELL_HEADER = (
@@ -40,19 +40,18 @@ def exact_match(lines: Sequence[Line]) -> str:
 
 def scores_table(lines: Iterable[Line], metric: str) -> str:
     """Methods down, bits across; percent, with the sample standard deviation over seeds where there are several."""
-    scores: dict[str, dict[int | None, list[float]]] = {}
+    scores: dict[str, dict[str, list[float]]] = {}
     for line in lines:
         cell = cell_of(line)
-        scores.setdefault(cell.label, {}).setdefault(cell.bits, []).append(line["metrics"][metric])
-    widths = sorted({bits for row in scores.values() for bits in row if bits is not None})
-    header = ("method", *map(str, widths))
+        scores.setdefault(cell.label, {}).setdefault(cell.width, []).append(line["metrics"][metric])
+    widths = sorted({width for row in scores.values() for width in row if width != FLOAT_WIDTH})
     rows = []
     for label, row in scores.items():
-        if None in row:  # the float model has one result, whatever the width
-            rows.append((label, *([mean_and_spread(row[None])] * max(1, len(widths)))))
+        if FLOAT_WIDTH in row:  # the float model has one result, whatever the width
+            rows.append((label, *([mean_and_spread(row[FLOAT_WIDTH])] * max(1, len(widths)))))
         else:
-            rows.append((label, *(mean_and_spread(row.get(bits, [])) for bits in widths)))
-    return markdown_table(header if widths else (*header, "32"), 1, rows)
+            rows.append((label, *(mean_and_spread(row.get(width, [])) for width in widths)))
+    return markdown_table(("method", *(widths or [FLOAT_WIDTH])), 1, rows)
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -74,7 +73,7 @@ def cells_table(lines: Sequence[Line]) -> str:
         rows.append(
             (
                 cell_of(line).label,
-                "32" if line["bits"] is None else str(line["bits"]),
+                cell_of(line).width,
                 str(line["seed"]),
                 f"{metrics['eval_f1']:.2f}",
                 f"{metrics[exact]:.2f}",

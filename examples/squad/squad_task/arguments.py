@@ -14,6 +14,7 @@ from octav_hf.functional import CLIP_RULES
 # HfArgumentParser reads the annotations at run time and takes `Optional` fields only in this form.
 # ruff: noqa: UP007, UP045
 METRICS = ("f1", "exact_match")
+DISTILLATION = ("hidden_states", "attentions", "layers", "feature_steps")
 
 
 @dataclass
@@ -28,6 +29,40 @@ class ModelArguments:
             "follows its logits instead of the answers. Needs --do_train, and a tokenizer with the same vocabulary."
         },
     )
+    distill_hidden_states: Optional[float] = field(
+        default=None, metadata={"help": "With --distill_from: weight of the teacher's hidden states. Not given: 0."}
+    )
+    distill_attentions: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "With --distill_from: weight of the teacher's attention maps. Both models then have "
+            'attn_implementation="eager". Not given: 0.'
+        },
+    )
+    distill_layers: Optional[list[int]] = field(
+        default=None,
+        metadata={"help": "Layers whose hidden states and maps are learned, the first is 0. Not given: all."},
+    )
+    distill_feature_steps: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "Part of the steps in which hidden states and maps are learned, from the start on. Not given: 1."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        given = [f"--distill_{name}" for name in self.distillation()]
+        if given and not self.distill_from:
+            raise ValueError(f"{', '.join(given)} would be ignored: add --distill_from, or leave them out.")
+
+    def distillation(self) -> dict[str, Any]:
+        """The arguments of `octav_hf.distill` that are given."""
+        values = {name: getattr(self, f"distill_{name}") for name in DISTILLATION}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def loading(self) -> dict[str, str]:
+        """Arguments of `from_pretrained`: attention maps come from eager attention alone."""
+        return {"attn_implementation": "eager"} if self.distill_attentions else {}
 
 
 def _config_argument(entry: Field[Any]) -> tuple[str, Any, Any]:
@@ -65,11 +100,28 @@ class OctavArguments(_ConfigArguments):  # type: ignore[misc, valid-type]  # mad
             "from, and for activations those of this many random training batches. Not given: clips are dynamic."
         },
     )
+    learned_clips: Optional[bool] = field(
+        default=None,
+        metadata={
+            "help": "With --static_clip_batches: a correction of each clip of activations is learned. Not given: no."
+        },
+    )
+    reconstruct_batches: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Before training, fit each layer's weights to the float model by least squares on this many random "
+            "training batches: to --distill_from, else to the model that training starts from. Not given: no."
+        },
+    )
 
     def __post_init__(self) -> None:
         given = [f"--{f.name}" for f in fields(self) if f.name != "quantize" and getattr(self, f.name) is not None]
-        if self.static_clip_batches is not None and self.static_clip_batches < 1:
-            raise ValueError(f"--static_clip_batches must be at least 1, not {self.static_clip_batches}.")
+        for name in ("static_clip_batches", "reconstruct_batches"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"--{name} must be at least 1, not {count}.")
+        if self.learned_clips and not self.static_clip_batches:
+            raise ValueError("--learned_clips corrects static clips: add --static_clip_batches.")
         if given and not self.quantize:
             raise ValueError(f"{', '.join(given)} would be ignored: add --quantize, or leave them out.")
         for name in ("weight_clip", "activation_clip"):
