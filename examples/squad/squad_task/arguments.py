@@ -74,8 +74,8 @@ def _config_argument(entry: Field[Any]) -> tuple[str, Any, Any]:
         kind, prefix = Union[dict, str, None], "JSON object. "
     elif entry.name.endswith("_modules"):
         kind = Optional[list[str]]
-    elif isinstance(entry.default, bool):
-        kind = Optional[bool]
+    elif isinstance(entry.default, bool | int):
+        kind = Optional[type(entry.default)]
     help = f"{prefix}{entry.metadata['help']} Not given: OctavConfig's default."
     return entry.name, kind, field(default=None, metadata={"help": help})
 
