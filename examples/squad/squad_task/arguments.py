@@ -14,7 +14,7 @@ from octav_hf.functional import CLIP_RULES
 # HfArgumentParser reads the annotations at run time and takes `Optional` fields only in this form.
 # ruff: noqa: UP007, UP045
 METRICS = ("f1", "exact_match")
-DISTILLATION = ("hidden_states", "attentions", "layers", "feature_steps")
+DISTILLATION = ("weight", "temperature", "hidden_states", "attentions", "layers", "feature_steps")
 
 
 @dataclass
@@ -28,6 +28,15 @@ class ModelArguments:
             "help": "Folder or name of a teacher, such as the float model fine-tuned on the same questions: training "
             "follows its logits instead of the answers. Needs --do_train, and a tokenizer with the same vocabulary."
         },
+    )
+    distill_weight: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "With --distill_from: weight of the teacher's logits; the answers have the rest. Not given: 1."
+        },
+    )
+    distill_temperature: Optional[float] = field(
+        default=None, metadata={"help": "With --distill_from: what the logits are divided by. Not given: 2."}
     )
     distill_hidden_states: Optional[float] = field(
         default=None, metadata={"help": "With --distill_from: weight of the teacher's hidden states. Not given: 0."}
