@@ -202,6 +202,7 @@ def _row(name: str, module: HoldsFrozenClips, kind: str, operand: str, reason: s
     quantizer = module.operand_quantizers[operand]
     if not isinstance(quantizer, FakeQuantize):
         return Operand(name, kind, operand, reason=reason)
+    groups = quantizer.active_groups
     return Operand(
         name,
         kind,
@@ -211,7 +212,7 @@ def _row(name: str, module: HoldsFrozenClips, kind: str, operand: str, reason: s
         asymmetric=quantizer.asymmetric if quantizer.frozen is None else quantizer.frozen.offset is not None,
         clip=quantizer.clip,
         gradient_estimator=quantizer.gradient_estimator,
-        granularity=granularity_of(operand, quantizer.active_dim),
+        granularity=granularity_of(operand, quantizer.active_dim, groups and groups.size),
         frozen=quantizer.is_frozen,
         arithmetic=str(getattr(module, "arithmetic", None) or ""),
     )
