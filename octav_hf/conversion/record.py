@@ -140,13 +140,14 @@ def _activation_settings(name: str, operand: str, quantizer: nn.Module) -> dict[
 
 
 def _group_size(name: str, quantizers: Mapping[str, nn.Module]) -> dict[str, int]:
-    sizes = {each.group_size for each in quantizers.values() if isinstance(each, FakeQuantize)} - {None}
+    each = (quantizer for quantizer in quantizers.values() if isinstance(quantizer, FakeQuantize))
+    sizes = {quantizer.group_size for quantizer in each if quantizer.group_size is not None}
     if len(sizes) > 1:
         raise ValueError(
             f"{name}: its operands have groups of {' and '.join(map(str, sizes))} elements, which the config cannot "
             "record; give all of them the same group_size"
         )
-    return {"group_size": size for size in sizes if size is not None}
+    return {"group_size": sizes.pop()} if sizes else {}
 
 
 def _bits(name: str, operand: str, quantizer: nn.Module) -> int | None:

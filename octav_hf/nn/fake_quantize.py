@@ -52,8 +52,8 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
 
     Attributes:
         clips, unsigned_clips: frozen clips of the signed or of the unsigned grid, ``[calls, *parts]``, where parts are
-            none, groups, heads, or heads and channels; float32, or float64 for float64 data, whatever dtype the model gets. One
-            for each multiplication of the operand in one forward pass of its module.
+            none, groups, heads, or heads and channels; float32, or float64 for float64 data, whatever dtype the model
+            gets. One for each multiplication of the operand in one forward pass of its module.
         offset: where the grid of frozen clips begins if it is asymmetric, ``[]``, negative.
         observer: while set, is told the dynamic clips of every call, and frozen clips are not used.
     """
