@@ -518,7 +518,7 @@ def _validate_activation_granularity(granularities: Any, where: str) -> None:
             continue
         reason = unsupported_reason(operand, granularity) if isinstance(granularity, str) else ""
         if reason:
-            instead = " or ".join(repr(str(name)) for name in allowed[::-1])
+            instead = " or ".join(repr(str(name)) for name in allowed[::-1] if name != Granularity.GROUP)
             raise ValueError(f"{where} of {operand!r} cannot be {shown(granularity)}: {reason}; write {instead}")
         raise ValueError(_unknown(f"{where} of {operand!r} cannot be", [granularity], map(str, allowed)))
 

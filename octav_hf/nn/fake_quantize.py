@@ -288,6 +288,11 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
                 gradient=self.gradient_estimator,
                 groups=self.active_groups,
             )
+        if self.active_groups is not None:
+            raise NotImplementedError(
+                f"{self.name or 'FakeQuantize'}: integers of groups have no product, and the operand of shape "
+                f"{tuple(x.shape)} has clips for groups of {self.active_groups.size}; call octav_hf.unpack_octav(model)"
+            )
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(
                 f"{self.name or 'FakeQuantize'}: integers have no gradient, and the operand of shape {tuple(x.shape)} "

@@ -96,3 +96,8 @@ def granularity_of(operand: str, dim: Dim, group_size: int | None) -> str:
     if names is None:
         return str(Granularity.TENSOR if dim is None else Granularity.CHANNEL)
     return next(str(name) for name in names if _SHARED[name] == dim)
+
+
+def granularity_in_words(granularity: str, group_size: int | None) -> str:
+    """What one clip is for, with the size of groups."""
+    return f"group of {group_size}" if granularity == Granularity.GROUP else str(granularity)
