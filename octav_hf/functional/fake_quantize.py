@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .grid import bounds_for_sign, check_num_bits, integers_of, range_and_sign, round_to_step
+from .groups import Groups
 from .kernels.codes import round_to_codes as codes_in_cpp
 from .kernels.fused import elementwise
 from .rows import Sign, check_floating, statistics_dtype
@@ -28,6 +29,7 @@ def fake_quantize(
     signed: Sign = True,
     offset: Tensor | None = None,
     gradient: str = "mad",
+    groups: Groups | None = None,
 ) -> Tensor:
     """Round ``x`` to the grid of ``num_bits`` bits clipped at ``clip`` (Eq. 2 and 3; footnote 2's integer range).
 
@@ -54,6 +56,7 @@ def fake_quantize(
         offset: ``[]`` on the device of ``x``; the grid, and what is inside the clip, are those of ``x - offset``:
             ``offset + Q(x - offset)``. It gets no gradient.
         gradient: ``"ste"``, ``"pwl"`` or ``"mad"``.
+        groups: of ``x``, for which ``clip`` is then, as ``Groups.clips`` gives it.
 
     Returns:
         Shape and dtype of ``x``, computed in float32 or better. 0 where ``clip`` is 0, NaN where ``x`` is NaN.
@@ -69,10 +72,11 @@ def fake_quantize(
     check_num_bits(num_bits)
     if gradient not in list(GradientEstimator):
         raise ValueError(f"gradient must be one of {sorted(map(str, GradientEstimator))}, got {gradient!r}")
-    trailing = x.shape[x.dim() - clip.dim() :] if clip.dim() <= x.dim() else None
+    shape = x.shape if groups is None else groups.shape(x)
+    trailing = shape[len(shape) - clip.dim() :] if clip.dim() <= len(shape) else None
     if trailing is None or any(c not in (1, n) for c, n in zip(clip.shape, trailing, strict=True)):
         raise ValueError(
-            f"fake_quantize: clip of shape {tuple(clip.shape)} cannot be broadcast to x of shape {tuple(x.shape)}; "
+            f"fake_quantize: clip of shape {tuple(clip.shape)} cannot be broadcast to x of shape {tuple(shape)}; "
             "compute it with the dim= that is reduced, which keeps that dimension with size 1"
         )
     if clip.device != x.device and (clip.dim() > 0 or clip.device.type != "cpu"):
@@ -82,23 +86,28 @@ def fake_quantize(
         )
     clip = clip.detach().to(statistics_dtype(x.dtype))
     offset = None if offset is None else offset.detach().to(clip.dtype)
-    return FakeQuantizeFunction.apply(x, gradient, clip, *range_and_sign(num_bits, signed), offset)
+    grid = (clip, *range_and_sign(num_bits, signed), offset)
+    if groups is None or not groups.are_even(x):
+        return FakeQuantizeFunction.apply(x, gradient, groups, *grid)
+    (cut,) = groups.cut(x)
+    return FakeQuantizeFunction.apply(cut, gradient, None, *grid).reshape(x.shape)
 
 
 class FakeQuantizeFunction(torch.autograd.Function):
-    """``fake_quantize``, with the grid as ``round_to_levels`` takes it."""
+    """``fake_quantize``, with the grid as ``round_to_levels`` takes it; ``clip`` is of ``groups``, if not ``None``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: str, *grid: Any) -> Tensor:
-        ctx.gradient = gradient
+    def forward(ctx: Any, x: Tensor, gradient: str, groups: Groups | None, clip: Tensor, *grid: Any) -> Tensor:
+        ctx.gradient, ctx.groups = gradient, groups
+        of_elements = clip if groups is None else groups.of_elements(clip, x)
         if ctx.needs_input_grad[0] and gradient == GradientEstimator.PWL:
-            rounded, inside = round_and_compare(x, *grid)
+            rounded, inside = round_and_compare(x, of_elements, *grid)
             ctx.save_for_backward(inside)
             return rounded
         if ctx.needs_input_grad[0] and gradient == GradientEstimator.MAD:
-            clip, ctx.low, _, signed, offset = grid
+            ctx.low, _, signed, offset = grid
             ctx.save_for_backward(x, clip, signed, offset)
-        return round_to_levels(x, *grid)
+        return round_to_levels(x, of_elements, *grid)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,8 +115,9 @@ class FakeQuantizeFunction(torch.autograd.Function):
             grad = keep_inside(grad, *ctx.saved_tensors)
         elif ctx.gradient == GradientEstimator.MAD:
             x, clip, signed, offset = ctx.saved_tensors
-            grad = attenuate_outside(grad, x, clip, ctx.low, signed, offset)
-        return grad, *(None,) * 6
+            of_elements = clip if ctx.groups is None else ctx.groups.of_elements(clip, x)
+            grad = attenuate_outside(grad, x, of_elements, ctx.low, signed, offset)
+        return grad, *(None,) * 7
 
 
 @elementwise("(Tensor x, Tensor clip, int low, int high, Tensor? signed, Tensor? offset) -> Tensor")

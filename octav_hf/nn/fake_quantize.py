@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..functional import fake_quantize, integer_range
+from ..functional.groups import Groups
 from ..functional.registry import clip_for_sign
 from ..functional.rows import Dim, Sign, has_negative, minus_offset, statistics_dtype
 from .clip_observer import ClipObserver
@@ -44,12 +45,15 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         dim: the dimension(s) that share one clip; ``None`` for one clip for the whole tensor.
         frozen_dim: the same for a frozen clip, counted from the last dimension; also used while an observer is set.
             Frozen clips are shared by all batch elements. A scalar frozen clip ignores ``frozen_dim``.
+        group_size: the number of neighbours along the (last of the) dimension(s) that share one clip that do so, if not
+            all of them; see ``functional.groups.Groups``.
+        frozen_group_size: the same for a frozen clip; only with ``frozen_dim=None``, so that tokens share the clips.
         name: where in the model this quantizer stands, for error messages.
 
     Attributes:
         clips, unsigned_clips: frozen clips of the signed or of the unsigned grid, ``[calls, *parts]``, where parts are
-            none, heads, or heads and channels; float32, or float64 for float64 data, whatever dtype the model gets. One
-            for each multiplication of the operand in one forward pass of its module.
+            none, groups, heads, or heads and channels; float32, or float64 for float64 data, whatever dtype the model
+            gets. One for each multiplication of the operand in one forward pass of its module.
         offset: where the grid of frozen clips begins if it is asymmetric, ``[]``, negative.
         observer: while set, is told the dynamic clips of every call, and frozen clips are not used.
     """
@@ -62,6 +66,8 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
     asymmetric: bool
     dim: Dim
     frozen_dim: tuple[int, ...] | None
+    group_size: int | None
+    frozen_group_size: int | None
     name: str
     clips: Tensor | None
     unsigned_clips: Tensor | None
@@ -81,6 +87,8 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         asymmetric: bool = False,
         dim: Dim = None,
         frozen_dim: tuple[int, ...] | None = None,
+        group_size: int | None = None,
+        frozen_group_size: int | None = None,
         name: str = "",
     ):
         super().__init__()
@@ -94,6 +102,8 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
             asymmetric=asymmetric,
             dim=dim,
             frozen_dim=frozen_dim,
+            group_size=group_size,
+            frozen_group_size=frozen_group_size,
             name=name,
         )
         self.unfreeze()
@@ -143,7 +153,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         if frozen.offset is not None and (frozen.signed or not self.asymmetric or frozen.offset.dim()):
             return "have an offset, and this operand is on no asymmetric grid (asymmetric_activations)"
         calls, *parts = frozen.clips.shape or (0,)
-        dims = () if self.frozen_dim is None else range(1, _MAX_PARTS + 1)
+        dims = range(1, _MAX_PARTS + 1) if self.frozen_dim else () if self.frozen_group_size is None else (1,)
         if not calls or (parts and len(parts) not in dims) or (max_calls is not None and calls > max_calls):
             per_call = "and the parts that have a clip of their own" if dims else "since it has one clip for the tensor"
             return f"have the shape {tuple(frozen.clips.shape)}, which is to be [calls], {per_call}"
@@ -169,13 +179,29 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
 
     @property
     def active_dim(self) -> Dim:
-        """The dimension(s) that share one clip at the next call."""
+        """The dimension(s) that share one clip at the next call, or whose groups do."""
+        return self._sharing[0]
+
+    @property
+    def active_groups(self) -> Groups | None:
+        """The groups that have clips of their own at the next call."""
+        dim, size = self._sharing
+        return None if size is None else Groups(size, dim)
+
+    @property
+    def is_granular(self) -> bool:
+        """Whether parts of a tensor have clips of their own at the next call."""
+        return self._sharing != (None, None)
+
+    @property
+    def _sharing(self) -> tuple[Dim, int | None]:
+        """``dim`` and ``group_size`` of the next call."""
         if self.observer is not None:
-            return self.frozen_dim
+            return self.frozen_dim, self.frozen_group_size
         frozen = self.frozen
         if frozen is not None:
-            return self.frozen_dim if frozen.clips.dim() > 1 else None
-        return self.dim
+            return (self.frozen_dim, self.frozen_group_size) if frozen.clips.dim() > 1 else (None, None)
+        return self.dim, self.group_size
 
     def is_signed(self, x: Tensor) -> Sign:
         """Whether ``x`` is quantized on the signed grid; a bool tensor ``[]`` where the values decide."""
@@ -185,7 +211,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
 
     @outside_function_modes
     def compute_clip(self, x: Tensor, signed: Sign | None = None, skip: Tensor | None = None) -> Tensor:
-        """Clipping scalar(s) of ``x``, broadcastable against it. An error of the rule says ``name``.
+        """Clipping scalar(s) of ``x``, broadcastable against it or its groups. An error of the rule says ``name``.
 
         Args:
             x: floating point, any shape.
@@ -204,9 +230,11 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         return clip
 
     def _clip(self, x: Tensor, signed: Sign, skip: Tensor | None) -> Tensor:
-        return clip_for_sign(
-            self.clip, x, self.num_bits, signed=signed, dim=self.active_dim, skip=skip, **self.clip_options
-        )
+        def rule(x: Tensor, dim: Dim) -> Tensor:
+            return clip_for_sign(self.clip, x, self.num_bits, signed=signed, dim=dim, skip=skip, **self.clip_options)
+
+        dim, size = self._sharing
+        return rule(x, dim) if size is None else Groups(size, dim).clips(x, rule)
 
     @outside_function_modes
     def dynamic_grid(self, x: Tensor) -> Grid:
@@ -252,7 +280,18 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
                 self.observer.observe(x, call_index, grid)
         if codes is None:
             return fake_quantize(
-                x, grid.clip, self.num_bits, signed=grid.signed, offset=grid.offset, gradient=self.gradient_estimator
+                x,
+                grid.clip,
+                self.num_bits,
+                signed=grid.signed,
+                offset=grid.offset,
+                gradient=self.gradient_estimator,
+                groups=self.active_groups,
+            )
+        if self.active_groups is not None:
+            raise NotImplementedError(
+                f"{self.name or 'FakeQuantize'}: integers of groups have no product, and the operand of shape "
+                f"{tuple(x.shape)} has clips for groups of {self.active_groups.size}; call octav_hf.unpack_octav(model)"
             )
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(
@@ -271,16 +310,15 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
             )
         clip = frozen.clips[call_index].to(dtype)
         if parts:
-            clip = clip[(..., *(None for _ in self._frozen_dims))]
+            clip = clip[(..., *(None for _ in self.frozen_dim or (-1,)))]
         return Grid(frozen.signed, clip, None if frozen.offset is None else frozen.offset.to(dtype))
-
-    @property
-    def _frozen_dims(self) -> tuple[int, ...]:
-        return self.frozen_dim or ()
 
     def parts_of(self, x: Tensor) -> tuple[int, ...]:
         """How many frozen clips ``x`` has along its dimensions: none of its own for a batch element."""
-        kept = tuple(x.shape[: x.dim() - len(self._frozen_dims)])
+        if self.frozen_dim is None:
+            size = self.frozen_group_size
+            return () if size is None else (-(-x.shape[-1] // size),)
+        kept = tuple(x.shape[: x.dim() - len(self.frozen_dim)])
         return kept[1:] if x.dim() > 2 else kept
 
     def __getstate__(self) -> dict[str, Any]:
@@ -297,6 +335,8 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         elif frozen is None and self.asymmetric:
             grid += " or asymmetric"
         scalars = "per tensor" if self.dim is None else f"over dim {self.dim}"
+        if self.group_size is not None:
+            scalars += f" in groups of {self.group_size}"
         state = "" if frozen is None else f" frozen, {list(frozen.clips.shape)}"
         return (
             f"{self.num_bits} bits {grid}, clip={self.clip} {scalars}{state}, "

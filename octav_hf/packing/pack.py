@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
-    """Store the quantized weights as integers of their bit width and one scale per row, in place.
+    """Store the quantized weights as integers of their bit width and one scale per row or group, in place.
 
     The outputs stay bitwise the same: a packed layer dequantizes its weight whenever it is used. Only a quantized
     embedding table that the model reads by its ``weight``, without calling it, was in float there and is quantized now.
