@@ -4,12 +4,10 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
-from .._utils.forward_pass import Batch, check_batch, in_evaluation_mode, run_batch, without_trace
-from .._utils.torch_private import tree_map
+from .._utils.forward_pass import Batch, check_batch, device_of, in_evaluation_mode, on_device, run_batch, without_trace
 from ..conversion.modules import activation_quantizers, layers_to_freeze
 from ..conversion.record import check_quantized
 from ..nn import PackedLayer
@@ -113,10 +111,10 @@ def _calibrate_activations(model: nn.Module, batches: Iterable[Batch], observer:
 
 def _observe(calibration: Calibration, model: nn.Module, batches: Iterable[Batch], progress_bar: bool) -> None:
     with calibration.observing(), in_evaluation_mode(model), without_trace(model) as runnable:
-        device, number = _device(model), 0
+        device, number = device_of(model), 0
         for number, batch in enumerate(tqdm(batches, desc="calibrating", disable=not progress_bar), 1):
             check_batch(batch, f"calibrate_octav takes a list of batches, and each (here number {number}) is")
-            run_batch(runnable, _on_device(batch, device))
+            run_batch(runnable, on_device(batch, device))
         if number == 0:
             raise ValueError(
                 "calibrate_octav got no batch, so there is nothing to compute clips from; pass at least one"
@@ -154,18 +152,3 @@ def uncalibrate_octav(model: Model, *, activations: bool = True, weights: bool =
     for quantizer in frozen:
         quantizer.unfreeze()
     return model
-
-
-def _device(model: nn.Module) -> torch.device | None:
-    """Where the model's first tensor is; ``None`` if that is nowhere, as for offloaded weights."""
-    tensors = (tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
-    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)
-
-
-def _on_device(batch: Batch, device: torch.device | None) -> Batch:
-    def move(leaf: Any) -> Any:
-        return leaf.to(device) if isinstance(leaf, Tensor) and device is not None else leaf
-
-    if isinstance(batch, Mapping):  # of any class, such as a tokenizer's
-        return {name: tree_map(move, value) for name, value in batch.items()}
-    return tree_map(move, batch)
