@@ -67,6 +67,24 @@ def fake_quantize(
         ValueError: ``num_bits`` or ``gradient`` is unknown; ``clip`` cannot be broadcast to ``x``, or is on
             another device (a 0-dim one may be on the CPU).
     """
+    clip, *grid = checked_grid(x, clip, num_bits, signed, offset, gradient, groups)
+    clip = clip.detach()
+    if groups is None or not groups.are_even(x):
+        return FakeQuantizeFunction.apply(x, gradient, groups, clip, *grid)
+    (cut,) = groups.cut(x)
+    return FakeQuantizeFunction.apply(cut, gradient, None, clip, *grid).reshape(x.shape)
+
+
+def checked_grid(
+    x: Tensor,
+    clip: Tensor,
+    num_bits: int,
+    signed: Sign,
+    offset: Tensor | None,
+    gradient: str,
+    groups: Groups | None = None,
+) -> tuple[Tensor, int, int, Tensor | None, Tensor | None]:
+    """The grid as ``round_to_levels`` takes it; the errors of ``fake_quantize``."""
     check_floating(x, "fake_quantize")
     check_floating(clip, "fake_quantize (clip)")
     check_num_bits(num_bits)
@@ -84,13 +102,9 @@ def fake_quantize(
             f"fake_quantize: clip of shape {tuple(clip.shape)} is on {clip.device}, and x of shape {tuple(x.shape)} on "
             f"{x.device}; write clip.to(x.device)"
         )
-    clip = clip.detach().to(statistics_dtype(x.dtype))
+    clip = clip.to(statistics_dtype(x.dtype))
     offset = None if offset is None else offset.detach().to(clip.dtype)
-    grid = (clip, *range_and_sign(num_bits, signed), offset)
-    if groups is None or not groups.are_even(x):
-        return FakeQuantizeFunction.apply(x, gradient, groups, *grid)
-    (cut,) = groups.cut(x)
-    return FakeQuantizeFunction.apply(cut, gradient, None, *grid).reshape(x.shape)
+    return clip, *range_and_sign(num_bits, signed), offset
 
 
 class FakeQuantizeFunction(torch.autograd.Function):
@@ -125,7 +139,7 @@ def round_to_levels(
     x: Tensor, clip: Tensor, low: int, high: int, signed: Tensor | None, offset: Tensor | None
 ) -> Tensor:
     """``x`` on the grid with the integers from ``low`` to ``high``, or of the sign that ``signed`` says."""
-    return _round(_difference(x, clip, offset), clip, *bounds_for_sign(low, high, signed, clip.dtype), offset).to(
+    return _round(difference(x, clip, offset), clip, *bounds_for_sign(low, high, signed, clip.dtype), offset).to(
         x.dtype
     )
 
@@ -145,7 +159,7 @@ def round_to_codes(
 ) -> Tensor:
     """The integers of ``round_to_levels``, those of uint8 counted from the lowest one. NaN gives any integer."""
     bounds = bounds_for_sign(low, high, signed, clip.dtype)
-    codes = integers_of(_difference(x, clip, offset), clip / (bounds[1] + 1), *bounds)
+    codes = integers_of(difference(x, clip, offset), clip / (bounds[1] + 1), *bounds)
     return (codes - bounds[0] if dtype == torch.uint8 else codes).to(dtype)
 
 
@@ -154,7 +168,7 @@ def round_and_compare(
     x: Tensor, clip: Tensor, low: int, high: int, signed: Tensor | None, offset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As ``round_to_levels``, and 1 inside the clip, 0 outside, as bytes."""
-    value, bounds = _difference(x, clip, offset), bounds_for_sign(low, high, signed, clip.dtype)
+    value, bounds = difference(x, clip, offset), bounds_for_sign(low, high, signed, clip.dtype)
     bottom = clip / (bounds[1] + 1) * bounds[0]
     # By way of floats, which is vectorized; storing the comparison's result directly is not.
     inside = ((value >= bottom) & (value <= clip)).to(clip.dtype)
@@ -172,7 +186,7 @@ def attenuate_outside(
     grad: Tensor, x: Tensor, clip: Tensor, low: int, signed: Tensor | None, offset: Tensor | None
 ) -> Tensor:
     """MAD: the gradient times ``clip / |x|`` outside the clip; 0 below zero on an unsigned grid."""
-    value = _difference(x, clip, offset)
+    value = difference(x, clip, offset)
     # Inside, the divisor is the clip itself, so the factor is exactly 1; 0 / 0 is a zero inside a zero clip.
     factor = (clip / torch.maximum(value.abs(), clip)).nan_to_num(nan=1.0)
     if signed is not None:
@@ -188,7 +202,7 @@ def _round(value: Tensor, clip: Tensor, low: Any, high: Any, offset: Tensor | No
     return rounded if offset is None else rounded + offset
 
 
-def _difference(x: Tensor, clip: Tensor, offset: Tensor | None) -> Tensor:
+def difference(x: Tensor, clip: Tensor, offset: Tensor | None) -> Tensor:
     """``x - offset`` in the dtype of clips: in a narrower one the difference would lose digits of ``x``."""
     value = x.to(clip.dtype)
     return value if offset is None else value - offset

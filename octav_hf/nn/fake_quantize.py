@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..functional import fake_quantize, integer_range
+from .._utils.torch_private import own_parameters
+from ..functional import fake_quantize, fake_quantize_learned_clip, integer_range
 from ..functional.groups import Groups
 from ..functional.registry import clip_for_sign
 from ..functional.rows import Dim, Sign, has_negative, minus_offset, statistics_dtype
@@ -20,6 +21,9 @@ from .recording import refuse_recording
 
 FROZEN_BUFFERS = ("clips", "unsigned_clips", "offset")
 """The buffers of frozen clips."""
+
+FROZEN_TENSORS = (*FROZEN_BUFFERS, "clip_correction")
+"""Those, and the parameter of clips that learn."""
 
 _MAX_PARTS = 2  # dimensions of the parts with a clip of their own: heads and channels
 
@@ -55,6 +59,8 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
             none, groups, heads, or heads and channels; float32, or float64 for float64 data, whatever dtype the model
             gets. One for each multiplication of the operand in one forward pass of its module.
         offset: where the grid of frozen clips begins if it is asymmetric, ``[]``, negative.
+        clip_correction: the parameter of frozen clips that learn, in the shape and dtype of the clips, which are
+            multiplied by ``exp(32 clip_correction)``; ``None`` for others.
         observer: while set, is told the dynamic clips of every call, and frozen clips are not used.
     """
 
@@ -72,6 +78,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
     clips: Tensor | None
     unsigned_clips: Tensor | None
     offset: Tensor | None
+    clip_correction: nn.Parameter | None
     observer: ClipObserver | None = None
     is_synchronized: ClassVar[bool] = False  # whether clips are of the tensors of all ranks
     _left_by_calls: ClassVar[tuple[str, ...]] = ("_sum_of_clips",)
@@ -115,28 +122,37 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
 
     @property
     def frozen(self) -> FrozenClips | None:
-        """The frozen clips, ``None`` if clips are dynamic."""
-        buffers = self._buffers  # an attribute of nn.Module that is a buffer takes ten times as long to look up
+        """The frozen clips, those that learn as they are now; ``None`` if clips are dynamic."""
+        frozen = self._frozen
+        return None if frozen is None else frozen.corrected
+
+    @property
+    def _frozen(self) -> FrozenClips | None:
+        """The frozen clips as they are stored."""
+        buffers, correction = self._buffers, own_parameters(self).get("clip_correction")
         clips, unsigned_clips = buffers["clips"], buffers["unsigned_clips"]
         if clips is not None:
-            return FrozenClips(True, clips)
-        return None if unsigned_clips is None else FrozenClips(False, unsigned_clips, buffers["offset"])
+            return FrozenClips(True, clips, None, correction)
+        return None if unsigned_clips is None else FrozenClips(False, unsigned_clips, buffers["offset"], correction)
 
     def freeze(self, frozen: FrozenClips) -> None:
-        """Hold these clips whatever the data are; they become buffers as they are."""
+        """Hold these clips whatever the data are; they become buffers as they are, and a correction a parameter."""
         self.register_buffer("clips", frozen.clips if frozen.signed else None)
         self.register_buffer("unsigned_clips", None if frozen.signed else frozen.clips)
         self.register_buffer("offset", frozen.offset)
+        correction = None if frozen.correction is None else nn.Parameter(frozen.correction)
+        self.register_parameter("clip_correction", correction)
 
     def unfreeze(self) -> None:
         """Let clips follow the data."""
         for name in FROZEN_BUFFERS:
             self.register_buffer(name, None)
+        self.register_parameter("clip_correction", None)
 
     @property
     def is_frozen(self) -> bool:
         """Whether it has clips that hold whatever the data are."""
-        return self.frozen is not None
+        return self._frozen is not None
 
     def frozen_problem(self, frozen: FrozenClips, weight_shape: tuple[int, ...], max_calls: int | None) -> str:
         """What is wrong with the form of clips for this quantizer, empty if nothing is; reads no values.
@@ -162,14 +178,15 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
     @property
     def cache_key(self) -> tuple[Any, ...]:
         """What the result depends on besides the input: equal for quantizers that do the same."""
-        # An observed quantizer has to be called itself, so its observer makes it unequal to all others.
-        state = self.observer or tuple(map(values_key, (self.clips, self.unsigned_clips, self.offset)))
+        # One that is observed, or learns, has to be called itself, and is equal to no other.
+        learning = self.clip_correction is not None and self
+        state = self.observer or learning or tuple(map(values_key, (self.clips, self.unsigned_clips, self.offset)))
         return (*(getattr(self, name) for name in _INIT_KWARGS if name != "name"), state)
 
     @property
     def active_frozen_clips(self) -> FrozenClips | None:
         """The frozen clips if the next call uses them, ``None`` if it computes its own."""
-        return self.frozen if self.observer is None else None
+        return self._frozen if self.observer is None else None
 
     @property
     def is_static(self) -> bool:
@@ -198,7 +215,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         """``dim`` and ``group_size`` of the next call."""
         if self.observer is not None:
             return self.frozen_dim, self.frozen_group_size
-        frozen = self.frozen
+        frozen = self._frozen
         if frozen is not None:
             return (self.frozen_dim, self.frozen_group_size) if frozen.clips.dim() > 1 else (None, None)
         return self.dim, self.group_size
@@ -279,6 +296,10 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
             if self.observer is not None:
                 self.observer.observe(x, call_index, grid)
         if codes is None:
+            if grid.clip.requires_grad and frozen is not None:
+                return fake_quantize_learned_clip(
+                    x, grid.clip, self.num_bits, signed=grid.signed, offset=grid.offset, gradient=self.gradient_estimator
+                )
             return fake_quantize(
                 x,
                 grid.clip,
@@ -308,7 +329,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
                 f"{tuple(x.shape)} with the batch first and what shares a clip last, needs {self.parts_of(x)}; run the "
                 "model as it was calibrated, or call calibrate_octav again"
             )
-        clip = frozen.clips[call_index].to(dtype)
+        clip = frozen.clip_of(call_index).to(dtype)
         if parts:
             clip = clip[(..., *(None for _ in self.frozen_dim or (-1,)))]
         return Grid(frozen.signed, clip, None if frozen.offset is None else frozen.offset.to(dtype))
@@ -326,7 +347,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         return {name: value for name, value in self.__dict__.items() if name not in self._left_by_calls}
 
     def extra_repr(self) -> str:
-        frozen = self.frozen
+        frozen = self._frozen
         sign = self.signed if frozen is None else frozen.signed
         signs = (True, False) if sign is None else (sign,)
         grid = " or ".join(str(list(integer_range(self.num_bits, signed))) for signed in signs)
@@ -338,6 +359,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         if self.group_size is not None:
             scalars += f" in groups of {self.group_size}"
         state = "" if frozen is None else f" frozen, {list(frozen.clips.shape)}"
+        state += "" if self.clip_correction is None else " that learn"
         return (
             f"{self.num_bits} bits {grid}, clip={self.clip} {scalars}{state}, "
             f"gradient_estimator={self.gradient_estimator}"

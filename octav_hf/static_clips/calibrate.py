@@ -23,6 +23,7 @@ def calibrate_octav(
     *,
     observer: str = "mean",
     weights: bool = False,
+    learned: bool = False,
     progress_bar: bool = True,
 ) -> Model:
     """Freeze the clips of activations by what ``batches`` show, those of ``weights`` as they are, or both.
@@ -46,6 +47,13 @@ def calibrate_octav(
     ``asymmetric_activations`` the model runs twice on each batch, and the batches are kept for that: an offset, the
     lowest value of all, is not known before the last batch.
 
+    **Learned clips.** With ``learned=True`` training goes on from the clips of activations that were found. Each is
+    multiplied by ``exp(32 c)`` with a parameter c, ``<operand>_quantizer.clip_correction``, which begins at 0, so that
+    the outputs are the same as without, and gets the gradient of LSQ (``functional.fake_quantize_learned_clip``); the
+    gradients of inputs stay those of the config's estimator. c is a parameter of the model like any other: an optimizer
+    that is made after this call trains it, state dicts and checkpoints have it, and weight decay draws the clip to what
+    was calibrated. ``pack_octav`` and the exports store the learned clips as static ones under the names below.
+
     **Weights.** Embedding tables, whose rows are quantized when they are looked up, keep dynamic clips, and so do
     weights that several modules share, such as a head tied to the token embeddings; a warning names those.
 
@@ -65,6 +73,8 @@ def calibrate_octav(
             or list of positional ones, or a single tensor; its tensors are moved to the model's device. ``None``:
             activations are left as they are.
         observer: ``"mean"`` or ``"histogram"``; only with ``batches``.
+        learned: whether the clips of activations are to be trained with the weights. Call it before the optimizer is
+            made and before the model is wrapped for several processes. The model must not be packed or have adapters.
         weights: whether to freeze the clips of weights too. The model must then be neither packed nor sharded.
         progress_bar: whether to show one, where ``transformers.utils.logging`` allows it.
 
@@ -73,10 +83,11 @@ def calibrate_octav(
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``, or ``batches`` or a batch has another type.
-        ValueError: nothing is asked for; ``observer`` is unknown, given without batches, or not for a clipping rule of
-            the model; there is no batch or no quantized activation or weight; an attention module
-            multiplied an operand more often in one forward pass than in another, or with another number of heads or
-            channels; a weight holds NaN or Inf, or is packed or sharded. The model is then as it was.
+        ValueError: nothing is asked for; ``observer`` is unknown, or not for a clipping rule of the model; it or
+            ``learned`` is given without batches, or the latter for a model that cannot learn clips; there is no batch
+            or no quantized activation or weight; an attention module multiplied an operand more often in one forward
+            pass than in another, or with another number of heads or channels; a weight holds NaN or Inf, or is packed
+            or sharded. The model is then as it was.
     """
     if batches is None and not weights:
         raise ValueError(
@@ -91,16 +102,20 @@ def calibrate_octav(
     check_observer(observer)
     if batches is None and observer != "mean":
         raise ValueError(f"calibrate_octav: observer={observer!r} is for the clips of activations; pass batches too")
+    if batches is None and learned:
+        raise ValueError("calibrate_octav: learned=True is for the clips of activations; pass batches too")
     with frozen_weights(model) if weights else nullcontext():
         if batches is not None:
-            _calibrate_activations(model, batches, observer, progress_bar)
+            _calibrate_activations(model, batches, observer, learned, progress_bar)
     if batches is None:
         warn_of_adapters(model)
     return model
 
 
-def _calibrate_activations(model: nn.Module, batches: Iterable[Batch], observer: str, progress_bar: bool) -> None:
-    calibration = Calibration(model, observer)
+def _calibrate_activations(
+    model: nn.Module, batches: Iterable[Batch], observer: str, learned: bool, progress_bar: bool
+) -> None:
+    calibration = Calibration(model, observer, learned)
     if calibration.may_need_another_pass:
         batches = list(batches)  # in a second iteration a DataLoader may shuffle them anew
     _observe(calibration, model, batches, progress_bar)
