@@ -20,11 +20,13 @@ from .static_clips.calibrate import calibrate_octav, uncalibrate_octav
 from .training.checkpoints import last_whole_checkpoint
 from .training.distillation import distill
 from .training.finite_clips import check_finite
+from .training.reconstruction import LayerError, reconstruct
 
 __all__ = [
     "CoverageCheck",
     "CoverageReport",
     "FloatOperand",
+    "LayerError",
     "OctavConfig",
     "OctavQuantizer",
     "TrainingRun",
@@ -41,6 +43,7 @@ __all__ = [
     "last_whole_checkpoint",
     "model_card",
     "pack_octav",
+    "reconstruct",
     "remove_octav",
     "uncalibrate_octav",
     "unpack_octav",

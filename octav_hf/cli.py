@@ -21,6 +21,7 @@ from .hub.model_card import bits_in_words
 from .hub.output_dir import atomic_output_dir
 from .hub.training_run import FILE_NAME as RUN_FILE
 from .hub.training_run import TrainingRun
+from .nn.granularity import granularity_in_words
 from .packing.pack import pack_octav, unpack_octav
 
 _MAX_NAMES = 8  # of modules in one line
@@ -188,18 +189,24 @@ def _weights(config: OctavConfig, facts: dict[str, Any]) -> list[str]:
         return [bits_in_words(None)]
     frozen = [f"frozen for {facts['frozen_weight_clips']} weights"] if facts["frozen_weight_clips"] else []
     clip = _clip(config.weight_clip, config.weight_clip_options)
-    return [bits_in_words(config.weight_bits), f"{clip} per {config.weight_granularity}", *frozen]
+    each = granularity_in_words(config.weight_granularity, config.group_size)
+    return [bits_in_words(config.weight_bits), f"{clip} per {each}", *frozen]
 
 
 def _activations(config: OctavConfig, facts: dict[str, Any]) -> list[str]:
     if config.activation_bits is None:
         return [bits_in_words(None)]
-    operands = facts["activation_granularity"]
+    operands = {
+        operand: granularity_in_words(each, config.group_size)
+        for operand, each in facts["activation_granularity"].items()
+    }
     if not config.quantize_attention:
         operands = {"input": operands["input"]}
     frozen = f"frozen for {facts['frozen_clips']} activations" if facts["frozen_clips"] else "dynamic"
     if facts["frozen_clips"] and "token" in operands.values():
         frozen += " (where the config says per token, per tensor)"  # tokens have no identity across batches
+    if facts["frozen_clips"] and any(operands[each].startswith("group") for each in operands if each != "input"):
+        frozen += " (in attention no groups: per tensor, of a value per channel)"
     clip = _clip(config.activation_clip, config.activation_clip_options)
     attention = [] if config.quantize_attention else ["attention matmuls in floating point"]
     return [bits_in_words(config.activation_bits), f"{clip} {_granularities(operands)}", *attention, frozen]

@@ -22,7 +22,14 @@ from .functional import CLIP_RULES, GradientEstimator
 from .functional.grid import MAX_BITS, MIN_BITS
 from .functional.registry import OPTION_CHECKS, RULE_ARGUMENTS, poolable_rules
 from .nn.clips_of_version_1 import ClipsOfVersion1, validate_activation_clips
-from .nn.granularity import ACTIVATION_GRANULARITIES, FINEST, WEIGHT_GRANULARITIES, Granularity, unsupported_reason
+from .nn.granularity import (
+    ACTIVATION_GRANULARITIES,
+    FINEST,
+    GROUP_SIZES,
+    WEIGHT_GRANULARITIES,
+    Granularity,
+    unsupported_reason,
+)
 
 QUANT_METHOD = "octav"
 
@@ -86,15 +93,24 @@ class ModuleSettings:
     weight_granularity: Granularity = _field(
         Granularity.CHANNEL,
         'What one clip of a weight is for: `"channel"`, an output feature or channel, or `"tensor"`, the whole weight, '
-        "which the paper uses for the linear layers of ResNets and MobileNets.",
+        "which the paper uses for the linear layers of ResNets and MobileNets. "
+        '`"group"`: each `group_size` neighbours in a row, of linear layers; convolutions have one clip per channel '
+        "then, whose sums run over windows.",
     )
     activation_granularity: dict[str, str] = _field(
         {},
         "Operand → what one clip of it is for; an operand that is left out has one clip per tensor, as in the paper. "
         '`"input"` of linear layers: `"token"`, one per row; `"query"`, `"key"`, `"probabilities"`: `"attn_head"`, one '
         'per batch element and head, or `"token"`, one per token and head; `"value"`: `"attn_head"` or `"channel"`, '
-        "one per batch element, head and channel. Allowed is that for which the scale factors out of the matmul; "
-        "anything else is refused with the reason. The input of a convolution has one clip per tensor.",
+        'one per batch element, head and channel. `"group"`, for any of them: one for each `group_size` neighbours '
+        "along the dimension that the matmul sums over. Allowed is that for which the scale factors out of the matmul, "
+        "or of that of each group; anything else is refused with the reason. The input of a convolution has one clip "
+        "per tensor.",
+    )
+    group_size: int = _field(
+        64,
+        '32, 64 or 128: elements of a group where a granularity is `"group"`; the last group of a row has what is '
+        "left over.",
     )
     weight_gradient_estimator: GradientEstimator = _field(
         GradientEstimator.MAD,
@@ -455,6 +471,9 @@ def _validate(values: dict[str, Any], where: str) -> None:
         if values[name] not in choices:
             raise ValueError(_unknown(f"{where}: {name} cannot be", [values[name]], map(str, choices)))
     _validate_activation_granularity(values["activation_granularity"], f"{where}: activation_granularity")
+    size = values["group_size"]
+    if type(size) is not int or size not in GROUP_SIZES:
+        raise ValueError(f"{where}: group_size must be 32, 64 or 128, got {shown(size)}")
     if values["asymmetric_activations"] and not values["unsigned_activations"]:
         raise ValueError(
             f"{where}: asymmetric_activations=True needs unsigned_activations=True: an asymmetric grid is unsigned"
@@ -499,7 +518,7 @@ def _validate_activation_granularity(granularities: Any, where: str) -> None:
             continue
         reason = unsupported_reason(operand, granularity) if isinstance(granularity, str) else ""
         if reason:
-            instead = " or ".join(repr(str(name)) for name in allowed[::-1])
+            instead = " or ".join(repr(str(name)) for name in allowed[::-1] if name != Granularity.GROUP)
             raise ValueError(f"{where} of {operand!r} cannot be {shown(granularity)}: {reason}; write {instead}")
         raise ValueError(_unknown(f"{where} of {operand!r} cannot be", [granularity], map(str, allowed)))
 

@@ -138,7 +138,10 @@ def test_from_dict_takes_changes_and_returns_the_rest() -> None:
             "tokens are summed over .* the value, .*; write 'token' or 'attn_head'",
         ),
         (granularity("query", "tokens"), "of 'query' cannot be 'tokens'; did you mean 'token'"),
-        (granularity("input", "group"), "of 'input' cannot be 'group'.* choose from 'tensor', 'token'"),
+        (granularity("input", "row"), "of 'input' cannot be 'row'.* choose from 'tensor', 'token', 'group'"),
+        ({"group_size": 48}, "group_size must be 32, 64 or 128, got 48"),
+        ({"group_size": 64.0}, "group_size must be 32, 64 or 128, got 64.0"),
+        ({"group_size": None}, "group_size must be 32, 64 or 128, got None"),
         (granularity("input", None), "of 'input' cannot be None"),
         (granularity("input", ["token"]), r"of 'input' cannot be \['token'\]"),
         (

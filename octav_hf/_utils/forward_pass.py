@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .torch_private import uncompiled
+from .torch_private import tree_map, uncompiled
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 """Keyword arguments of a forward, positional ones, or a single one."""
@@ -20,6 +20,23 @@ def check_batch(batch: Any, caller: str) -> None:
             f"{caller} a batch as a mapping of keyword arguments, such as {{'input_ids': …}}, a tuple of "
             f"positional ones, or a tensor; got {type(batch).__name__}"
         )
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where the model's first tensor is; ``None`` if that is nowhere, as for offloaded weights."""
+    tensors = (tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)
+
+
+def on_device(batch: Batch, device: torch.device | None) -> Batch:
+    """The batch with its tensors on ``device``, or as it is for ``None``."""
+
+    def move(leaf: Any) -> Any:
+        return leaf.to(device) if isinstance(leaf, Tensor) and device is not None else leaf
+
+    if isinstance(batch, Mapping):  # of any class, such as a tokenizer's
+        return {name: tree_map(move, value) for name, value in batch.items()}
+    return tree_map(move, batch)
 
 
 def run_batch(model: nn.Module, batch: Batch) -> None:

@@ -87,14 +87,19 @@ def _plan_layer(
 ) -> ModulePlan:
     settings = request.settings[name]
     _check_convertible(name, module, layer_class)
-    if settings.weight_granularity not in layer_class.weight_granularities:
-        raise ValueError(
-            f"{name}: the weight of {type(module).__name__} has one clip per channel (row), not per "
-            f"{settings.weight_granularity}; write module_overrides={{{name!r}: {{'weight_granularity': 'channel'}}}}"
-        )
-    quantizers = {"weight": weight_quantizer(request, name, bits["weight"], layer_class)}
+    override = request.config.module_overrides.get(name, {})
+    weight_granularity = settings.weight_granularity
+    if weight_granularity not in layer_class.weight_granularities:
+        # A setting for all layers at once, of which only linear ones have groups.
+        if weight_granularity != Granularity.GROUP or "weight_granularity" in override:
+            raise ValueError(
+                f"{name}: the weight of {type(module).__name__} has one clip per channel (row), not per "
+                f"{weight_granularity}; write module_overrides={{{name!r}: {{'weight_granularity': 'channel'}}}}"
+            )
+        weight_granularity = Granularity.CHANNEL
+    quantizers = {"weight": weight_quantizer(request, name, bits["weight"], layer_class, weight_granularity)}
     if "input" in bits:
-        _check_override(request.config.module_overrides.get(name, {}), name, module, layer_class)
+        _check_override(override, name, module, layer_class)
         granularity = settings.granularity("input")
         quantizers["input"] = activation_quantizer(
             request,

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from .._utils.torch_private import own_parameters
 from ..nn import FakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
 
+_MAX_NAMES = 3  # of operands in an error's message
+
 
 def quantized_modules(model: nn.Module) -> Iterator[QuantizedLayer | QuantizedAttention]:
     """The modules that are quantized."""
@@ -42,6 +44,24 @@ def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuan
         for operand, quantizer in quantizers.items():
             if isinstance(quantizer, FakeQuantize):
                 yield path, operand, quantizer
+
+
+def check_no_groups(model: nn.Module, operation: str) -> None:
+    """Raise ``NotImplementedError`` if an operand has clips for groups, which ``operation`` has no product for."""
+    found = [
+        f"{path} {operand}"
+        for path, module in model.named_modules()
+        if isinstance(module, QuantizedAttention | QuantizedLayer)
+        for operand, quantizer in module.operand_quantizers.items()
+        if isinstance(quantizer, FakeQuantize) and quantizer.active_groups is not None
+    ]
+    if found:
+        names = ", ".join(found[:_MAX_NAMES]) + (f" and {len(found) - _MAX_NAMES} more" * (len(found) > _MAX_NAMES))
+        raise NotImplementedError(
+            f"{operation}: {names} have a clip for each group, and there is one integer product here for all that is "
+            'summed, not one for each group; train with weight_granularity="channel" and activation_granularity '
+            '"token" for inputs, queries, keys and probabilities, "channel" for values'
+        )
 
 
 def layers_by_quantizer(model: nn.Module, quantizer_class: type[FakeQuantize]) -> dict[str, Any]:

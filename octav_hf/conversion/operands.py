@@ -6,7 +6,7 @@ from .request import QuantizerPlan, Request
 
 
 def weight_quantizer(
-    request: Request, name: str, bits: int | None, layer_class: type[QuantizedLayer]
+    request: Request, name: str, bits: int | None, layer_class: type[QuantizedLayer], granularity: Granularity
 ) -> QuantizerPlan | None:
     """The quantizer of the weight of the layer ``name``; ``None`` without ``bits``."""
     if bits is None:
@@ -16,7 +16,8 @@ def weight_quantizer(
         "clip": settings.weight_clip,
         "clip_options": settings.weight_clip_options,
         "gradient_estimator": settings.weight_gradient_estimator,
-        "dim": layer_class.clip_dim if settings.weight_granularity == Granularity.CHANNEL else None,
+        "dim": None if granularity == Granularity.TENSOR else layer_class.clip_dim,
+        "group_size": settings.group_size if granularity == Granularity.GROUP else None,
     }
     return QuantizerPlan(layer_class.weight_quantizer_class, {"num_bits": bits, "name": f"{name} weight"} | kwargs)
 
@@ -35,6 +36,7 @@ def activation_quantizer(
     if bits is None:
         return None
     settings = request.settings[name]
+    group_size = settings.group_size if granularity == Granularity.GROUP else None
     kwargs = {
         "clip": settings.activation_clip,
         "clip_options": settings.activation_clip_options,
@@ -42,7 +44,9 @@ def activation_quantizer(
         "signed": signed,
         "asymmetric": asymmetric,
         "dim": shared_dims(granularity),
-        "frozen_dim": frozen_dims(granularity),
+        "frozen_dim": frozen_dims(operand, granularity),
+        "group_size": group_size,
+        "frozen_group_size": group_size if operand == "input" else None,
     }
     quantizer_class = SynchronizedFakeQuantize if request.config.sync_activation_clips else FakeQuantize
     return QuantizerPlan(quantizer_class, {"num_bits": bits, "name": f"{name} {operand}"} | kwargs)

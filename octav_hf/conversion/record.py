@@ -100,11 +100,12 @@ def _settings_of(name: str, module: nn.Module) -> Settings | None:
                 "the config cannot record; give all four the same"
             )
         granularity = {
-            operand: granularity_of(operand, quantizer.dim)
+            operand: granularity_of(operand, quantizer.dim, quantizer.group_size)
             for operand, quantizer in quantizers.items()
             if isinstance(quantizer, FakeQuantize)
         }
-        return {"quantize_attention": True, **settings[0], "activation_granularity": granularity}
+        sizes = _group_size(name, quantizers)
+        return {"quantize_attention": True, **settings[0], "activation_granularity": granularity, **sizes}
     if not isinstance(module, QuantizedLayer):
         return None
     values: dict[str, Any] = {}
@@ -113,12 +114,12 @@ def _settings_of(name: str, module: nn.Module) -> Settings | None:
     if isinstance(weight, FakeQuantize):
         values |= _clip_settings("weight", weight)
         if len(module.weight_granularities) > 1:
-            values["weight_granularity"] = Granularity.TENSOR if weight.dim is None else Granularity.CHANNEL
+            values["weight_granularity"] = Granularity(granularity_of("weight", weight.dim, weight.group_size))
         if issubclass(module.weight_quantizer_class, WeightFakeQuantize):
             values["frozen_weight_clips"] = weight.is_frozen
     if "input" in module.operands:
         values |= _input_settings(name, module)
-    return values
+    return values | _group_size(name, module.operand_quantizers)
 
 
 def _input_settings(name: str, layer: QuantizedLayer) -> dict[str, Any]:
@@ -129,13 +130,24 @@ def _input_settings(name: str, layer: QuantizedLayer) -> dict[str, Any]:
         if layer.supports_asymmetric_input:
             values["asymmetric_activations"] = quantizer.asymmetric
         if len(layer.input_granularities) > 1:
-            values["activation_granularity"] = {"input": granularity_of("input", quantizer.dim)}
+            values["activation_granularity"] = {"input": granularity_of("input", quantizer.dim, quantizer.group_size)}
     return values
 
 
 def _activation_settings(name: str, operand: str, quantizer: nn.Module) -> dict[str, Any]:
     bits = {"activation_bits": _bits(name, operand, quantizer)}
     return bits | _clip_settings("activation", quantizer) if isinstance(quantizer, FakeQuantize) else bits
+
+
+def _group_size(name: str, quantizers: Mapping[str, nn.Module]) -> dict[str, int]:
+    each = (quantizer for quantizer in quantizers.values() if isinstance(quantizer, FakeQuantize))
+    sizes = {quantizer.group_size for quantizer in each if quantizer.group_size is not None}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{name}: its operands have groups of {' and '.join(map(str, sizes))} elements, which the config cannot "
+            "record; give all of them the same group_size"
+        )
+    return {"group_size": sizes.pop()} if sizes else {}
 
 
 def _bits(name: str, operand: str, quantizer: nn.Module) -> int | None:

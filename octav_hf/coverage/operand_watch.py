@@ -196,9 +196,14 @@ class OperandWatch(TorchDispatchMode):
 
 def on_grid(x: Tensor, quantizer: FakeQuantize) -> bool:
     """Whether ``x`` has no more different values per clip than the grid, judging by a sample."""
-    ordered = to_rows(x, quantizer.active_dim)[0][:, :_SAMPLE].sort(dim=1).values
-    distinct = (ordered[:, 1:] != ordered[:, :-1]).sum(dim=1) + 1
-    return bool((distinct <= 2**quantizer.num_bits).all())
+    groups = quantizer.active_groups
+    rows = [to_rows(x, quantizer.active_dim)[0]] if groups is None else groups.rows(x)
+    for part in rows:
+        ordered = part[:, :_SAMPLE].sort(dim=1).values
+        distinct = (ordered[:, 1:] != ordered[:, :-1]).sum(dim=1) + 1
+        if bool((distinct > 2**quantizer.num_bits).any()):
+            return False
+    return True
 
 
 def _name(func: Callable[..., Any]) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from ..nn import (
     QuantizedLayer,
     quantized_class_of,
 )
-from ..nn.granularity import granularity_of
+from ..nn.granularity import granularity_in_words, granularity_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Operand:
     clip: str = ""
     gradient_estimator: str = ""
     granularity: str = "tensor"  # one of nn.granularity.Granularity
+    group_size: int | None = None
     frozen: bool = False  # whether the clip comes from calibration
     reason: str = ""  # why it is in float; empty if it is quantized
     arithmetic: str = ""  # what multiplies its integers after convert_octav; empty if its values are multiplied
@@ -52,7 +53,12 @@ class Operand:
 
     @property
     def clip_cell(self) -> str:
-        return f"{self.clip} per {self.granularity}{', frozen' if self.frozen else ''}"
+        return f"{self.clip} per {self.granularity_in_words}{', frozen' if self.frozen else ''}"
+
+    @property
+    def granularity_in_words(self) -> str:
+        """What one clip is for, with the size of groups."""
+        return granularity_in_words(self.granularity, self.group_size)
 
 
 class CoverageReport(list[Operand]):
@@ -202,6 +208,7 @@ def _row(name: str, module: HoldsFrozenClips, kind: str, operand: str, reason: s
     quantizer = module.operand_quantizers[operand]
     if not isinstance(quantizer, FakeQuantize):
         return Operand(name, kind, operand, reason=reason)
+    size = None if quantizer.active_groups is None else quantizer.active_groups.size
     return Operand(
         name,
         kind,
@@ -211,7 +218,8 @@ def _row(name: str, module: HoldsFrozenClips, kind: str, operand: str, reason: s
         asymmetric=quantizer.asymmetric if quantizer.frozen is None else quantizer.frozen.offset is not None,
         clip=quantizer.clip,
         gradient_estimator=quantizer.gradient_estimator,
-        granularity=granularity_of(operand, quantizer.active_dim),
+        granularity=granularity_of(operand, quantizer.active_dim, size),
+        group_size=size,
         frozen=quantizer.is_frozen,
         arithmetic=str(getattr(module, "arithmetic", None) or ""),
     )

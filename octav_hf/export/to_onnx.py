@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._utils.torch_private import uncompiled
 from .._utils.transformers_compat import attn_implementation
 from .._version import __version__
-from ..conversion.modules import activation_quantizers, transformers_models
+from ..conversion.modules import activation_quantizers, check_no_groups, transformers_models
 from ..conversion.record import check_quantized, recorded_config
 from ..hub.output_dir import atomic_output_dir
 from .extra import require_extra
@@ -68,6 +68,7 @@ def to_onnx(
     require_extra()
     check_quantized(model, "to_onnx")
     model = uncompiled(model)
+    check_no_groups(model, "to_onnx")
     _check_static(model)
     if not isinstance(example_inputs, Mapping) or not all(isinstance(x, Tensor) for x in example_inputs.values()):
         raise TypeError("to_onnx takes example_inputs as a mapping of the forward's argument names to tensors")

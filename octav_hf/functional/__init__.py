@@ -5,6 +5,7 @@ from .fake_quantize import GradientEstimator, fake_quantize
 from .grid import integer_range, round_to_grid, step_size
 from .kernels import cpu, cuda
 from .kernels.operations import use_kernels
+from .learned_clip import fake_quantize_learned_clip
 from .max_scaling import max_clip
 from .mse import mse_clip
 from .mse_sweep import mse_sweep_clip
@@ -16,6 +17,7 @@ __all__ = [
     "CLIP_RULES",
     "GradientEstimator",
     "fake_quantize",
+    "fake_quantize_learned_clip",
     "integer_range",
     "max_clip",
     "mse_clip",

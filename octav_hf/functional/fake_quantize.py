@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .grid import bounds_for_sign, check_num_bits, integers_of, range_and_sign, round_to_step
+from .groups import Groups
 from .kernels.codes import round_to_codes as codes_in_cpp
 from .kernels.fused import elementwise
 from .rows import Sign, check_floating, statistics_dtype
@@ -28,6 +29,7 @@ def fake_quantize(
     signed: Sign = True,
     offset: Tensor | None = None,
     gradient: str = "mad",
+    groups: Groups | None = None,
 ) -> Tensor:
     """Round ``x`` to the grid of ``num_bits`` bits clipped at ``clip`` (Eq. 2 and 3; footnote 2's integer range).
 
@@ -54,6 +56,7 @@ def fake_quantize(
         offset: ``[]`` on the device of ``x``; the grid, and what is inside the clip, are those of ``x - offset``:
             ``offset + Q(x - offset)``. It gets no gradient.
         gradient: ``"ste"``, ``"pwl"`` or ``"mad"``.
+        groups: of ``x``, for which ``clip`` is then, as ``Groups.clips`` gives it.
 
     Returns:
         Shape and dtype of ``x``, computed in float32 or better. 0 where ``clip`` is 0, NaN where ``x`` is NaN.
@@ -64,15 +67,34 @@ def fake_quantize(
         ValueError: ``num_bits`` or ``gradient`` is unknown; ``clip`` cannot be broadcast to ``x``, or is on
             another device (a 0-dim one may be on the CPU).
     """
+    clip, *grid = checked_grid(x, clip, num_bits, signed, offset, gradient, groups)
+    clip = clip.detach()
+    if groups is None or not groups.are_even(x):
+        return FakeQuantizeFunction.apply(x, gradient, groups, clip, *grid)
+    (cut,) = groups.cut(x)
+    return FakeQuantizeFunction.apply(cut, gradient, None, clip, *grid).reshape(x.shape)
+
+
+def checked_grid(
+    x: Tensor,
+    clip: Tensor,
+    num_bits: int,
+    signed: Sign,
+    offset: Tensor | None,
+    gradient: str,
+    groups: Groups | None = None,
+) -> tuple[Tensor, int, int, Tensor | None, Tensor | None]:
+    """The grid as ``round_to_levels`` takes it; the errors of ``fake_quantize``."""
     check_floating(x, "fake_quantize")
     check_floating(clip, "fake_quantize (clip)")
     check_num_bits(num_bits)
     if gradient not in list(GradientEstimator):
         raise ValueError(f"gradient must be one of {sorted(map(str, GradientEstimator))}, got {gradient!r}")
-    trailing = x.shape[x.dim() - clip.dim() :] if clip.dim() <= x.dim() else None
+    shape = x.shape if groups is None else groups.shape(x)
+    trailing = shape[len(shape) - clip.dim() :] if clip.dim() <= len(shape) else None
     if trailing is None or any(c not in (1, n) for c, n in zip(clip.shape, trailing, strict=True)):
         raise ValueError(
-            f"fake_quantize: clip of shape {tuple(clip.shape)} cannot be broadcast to x of shape {tuple(x.shape)}; "
+            f"fake_quantize: clip of shape {tuple(clip.shape)} cannot be broadcast to x of shape {tuple(shape)}; "
             "compute it with the dim= that is reduced, which keeps that dimension with size 1"
         )
     if clip.device != x.device and (clip.dim() > 0 or clip.device.type != "cpu"):
@@ -80,25 +102,26 @@ def fake_quantize(
             f"fake_quantize: clip of shape {tuple(clip.shape)} is on {clip.device}, and x of shape {tuple(x.shape)} on "
             f"{x.device}; write clip.to(x.device)"
         )
-    clip = clip.detach().to(statistics_dtype(x.dtype))
+    clip = clip.to(statistics_dtype(x.dtype))
     offset = None if offset is None else offset.detach().to(clip.dtype)
-    return FakeQuantizeFunction.apply(x, gradient, clip, *range_and_sign(num_bits, signed), offset)
+    return clip, *range_and_sign(num_bits, signed), offset
 
 
 class FakeQuantizeFunction(torch.autograd.Function):
-    """``fake_quantize``, with the grid as ``round_to_levels`` takes it."""
+    """``fake_quantize``, with the grid as ``round_to_levels`` takes it; ``clip`` is of ``groups``, if not ``None``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: str, *grid: Any) -> Tensor:
-        ctx.gradient = gradient
+    def forward(ctx: Any, x: Tensor, gradient: str, groups: Groups | None, clip: Tensor, *grid: Any) -> Tensor:
+        ctx.gradient, ctx.groups = gradient, groups
+        of_elements = clip if groups is None else groups.of_elements(clip, x)
         if ctx.needs_input_grad[0] and gradient == GradientEstimator.PWL:
-            rounded, inside = round_and_compare(x, *grid)
+            rounded, inside = round_and_compare(x, of_elements, *grid)
             ctx.save_for_backward(inside)
             return rounded
         if ctx.needs_input_grad[0] and gradient == GradientEstimator.MAD:
-            clip, ctx.low, _, signed, offset = grid
+            ctx.low, _, signed, offset = grid
             ctx.save_for_backward(x, clip, signed, offset)
-        return round_to_levels(x, *grid)
+        return round_to_levels(x, of_elements, *grid)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,8 +129,9 @@ class FakeQuantizeFunction(torch.autograd.Function):
             grad = keep_inside(grad, *ctx.saved_tensors)
         elif ctx.gradient == GradientEstimator.MAD:
             x, clip, signed, offset = ctx.saved_tensors
-            grad = attenuate_outside(grad, x, clip, ctx.low, signed, offset)
-        return grad, *(None,) * 6
+            of_elements = clip if ctx.groups is None else ctx.groups.of_elements(clip, x)
+            grad = attenuate_outside(grad, x, of_elements, ctx.low, signed, offset)
+        return grad, *(None,) * 7
 
 
 @elementwise("(Tensor x, Tensor clip, int low, int high, Tensor? signed, Tensor? offset) -> Tensor")
@@ -115,7 +139,7 @@ def round_to_levels(
     x: Tensor, clip: Tensor, low: int, high: int, signed: Tensor | None, offset: Tensor | None
 ) -> Tensor:
     """``x`` on the grid with the integers from ``low`` to ``high``, or of the sign that ``signed`` says."""
-    return _round(_difference(x, clip, offset), clip, *bounds_for_sign(low, high, signed, clip.dtype), offset).to(
+    return _round(difference(x, clip, offset), clip, *bounds_for_sign(low, high, signed, clip.dtype), offset).to(
         x.dtype
     )
 
@@ -135,7 +159,7 @@ def round_to_codes(
 ) -> Tensor:
     """The integers of ``round_to_levels``, those of uint8 counted from the lowest one. NaN gives any integer."""
     bounds = bounds_for_sign(low, high, signed, clip.dtype)
-    codes = integers_of(_difference(x, clip, offset), clip / (bounds[1] + 1), *bounds)
+    codes = integers_of(difference(x, clip, offset), clip / (bounds[1] + 1), *bounds)
     return (codes - bounds[0] if dtype == torch.uint8 else codes).to(dtype)
 
 
@@ -144,7 +168,7 @@ def round_and_compare(
     x: Tensor, clip: Tensor, low: int, high: int, signed: Tensor | None, offset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As ``round_to_levels``, and 1 inside the clip, 0 outside, as bytes."""
-    value, bounds = _difference(x, clip, offset), bounds_for_sign(low, high, signed, clip.dtype)
+    value, bounds = difference(x, clip, offset), bounds_for_sign(low, high, signed, clip.dtype)
     bottom = clip / (bounds[1] + 1) * bounds[0]
     # By way of floats, which is vectorized; storing the comparison's result directly is not.
     inside = ((value >= bottom) & (value <= clip)).to(clip.dtype)
@@ -162,7 +186,7 @@ def attenuate_outside(
     grad: Tensor, x: Tensor, clip: Tensor, low: int, signed: Tensor | None, offset: Tensor | None
 ) -> Tensor:
     """MAD: the gradient times ``clip / |x|`` outside the clip; 0 below zero on an unsigned grid."""
-    value = _difference(x, clip, offset)
+    value = difference(x, clip, offset)
     # Inside, the divisor is the clip itself, so the factor is exactly 1; 0 / 0 is a zero inside a zero clip.
     factor = (clip / torch.maximum(value.abs(), clip)).nan_to_num(nan=1.0)
     if signed is not None:
@@ -178,7 +202,7 @@ def _round(value: Tensor, clip: Tensor, low: Any, high: Any, offset: Tensor | No
     return rounded if offset is None else rounded + offset
 
 
-def _difference(x: Tensor, clip: Tensor, offset: Tensor | None) -> Tensor:
+def difference(x: Tensor, clip: Tensor, offset: Tensor | None) -> Tensor:
     """``x - offset`` in the dtype of clips: in a narrower one the difference would lose digits of ``x``."""
     value = x.to(clip.dtype)
     return value if offset is None else value - offset

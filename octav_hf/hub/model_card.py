@@ -15,7 +15,7 @@ from ..config import OctavConfig
 from ..conversion.modules import is_quantized
 from ..conversion.record import recorded_config
 from ..coverage.report import CoverageReport, Operand, coverage_report
-from ..nn.granularity import ACTIVATION_GRANULARITIES
+from ..nn.granularity import ACTIVATION_GRANULARITIES, granularity_in_words
 from .training_run import TrainingRun
 
 TAGS = ("octav", "quantization-aware-training", "quantized")
@@ -186,7 +186,8 @@ def _introduction(architecture: str, config: OctavConfig, run: TrainingRun, base
     made_from = f", fine-tuned from {markdown_code(base_model)}" if base_model else ""
     data = f" on {markdown_text(run.dataset)}" if run.dataset else ""
     form = (
-        "its weights are stored as integers of their own width with one scale per row"
+        "its weights are stored as integers of their own width with one scale per "
+        + (granularity_in_words("group", config.group_size) if config.weight_granularity == "group" else "row")
         if config.packed
         else "its weights are stored in full precision, for training on, and quantized when it runs"
     )
@@ -201,7 +202,8 @@ def _settings(report: CoverageReport, config: OctavConfig) -> dict[str, str]:
     activation_clip = _clip(config.activation_clip, config.activation_clip_options)
     activations = [row for row in report if row.bits is not None and row.operand != "weight"]
     settings = {
-        "weights": f"{bits_in_words(config.weight_bits)}, {weight_clip} per {config.weight_granularity}"
+        "weights": f"{bits_in_words(config.weight_bits)}, {weight_clip} per "
+        + granularity_in_words(config.weight_granularity, config.group_size)
         + (", frozen" if config.frozen_weight_clips else ""),
         "activations": f"{bits_in_words(config.activation_bits)}, {activation_clip} {_granularity(activations)}, "
         + _frozen(activations),
@@ -232,7 +234,7 @@ def _option(name: str, value: Any) -> str:
 def _granularity(activations: Sequence[Operand]) -> str:
     found: dict[str, dict[str, None]] = {operand: {} for operand in ACTIVATION_GRANULARITIES}
     for row in activations:
-        found[row.operand][row.granularity] = None
+        found[row.operand][row.granularity_in_words] = None
     if all(row.granularity == "tensor" for row in activations):
         return "per tensor"
     words = (f"{operand} per {' or '.join(names)}" for operand, names in found.items() if names)

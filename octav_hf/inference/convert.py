@@ -5,6 +5,7 @@ from typing import TypeVar
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..conversion.modules import check_no_groups
 from ..conversion.record import check_quantized, is_packed
 from ..nn import FakeQuantize, PackedLayer, QuantizedAttention, QuantizedConvolution, QuantizedLinear
 from ..packing.pack import pack_octav
@@ -34,8 +35,10 @@ def convert_octav(model: Model, *, reference: bool = False) -> Model:
 
     Raises:
         TypeError, ValueError: as ``pack_octav``.
+        NotImplementedError: an operand has clips for groups. The model is then unchanged.
     """
     check_quantized(model, "convert_octav")
+    check_no_groups(model, "convert_octav")
     if not is_packed(model):
         pack_octav(model)
     for module in model.modules():

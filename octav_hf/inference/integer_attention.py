@@ -100,7 +100,7 @@ def _is_fused(quantizers: Any, query: Tensor) -> bool:
         query.dim() == 4
         and modules["probabilities"].is_static
         and modules["probabilities"].signed is False
-        and all(modules[name].active_dim is None and modules[name].signed for name in ("query", "key", "value"))
+        and all(modules[name].signed and not modules[name].is_granular for name in ("query", "key", "value"))
         and kernel.is_supported(query)
     )
 

@@ -1,7 +1,8 @@
 """Hooks into other libraries; importing this registers them."""
 
+from .feature_steps import FeatureSteps
 from .saving import save_pretrained
 from .transformers_conv1d import QuantizedTransformersConv1D
 from .transformers_quantizer import OctavQuantizer
 
-__all__ = ["OctavQuantizer", "QuantizedTransformersConv1D", "save_pretrained"]
+__all__ = ["FeatureSteps", "OctavQuantizer", "QuantizedTransformersConv1D", "save_pretrained"]

@@ -5,7 +5,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .._utils.torch_private import LINEAR
 from ..nn import QuantizedLayer, register_quantized_layer
-from ..nn.granularity import ACTIVATION_GRANULARITIES
+from ..nn.granularity import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES
 from ..nn.shared_inputs import quantize_input
 
 
@@ -15,6 +15,7 @@ class QuantizedTransformersConv1D(QuantizedLayer, Conv1D):
 
     kind = "linear"
     clip_dim = (0,)
+    weight_granularities = WEIGHT_GRANULARITIES
     input_granularities = ACTIVATION_GRANULARITIES["input"]
     supports_asymmetric_input = True
 

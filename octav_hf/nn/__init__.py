@@ -6,7 +6,7 @@ from .attention.scaled_dot_product_attention import quantized_scaled_dot_product
 from .clip_observer import ClipObserver
 from .convolution import QuantizedConv1d, QuantizedConv2d, QuantizedConvolution
 from .embedding import QuantizedEmbedding
-from .fake_quantize import FROZEN_BUFFERS, FakeQuantize
+from .fake_quantize import FROZEN_BUFFERS, FROZEN_TENSORS, FakeQuantize
 from .frozen_clips import FrozenClips
 from .granularity import ATTENTION_OPERANDS
 from .histogram_observer import HistogramObserver
@@ -22,6 +22,7 @@ from .weight_fake_quantize import WeightFakeQuantize
 __all__ = [
     "ATTENTION_OPERANDS",
     "FROZEN_BUFFERS",
+    "FROZEN_TENSORS",
     "QUANTIZED_LAYERS",
     "AttentionMatmuls",
     "ClipObserver",

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..functional import fake_quantize, integer_range
+from .._utils.torch_private import own_parameters
+from ..functional import fake_quantize, fake_quantize_learned_clip, integer_range
+from ..functional.groups import Groups
 from ..functional.registry import clip_for_sign
 from ..functional.rows import Dim, Sign, has_negative, minus_offset, statistics_dtype
 from .clip_observer import ClipObserver
@@ -19,6 +21,9 @@ from .recording import refuse_recording
 
 FROZEN_BUFFERS = ("clips", "unsigned_clips", "offset")
 """The buffers of frozen clips."""
+
+FROZEN_TENSORS = (*FROZEN_BUFFERS, "clip_correction")
+"""Those, and the parameter of clips that learn."""
 
 _MAX_PARTS = 2  # dimensions of the parts with a clip of their own: heads and channels
 
@@ -44,13 +49,18 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         dim: the dimension(s) that share one clip; ``None`` for one clip for the whole tensor.
         frozen_dim: the same for a frozen clip, counted from the last dimension; also used while an observer is set.
             Frozen clips are shared by all batch elements. A scalar frozen clip ignores ``frozen_dim``.
+        group_size: the number of neighbours along the (last of the) dimension(s) that share one clip that do so, if not
+            all of them; see ``functional.groups.Groups``.
+        frozen_group_size: the same for a frozen clip; only with ``frozen_dim=None``, so that tokens share the clips.
         name: where in the model this quantizer stands, for error messages.
 
     Attributes:
         clips, unsigned_clips: frozen clips of the signed or of the unsigned grid, ``[calls, *parts]``, where parts are
-            none, heads, or heads and channels; float32, or float64 for float64 data, whatever dtype the model gets. One
-            for each multiplication of the operand in one forward pass of its module.
+            none, groups, heads, or heads and channels; float32, or float64 for float64 data, whatever dtype the model
+            gets. One for each multiplication of the operand in one forward pass of its module.
         offset: where the grid of frozen clips begins if it is asymmetric, ``[]``, negative.
+        clip_correction: the parameter of frozen clips that learn, in the shape and dtype of the clips, which are
+            multiplied by ``exp(32 clip_correction)``; ``None`` for others.
         observer: while set, is told the dynamic clips of every call, and frozen clips are not used.
     """
 
@@ -62,10 +72,13 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
     asymmetric: bool
     dim: Dim
     frozen_dim: tuple[int, ...] | None
+    group_size: int | None
+    frozen_group_size: int | None
     name: str
     clips: Tensor | None
     unsigned_clips: Tensor | None
     offset: Tensor | None
+    clip_correction: nn.Parameter | None
     observer: ClipObserver | None = None
     is_synchronized: ClassVar[bool] = False  # whether clips are of the tensors of all ranks
     _left_by_calls: ClassVar[tuple[str, ...]] = ("_sum_of_clips",)
@@ -81,6 +94,8 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         asymmetric: bool = False,
         dim: Dim = None,
         frozen_dim: tuple[int, ...] | None = None,
+        group_size: int | None = None,
+        frozen_group_size: int | None = None,
         name: str = "",
     ):
         super().__init__()
@@ -94,6 +109,8 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
             asymmetric=asymmetric,
             dim=dim,
             frozen_dim=frozen_dim,
+            group_size=group_size,
+            frozen_group_size=frozen_group_size,
             name=name,
         )
         self.unfreeze()
@@ -105,28 +122,37 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
 
     @property
     def frozen(self) -> FrozenClips | None:
-        """The frozen clips, ``None`` if clips are dynamic."""
-        buffers = self._buffers  # an attribute of nn.Module that is a buffer takes ten times as long to look up
+        """The frozen clips, those that learn as they are now; ``None`` if clips are dynamic."""
+        frozen = self._frozen
+        return None if frozen is None else frozen.corrected
+
+    @property
+    def _frozen(self) -> FrozenClips | None:
+        """The frozen clips as they are stored."""
+        buffers, correction = self._buffers, own_parameters(self).get("clip_correction")
         clips, unsigned_clips = buffers["clips"], buffers["unsigned_clips"]
         if clips is not None:
-            return FrozenClips(True, clips)
-        return None if unsigned_clips is None else FrozenClips(False, unsigned_clips, buffers["offset"])
+            return FrozenClips(True, clips, None, correction)
+        return None if unsigned_clips is None else FrozenClips(False, unsigned_clips, buffers["offset"], correction)
 
     def freeze(self, frozen: FrozenClips) -> None:
-        """Hold these clips whatever the data are; they become buffers as they are."""
+        """Hold these clips whatever the data are; they become buffers as they are, and a correction a parameter."""
         self.register_buffer("clips", frozen.clips if frozen.signed else None)
         self.register_buffer("unsigned_clips", None if frozen.signed else frozen.clips)
         self.register_buffer("offset", frozen.offset)
+        correction = None if frozen.correction is None else nn.Parameter(frozen.correction)
+        self.register_parameter("clip_correction", correction)
 
     def unfreeze(self) -> None:
         """Let clips follow the data."""
         for name in FROZEN_BUFFERS:
             self.register_buffer(name, None)
+        self.register_parameter("clip_correction", None)
 
     @property
     def is_frozen(self) -> bool:
         """Whether it has clips that hold whatever the data are."""
-        return self.frozen is not None
+        return self._frozen is not None
 
     def frozen_problem(self, frozen: FrozenClips, weight_shape: tuple[int, ...], max_calls: int | None) -> str:
         """What is wrong with the form of clips for this quantizer, empty if nothing is; reads no values.
@@ -143,7 +169,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         if frozen.offset is not None and (frozen.signed or not self.asymmetric or frozen.offset.dim()):
             return "have an offset, and this operand is on no asymmetric grid (asymmetric_activations)"
         calls, *parts = frozen.clips.shape or (0,)
-        dims = () if self.frozen_dim is None else range(1, _MAX_PARTS + 1)
+        dims = range(1, _MAX_PARTS + 1) if self.frozen_dim else () if self.frozen_group_size is None else (1,)
         if not calls or (parts and len(parts) not in dims) or (max_calls is not None and calls > max_calls):
             per_call = "and the parts that have a clip of their own" if dims else "since it has one clip for the tensor"
             return f"have the shape {tuple(frozen.clips.shape)}, which is to be [calls], {per_call}"
@@ -152,14 +178,15 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
     @property
     def cache_key(self) -> tuple[Any, ...]:
         """What the result depends on besides the input: equal for quantizers that do the same."""
-        # An observed quantizer has to be called itself, so its observer makes it unequal to all others.
-        state = self.observer or tuple(map(values_key, (self.clips, self.unsigned_clips, self.offset)))
+        # One that is observed, or learns, has to be called itself, and is equal to no other.
+        learning = self.clip_correction is not None and self
+        state = self.observer or learning or tuple(map(values_key, (self.clips, self.unsigned_clips, self.offset)))
         return (*(getattr(self, name) for name in _INIT_KWARGS if name != "name"), state)
 
     @property
     def active_frozen_clips(self) -> FrozenClips | None:
         """The frozen clips if the next call uses them, ``None`` if it computes its own."""
-        return self.frozen if self.observer is None else None
+        return self._frozen if self.observer is None else None
 
     @property
     def is_static(self) -> bool:
@@ -169,13 +196,29 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
 
     @property
     def active_dim(self) -> Dim:
-        """The dimension(s) that share one clip at the next call."""
+        """The dimension(s) that share one clip at the next call, or whose groups do."""
+        return self._sharing[0]
+
+    @property
+    def active_groups(self) -> Groups | None:
+        """The groups that have clips of their own at the next call."""
+        dim, size = self._sharing
+        return None if size is None else Groups(size, dim)
+
+    @property
+    def is_granular(self) -> bool:
+        """Whether parts of a tensor have clips of their own at the next call."""
+        return self._sharing != (None, None)
+
+    @property
+    def _sharing(self) -> tuple[Dim, int | None]:
+        """``dim`` and ``group_size`` of the next call."""
         if self.observer is not None:
-            return self.frozen_dim
-        frozen = self.frozen
+            return self.frozen_dim, self.frozen_group_size
+        frozen = self._frozen
         if frozen is not None:
-            return self.frozen_dim if frozen.clips.dim() > 1 else None
-        return self.dim
+            return (self.frozen_dim, self.frozen_group_size) if frozen.clips.dim() > 1 else (None, None)
+        return self.dim, self.group_size
 
     def is_signed(self, x: Tensor) -> Sign:
         """Whether ``x`` is quantized on the signed grid; a bool tensor ``[]`` where the values decide."""
@@ -185,7 +228,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
 
     @outside_function_modes
     def compute_clip(self, x: Tensor, signed: Sign | None = None, skip: Tensor | None = None) -> Tensor:
-        """Clipping scalar(s) of ``x``, broadcastable against it. An error of the rule says ``name``.
+        """Clipping scalar(s) of ``x``, broadcastable against it or its groups. An error of the rule says ``name``.
 
         Args:
             x: floating point, any shape.
@@ -204,9 +247,11 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         return clip
 
     def _clip(self, x: Tensor, signed: Sign, skip: Tensor | None) -> Tensor:
-        return clip_for_sign(
-            self.clip, x, self.num_bits, signed=signed, dim=self.active_dim, skip=skip, **self.clip_options
-        )
+        def rule(x: Tensor, dim: Dim) -> Tensor:
+            return clip_for_sign(self.clip, x, self.num_bits, signed=signed, dim=dim, skip=skip, **self.clip_options)
+
+        dim, size = self._sharing
+        return rule(x, dim) if size is None else Groups(size, dim).clips(x, rule)
 
     @outside_function_modes
     def dynamic_grid(self, x: Tensor) -> Grid:
@@ -251,8 +296,23 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
             if self.observer is not None:
                 self.observer.observe(x, call_index, grid)
         if codes is None:
+            if grid.clip.requires_grad and frozen is not None:
+                return fake_quantize_learned_clip(
+                    x, grid.clip, self.num_bits, signed=grid.signed, offset=grid.offset, gradient=self.gradient_estimator
+                )
             return fake_quantize(
-                x, grid.clip, self.num_bits, signed=grid.signed, offset=grid.offset, gradient=self.gradient_estimator
+                x,
+                grid.clip,
+                self.num_bits,
+                signed=grid.signed,
+                offset=grid.offset,
+                gradient=self.gradient_estimator,
+                groups=self.active_groups,
+            )
+        if self.active_groups is not None:
+            raise NotImplementedError(
+                f"{self.name or 'FakeQuantize'}: integers of groups have no product, and the operand of shape "
+                f"{tuple(x.shape)} has clips for groups of {self.active_groups.size}; call octav_hf.unpack_octav(model)"
             )
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(
@@ -269,18 +329,17 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
                 f"{tuple(x.shape)} with the batch first and what shares a clip last, needs {self.parts_of(x)}; run the "
                 "model as it was calibrated, or call calibrate_octav again"
             )
-        clip = frozen.clips[call_index].to(dtype)
+        clip = frozen.clip_of(call_index).to(dtype)
         if parts:
-            clip = clip[(..., *(None for _ in self._frozen_dims))]
+            clip = clip[(..., *(None for _ in self.frozen_dim or (-1,)))]
         return Grid(frozen.signed, clip, None if frozen.offset is None else frozen.offset.to(dtype))
-
-    @property
-    def _frozen_dims(self) -> tuple[int, ...]:
-        return self.frozen_dim or ()
 
     def parts_of(self, x: Tensor) -> tuple[int, ...]:
         """How many frozen clips ``x`` has along its dimensions: none of its own for a batch element."""
-        kept = tuple(x.shape[: x.dim() - len(self._frozen_dims)])
+        if self.frozen_dim is None:
+            size = self.frozen_group_size
+            return () if size is None else (-(-x.shape[-1] // size),)
+        kept = tuple(x.shape[: x.dim() - len(self.frozen_dim)])
         return kept[1:] if x.dim() > 2 else kept
 
     def __getstate__(self) -> dict[str, Any]:
@@ -288,7 +347,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         return {name: value for name, value in self.__dict__.items() if name not in self._left_by_calls}
 
     def extra_repr(self) -> str:
-        frozen = self.frozen
+        frozen = self._frozen
         sign = self.signed if frozen is None else frozen.signed
         signs = (True, False) if sign is None else (sign,)
         grid = " or ".join(str(list(integer_range(self.num_bits, signed))) for signed in signs)
@@ -297,7 +356,10 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         elif frozen is None and self.asymmetric:
             grid += " or asymmetric"
         scalars = "per tensor" if self.dim is None else f"over dim {self.dim}"
+        if self.group_size is not None:
+            scalars += f" in groups of {self.group_size}"
         state = "" if frozen is None else f" frozen, {list(frozen.clips.shape)}"
+        state += "" if self.clip_correction is None else " that learn"
         return (
             f"{self.num_bits} bits {grid}, clip={self.clip} {scalars}{state}, "
             f"gradient_estimator={self.gradient_estimator}"

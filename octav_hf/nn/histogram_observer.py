@@ -1,6 +1,7 @@
 """Static clips as the optimum of all calls together: their histograms add up, and the clipping rule reads the sum."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,10 +25,12 @@ class _Parts:
         self.ranges = value_range(torch.empty(number, 0, dtype=torch.float64, device="cpu"))  # [parts, 2]
         self.tables = [SparseTable() for _ in range(number if with_tables else 0)]
 
-    def add(self, rows: Tensor) -> None:
-        """Take in ``[parts, values]``."""
-        self.ranges = pooled_range(torch.stack([self.ranges, value_range(rows).cpu()]))
-        for table, row in zip(self.tables, rows, strict=False):  # a rule of ranges has no tables
+    def add(self, matrices: Sequence[Tensor]) -> None:
+        """Take in the values of the parts, the rows of ``matrices``."""
+        ranges = torch.cat([value_range(rows) for rows in matrices])
+        self.ranges = pooled_range(torch.stack([self.ranges, ranges.cpu()]))
+        # A rule of ranges has no tables.
+        for table, row in zip(self.tables, (row for rows in matrices for row in rows), strict=False):
             table.add(row)
 
 
@@ -67,14 +70,15 @@ class HistogramObserver(ClipObserver):
             return
         self.count_call(call_index)
         self._like = grid.clip.detach()
-        frozen_dim = self.quantizer.frozen_dim
-        shape = () if frozen_dim is None else self.quantizer.parts_of(x)
+        shape = self.quantizer.parts_of(x)
         if call_index not in self._calls:
             self._calls[call_index] = _Parts(shape, self._has_tables)
         parts = self._calls[call_index]
         self.check_shape(shape, parts.shape)
         values = x.detach() if self._offset is None else x.detach().to(self._offset.dtype) - self._offset
-        parts.add(_rows(values, shape, len(frozen_dim or ())))
+        groups = self.quantizer.active_groups
+        shared_dims = len(self.quantizer.frozen_dim or ())
+        parts.add([_rows(values, shape, shared_dims)] if groups is None else groups.rows(values))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -121,9 +125,12 @@ class HistogramObserver(ClipObserver):
         return None if bool((ranges[..., 0] > ranges[..., 1]).any()) else ranges
 
     def _offset_of(self, ranges: Tensor) -> Tensor | None:
-        """The lowest value, ``[]``, unless the signed clip cuts it off, or it is not negative."""
+        """The lowest value, ``[]``, unless the mean signed clip cuts it off, or it is not negative."""
         low = ranges[..., 0].min()
-        return low.to(self._like) if low < 0 and -low <= self._clip(ranges, 0, 0, signed=True) else None
+        if not low < 0:
+            return None
+        clips = [self._clip(ranges, 0, part, signed=True) for part in range(ranges.shape[1])]
+        return low.to(self._like) if -low <= torch.stack(clips).mean() else None
 
     def _clip(self, ranges: Tensor, index: int, part: int, signed: bool) -> Tensor:
         """The clip of a part, ``[]``, on the CPU."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .._utils.sharded_weights import sharded_shape
 from .._utils.torch_private import has_values, own_parameters
 from ..functional.rows import statistics_dtype
-from .fake_quantize import FROZEN_BUFFERS, FakeQuantize
+from .fake_quantize import FROZEN_TENSORS, FakeQuantize
 from .frozen_clips import FrozenClips
 from .weight_fake_quantize import WeightFakeQuantize
 
@@ -107,20 +107,24 @@ class HoldsFrozenClips(nn.Module):
         """
         quantizer = self.freezable_quantizers[operand]
         clips = [found[name] for name in ("clips", "unsigned_clips") if name in found]
+        correction = found.get("clip_correction")
         if len(clips) != 1 or not all(isinstance(tensor, Tensor) for tensor in found.values()):
             return f"are {sorted(found)}, which are to be the tensor clips or unsigned_clips, with an offset or without"
-        frozen = FrozenClips("clips" in found, clips[0], found.get("offset"))
-        problem = self.problem_with(operand, frozen)
+        if correction is not None and (operand == "weight" or correction.shape != clips[0].shape):
+            return f"of shape {tuple(clips[0].shape)} have a clip_correction of shape {tuple(correction.shape)}"
+        frozen = FrozenClips("clips" in found, clips[0], found.get("offset"), correction)
+        problem = self.problem_with(operand, frozen.corrected)
         forms = {name: (tensor.shape, statistics_dtype(tensor.dtype)) for name, tensor in found.items()}
-        known = {name: getattr(quantizer, name) for name in FROZEN_BUFFERS}
+        known = {name: getattr(quantizer, name) for name in FROZEN_TENSORS}
         if problem or forms == {name: (x.shape, x.dtype) for name, x in known.items() if x is not None}:
             return problem
         device = next((tensor.device for tensor in chain(self.parameters(), self.buffers())), clips[0].device)
         own = {name: tensor.detach().to(device, forms[name][1], copy=True) for name, tensor in found.items()}
-        quantizer.freeze(FrozenClips(frozen.signed, own[FROZEN_BUFFERS[not frozen.signed]], own.get("offset")))
+        clips_name = "clips" if frozen.signed else "unsigned_clips"
+        quantizer.freeze(FrozenClips(frozen.signed, own[clips_name], own.get("offset"), own.get("clip_correction")))
         return ""
 
 
 def _names(operand: str, prefix: str) -> dict[str, str]:
     """Buffer of frozen clips -> its name in a state dict."""
-    return {name: f"{prefix}{operand}_quantizer.{name}" for name in FROZEN_BUFFERS}
+    return {name: f"{prefix}{operand}_quantizer.{name}" for name in FROZEN_TENSORS}

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from .._utils.torch_private import LINEAR
-from .granularity import ACTIVATION_GRANULARITIES
+from .granularity import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES
 from .quantized_layer import QuantizedLayer, register_quantized_layer
 from .shared_inputs import quantize_input
 
@@ -14,6 +14,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     kind = "linear"
     clip_dim = (1,)
+    weight_granularities = WEIGHT_GRANULARITIES
     input_granularities = ACTIVATION_GRANULARITIES["input"]
     supports_asymmetric_input = True
 

@@ -32,7 +32,7 @@ class MeanObserver(ClipObserver):
         sums, count = {}, 1
         for sign, clip in clips.items():
             sums[sign], count = clip, 1
-            if quantizer.frozen_dim is not None:
+            if quantizer.is_granular:
                 sums[sign], count = self._sum_over_batch(x, clip)
         offset = grid.offset if grid.offset is not None and bool(grid.offset < 0) else None
         self.record(call_index, sums, count, offset, like=grid.clip)
@@ -88,8 +88,9 @@ class MeanObserver(ClipObserver):
 
     def _sum_over_batch(self, x: Tensor, clip: Tensor) -> tuple[Tensor, int]:
         """The sum of the clips of the batch elements of ``x``, in float64, ``parts_of(x)``, and how many they are."""
-        clips = clip.reshape(x.shape[: x.dim() - len(self.quantizer.frozen_dim)]).double()
-        total, count = (clips.sum(dim=0), len(clips)) if x.dim() > 2 else (clips, 1)
+        parts = self.quantizer.parts_of(x)
+        clips = (clip.reshape(-1, *parts) if x.numel() else clip.new_empty(0, *parts)).double()
+        total, count = clips.sum(dim=0), len(clips)
         if not self.quantizer.is_synchronized:
             return total, count
         numbers = gather(torch.cat([total.flatten(), total.new_full((1,), count)])).sum(dim=0)

@@ -1,4 +1,4 @@
-"""A weight stored as integers and one scale per row, in place of its quantizer."""
+"""A weight stored as integers and one scale per row or group, in place of its quantizer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +11,7 @@ from .._utils.torch_private import own_parameters, set_own_parameters
 from ..functional.bit_packing import pack_bits, packed_row_bytes, unpack_bits
 from ..functional.fake_quantize import fake_quantize
 from ..functional.grid import step_size
+from ..functional.groups import Groups
 from ..functional.rows import Sign, statistics_dtype, to_rows
 from .fake_quantize import FakeQuantize
 from .packed_tensor import PackedGuard, PackedTensor, packed_message
@@ -32,8 +33,10 @@ class PackedWeight(FakeQuantize):
     Attributes:
         packed_data: buffer, ``[rows * bytes per row]``, see ``functional.bit_packing``. One-dimensional, so that it
             cannot be confused with a float weight, which has at least two dimensions.
-        scale: buffer, ``[rows]`` (one row if the clip is for the whole tensor), float32, or float64 for a float64
-            weight; does not follow the model's dtype.
+        scale: buffer, ``[rows]`` (one row if the clip is for the whole tensor) or, of groups, ``[rows, groups]``;
+            float32, or float64 for a float64 weight; does not follow the model's dtype. So the values are bit for bit
+            those of training. Float16 would save 0.25 of the 4.5 bits that a 4-bit weight takes with groups of 64 (0.5
+            of 5 with groups of 32), and move 85 % of the weights, by up to 2^-11 of their size.
         shape, dtype: of the dequantized weight; ``dtype`` follows the model's.
         is_trainable: whether the weight required a gradient when it was packed.
     """
@@ -48,10 +51,11 @@ class PackedWeight(FakeQuantize):
         self.is_trainable = weight.requires_grad
         self._is_frozen = is_frozen
         rows, self._row_length = self._to_rows(weight).shape
+        groups = () if self.group_size is None else (-(-self._row_length // self.group_size),)
         size = rows * packed_row_bytes(self._row_length, self.num_bits)
         packed_dtype = torch.int8 if self.num_bits == 8 else torch.uint8
         self.register_buffer("packed_data", torch.empty(size, dtype=packed_dtype, device="meta"))
-        self.register_buffer("scale", torch.empty(rows, dtype=statistics_dtype(weight.dtype), device="meta"))
+        self.register_buffer("scale", torch.empty(rows, *groups, dtype=statistics_dtype(weight.dtype), device="meta"))
 
     @property
     def is_frozen(self) -> bool:
@@ -65,12 +69,14 @@ class PackedWeight(FakeQuantize):
         packed = cls(quantizer, weight, is_frozen=quantizer.is_frozen)
         weight = weight.detach()
         clip = quantizer.compute_clip(weight)
-        quantized = fake_quantize(weight, clip, quantizer.num_bits, gradient=quantizer.gradient_estimator)
+        groups = quantizer.active_groups
+        quantized = fake_quantize(weight, clip, quantizer.num_bits, groups=groups)
         step = step_size(clip.to(packed.scale.dtype), quantizer.num_bits, signed=True)
+        of_elements = step if groups is None else groups.of_elements(step, weight)
         # Rounding errors are too small to change the integer.
-        levels = (quantized.to(step.dtype) / torch.where(step > 0, step, 1)).round().to(torch.int8)
+        levels = (quantized.to(step.dtype) / torch.where(of_elements > 0, of_elements, 1)).round().to(torch.int8)
         packed.packed_data = pack_bits(packed._to_rows(levels).contiguous(), quantizer.num_bits).flatten()
-        packed.scale = step.flatten()
+        packed.scale = packed._scale_of(step)
         if not torch.equal(packed.dequantize(), quantized):
             raise ArithmeticError(f"{quantizer.name}: its integers and scales do not give the quantized weight exactly")
         packed.guard()
@@ -104,6 +110,10 @@ class PackedWeight(FakeQuantize):
         clip = self.scale / step_size(torch.ones_like(self.scale), self.num_bits, signed=True)
         if self.dim is None:
             return clip.reshape(())
+        if self.group_size is not None:
+            (dim,) = self._along_a_row
+            sizes = [size for d, size in enumerate(self.shape) if d != dim]
+            return clip.view(*sizes, -1).movedim(-1, dim).unsqueeze(dim + 1)
         return clip.view([1 if d in self._along_a_row else size for d, size in enumerate(self.shape)])
 
     def dequantize(self) -> Tensor:
@@ -129,7 +139,17 @@ class PackedWeight(FakeQuantize):
     def _values(self, packed: Tensor, scale: Tensor) -> Tensor:
         levels = unpack_bits(packed, self.num_bits, self._row_length)
         dtype = torch.promote_types(scale.dtype, self.dtype)
-        return (levels.to(dtype) * scale.to(dtype).unsqueeze(-1)).to(self.dtype)
+        scale = scale.to(dtype).unsqueeze(-1)
+        if self.group_size is not None:
+            scale = Groups(self.group_size, -1).of_elements(scale, levels)
+        return (levels.to(dtype) * scale).to(self.dtype)
+
+    def _scale_of(self, step: Tensor) -> Tensor:
+        """The steps of the weight's grid, shaped as by the clipping rule, as ``scale``."""
+        if self.group_size is None:
+            return step.flatten()
+        (dim,) = self._along_a_row
+        return step.squeeze(dim + 1).movedim(dim, -1).reshape(self.scale.shape)
 
     @property
     def _packed_rows(self) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from .fake_quantize import FakeQuantize
-from .granularity import WEIGHT_GRANULARITIES, Granularity
+from .granularity import Granularity
 from .holds_frozen_clips import HoldsFrozenClips
 from .weight_fake_quantize import WeightFakeQuantize
 
@@ -24,7 +24,7 @@ class QuantizedLayer(HoldsFrozenClips):
     operands: ClassVar[Mapping[str, str]] = {"weight": "weight_bits", "input": "activation_bits"}
     clip_dim: ClassVar[tuple[int, ...]]  # that share a clip in the tensor that weight_quantizer gets
     weight_quantizer_class: ClassVar[type[FakeQuantize]] = WeightFakeQuantize
-    weight_granularities: ClassVar[tuple[Granularity, ...]] = WEIGHT_GRANULARITIES
+    weight_granularities: ClassVar[tuple[Granularity, ...]] = (Granularity.CHANNEL, Granularity.TENSOR)
     # Those of ACTIVATION_GRANULARITIES["input"] whose scales factor out of the layer's sums.
     input_granularities: ClassVar[tuple[Granularity, ...]] = (Granularity.TENSOR,)
     supports_asymmetric_input: ClassVar[bool] = False  # whether the offset factors out, as a number per output feature

@@ -54,7 +54,7 @@ class SynchronizedFakeQuantize(FakeQuantize):
     @torch.no_grad()
     @outside_function_modes
     def compute_clip(self, x: Tensor, signed: Sign | None = None, skip: Tensor | None = None) -> Tensor:
-        if self.active_dim is not None:
+        if self.is_granular:
             return super().compute_clip(x, signed, skip)
         pooled = self._pool(x)
         return self._clip_of(pooled, self._sign(pooled) if signed is None else signed, x)
@@ -62,7 +62,7 @@ class SynchronizedFakeQuantize(FakeQuantize):
     @torch.no_grad()
     @outside_function_modes
     def dynamic_grid(self, x: Tensor) -> Grid:
-        if self.active_dim is not None:
+        if self.is_granular:
             return super().dynamic_grid(x) if self.signed is not None else self._grid_of_parts(x)
         asymmetric = self.asymmetric and self.signed is None
         pooled = self._pool(x, lowest=asymmetric)

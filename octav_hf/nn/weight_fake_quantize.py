@@ -29,7 +29,8 @@ register_optimizer_step_post_hook(_count_step)
 class WeightFakeQuantize(FakeQuantize):
     """``FakeQuantize`` for a weight ``[rows, ...]`` that keeps its clips from one training step to the next change.
 
-    Frozen ``clips`` are as the clipping rule gives them for the weight: ``[rows, 1, ...]``, or 0-dim for one.
+    Frozen ``clips`` are as the clipping rule gives them for the weight: ``[rows, 1, ...]``, 0-dim for one, or
+    ``[rows, groups, 1]``.
 
     In training mode and grad mode the clips of an ``nn.Parameter`` are kept until its version counter, its storage or
     these settings change, an optimizer of PyTorch makes a step (some write to weights without raising the version
@@ -53,7 +54,9 @@ class WeightFakeQuantize(FakeQuantize):
         self.freeze(FrozenClips(True, self.dynamic_clips(weight.detach()).clone()))
 
     def frozen_problem(self, frozen: FrozenClips, weight_shape: tuple[int, ...], max_calls: int | None) -> str:
-        shape = to_rows(torch.empty(weight_shape, dtype=torch.float32, device="meta"), self.dim)[1]
+        weight = torch.empty(weight_shape, dtype=torch.float32, device="meta")
+        groups = self.active_groups
+        shape = to_rows(weight, self.dim)[1] if groups is None else groups.shape_of_clips(weight)
         if frozen.signed and frozen.offset is None and tuple(frozen.clips.shape) == shape:
             return ""
         return (
@@ -62,8 +65,8 @@ class WeightFakeQuantize(FakeQuantize):
         )
 
     @property
-    def active_dim(self) -> Dim:
-        return self.dim
+    def _sharing(self) -> tuple[Dim, int | None]:
+        return self.dim, self.group_size
 
     def compute_clip(self, x: Tensor, signed: Sign | None = None, skip: Tensor | None = None) -> Tensor:
         """The frozen clips if there are, else those of ``x``."""
@@ -77,7 +80,7 @@ class WeightFakeQuantize(FakeQuantize):
         """The clips of ``x``, whether clips are frozen or not."""
         if not (_can_keep(x) and self.training):
             return super().compute_clip(x)
-        settings = self.num_bits, self.clip, self.signed, self.dim, dict(self.clip_options)
+        settings = self.num_bits, self.clip, self.signed, *self._sharing, dict(self.clip_options)
         state = version_counter(x), storage_id(x), x.data_ptr(), x.dtype, _optimizer_steps, settings
         kept = self._kept
         if kept is not None and kept[0]() is x and kept[2] == state:

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .._utils.transformers_compat import tied_to
-from ..nn import FROZEN_BUFFERS, HoldsFrozenClips
+from ..nn import FROZEN_TENSORS, HoldsFrozenClips
 from .names import name_variants, names_in_model
 
-_ENDS = tuple(f"_quantizer.{name}" for name in FROZEN_BUFFERS)
+_ENDS = tuple(f"_quantizer.{name}" for name in FROZEN_TENSORS)
 
 
 def prepare_frozen(
@@ -45,7 +45,7 @@ def prepare_frozen(
     new = []
     for name, module in model.named_modules():
         for operand in module.freezable_quantizers if isinstance(module, HoldsFrozenClips) else ():
-            clips = {buffer: find(name, f"{operand}_quantizer.{buffer}")[0] for buffer in FROZEN_BUFFERS}
+            clips = {buffer: find(name, f"{operand}_quantizer.{buffer}")[0] for buffer in FROZEN_TENSORS}
             clips = {buffer: tensor for buffer, tensor in clips.items() if tensor is not None}
             if operand == "weight" and not tied_to(model, f"{name}.weight"):
                 shape, is_whole = find(name, "weight")

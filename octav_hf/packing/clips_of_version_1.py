@@ -46,9 +46,9 @@ def match_version_1(model: PreTrainedModel, clips: ClipsOfVersion1) -> tuple[Ope
 
 def freeze_version_1(clips: Iterable[OperandClips]) -> None:
     """Freeze what ``match_version_1`` found, after the weights are loaded, in the dtype that the model now has."""
-    for module, operand, (signed, numbers, offset) in clips:
-        place = next(module.parameters(), numbers)
+    for module, operand, frozen in clips:
+        place = next(module.parameters(), frozen.clips)
         dtype = statistics_dtype(place.dtype)
         device = "cpu" if place.is_meta else place.device  # where weights are offloaded
-        begin = None if offset is None else offset.to(device, dtype)
-        module.freezable_quantizers[operand].freeze(FrozenClips(signed, numbers.to(device, dtype), begin))
+        begin = None if frozen.offset is None else frozen.offset.to(device, dtype)
+        module.freezable_quantizers[operand].freeze(FrozenClips(frozen.signed, frozen.clips.to(device, dtype), begin))

@@ -11,7 +11,7 @@ from .._utils.sharded_weights import sharded_shape
 from .._utils.torch_private import own_parameters
 from ..conversion.convert import freeze_packed, release_packed
 from ..conversion.layers import plan_layers
-from ..conversion.modules import layers_by_quantizer, shared_weights
+from ..conversion.modules import activation_quantizers, layers_by_quantizer, shared_weights
 from ..conversion.output_embeddings import requantize_output_embeddings
 from ..conversion.record import check_quantized, is_packed, recorded_config
 from ..conversion.request import Request
@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
-    """Store the quantized weights as integers of their bit width and one scale per row, in place.
+    """Store the quantized weights as integers of their bit width and one scale per row or group, in place.
 
     The outputs stay bitwise the same: a packed layer dequantizes its weight whenever it is used. Only a quantized
     embedding table that the model reads by its ``weight``, without calling it, was in float there and is quantized now.
@@ -34,7 +34,8 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
     adapters on the packed model can be trained without it.
 
     A weight that several modules share, such as a language-model head and the token embeddings, stays in floating point
-    and is quantized when used, as in training; a warning names it.
+    and is quantized when used, as in training; a warning names it. Static clips of activations that were learned become
+    static ones that do not learn, also after ``unpack_octav``.
 
     Args:
         model: quantized by ``apply_octav``.
@@ -86,6 +87,9 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
         model.octav_config = replace(model.octav_config, embedding_bits=embedding_bits)  # type: ignore[type-var]
     for layer, weight in packed:
         PackedLayer.pack(layer, weight)
+    for _, _, quantizer in activation_quantizers(model):
+        if quantizer.frozen is not None:
+            quantizer.freeze(quantizer.frozen)  # learned clips as they are now
     freeze_packed(model)
     left = [name for name, (layer, _) in quantized.items() if layer in shared]
     if left:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .._utils.escaping import shown
 from ..conversion.modules import activation_quantizers
-from ..conversion.record import check_quantized
+from ..conversion.record import check_quantized, is_packed
 from ..nn import ClipObserver, FakeQuantize, FrozenClips, HistogramObserver, MeanObserver
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ OBSERVERS: dict[str, type[ClipObserver]] = {"mean": MeanObserver, "histogram": H
 
 
 @contextmanager
-def calibrating(model: nn.Module, *, observer: str = "mean") -> Iterator[None]:
+def calibrating(model: nn.Module, *, observer: str = "mean", learned: bool = False) -> Iterator[None]:
     """``calibrate_octav`` around an evaluation loop of your own::
 
         model.eval()
@@ -37,7 +38,7 @@ def calibrating(model: nn.Module, *, observer: str = "mean") -> Iterator[None]:
         ValueError: as ``calibrate_octav``; or nothing ran, or the model is being calibrated already; or ``observer`` is
             ``"histogram"`` and an operand may be on an asymmetric grid, for which the loop would have to run twice.
     """
-    calibration = Calibration(model, observer)
+    calibration = Calibration(model, observer, learned)
     for operand, found in calibration.observers.items():
         if found.may_need_another_pass:
             raise ValueError(
@@ -57,9 +58,11 @@ class Calibration:
         TypeError, ValueError: as ``calibrating``.
     """
 
-    def __init__(self, model: nn.Module, observer: str):
-        self._model, operands = model, _activations(model)
+    def __init__(self, model: nn.Module, observer: str, learned: bool):
+        self._model, self._learned, operands = model, learned, _activations(model)
         check_observer(observer)
+        if learned:
+            _check_trainable(model)
         if any(operand.quantizer.observer for operand in operands):
             raise ValueError(f"{type(model).__name__} is being calibrated already; end that before you begin anew")
         self.observers = {operand: OBSERVERS[observer](operand.quantizer) for operand in operands}
@@ -86,6 +89,7 @@ class Calibration:
             for operand in self.observers:
                 del operand.quantizer.observer
 
+    @torch.inference_mode(False)
     def freeze(self) -> None:
         """Freeze the clips that were found, of all operands or of none."""
         for operand, observer in self.observers.items():
@@ -102,7 +106,7 @@ class Calibration:
                 operand.quantizer.unfreeze()
                 dynamic.append(f"{operand.path} {operand.name}")
             else:
-                operand.quantizer.freeze(clips)
+                operand.quantizer.freeze(clips.learning if self._learned else clips)
         if dynamic:
             logger.warning(
                 "%d of %d activations were not reached by the calibration, and their clips stay dynamic: %s",
@@ -120,12 +124,33 @@ def check_observer(observer: str) -> None:
 
 def warn_of_adapters(model: nn.Module) -> None:
     """Warn if ``model``, frozen now, has PEFT's adapters, which are saved without the model around them."""
-    if any(getattr(module, "peft_config", None) for module in model.modules()):
+    if _has_adapters(model):
         logger.warning(
             "%s has adapters, whose checkpoints have no frozen clips of the base model: resumed or loaded, it has "
             "those of the base model then. Freeze clips before adding adapters, and save the base model so; or merge "
             "the adapters, and save the result.",
             type(model).__name__,
+        )
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    return any(getattr(module, "peft_config", None) for module in model.modules())
+
+
+def _check_trainable(model: nn.Module) -> None:
+    """Raise ``ValueError`` if new parameters of ``model`` would not be trained, or not be saved."""
+    kind = f"learned=True: {type(model).__name__}"
+    if is_packed(model):
+        raise ValueError(f"{kind} is packed, and a packed model is not trained; call unpack_octav(model) first")
+    if _has_adapters(model):
+        raise ValueError(
+            f"{kind} has adapters, whose checkpoints have no clips of the base model, so that what is learned would "
+            "be lost; leave learned=True out, or train the whole model before you add adapters"
+        )
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            f"{kind} is wrapped in DistributedDataParallel, which does not average the gradients of parameters that "
+            "come later; calibrate the model before it is wrapped"
         )
 
 

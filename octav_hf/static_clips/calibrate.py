@@ -4,12 +4,10 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
-from .._utils.forward_pass import Batch, check_batch, in_evaluation_mode, run_batch, without_trace
-from .._utils.torch_private import tree_map
+from .._utils.forward_pass import Batch, check_batch, device_of, in_evaluation_mode, on_device, run_batch, without_trace
 from ..conversion.modules import activation_quantizers, layers_to_freeze
 from ..conversion.record import check_quantized
 from ..nn import PackedLayer
@@ -25,6 +23,7 @@ def calibrate_octav(
     *,
     observer: str = "mean",
     weights: bool = False,
+    learned: bool = False,
     progress_bar: bool = True,
 ) -> Model:
     """Freeze the clips of activations by what ``batches`` show, those of ``weights`` as they are, or both.
@@ -48,6 +47,13 @@ def calibrate_octav(
     ``asymmetric_activations`` the model runs twice on each batch, and the batches are kept for that: an offset, the
     lowest value of all, is not known before the last batch.
 
+    **Learned clips.** With ``learned=True`` training goes on from the clips of activations that were found. Each is
+    multiplied by ``exp(32 c)`` with a parameter c, ``<operand>_quantizer.clip_correction``, which begins at 0, so that
+    the outputs are the same as without, and gets the gradient of LSQ (``functional.fake_quantize_learned_clip``); the
+    gradients of inputs stay those of the config's estimator. c is a parameter of the model like any other: an optimizer
+    that is made after this call trains it, state dicts and checkpoints have it, and weight decay draws the clip to what
+    was calibrated. ``pack_octav`` and the exports store the learned clips as static ones under the names below.
+
     **Weights.** Embedding tables, whose rows are quantized when they are looked up, keep dynamic clips, and so do
     weights that several modules share, such as a head tied to the token embeddings; a warning names those.
 
@@ -67,6 +73,8 @@ def calibrate_octav(
             or list of positional ones, or a single tensor; its tensors are moved to the model's device. ``None``:
             activations are left as they are.
         observer: ``"mean"`` or ``"histogram"``; only with ``batches``.
+        learned: whether the clips of activations are to be trained with the weights. Call it before the optimizer is
+            made and before the model is wrapped for several processes. The model must not be packed or have adapters.
         weights: whether to freeze the clips of weights too. The model must then be neither packed nor sharded.
         progress_bar: whether to show one, where ``transformers.utils.logging`` allows it.
 
@@ -75,10 +83,11 @@ def calibrate_octav(
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``, or ``batches`` or a batch has another type.
-        ValueError: nothing is asked for; ``observer`` is unknown, given without batches, or not for a clipping rule of
-            the model; there is no batch or no quantized activation or weight; an attention module
-            multiplied an operand more often in one forward pass than in another, or with another number of heads or
-            channels; a weight holds NaN or Inf, or is packed or sharded. The model is then as it was.
+        ValueError: nothing is asked for; ``observer`` is unknown, or not for a clipping rule of the model; it or
+            ``learned`` is given without batches, or the latter for a model that cannot learn clips; there is no batch
+            or no quantized activation or weight; an attention module multiplied an operand more often in one forward
+            pass than in another, or with another number of heads or channels; a weight holds NaN or Inf, or is packed
+            or sharded. The model is then as it was.
     """
     if batches is None and not weights:
         raise ValueError(
@@ -93,16 +102,20 @@ def calibrate_octav(
     check_observer(observer)
     if batches is None and observer != "mean":
         raise ValueError(f"calibrate_octav: observer={observer!r} is for the clips of activations; pass batches too")
+    if batches is None and learned:
+        raise ValueError("calibrate_octav: learned=True is for the clips of activations; pass batches too")
     with frozen_weights(model) if weights else nullcontext():
         if batches is not None:
-            _calibrate_activations(model, batches, observer, progress_bar)
+            _calibrate_activations(model, batches, observer, learned, progress_bar)
     if batches is None:
         warn_of_adapters(model)
     return model
 
 
-def _calibrate_activations(model: nn.Module, batches: Iterable[Batch], observer: str, progress_bar: bool) -> None:
-    calibration = Calibration(model, observer)
+def _calibrate_activations(
+    model: nn.Module, batches: Iterable[Batch], observer: str, learned: bool, progress_bar: bool
+) -> None:
+    calibration = Calibration(model, observer, learned)
     if calibration.may_need_another_pass:
         batches = list(batches)  # in a second iteration a DataLoader may shuffle them anew
     _observe(calibration, model, batches, progress_bar)
@@ -113,10 +126,10 @@ def _calibrate_activations(model: nn.Module, batches: Iterable[Batch], observer:
 
 def _observe(calibration: Calibration, model: nn.Module, batches: Iterable[Batch], progress_bar: bool) -> None:
     with calibration.observing(), in_evaluation_mode(model), without_trace(model) as runnable:
-        device, number = _device(model), 0
+        device, number = device_of(model), 0
         for number, batch in enumerate(tqdm(batches, desc="calibrating", disable=not progress_bar), 1):
             check_batch(batch, f"calibrate_octav takes a list of batches, and each (here number {number}) is")
-            run_batch(runnable, _on_device(batch, device))
+            run_batch(runnable, on_device(batch, device))
         if number == 0:
             raise ValueError(
                 "calibrate_octav got no batch, so there is nothing to compute clips from; pass at least one"
@@ -154,18 +167,3 @@ def uncalibrate_octav(model: Model, *, activations: bool = True, weights: bool =
     for quantizer in frozen:
         quantizer.unfreeze()
     return model
-
-
-def _device(model: nn.Module) -> torch.device | None:
-    """Where the model's first tensor is; ``None`` if that is nowhere, as for offloaded weights."""
-    tensors = (tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
-    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)
-
-
-def _on_device(batch: Batch, device: torch.device | None) -> Batch:
-    def move(leaf: Any) -> Any:
-        return leaf.to(device) if isinstance(leaf, Tensor) and device is not None else leaf
-
-    if isinstance(batch, Mapping):  # of any class, such as a tokenizer's
-        return {name: tree_map(move, value) for name, value in batch.items()}
-    return tree_map(move, batch)

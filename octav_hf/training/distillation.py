@@ -1,27 +1,43 @@
 """Knowledge distillation from a teacher, such as the float model."""
 
-import inspect
 import math
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
-from transformers.utils import ModelOutput
 
 from .._utils.forward_pass import in_evaluation_mode
 from .._utils.torch_private import forward_hooks, is_replica
 from .._utils.transformers_compat import LOSS_MAPPING, ForCausalLMLoss
+from .features import Features, check_accepts
+from .logits import logit_loss, logits_of
+from .padding import IGNORED, has_decoder, inputs_by_name
 
-# Logits of question answering, whose last dimension is tokens; that of all others is classes.
-_TOKEN_LOGITS = ("start_logits", "end_logits")
-_IGNORED = -100  # label that losses ignore
+
+class DistillationHandle(tuple[RemovableHandle, ...]):
+    """The hooks of a distilled model."""
+
+    def remove(self) -> None:
+        """End the distillation."""
+        for handle in self:
+            handle.remove()
 
 
-def distill(model: nn.Module, teacher: nn.Module, *, weight: float = 1.0, temperature: float = 2.0) -> RemovableHandle:
+def distill(
+    model: nn.Module,
+    teacher: nn.Module,
+    *,
+    weight: float = 1.0,
+    temperature: float = 2.0,
+    hidden_states: float = 0.0,
+    attentions: float = 0.0,
+    layers: Sequence[int] | None = None,
+    feature_steps: float = 1.0,
+) -> DistillationHandle:
     """Add the divergence from the teacher's logits to the loss of ``model`` in training.
 
     The output's ``loss`` becomes ``(1 - weight) * label loss + weight * T² * KL(teacher || model)`` with both softmaxes
@@ -30,6 +46,18 @@ def distill(model: nn.Module, teacher: nn.Module, *, weight: float = 1.0, temper
     all positions before it and then over those outputs. Padding does not count where it is known: tokens are left out
     of the softmaxes of ``start_logits`` and ``end_logits``, and of the average over ``[batch, tokens, classes]``, by an
     ``attention_mask`` of shape ``[batch, tokens]``; in a decoder by ``decoder_attention_mask``, or labels of -100.
+
+    With ``hidden_states`` and ``attentions`` the student learns features too, which tell each layer what to do where
+    logits tell the last one. To the loss are added, each a mean over layers and in float32 or wider,
+
+    - ``hidden_states * sum((h - h_teacher)²) / sum(h_teacher²)``, of each layer's output ``[batch, tokens, features]``;
+    - ``attentions * KL(teacher || model)`` of attention maps ``[batch, heads, queries, keys]``, averaged over the first
+      three dimensions. The student's are its probabilities before their own quantizer. Keys to which dropout left none
+      do not count. Only ``attn_implementation="eager"`` computes maps, so both models need it.
+
+    Padding is left out as above, and so are queries that are padding. An encoder-decoder model learns those of encoder,
+    decoder and cross-attention. Teacher and student need as many layers, of one width and number of heads.
+    ``feature_steps=0.6`` learns features in the first 60 % of Trainer's steps only; a resumed run goes on with that.
 
     The teacher runs only in forward passes in training mode with gradients, on the same inputs without the labels.
     Trainer needs no other change, with these limits:
@@ -47,14 +75,22 @@ def distill(model: nn.Module, teacher: nn.Module, *, weight: float = 1.0, temper
             device at the first step.
         weight: the teacher's, in (0, 1]; at 1 no labels are needed.
         temperature: above 0; a higher one gives unlikely classes more weight.
+        hidden_states: weight of their loss, at least 0; 0: not learned.
+        attentions: the same for attention maps.
+        layers: numbers of the layers whose features are learned, from 0, or from -1 backwards; ``None``: all.
+        feature_steps: the fraction of Trainer's steps in which features are learned, in (0, 1]. Below 1 only with
+            Trainer, whose callback tells the step; in a loop of your own, call ``remove()`` and ``distill`` again.
 
     Returns:
-        A handle whose ``remove()`` ends distillation. A deep copy or a pickle of ``model`` is not distilled.
+        A handle whose ``remove()`` ends distillation. A deep copy or a pickle of ``model`` is not distilled. After a
+        step with features ``model`` cannot be pickled: the hooks by which Transformers collects them cannot.
 
     Raises:
         TypeError: ``model`` or ``teacher`` is not an ``nn.Module``.
-        ValueError: ``weight`` or ``temperature`` is out of range, ``model`` is distilled already, or training it would
-            change ``teacher``. At a training step: the outputs' logits differ in names or shapes, or there is no loss.
+        ValueError: an argument is out of range or has no effect, ``model`` is distilled already, or training it would
+            change ``teacher``. At a training step: the outputs' logits or features differ in names or shapes, or there
+            is no loss, or no gradient for features.
+        RuntimeError: at a training step outside Trainer with ``feature_steps`` below 1.
     """
     for role, module in (("model", model), ("teacher", teacher)):
         if not isinstance(module, nn.Module):
@@ -63,24 +99,72 @@ def distill(model: nn.Module, teacher: nn.Module, *, weight: float = 1.0, temper
         raise ValueError(f"distill: weight must be a number above 0 and at most 1, got {weight!r}")
     if not _is_number(temperature) or not 0 < temperature < math.inf:
         raise ValueError(f"distill: temperature must be a finite number above 0, got {temperature!r}")
+    features = _features({"hidden_states": hidden_states, "attentions": attentions}, layers, feature_steps)
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     if teacher is model or any(id(parameter) in trained for parameter in teacher.parameters()):
         raise ValueError(
             f"distill: the teacher shares parameters with {type(model).__name__}, whose training would change it; load "
             "it a second time, or take copy.deepcopy(model) before apply_octav, which works in place"
         )
-    if any(isinstance(hook, _Distillation) for module in model.modules() for hook in forward_hooks(module)):
+    if any(distillations(model)):
         raise ValueError(
             f"distill: {type(model).__name__} is distilled already; call remove() of the handle that distill returned"
         )
-    return model.register_forward_hook(_Distillation(teacher, weight, temperature), with_kwargs=True)
+    if features is not None:
+        check_accepts(model, "model", features)
+        check_accepts(teacher, "teacher", features)
+    distillation = Distillation(teacher, weight, temperature, features, feature_steps)
+    handles = [model.register_forward_hook(distillation, with_kwargs=True)]
+    if features is not None:
+        handles.append(model.register_forward_pre_hook(_Request(distillation, features), with_kwargs=True))
+    return DistillationHandle(handles)
 
 
-class _Distillation:
+def distillations(model: nn.Module) -> Iterator["Distillation"]:
+    """Those of the model and its parts."""
+    hooks = (hook for module in model.modules() for hook in forward_hooks(module))
+    return (hook for hook in hooks if isinstance(hook, Distillation))
+
+
+def _features(weights: dict[str, float], layers: Sequence[int] | None, feature_steps: float) -> Features | None:
+    for name, value in weights.items():
+        if not _is_number(value) or not 0 <= value < math.inf:
+            raise ValueError(f"distill: {name} must be a finite number of at least 0, its loss's weight, got {value!r}")
+    if not _is_number(feature_steps) or not 0 < feature_steps <= 1:
+        raise ValueError(f"distill: feature_steps must be a fraction above 0 and at most 1, got {feature_steps!r}")
+    weights = {name: value for name, value in weights.items() if value}
+    if layers is not None:
+        if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
+            raise ValueError(f"distill: layers must be a list of numbers, such as [0, -1], or None, got {layers!r}")
+        if any(not isinstance(number, int) or isinstance(number, bool) for number in layers):
+            raise ValueError(f"distill: layers must be whole numbers, got {layers!r}")
+    if not weights and (layers is not None or feature_steps != 1):
+        name = "layers" if layers is not None else "feature_steps"
+        raise ValueError(
+            f"distill: {name} has no effect without features; set hidden_states or attentions, or leave it out"
+        )
+    return Features(weights, layers) if weights else None
+
+
+class Distillation:
     """The forward hook; not a module, to keep the teacher out of parameters and checkpoints."""
 
-    def __init__(self, teacher: nn.Module, weight: float, temperature: float):
+    def __init__(
+        self, teacher: nn.Module, weight: float, temperature: float, features: Features | None, feature_steps: float
+    ):
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
+        self.features, self.feature_steps = features, feature_steps
+        # Whether features are learned in this step; None: unknown, as nobody told the step.
+        self.learns_features = None if feature_steps < 1 else features is not None
+        self.asked: tuple[str, ...] = ()  # arguments for features that the present call had of its own
+
+    def at_step(self, step: int, steps: int) -> None:
+        """Learn features, or not, from now on: ``step`` of ``steps`` is about to begin, counted from 0."""
+        self.learns_features = self.features is not None and step < round(self.feature_steps * steps)
+
+    def outside_training(self) -> None:
+        """There are no steps from now on."""
+        self.learns_features = None if self.feature_steps < 1 else self.features is not None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial, (_not_distilled,)  # a copy of the student must not copy the teacher
@@ -94,8 +178,8 @@ class _Distillation:
                 f"{name} is distilled, and nn.DataParallel has one teacher for several devices; start a process for "
                 "each device with torchrun or accelerate launch"
             )
-        inputs = _by_name(model, args, kwargs)
-        logits = _logits(model, output, name)
+        inputs = inputs_by_name(model, args, kwargs)
+        logits = logits_of(model, output, name)
         if all(field.name != "loss" for field in fields(output)):
             raise ValueError(f"{name} is distilled, but its output, {type(output).__name__}, has no field loss to set")
         if inputs.get("num_items_in_batch") is not None and inputs.get("labels") is None:
@@ -108,28 +192,29 @@ class _Distillation:
                 f"{name} is distilled with weight={self.weight}, but its output has no loss; pass the labels, or write "
                 "weight=1.0 to learn from the teacher alone"
             )
-        targets = self._teach(name, inputs, logits)
-        losses = []
-        for field, values in logits.items():
-            mask = _mask(model, field, values, inputs)
-            losses.append(_divergence(targets[field], values, self.temperature, field in _TOKEN_LOGITS, mask))
-        loss = self.weight * self.temperature**2 * _share(model, inputs) * torch.stack(losses).mean()
+        taught, targets = self._teach(name, inputs, logits)
+        kl, share = logit_loss(model, logits, targets, self.temperature, inputs), _share(model, inputs)
+        loss, hidden = self.weight * self.temperature**2 * share * kl, {}
+        if self.features is not None and self.learns_features:
+            loss = loss + share * self.features.loss(model, output, self.teacher, taught, inputs)
+            hidden = dict.fromkeys(self.features.fields(output, self.asked))
         if self.weight < 1:
             loss = loss + (1 - self.weight) * output.loss
-        return replace(output, loss=loss)
+        return replace(output, loss=loss, **hidden)
 
-    def _teach(self, student: str, inputs: dict[str, Any], logits: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _teach(self, student: str, inputs: dict[str, Any], logits: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """The teacher's output, and the logits in it."""
         device = next(iter(logits.values())).device
         parameter = next(self.teacher.parameters(), None)
         if parameter is not None and parameter.device != device:
             self.teacher.to(device)
         # A decoder's inputs may be made from the labels.
-        given = {name: value for name, value in inputs.items() if _has_decoder(self.teacher) or not _is_label(name)}
+        given = {name: value for name, value in inputs.items() if has_decoder(self.teacher) or not _is_label(name)}
         given.pop("num_items_in_batch", None)
         with torch.no_grad(), in_evaluation_mode(self.teacher):
             output = self.teacher(**given)
         name = f"the teacher {type(self.teacher).__name__}"
-        targets = _logits(self.teacher, output, name)
+        targets = logits_of(self.teacher, output, name)
         for field, values in logits.items():
             found = tuple(targets[field].shape) if field in targets else "missing"
             if found != tuple(values.shape):
@@ -137,59 +222,46 @@ class _Distillation:
                     f"{student} is distilled: its {field} have shape {tuple(values.shape)}, those of {name} are "
                     f"{found}; take a teacher with the same outputs, labels and vocabulary"
                 )
-        return {field: targets[field].to(device) for field in logits}
+        return output, targets
+
+
+class _Request:
+    """The hook before the forward, which asks it for the features."""
+
+    def __init__(self, distillation: Distillation, features: Features):
+        self.distillation, self.features = distillation, features
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (_not_requested,)
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not model.training or not torch.is_grad_enabled():
+            return None
+        if self.distillation.learns_features is None:
+            raise RuntimeError(
+                f"{type(model).__name__} is distilled with feature_steps={self.distillation.feature_steps}, and only "
+                "Trainer tells the step; in a loop of your own leave feature_steps out, and after these steps call "
+                "remove() of the handle and distill(model, teacher) without features"
+            )
+        if not self.distillation.learns_features:
+            return None
+        inputs = inputs_by_name(model, args, kwargs)
+        asked = [name for name in self.features.arguments if _asked(model, inputs, name)]
+        self.distillation.asked = tuple(asked)
+        return (), inputs | self.features.arguments
+
+
+def _asked(model: nn.Module, inputs: dict[str, Any], argument: str) -> bool:
+    value = inputs.get(argument)
+    return bool(getattr(getattr(model, "config", None), argument, False) if value is None else value)
+
+
+def _not_requested(model: nn.Module, args: Any, kwargs: Any) -> None:
+    """The hook before the forward of a copy."""
 
 
 def _not_distilled(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     """The forward hook of a copy."""
-
-
-def _logits(model: nn.Module, output: Any, name: str) -> dict[str, Tensor]:
-    if not isinstance(output, ModelOutput) or not is_dataclass(output):
-        raise TypeError(
-            f"distill needs the logits by name: {name} must return a ModelOutput, not {type(output).__name__}; leave "
-            "out return_dict=False, in the call and in the config"
-        )
-    fields_of_logits = (field for field in output if field == "logits" or field.endswith("_logits"))
-    found = {field: output[field] for field in fields_of_logits if isinstance(output[field], Tensor)}
-    if not found:
-        raise ValueError(f"distill needs logits, and the output of {name} has only: {', '.join(output)}")
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    if problem in ("regression", "multi_label_classification"):
-        raise ValueError(f"distill compares probabilities of classes, and {name} is for {problem}")
-    for field, values in found.items():
-        if values.ndim < 2 or (values.shape[-1] < 2 and field not in _TOKEN_LOGITS):
-            raise ValueError(
-                f"distill compares probabilities of classes, and {field} of {name}, of shape {tuple(values.shape)}, "
-                "are not of two or more classes"
-            )
-    return found
-
-
-def _mask(model: nn.Module, field: str, logits: Tensor, inputs: dict[str, Any]) -> Tensor | None:
-    """Which tokens are not padding, ``[batch, tokens]``; ``None`` if unknown."""
-    mask = inputs.get("attention_mask")
-    if field not in _TOKEN_LOGITS and _has_decoder(model):
-        mask, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
-        if mask is None and isinstance(labels, Tensor):
-            mask = labels != _IGNORED
-    tokens = logits.shape[-1:] if field in _TOKEN_LOGITS else logits.shape[1:-1]
-    fits = isinstance(mask, Tensor) and mask.shape == (*logits.shape[:1], *tokens)
-    return mask.to(logits.device).bool() if fits else None  # type: ignore[union-attr]
-
-
-def _divergence(teacher: Tensor, student: Tensor, temperature: float, over_tokens: bool, mask: Tensor | None) -> Tensor:
-    """Mean KL(teacher || student) over all positions before the last dimension."""
-    teacher, student = (x.to(torch.promote_types(x.dtype, torch.float32)) / temperature for x in (teacher, student))
-    if over_tokens and mask is not None:
-        padded = ~mask.reshape(len(mask), *(1,) * (student.ndim - 2), -1)
-        # Not -inf, whose differences are NaN.
-        teacher, student = (x.masked_fill(padded, torch.finfo(x.dtype).min) for x in (teacher, student))
-    log_targets = teacher.log_softmax(dim=-1)
-    divergence = F.kl_div(student.log_softmax(dim=-1), log_targets, reduction="none", log_target=True).sum(dim=-1)
-    if over_tokens or mask is None:
-        return divergence.mean()
-    return divergence.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
 def _share(model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
@@ -200,27 +272,13 @@ def _share(model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
     labels = inputs.get("shift_labels")
     if labels is None:
         labels = inputs["labels"]
-        if LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss and not _has_decoder(model):
+        if LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss and not has_decoder(model):
             labels = labels[..., 1:]
-    return (labels != _IGNORED).sum().to(torch.float32) / items
-
-
-def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    if not args:
-        return kwargs
-    parameters = inspect.signature(model.forward).parameters.values()
-    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-    if len(args) > len(names):
-        raise TypeError(f"{type(model).__name__} is distilled: pass its inputs by keyword, such as input_ids=ids")
-    return dict(zip(names, args, strict=False)) | kwargs
+    return (labels != IGNORED).sum().to(torch.float32) / items
 
 
 def _is_label(name: str) -> bool:
     return "label" in name or name in ("start_positions", "end_positions")
-
-
-def _has_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _is_number(value: object) -> bool:

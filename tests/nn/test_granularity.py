@@ -40,6 +40,8 @@ Tensor = torch.Tensor
 
 FINEST = {"query": "token", "key": "token", "probabilities": "token", "value": "channel"}
 HEADS = dict.fromkeys(ATTENTION_OPERANDS, "attn_head")
+# Groups are in test_groups.py.
+ALLOWED = {operand: [name for name in names if name != "group"] for operand, names in ACTIVATION_GRANULARITIES.items()}
 # Axes of [batch, heads, tokens, channels] that share a clip; a value's channel has all tokens.
 AXES = {"tensor": None, "token": (-1,), "attn_head": (-2, -1), "channel": (-2,)}
 
@@ -50,7 +52,7 @@ def quantizer(operand: str, granularity: str, bits: int = 4, **settings: object)
         signed=operand != "probabilities",
         gradient_estimator="pwl",
         dim=shared_dims(granularity),
-        frozen_dim=frozen_dims(granularity),
+        frozen_dim=frozen_dims(operand, granularity),
         name=f"layer {operand}",
         **settings,
     )
@@ -98,7 +100,7 @@ def test_integers_times_scales_are_the_product_however_it_is_called(
         assert (attention(*operands()) - output).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("granularity", ACTIVATION_GRANULARITIES["input"])
+@pytest.mark.parametrize("granularity", ALLOWED["input"])
 def test_integers_times_scales_are_what_a_linear_layer_computes(granularity: str) -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(8, 5, bias=False), operands()[0]
@@ -111,12 +113,8 @@ def test_integers_times_scales_are_what_a_linear_layer_computes(granularity: str
 
 
 PAIRS = [
-    *((("query", "key"), (a, b)) for a in ACTIVATION_GRANULARITIES["query"] for b in ACTIVATION_GRANULARITIES["key"]),
-    *(
-        (("probabilities", "value"), (a, b))
-        for a in ACTIVATION_GRANULARITIES["probabilities"]
-        for b in ACTIVATION_GRANULARITIES["value"]
-    ),
+    *((("query", "key"), (a, b)) for a in ALLOWED["query"] for b in ALLOWED["key"]),
+    *((("probabilities", "value"), (a, b)) for a in ALLOWED["probabilities"] for b in ALLOWED["value"]),
 ]
 
 
@@ -233,7 +231,9 @@ def test_the_reason_for_every_product_is_what_it_sums_over() -> None:
         *(("probabilities", "channel"), ("value", "token")),
     }
     for operand, allowed in ACTIVATION_GRANULARITIES.items():
-        assert [granularity_of(operand, shared_dims(name)) for name in allowed] == list(allowed)
+        sizes = [64 if name == "group" else None for name in allowed]
+        names = [granularity_of(operand, shared_dims(name), size) for name, size in zip(allowed, sizes, strict=True)]
+        assert names == list(allowed)
 
 
 # Grouped heads, frozen clips.

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ...functional.rows import Dim
 from ..fake_quantize import FakeQuantize
 from ..granularity import ATTENTION_OPERANDS
 from .arithmetic import SIMULATED, AttentionArithmetic
@@ -193,8 +192,8 @@ class _NextCall:
         return self._matmuls.quantizers[self._operand]
 
     @property
-    def active_dim(self) -> Dim:
-        return getattr(self.quantizer, "active_dim", None)
+    def is_granular(self) -> bool:
+        return getattr(self.quantizer, "is_granular", False)
 
     def next_index(self) -> int:
         return self._matmuls.next_index(self._operand)

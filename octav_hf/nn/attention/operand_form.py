@@ -36,4 +36,4 @@ def quantize_operand(quantizer: Callable[..., Any], x: Tensor, dims: OperandDims
 
 def is_granular(quantizer: Any) -> bool:
     """Whether ``quantizer`` has separate clips for parts of a tensor at its next call."""
-    return getattr(quantizer, "active_dim", None) is not None
+    return getattr(quantizer, "is_granular", False)

@@ -1,0 +1,75 @@
+"""The logits of a model, and the loss of learning another one's."""
+
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.utils import ModelOutput
+
+from .padding import decoder_mask, has_decoder, mask_of
+
+# Logits of question answering, whose last dimension is tokens; that of all others is classes.
+TOKEN_LOGITS = ("start_logits", "end_logits")
+
+
+def logits_of(model: nn.Module, output: Any, name: str) -> dict[str, Tensor]:
+    """The logits by field of an output; errors call the model ``name``.
+
+    Raises:
+        TypeError: the output is no ``ModelOutput``.
+        ValueError: it has no logits, or they are not of two or more classes, of which one is right.
+    """
+    if not isinstance(output, ModelOutput) or not is_dataclass(output):
+        raise TypeError(
+            f"distill needs the logits by name: {name} must return a ModelOutput, not {type(output).__name__}; leave "
+            "out return_dict=False, in the call and in the config"
+        )
+    fields_of_logits = (field for field in output if field == "logits" or field.endswith("_logits"))
+    found = {field: output[field] for field in fields_of_logits if isinstance(output[field], Tensor)}
+    if not found:
+        raise ValueError(f"distill needs logits, and the output of {name} has only: {', '.join(output)}")
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        raise ValueError(f"distill compares probabilities of classes, and {name} is for {problem}")
+    for field, values in found.items():
+        if values.ndim < 2 or (values.shape[-1] < 2 and field not in TOKEN_LOGITS):
+            raise ValueError(
+                f"distill compares probabilities of classes, and {field} of {name}, of shape {tuple(values.shape)}, "
+                "are not of two or more classes"
+            )
+    return found
+
+
+def logit_loss(
+    student: nn.Module,
+    logits: dict[str, Tensor],
+    targets: dict[str, Tensor],
+    temperature: float,
+    inputs: dict[str, Any],
+) -> Tensor:
+    """The mean over the fields of ``KL(teacher || student)`` at a temperature, without the padding in ``inputs``."""
+    losses = []
+    for field, values in logits.items():
+        over_tokens = field in TOKEN_LOGITS
+        tokens = values.shape[-1:] if over_tokens else values.shape[1:-1]
+        is_decoders = has_decoder(student) and not over_tokens
+        mask = decoder_mask(inputs) if is_decoders else inputs.get("attention_mask")
+        mask = mask_of(mask, (*values.shape[:1], *tokens), values)
+        losses.append(_divergence(targets[field].to(values.device), values, temperature, over_tokens, mask))
+    return torch.stack(losses).mean()
+
+
+def _divergence(teacher: Tensor, student: Tensor, temperature: float, over_tokens: bool, mask: Tensor | None) -> Tensor:
+    """Mean KL(teacher || student) over all positions before the last dimension."""
+    teacher, student = (x.to(torch.promote_types(x.dtype, torch.float32)) / temperature for x in (teacher, student))
+    if over_tokens and mask is not None:
+        padded = ~mask.reshape(len(mask), *(1,) * (student.ndim - 2), -1)
+        # Not -inf, whose differences are NaN.
+        teacher, student = (x.masked_fill(padded, torch.finfo(x.dtype).min) for x in (teacher, student))
+    log_targets = teacher.log_softmax(dim=-1)
+    divergence = F.kl_div(student.log_softmax(dim=-1), log_targets, reduction="none", log_target=True).sum(dim=-1)
+    if over_tokens or mask is None:
+        return divergence.mean()
+    return divergence.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
