@@ -257,6 +257,11 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
             dim = tuple(range(1 if x.dim() > 2 else 0, x.dim()))
         return Groups(size, dim).clips(x, rule)
 
+    def grid_of(self, x: Tensor, call_index: int = 0) -> Grid:
+        """The grid that ``forward`` rounds ``x`` to; arguments and errors are those of ``forward``."""
+        frozen = self.active_frozen_clips
+        return self.dynamic_grid(x) if frozen is None else self._frozen_grid(frozen, x, call_index)
+
     @outside_function_modes
     def dynamic_grid(self, x: Tensor) -> Grid:
         """The grid for ``x``, computed from its values, of which the host reads none."""
@@ -278,7 +283,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         clip_from_offset = self.compute_clip(minus_offset(x, offset, skip), False, skip=skip)
         return Grid(negative & stays, torch.where(shifted, clip_from_offset, clip), offset)
 
-    def forward(self, x: Tensor, call_index: int = 0, codes: torch.dtype | None = None) -> Any:
+    def forward(self, x: Tensor, call_index: int = 0, codes: torch.dtype | None = None, known: Any = None) -> Any:
         """``x`` (float, any shape) on the grid; same shape and dtype.
 
         Args:
@@ -286,20 +291,21 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
             call_index: which multiplication of the operand in one forward pass of its module this is, from 0. Each has
                 a frozen clip of its own.
             codes: return ``Codes`` of this dtype: the integers of the result and what they stand for.
+            known: the result, if a quantizer with the same ``cache_key`` has computed it for ``x`` already; it is
+                returned, and forward hooks run as ever.
 
         Raises:
             ValueError: there is no clip for the data, or the frozen clips have another shape; the message has ``name``.
             RuntimeError: the call is being recorded by ``torch.jit.trace``, ``torch.fx`` or, unless the clip is frozen,
                 ``torch.export``; or codes are asked for where a gradient is.
         """
+        if known is not None:
+            return known
         frozen = self.active_frozen_clips
         refuse_recording(self, x, dynamic=frozen is None)
-        if frozen is not None:
-            grid = self._frozen_grid(frozen, x, call_index)
-        else:
-            grid = self.dynamic_grid(x)
-            if self.observer is not None:
-                self.observer.observe(x, call_index, grid)
+        grid = self.grid_of(x, call_index)
+        if self.observer is not None:
+            self.observer.observe(x, call_index, grid)
         if codes is None:
             return self._round(x, grid, learns=frozen is not None and grid.clip.requires_grad)
         if self.active_groups is not None:
