@@ -24,9 +24,9 @@ study: setup
 		--cells fp32 dynamic-octav:4 dynamic-max:4 static-octav:4 static-percentile99.9:4 dynamic-octav-ste:4 \
 		--max_train_samples 96 --max_eval_samples 48 --num_train_epochs 1 --logging_steps 2
 
-# The documentation as HTML: docs/_build/html/index.html. Warnings, such as a link that leads nowhere, are errors.
+# The documentation as HTML: docs/_build/index.html. Warnings, such as a link that leads nowhere, are errors.
 docs: setup
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build/html
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build
 
 # A file goes to one worker, which makes once what its tests share; conftest.py sorts files with long tests to the front.
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
