@@ -51,7 +51,7 @@ def run_batches(
     model: nn.Module,
     batches: Iterable[Batch],
     function: str,
-    description: str,
+    description: str | None,
     take: Callable[[Batch, Any], None] | None = None,
 ) -> None:
     """Run the model on each batch, moved to its device, in evaluation mode, without gradients and compilation.
@@ -60,7 +60,7 @@ def run_batches(
 
     Args:
         function: name of the public function that this is for, with which errors begin.
-        description: for the progress bar.
+        description: for the progress bar; ``None`` for none.
         take: gets each batch, on the model's device, and the output.
 
     Raises:
@@ -74,7 +74,7 @@ def run_batches(
         )
     device, number = device_of(model), 0
     with in_evaluation_mode(model), without_trace(model) as runnable:
-        for number, batch in enumerate(progress(batches, description), 1):
+        for number, batch in enumerate(batches if description is None else progress(batches, description), 1):
             check_batch(batch, f"{function} takes a list of batches, and each (here number {number}) is")
             moved = on_device(batch, device)
             output = run_batch(runnable, moved)
