@@ -33,11 +33,12 @@ _EXPECTED_ERRORS = (ValueError, OSError, NotImplementedError, ImportError, httpx
 def main(argv: list[str] | None = None) -> int:
     """Run the command with ``argv``, by default the process's, and return the exit status.
 
-    It is 1 after an error, which is printed to stderr in one line.
+    It is 1 after an error, which is printed to stderr in one line. Progress bars appear if stderr is a terminal.
     """
     options = _parser().parse_args(argv)
     had_progress_bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         options.run(options)
     except _EXPECTED_ERRORS as error:

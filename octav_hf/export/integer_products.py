@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from .._utils.progress import progress
+
 # Operator -> positions of its two operands, their zero points and, if it scales the sums, their scales.
 _INTEGER_OPERATORS: dict[str, tuple[tuple[int, ...], ...]] = {
     "MatMulIntegerToFloat": ((0, 1), (4, 5), (2, 3)),
@@ -48,7 +50,7 @@ def wrong_products(model: Any, run: Callable[[list[str]], Mapping[str, Array]]) 
     nodes = integer_products(model)
     names = {name for node in nodes for name in (*node.input, *node.output)} - known.keys() - {""}
     values = {**known, **run(sorted(names))}
-    for node in nodes:
+    for node in progress(nodes, "verifying sums"):
         wrong = _difference(node, values)
         if wrong:
             yield f"{node.name} ({node.op_type}): {wrong}"

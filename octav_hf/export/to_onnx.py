@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._utils.progress import progress
 from .._utils.torch_private import uncompiled
 from .._utils.transformers_compat import attn_implementation
 from .._version import __version__
@@ -81,9 +82,10 @@ def to_onnx(
     for part in transformers_models(recorded):
         if attn_implementation(part.config) != "eager":
             part.set_attn_implementation("eager")
-    with torch.no_grad():
+    with torch.no_grad(), progress(None, "exporting", total=1) as bar:
         names = _output_names(recorded(**inputs))
         record_modules(recorded)
+        bar.set_description("exporting: translating the model into ONNX")  # one call of ten seconds and more
         program: Any = torch.onnx.export(
             recorded,
             kwargs=inputs,
@@ -93,6 +95,7 @@ def to_onnx(
             dynamo=True,
             verbose=False,
         )
+        bar.update()
     facts = {
         "octav_hf_version": __version__,
         "weight_bits": str(bits.weight_bits),

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .._utils.progress import progress
 from .._utils.sharded_weights import sharded_shape
 from .._utils.torch_private import own_parameters
 from ..conversion.convert import freeze_packed, release_packed
@@ -77,7 +78,7 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
                 f"{table.name}: other modules share this table of {table.module.num_embeddings} rows, which has to "
                 "stay in floating point for them; leave embedding_bits out"
             )
-    unshared = (pair for pair in quantized.values() if pair[0] not in shared)
+    unshared = progress([pair for pair in quantized.values() if pair[0] not in shared], "packing weights")
     packed = [(layer, PackedWeight.pack(quantizer, layer.weight)) for layer, quantizer in unshared]
     if not packed:
         raise ValueError(f"{type(model).__name__} has no quantized weight of its own, so there is nothing to pack")
@@ -117,7 +118,7 @@ def unpack_octav(model: Model) -> Model:
     check_quantized(model, "unpack_octav")
     if not is_packed(model):
         raise ValueError(f"{type(model).__name__} is not packed; train it as it is")
-    for layer in packed_layers(model).values():
+    for layer in progress(packed_layers(model).values(), "unpacking weights"):
         layer.unpack()
     for module in model.modules():
         if isinstance(module, QuantizedAttention):

@@ -5,9 +5,9 @@ from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from transformers.utils.logging import tqdm
 
 from .._utils.forward_pass import Batch, check_batch, device_of, in_evaluation_mode, on_device, run_batch, without_trace
+from .._utils.progress import progress
 from ..conversion.modules import activation_quantizers, layers_to_freeze
 from ..conversion.record import check_quantized
 from ..nn import PackedLayer
@@ -78,7 +78,7 @@ def calibrate_octav(
         learned: whether the clips of activations are to be trained with the weights. Call it before the optimizer is
             made and before the model is wrapped for several processes. The model must not be packed or have adapters.
         weights: whether to freeze the clips of weights too. The model must then be neither packed nor sharded.
-        progress_bar: whether to show one, where ``transformers.utils.logging`` allows it.
+        progress_bar: whether to show one after two seconds, where ``transformers.utils.logging`` allows it.
 
     Returns:
         ``model``. Activations that no batch reached get dynamic clips, and a warning names them.
@@ -129,7 +129,7 @@ def _calibrate_activations(
 def _observe(calibration: Calibration, model: nn.Module, batches: Iterable[Batch], progress_bar: bool) -> None:
     with calibration.observing(), in_evaluation_mode(model), without_trace(model) as runnable:
         device, number = device_of(model), 0
-        for number, batch in enumerate(tqdm(batches, desc="calibrating", disable=not progress_bar), 1):
+        for number, batch in enumerate(progress(batches, "calibrating") if progress_bar else batches, 1):
             check_batch(batch, f"calibrate_octav takes a list of batches, and each (here number {number}) is")
             run_batch(runnable, on_device(batch, device))
         if number == 0:

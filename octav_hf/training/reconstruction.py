@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.logging import tqdm
 
 from .._utils.forward_pass import Batch, check_batch, device_of, in_evaluation_mode, on_device, without_trace
+from .._utils.progress import progress
 from .._utils.sharded_weights import sharded_shape
 from .._utils.torch_private import own_parameters, uncompiled
 from ..conversion.modules import shared_weights
@@ -64,7 +64,7 @@ def reconstruct(
             copy, since ``apply_octav`` works in place. It moves to the model's device.
         batches: as for ``calibrate_octav``; all are kept in memory. About 200 sequences are enough.
         ridge: above 0; a higher one stays closer to the present weights, as it should with fewer batches.
-        progress_bar: whether to show one, where ``transformers.utils.logging`` allows it.
+        progress_bar: whether to show one after two seconds, where ``transformers.utils.logging`` allows it.
 
     Returns:
         For each layer, in that order, its relative squared error before, with the layers before it reconstructed, and
@@ -103,7 +103,7 @@ def reconstruct(
         for outputs in (ours, theirs):
             outputs.finish(unreached)
         errors: dict[str, LayerError] = {}
-        for group in tqdm(groups, desc="reconstructing", disable=not progress_bar):
+        for group in progress(groups, "reconstructing layers") if progress_bar else groups:
             for name, sums in _sums(ours, theirs, group, [_masks(student, batch) for batch in kept]).items():
                 errors[name] = _improve(name, layers[name], sums, ridge)
             for outputs in (ours, theirs):

@@ -30,6 +30,7 @@ from octav_hf import (
     remove_octav,
     uncalibrate_octav,
 )
+from octav_hf._utils import progress
 from octav_hf.conversion.record import recorded_config
 from octav_hf.functional import CLIP_RULES, max_clip
 from octav_hf.nn import FROZEN_BUFFERS, FakeQuantize, QuantizedAttention, QuantizedLayer
@@ -487,7 +488,8 @@ def test_mode_buffers_random_state_and_gradients_are_left_alone(
         assert torch.equal(model.eval()(images).logits, dynamic(images).logits)
 
 
-def test_shows_its_progress(capsys: pytest.CaptureFixture) -> None:
+def test_shows_its_progress(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_DELAY", 0)
     calibrate_octav(relu_net(), [torch.ones(2, 8)] * 3)
     assert "calibrating: 100%" in capsys.readouterr().err
     calibrate_octav(relu_net(), [torch.ones(2, 8)] * 3, progress_bar=False)
