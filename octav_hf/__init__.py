@@ -1,6 +1,7 @@
 """Quantization-aware training with OCTAV clips for Transformers models: ``apply_octav(model, OctavConfig())``.
 
-Importing the package registers the quantization method ``octav`` with Transformers, which loading a saved model needs.
+Importing the package registers the quantization method ``octav`` with Transformers, which is needed to load a saved
+model.
 """
 
 from . import export

@@ -1,5 +1,5 @@
-"""``OctavConfig``: what is quantized, to how many bits, with which clips and gradients."""
-# ruff: noqa: RUF009  # _field makes a field, not a default
+"""``OctavConfig``: what to quantize, to how many bits, with which clips and gradient estimators."""
+# ruff: noqa: RUF009  # _field returns a dataclass field
 
 import copy
 import difflib
@@ -34,30 +34,33 @@ from .nn.granularity import (
 QUANT_METHOD = "octav"
 
 FORMAT_VERSION = 2
-"""Of checkpoints: their config, tensor names and layout. A later version reads the earlier ones."""
+"""Version of the checkpoint format: config, tensor names and layout. Earlier versions can be read."""
 
-# What None means for the bits.
-_BITS = dict.fromkeys(("weight_bits", "activation_bits", "embedding_bits"), "to leave it in float") | {
-    "first_last_bits": "to treat those layers as the others"
+# Field -> what None means, for the error message.
+_BITS = {
+    "weight_bits": "to leave weights in float",
+    "activation_bits": "to leave activations in float",
+    "embedding_bits": "to leave embeddings in float",
+    "first_last_bits": "to treat the first and the last layer like the others",
 }
 
-# Closed choices; clip rules can be registered.
+# Closed choices; clip rules are not among them, because others can be registered.
 _CHOICES: dict[str, tuple[StrEnum, ...]] = {
     "weight_granularity": WEIGHT_GRANULARITIES,
     "weight_gradient_estimator": tuple(GradientEstimator),
     "activation_gradient_estimator": tuple(GradientEstimator),
 }
 WRITTEN_FIELDS = ("packed", "frozen_weight_clips")
-"""What the modules of a model say, and its record with them: not for users to set."""
+"""Fields that are written from the modules of a model; users do not set them."""
 _PATTERN_LISTS = ("exclude_modules", "target_modules", "attention_modules")
-_MAX_NAMES = 5  # that a message lists
+_MAX_NAMES = 5  # listed in a message
 _MAX_INTEGER_BITS = 64
-_MAX_DEPTH = 32  # of lists and dicts in each other
+_MAX_DEPTH = 32  # of nested lists and dicts
 _VERSION_NUMBER = re.compile(r"\d{1,4}(\.\d{1,8}){0,4}((a|b|rc)\d{1,4})?(\.post\d{1,4})?(\.dev\d{1,8})?", re.ASCII)
 
 
 def _field(default: Any, help: str) -> Any:
-    """A field of a config with its help, which the README's table and ``run_squad.py``'s arguments show too."""
+    """A config field with its help text, which the documentation's table and ``run_squad.py --help`` show too."""
     metadata = {"help": help}
     if isinstance(default, dict | list):
         return field(default_factory=type(default), metadata=metadata)
@@ -74,9 +77,9 @@ class ModuleSettings:
     )
     embedding_bits: int | None = _field(
         None,
-        "2 to 8 quantizes embedding tables too (every `nn.Embedding`), with one clip per row, by the clip rule and "
-        "gradient estimator of weights; a tied head still quantizes its own view. `None` leaves them in float, as the "
-        "paper does.",
+        "2 to 8 also quantizes embedding tables (every `nn.Embedding`), with one clip per row and the clip rule and "
+        "gradient estimator of weights; a tied head still quantizes the shared weight itself. `None` leaves them in "
+        "float, as in the paper.",
     )
     weight_clip: str = _field(
         "octav",
@@ -92,43 +95,43 @@ class ModuleSettings:
     )
     weight_granularity: Granularity = _field(
         Granularity.CHANNEL,
-        'What one clip of a weight is for: `"channel"`, an output feature or channel, or `"tensor"`, the whole weight, '
-        "which the paper uses for the linear layers of ResNets and MobileNets. "
-        '`"group"`: each `group_size` neighbours in a row, of linear layers; convolutions have one clip per channel '
-        "then, whose sums run over windows.",
+        'Which part of a weight shares a clip: `"channel"`, an output feature or channel; `"tensor"`, the whole '
+        "weight, as in the paper for the linear layers of ResNets and MobileNets; "
+        '`"group"`, `group_size` consecutive elements of a row. Groups are for linear layers; convolutions then have '
+        "one clip per channel.",
     )
     activation_granularity: dict[str, str] = _field(
         {},
-        "Operand → what one clip of it is for; an operand that is left out has one clip per tensor, as in the paper. "
-        '`"input"` of linear layers: `"token"`, one per row; `"query"`, `"key"`, `"probabilities"`: `"attn_head"`, one '
-        'per batch element and head, or `"token"`, one per token and head; `"value"`: `"attn_head"` or `"channel"`, '
-        'one per batch element, head and channel. `"group"`, for any of them: one for each `group_size` neighbours '
-        "along the dimension that the matmul sums over. Allowed is that for which the scale factors out of the matmul, "
-        "or of that of each group; anything else is refused with the reason. The input of a convolution has one clip "
-        "per tensor.",
+        "Operand → which part of it shares a clip; an operand that is not listed has one clip per tensor, as in the "
+        'paper. `"input"` of linear layers: `"token"`, one clip per row. `"query"`, `"key"`, `"probabilities"`: '
+        '`"attn_head"`, one per sample and head, or `"token"`, one per token and head. `"value"`: `"attn_head"`, or '
+        '`"channel"`, one per sample, head and channel. Any of them: `"group"`, one per `group_size` consecutive '
+        "elements along the contracted dimension of the matmul. The scale must factor out of the matmul, or out of the "
+        "matmul of each group; other choices are refused with the reason. The input of a convolution has one clip per "
+        "tensor.",
     )
     group_size: int = _field(
         64,
-        '32, 64 or 128: elements of a group where a granularity is `"group"`; the last group of a row has what is '
-        "left over.",
+        'Elements per group where a granularity is `"group"`: 32, 64 or 128; the last group of a row may be shorter.',
     )
     weight_gradient_estimator: GradientEstimator = _field(
         GradientEstimator.MAD,
-        '`"mad"`, `"pwl"` or `"ste"` (section 4). MAD for weights and PWL for activations is MPH.',
+        '`"mad"`, `"pwl"` or `"ste"` (section 4). MAD for weights with PWL for activations is the paper\'s MPH.',
     )
     activation_gradient_estimator: GradientEstimator = _field(
-        GradientEstimator.PWL, "The same for activations, attention operands included."
+        GradientEstimator.PWL, "The same for activations, including attention operands."
     )
     unsigned_activations: bool = _field(
         True,
-        "Whether layer inputs without a negative value, such as the output of a ReLU, use the unsigned grid, whose "
-        "steps are half as wide; decided from the tensor at every forward pass. `False` keeps them signed.",
+        "Whether layer inputs without negative values, such as the output of a ReLU, use the unsigned grid, whose step "
+        "is half as wide; decided from the tensor at every forward pass. `False` keeps them signed.",
     )
     asymmetric_activations: bool = _field(
         False,
         "Whether inputs of linear layers whose negative values all lie inside the signed clip, such as the output of a "
         "GELU, use the unsigned grid that begins at their lowest value m: `m + Q(x - m)`; decided from the tensor at "
-        "every forward pass. The offset factors out of the matmul. Not for convolutions, whose padding has no offset.",
+        "every forward pass. The offset factors out of the matmul. Convolutions do not support it, because their "
+        "padding has no offset.",
     )
     quantize_attention: bool = _field(
         True,
@@ -138,12 +141,12 @@ class ModuleSettings:
 
     frozen_weight_clips: bool = _field(
         False,
-        "Whether clips of weights are frozen and stored with the weights; written by `calibrate_octav(model, "
+        "Whether the clips of weights are frozen and stored with the weights; set by `calibrate_octav(model, "
         "weights=True)`.",
     )
 
     def granularity(self, operand: str) -> str:
-        """What one clip of this activation is for."""
+        """The granularity of this activation."""
         return self.activation_granularity.get(operand, Granularity.TENSOR)
 
 
@@ -185,62 +188,61 @@ _GGML: dict[str, Any] = {
 @register_quantization_config(QUANT_METHOD)
 @dataclass(repr=False)
 class OctavConfig(ModuleSettings, QuantizationConfigMixin):
-    """Quantization-aware training with OCTAV clips; the defaults are the paper's recipe "MPH" at 4 bits.
+    """Config of quantization-aware training with OCTAV clips; the defaults are the paper's recipe "MPH" at 4 bits.
 
-    Weights of linear layers and convolutions have one clip per output feature or channel, everything else one clip per
-    tensor (Appendix E.2) unless ``activation_granularity`` says otherwise. "Activations" are the inputs of those layers
-    and the four operands of the attention matmuls (query, key, probabilities, value; probabilities on the unsigned
-    grid).
+    Weights of linear layers and convolutions have one clip per output feature or channel. Activations have one clip per
+    tensor (Appendix E.2), unless ``activation_granularity`` is set. Activations are the inputs of these layers and the
+    four operands of the attention matmuls: query, key, probabilities (on the unsigned grid) and value.
 
-    A name pattern is a module's full dotted name, or a shell-style pattern for it (``"bert.encoder.layer.0.*"``,
-    ``"*.attention.self"``). It stands for the module and everything below it, in ``attention_modules`` for the
-    module alone. A pattern that matches no module is refused.
+    A name pattern is the full dotted name of a module, or a shell-style pattern (``"bert.encoder.layer.0.*"``,
+    ``"*.attention.self"``). It matches the module and everything below it; in ``attention_modules``, only the module. A
+    pattern that matches no module is refused.
 
     Raises:
-        ValueError: an unknown field, clip, gradient estimator or option, or an impossible value; the message says what
-            to write instead.
+        ValueError: an unknown field, clip, gradient estimator or option, or an invalid value; the message tells what to
+            write instead.
     """
 
     quant_method: str = field(default=QUANT_METHOD, init=False, repr=False)  # type: ignore[assignment]
     sync_activation_clips: bool = _field(
         False,
-        "Whether activation clips are computed from the batches of all processes, so that one step of N data-parallel "
-        "ranks is that of one process on the whole batch. For octav, mse, max, percentile and rules of your own that "
-        "are functions of a table. Each clip takes one message between all ranks of the default process group (1 MiB; "
-        "asymmetric grids take two), so all ranks must run the same forward passes, in evaluation too. Clips per "
-        "token, head or channel are of one rank's values, and only a sign or an offset that depends on the data is "
-        "shared.",
+        "Whether activation clips are computed over the batches of all processes, so that a step on N data-parallel "
+        "ranks equals a step of one process on the whole batch. Supported by the clip rules octav, mse, max and "
+        "percentile, and by your own rules that can be computed from a magnitude table. Each clip takes one collective "
+        "of 1 MiB over the default process group (asymmetric grids take two), so all ranks must run the same forward "
+        "passes, also in evaluation. Clips per token, head or channel use the values of one rank; only a sign or an "
+        "offset that depends on the data is shared.",
     )
     first_last_bits: int | None = _field(
         None,
-        "2 to 8 bits for weight and input of the first and the last layer of an image classifier, whatever the other "
-        "layers have; the paper uses 8 for ResNets and MobileNets. A model that is not clearly one, from a convolution "
-        "to a linear head, is refused.",
+        "Bits (2 to 8) of weight and input of the first and the last layer of an image classifier; the paper uses 8 "
+        "for ResNets and MobileNets. The first layer must be a convolution and the last a linear layer; other models "
+        "are refused.",
     )
-    exclude_modules: list[str] = _field([], 'Name patterns of modules left in float, such as `["qa_outputs"]`.')
+    exclude_modules: list[str] = _field([], 'Name patterns of modules to leave in float, such as `["qa_outputs"]`.')
     target_modules: list[str] | None = _field(
         None,
-        "Name patterns of the only modules to quantize; as in PEFT the last part of a name is enough, such as "
+        "Name patterns of the only modules to quantize. As in PEFT, the last part of a name is enough, such as "
         '`["query", "value"]`. `None`: all modules.',
     )
     attention_modules: list[str] | None = _field(
         None,
-        "Name patterns of the modules that compute attention, for models whose attention has an unusual name; they "
-        "replace the search. `None`: the innermost modules whose class name contains `Attention`, and those that call "
-        "Transformers' attention interface.",
+        "Name patterns of the modules that compute attention, for models whose attention has an unusual name. `None`: "
+        "the innermost modules whose class name contains `Attention` or whose forward calls Transformers' attention "
+        "interface.",
     )
     module_overrides: dict[str, dict[str, Any]] = _field(
         {},
-        'Name pattern → fields that differ there: `{"qa_outputs": {"weight_bits": 8, "activation_bits": 8}}`. Any '
-        "field above down to `quantize_attention`; one that is a dict is replaced as a whole. An exact name wins over "
-        "a pattern with wildcards; two patterns of one kind must not disagree.",
+        'Name pattern → fields that differ for these modules: `{"qa_outputs": {"weight_bits": 8, "activation_bits": '
+        "8}}`. All fields from `weight_bits` to `quantize_attention` can be set; a dict replaces the whole dict. Exact "
+        "names take precedence over patterns with wildcards; two patterns of one kind must not disagree.",
     )
-    packed: bool = _field(False, "Whether weights are stored as integers; written by `pack_octav`.")
+    packed: bool = _field(False, "Whether weights are stored as packed integers; set by `pack_octav`.")
 
-    clips_of_version_1: ClassVar[ClipsOfVersion1] = {}  # of an instance that was read from that format, until loaded
+    clips_of_version_1: ClassVar[ClipsOfVersion1] = {}  # set on an instance read from version 1, until the clips load
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "OctavConfig":
-        """Refuse unknown fields before ``__init__`` does, with an error that says what there is."""
+        """Refuse unknown fields with an error that lists the known ones, which ``__init__`` would not."""
         known = [entry.name for entry in fields(cls) if entry.init]
         unknown = [name for name in kwargs if name not in known]
         if unknown:
@@ -248,8 +250,8 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Copy what is mutable, and validate."""
-        self.quant_method = QUANT_METHOD  # of the instance too, whose __dict__ Transformers writes
+        """Copy mutable values, and validate."""
+        self.quant_method = QUANT_METHOD  # an instance attribute, because Transformers writes the __dict__
         for entry in fields(self):
             value = getattr(self, entry.name)
             _check_sizes(value, entry.name)
@@ -262,63 +264,65 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
 
     @classmethod
     def paper(cls, **fields: Any) -> "OctavConfig":
-        """The paper's clips, granularity, grids and gradients, whatever the defaults are; ``fields`` add to them.
+        """The paper's clips, granularity, grids and gradients, whatever the defaults are; ``fields`` override them.
 
-        Each matmul is one integer product and one scale: any integer matmul runs it.
+        Each matmul is one integer matmul with one scale, which any integer kernel can run.
         """
         return cls(**_PAPER | fields)
 
     @classmethod
     def accurate(cls, **fields: Any) -> "OctavConfig":
-        """What loses least at few bits without groups, by ``examples/squad/README.md``; ``fields`` add to it.
+        """The most accurate recipe at few bits without groups (``examples/squad/README.md``); ``fields`` override it.
 
-        The clip ``"mse"`` for weights and activations, the finest granularity whose scales factor out of the matmuls,
-        and asymmetric grids: one integer product with a scale per token and channel, as kernels with per-token dynamic
-        quantization have. A step takes longer than the paper's, and clips per token cannot be frozen as such.
+        Clip rule ``"mse"`` for weights and activations, the finest granularity whose scales factor out of the matmuls,
+        and asymmetric grids. Each matmul is one integer matmul with a scale per token and channel, as in kernels with
+        per-token dynamic quantization. A step takes longer than with ``paper()``, and clips per token become clips per
+        tensor when they are frozen.
         """
         return cls(**_ACCURATE | fields)
 
     @classmethod
     def groups(cls, **fields: Any) -> "OctavConfig":
-        """``accurate()`` with groups of 64 in weights, linear inputs, probabilities and values; ``fields`` add to it.
+        """``accurate()`` with groups of 64 in weights, linear inputs, probabilities and values; ``fields`` override it.
 
-        It loses least of all at 4 bits and below. An integer product for each group and one multiply-add, as kernels
-        with group scales have (Atom, QServe); ``convert_octav`` and ``to_onnx`` do not.
+        The most accurate settings at 4 bits and below. They need kernels with a scale per group, such as those of Atom
+        and QServe; ``convert_octav`` and ``to_onnx`` do not support them.
         """
         return cls(**_GROUPS | fields)
 
     @classmethod
     def onnxruntime(cls, **fields: Any) -> "OctavConfig":
-        """4-bit weights and 8-bit activations with one clip per tensor, for ``to_onnx``; ``fields`` add to it.
+        """4-bit weights and 8-bit activations with one clip per tensor, for ``to_onnx``; ``fields`` override it.
 
-        ONNX Runtime, OpenVINO and ``convert_octav`` multiply 8-bit integers, with the weights' scale per channel, once
-        activation clips are static: ``calibrate_octav(model, batches, learned=True)`` before training.
+        ONNX Runtime, OpenVINO and ``convert_octav`` run these matmuls with 8-bit integers and a weight scale per
+        channel. Activation clips must be static: call ``calibrate_octav(model, batches, learned=True)`` before
+        training.
         """
         return cls(**_ONNX_RUNTIME | fields)
 
     @classmethod
     def ggml(cls, **fields: Any) -> "OctavConfig":
-        """4-bit weights and 8-bit operands in groups of 32, as GGML's Q4_0 x Q8_0; ``fields`` add to it.
+        """4-bit weights and 8-bit operands in groups of 32, as in GGML's Q4_0 x Q8_0; ``fields`` override it.
 
-        GGML multiplies such blocks of signed integers; probabilities are unsigned here. This package trains for them,
-        and writes no file for GGML.
+        GGML multiplies such blocks of signed integers; here, probabilities are unsigned. This package trains such
+        models but does not write GGML files.
         """
         return cls(**_GGML | fields)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The config that ``to_dict`` wrote; keyword arguments named like a field replace its value.
+        """The config of a dict that ``to_dict`` wrote; keyword arguments named like a field replace its value.
 
         Raises:
-            ValueError: a later version of the format, another quantization method, or a field that ``OctavConfig``
-                refuses.
+            ValueError: the dict has a later format version, another quantization method, or a field that
+                ``OctavConfig`` refuses.
         """
         values = dict(config_dict)
         for name, value in values.items():
             if not isinstance(name, str):
                 raise ValueError(f"the fields of a quantization_config must be strings, got {shown(name)}")
             _check_sizes(value, escaped(name))
-        version = values.pop("format_version", 1)  # older than the field
+        version = values.pop("format_version", 1)  # the first files had no such field
         _check_version(version, values.pop("octav_hf_version", "unknown"))
         clips: ClipsOfVersion1 = {}
         if version == 1:
@@ -338,13 +342,13 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, and by which version of the format and of this package they were written."""
+        """The fields, the format version and the version of this package."""
         values = super().to_dict()
         values.pop("clips_of_version_1", None)
         return _plain(values) | {"format_version": FORMAT_VERSION, "octav_hf_version": __version__}
 
     def validate(self) -> None:
-        """Check every field. ``apply_octav`` does so again, since fields can be assigned.
+        """Check every field. ``apply_octav`` repeats this, because fields can be assigned.
 
         Raises:
             ValueError: see ``OctavConfig``.
@@ -366,7 +370,7 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
             raise ValueError(
                 "weight_bits, activation_bits and embedding_bits are all None, so nothing would be quantized; set one"
             )
-        checked = set()  # many modules may have the same override
+        checked = set()  # check equal overrides once
         for pattern, override in self.module_overrides.items():
             where = f"module_overrides[{shown(pattern)}]"
             if not isinstance(override, dict):
@@ -381,7 +385,7 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
             checked.add(repr(override))
 
     def left_out(self, module_names: Iterable[str]) -> dict[str, str]:
-        """Full name -> reason, of the modules that ``exclude_modules`` and ``target_modules`` leave in float."""
+        """Full name -> reason, for the modules that ``exclude_modules`` and ``target_modules`` leave in float."""
         if not self.exclude_modules and self.target_modules is None:
             return {}
         excluded = NamePatterns(self.exclude_modules)
@@ -409,7 +413,7 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
 
     def _override_of(self, module_name: str, matching: Iterable[str]) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        # Exact names come last, so that they win.
+        # Exact names come last, so that they take precedence.
         for exact in (False, True):
             set_by: dict[str, str] = {}
             for pattern in (p for p in matching if (p == module_name) is exact):
@@ -417,7 +421,7 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
                     if name in set_by and self.module_overrides[set_by[name]][name] != value:
                         raise ValueError(
                             f"module_overrides {set_by[name]!r} and {pattern!r} both match {module_name!r} and set "
-                            f"{name} differently; make one of them narrower, or give the module's exact name"
+                            f"{name} differently; narrow one of them, or write the module's exact name"
                         )
                     set_by[name] = pattern
                     values[name] = value
@@ -431,7 +435,7 @@ OctavConfig.__doc__ = f"{OctavConfig.__doc__}\n    Args:\n" + "\n".join(
 
 
 def _check_sizes(value: Any, field: str) -> None:
-    """Raise ``ValueError`` for lists and dicts too deep for Python's recursion, and integers too large for a float."""
+    """Raise ``ValueError`` for lists and dicts too deep for recursion, and for integers too large for a float."""
     layer = [value]
     for _ in range(_MAX_DEPTH):
         large = next((part for part in layer if isinstance(part, int) and abs(part) >= 2**_MAX_INTEGER_BITS), None)
@@ -447,13 +451,13 @@ def _check_sizes(value: Any, field: str) -> None:
 def _check_version(version: Any, written_by: Any) -> None:
     if type(version) is not int or version < 1:
         raise ValueError(
-            f"format_version of a checkpoint's quantization_config must be an integer from 1 on, got {shown(version)}"
+            f"format_version of a checkpoint's quantization_config must be an integer >= 1, got {shown(version)}"
         )
     if version <= FORMAT_VERSION:
         return
     problem = f"this checkpoint has format version {shown(version)}; "
     remedy = "pip install --upgrade octav-hf"
-    # For people to paste into a terminal: nothing but a version number.
+    # People paste this into a terminal, so nothing but a version number may be inserted.
     if isinstance(written_by, str) and _VERSION_NUMBER.fullmatch(written_by):
         problem = f"{problem[:-2]}, written by octav_hf {written_by}; "
         remedy = f"pip install --upgrade 'octav-hf>={written_by}'"
@@ -461,9 +465,9 @@ def _check_version(version: Any, written_by: Any) -> None:
 
 
 def _from_version_1(values: Any) -> Any:
-    """The fields of a config, an override or frozen clips of format version 1 by their later names."""
+    """Rename the fields of a config, an override or frozen clips of format version 1."""
     if not isinstance(values, dict):
-        return values  # refused by validation
+        return values  # validation refuses it
     new = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
     if new.get("weight_granularity") == "row":
         new["weight_granularity"] = "channel"
@@ -491,14 +495,14 @@ _OLD_VALUES: dict[str, Callable[[Any], Any]] = {
 
 
 def _plain(value: Any) -> Any:
-    """``value`` with plain strings in the place of enums, as JSON has them."""
+    """``value`` with enums replaced by strings, for JSON."""
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     return str(value) if isinstance(value, StrEnum) else value
 
 
 def _validate(values: dict[str, Any], where: str) -> None:
-    """Check all fields but the patterns and overrides."""
+    """Check all fields except patterns and overrides."""
     for entry in fields(OctavConfig):
         if isinstance(entry.default, bool) and not isinstance(values[entry.name], bool):
             raise ValueError(f"{where}: {entry.name} must be True or False, got {shown(values[entry.name])}")
@@ -526,8 +530,8 @@ def _validate(values: dict[str, Any], where: str) -> None:
     clip, supported = values["activation_clip"], poolable_rules()
     if values["sync_activation_clips"] and values["activation_bits"] is not None and clip not in supported:
         raise ValueError(
-            f"{where}: sync_activation_clips is for the activation clips {', '.join(map(repr, supported))}, not for "
-            f"{clip!r}, which each process can only compute from its own batch; change one of the two"
+            f"{where}: sync_activation_clips supports the activation clips {', '.join(map(repr, supported))}, but "
+            f"{clip!r} cannot be computed over several processes; set sync_activation_clips=False or another clip"
         )
 
 
@@ -544,9 +548,9 @@ def _validate_clip(clip: Any, options: Any, bits: int | None, where: str) -> Non
         if clip in OPTION_CHECKS:
             OPTION_CHECKS[clip](**options)
         else:
-            # On the CPU whatever the default device: from_pretrained builds models on meta.
+            # On the CPU, whatever the default device is: from_pretrained builds models on the meta device.
             CLIP_RULES[clip](torch.ones(1, dtype=torch.float32, device="cpu"), bits or MAX_BITS, **options)
-    except Exception as error:  # whatever a rule of the user's own makes of them
+    except Exception as error:  # a user's rule may raise anything
         raise ValueError(f"{where}_options: {error}") from error
 
 
@@ -569,7 +573,7 @@ def _validate_activation_granularity(granularities: Any, where: str) -> None:
 
 
 def _unknown(problem: str, names: Iterable[Any], known: Iterable[str]) -> str:
-    """``problem``, the names, what is close to them and what there is."""
+    """A message with ``problem``, the unknown names, a close match and the known names."""
     names, known = list(names), list(known)
     close = difflib.get_close_matches(names[0], known, n=1) if isinstance(names[0], str) else ()
     hint = f"; did you mean {close[0]!r}?" if close else ";"

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of quantization."""
+"""Helpers that do not depend on quantization."""

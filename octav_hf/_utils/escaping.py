@@ -1,6 +1,6 @@
-"""Text that somebody else may have written, for messages, terminals and model cards.
+"""Escape untrusted text for messages, terminals and model cards.
 
-What a checkpoint says may hold control characters, Markdown or HTML, and be of any length.
+Strings in a checkpoint may contain control characters, Markdown or HTML, and have any length.
 """
 
 import re
@@ -14,17 +14,18 @@ _repr.maxdict = _repr.maxlist = _repr.maxtuple = _repr.maxset = 8
 
 
 def shown(value: Any) -> str:
-    """The ``repr`` of ``value``, shortened where it is long."""
+    """The ``repr`` of ``value``, shortened if it is long."""
     try:
         return _repr.repr(value)
-    except ValueError:  # an integer of more digits than Python writes
+    except ValueError:  # an integer with more digits than Python converts
         return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
 def escaped(text: str, longest: int | None = _LONGEST) -> str:
-    """``text`` with Python's escapes for what is not printable, such as line ends and commands to a terminal.
+    """``text`` with Python's escapes for unprintable characters, such as newlines and terminal control sequences.
 
-    ``longest``: the number of characters after which it is cut off; ``None`` for no limit.
+    Args:
+        longest: number of characters after which it is truncated; ``None`` for no limit.
     """
     if longest is not None and len(text) > longest:
         text = f"{text[:longest]}..."
@@ -32,12 +33,12 @@ def escaped(text: str, longest: int | None = _LONGEST) -> str:
 
 
 def markdown_code(text: object) -> str:
-    """``text`` as a code span of one line, in a table too."""
+    """``text`` as a Markdown code span in one line, also valid in a table."""
     code = escaped(str(text)).replace("`", "'").replace("|", "\\|")
     return f"`{code}`"
 
 
 def markdown_text(text: object) -> str:
-    """``text`` as one line of text without Markdown, HTML or links; an underscore inside a word is none."""
+    """``text`` as one line without active Markdown, HTML or links; underscores inside words are not Markdown."""
     line = re.sub(r"([\\`*<>\[\]|~@])", r"\\\1", escaped(str(text), longest=None))
     return line.replace("://", ":\\//").replace("www.", "www\\.")

@@ -1,4 +1,4 @@
-"""Running a model on batches without changing the model."""
+"""Run a model on batches without changing the model."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from .progress import progress
 from .torch_private import tree_map, uncompiled
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
-"""Keyword arguments of a forward, positional ones, or a single one."""
+"""Keyword arguments of a forward, positional arguments, or a single argument."""
 
 
 def check_batch(batch: Any, caller: str) -> None:
@@ -24,13 +24,13 @@ def check_batch(batch: Any, caller: str) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Where the model's first tensor is; ``None`` if that is nowhere, as for offloaded weights."""
+    """The device of the model's first tensor that is not on the meta device; ``None`` if there is none."""
     tensors = (tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
     return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)
 
 
 def on_device(batch: Batch, device: torch.device | None) -> Batch:
-    """The batch with its tensors on ``device``, or as it is for ``None``."""
+    """The batch with its tensors on ``device``; unchanged for ``None``."""
 
     def move(leaf: Any) -> Any:
         return leaf.to(device) if isinstance(leaf, Tensor) and device is not None else leaf
@@ -51,7 +51,7 @@ def run_batches(
     model: nn.Module,
     batches: Iterable[Batch],
     function: str,
-    description: str,
+    description: str | None,
     take: Callable[[Batch, Any], None] | None = None,
 ) -> None:
     """Run the model on each batch, moved to its device, in evaluation mode, without gradients and compilation.
@@ -60,7 +60,7 @@ def run_batches(
 
     Args:
         function: name of the public function that this is for, with which errors begin.
-        description: for the progress bar.
+        description: for the progress bar; ``None`` for none.
         take: gets each batch, on the model's device, and the output.
 
     Raises:
@@ -74,7 +74,7 @@ def run_batches(
         )
     device, number = device_of(model), 0
     with in_evaluation_mode(model), without_trace(model) as runnable:
-        for number, batch in enumerate(progress(batches, description), 1):
+        for number, batch in enumerate(batches if description is None else progress(batches, description), 1):
             check_batch(batch, f"{function} takes a list of batches, and each (here number {number}) is")
             moved = on_device(batch, device)
             output = run_batch(runnable, moved)
@@ -86,7 +86,7 @@ def run_batches(
 
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Context with the model in evaluation mode; afterwards each module has its former mode again."""
+    """Context with the model in evaluation mode; afterwards the mode of each module is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -98,10 +98,10 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_trace(model: nn.Module) -> Iterator[nn.Module]:
-    """Context without gradients and compilation, after which random state and buffers are restored.
+    """Context without gradients and compilation; afterwards random state and buffers are restored.
 
     Yields:
-        The module to run: ``model``, or the one inside if ``torch.compile`` wrapped it.
+        The module to run: ``model``, or the module inside a ``torch.compile`` wrapper.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}

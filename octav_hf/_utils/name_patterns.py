@@ -1,4 +1,4 @@
-"""Patterns for the names of modules, which a checkpoint may bring in any number."""
+"""Patterns for names of modules; they may come from an untrusted checkpoint, so their number is limited."""
 
 import re
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ _MAX_PATTERNS, _MAX_PATTERNS_WITH_WILDCARDS = 100_000, 1000  # of one field
 
 
 class NamePatterns:
-    """Shell-style patterns; one without wildcards is looked up, however many there are of them.
+    """Shell-style patterns. Patterns without wildcards are looked up in a set, so there may be many.
 
     Args:
-        patterns: each for a module and everything below it, unless ``alone``.
-        alone: each for one module.
-        anywhere: the last parts of a name are enough, as in PEFT.
+        patterns: each matches a module and everything below it, unless ``alone``.
+        alone: whether each pattern matches only the module itself.
+        anywhere: whether the last parts of a name are enough, as in PEFT.
     """
 
     def __init__(self, patterns: Iterable[str], *, alone: bool = False, anywhere: bool = False):
@@ -30,7 +30,7 @@ class NamePatterns:
         self._wildcards = {p: [_compiled(p), *([_compiled(f"*.{p}")] if anywhere else [])] for p in wildcards}
 
     def matching(self, module_name: str) -> list[str]:
-        """Those that match, first the ones without wildcards."""
+        """The patterns that match, those without wildcards first."""
         parts = module_name.split(".")
         ends = (len(parts),) if self._alone else range(1, len(parts) + 1)
         names = [".".join(parts[:end]) for end in ends]
@@ -44,7 +44,7 @@ class NamePatterns:
         return found
 
     def by_pattern(self, module_names: Iterable[str]) -> dict[str, list[str]]:
-        """Those that match at least one of the modules -> the names that each matches."""
+        """Pattern -> names of the modules that it matches, for patterns that match any."""
         found: dict[str, list[str]] = {}
         for name in module_names if self._exact or self._wildcards else ():
             for pattern in self.matching(name):
@@ -53,12 +53,12 @@ class NamePatterns:
 
 
 def matches(pattern: str, module_name: str) -> bool:
-    """Whether ``pattern`` names the module or one of those that contain it."""
+    """Whether ``pattern`` matches the module or a module that contains it."""
     return bool(NamePatterns([pattern]).matching(module_name))
 
 
 def validate_patterns(patterns: Iterable[object], field: str) -> None:
-    """Raise ``ValueError`` unless these are strings, no more and no longer than a matching of names can take."""
+    """Raise ``ValueError`` unless the patterns are strings, and few and short enough to be matched quickly."""
     patterns = list(patterns)
     wildcards = 0
     if len(patterns) > _MAX_PATTERNS:
@@ -69,14 +69,14 @@ def validate_patterns(patterns: Iterable[object], field: str) -> None:
         if len(pattern) > _MAX_LENGTH or len(_WILDCARDS.findall(pattern)) > _MAX_WILDCARDS:
             raise ValueError(
                 f"{field}: the name pattern {shown(pattern)} has {len(pattern)} characters, of which "
-                f"{len(_WILDCARDS.findall(pattern))} are wildcards; write at most {_MAX_LENGTH}, and {_MAX_WILDCARDS} "
-                "wildcards"
+                f"{len(_WILDCARDS.findall(pattern))} are wildcards; write at most {_MAX_LENGTH} characters and "
+                f"{_MAX_WILDCARDS} wildcards"
             )
         wildcards += bool(_WILDCARDS.search(pattern))
     if wildcards > _MAX_PATTERNS_WITH_WILDCARDS:
         raise ValueError(
             f"{field} has {wildcards} name patterns with wildcards; write at most {_MAX_PATTERNS_WITH_WILDCARDS}, and "
-            "full names of modules for the others"
+            "full names instead of the others"
         )
 
 

@@ -1,4 +1,4 @@
-"""Recognizing weights that are sharded over processes."""
+"""Recognize weights that are sharded over processes."""
 
 from torch import Tensor
 from torch.distributed.fsdp import FlatParameter
@@ -6,9 +6,9 @@ from torch.distributed.tensor import DTensor
 
 
 def sharded_shape(weight: Tensor) -> tuple[int, ...] | None:
-    """The full shape of a sharded weight; ``None`` for one that is complete in this process.
+    """The full shape of a sharded weight; ``None`` if the weight is complete in this process.
 
-    FSDP2 shards into a ``DTensor``; DeepSpeed's ZeRO-3 leaves an empty tensor with ``ds_shape`` while the weight is not
+    FSDP2 shards into a ``DTensor``. DeepSpeed's ZeRO-3 leaves an empty tensor with ``ds_shape`` while the weight is not
     in use.
     """
     if isinstance(weight, DTensor | FlatParameter):

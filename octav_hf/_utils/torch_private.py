@@ -1,6 +1,6 @@
-"""The private names of PyTorch that this package uses, with reasons.
+"""All private names of PyTorch that this package uses, with reasons.
 
-Except those that subclasses of ``nn.Module`` inherit: ``_apply``, ``_buffers``, a convolution's ``_conv_forward``.
+The exceptions are those that subclasses of ``nn.Module`` inherit: ``_apply``, ``_buffers``, ``_conv_forward``.
 """
 
 from typing import Any
@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _python_dispatch, _pytree
 
-# PyTorch's nn.functional.linear. DeepSpeed's ZeRO-3 replaces it by a function whose matmuls look like attention's.
+# PyTorch's own nn.functional.linear, which DeepSpeed's ZeRO-3 replaces with a function whose matmuls look like those of
+# attention.
 LINEAR = torch._C._nn.linear
 
 # No public function lists the active function modes or suspends them.
@@ -19,21 +20,21 @@ function_mode_stack = torch.overrides._get_current_function_mode_stack
 without_innermost_function_mode = torch.overrides._pop_mode_temporarily
 without_function_modes = torch._C.DisableTorchFunction
 
-# Dispatch modes are documented, but have no public path, and no public function tells whether one is active.
+# Dispatch modes are documented but have no public path, and no public function tells whether one is active.
 TorchDispatchMode = _python_dispatch.TorchDispatchMode
 OpOverload = torch._ops.OpOverload
 current_dispatch_mode = _python_dispatch._get_current_dispatch_mode
 
-# Traversal of nested containers of tensors, which has no public path.
+# Traversal of nested containers of tensors has no public path.
 tree_leaves, tree_map = _pytree.tree_leaves, _pytree.tree_map
 
-# A tensor type of its own: the public functions cannot make one without memory, or leave all to __torch_dispatch__.
+# Public functions can neither create a tensor subclass without memory nor leave everything to __torch_dispatch__.
 make_wrapper = torch.Tensor._make_wrapper_subclass
 no_torch_function = torch._C._disabled_torch_function_impl
 
 
 def load_cpp(source: str, flags: tuple[str, ...]) -> Any:
-    """Compile C++ into a library, cached on disk; the public ``torch.utils.cpp_extension`` is many times slower."""
+    """Compile C++ into a library that is cached on disk; the public ``cpp_extension`` is many times slower."""
     # Imported here because it takes a second.
     from torch._inductor.codecache import CppCodeCache
 
@@ -42,34 +43,34 @@ def load_cpp(source: str, flags: tuple[str, ...]) -> Any:
 
 def compilation_errors() -> tuple[type[Exception], ...]:
     """The errors of failed compilation by ``torch.compile``, which are not public."""
-    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # takes a second, too
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # takes a second
 
     return TorchDynamoException, FailOnRecompileLimitHit
 
 
 def vector_width() -> dict[str, int]:
-    """An option of ``torch.compile``: the bits of this processor's vectors, as it would choose them itself.
+    """Option of ``torch.compile`` with the vector width of this processor, which is the default.
 
-    Compiled graphs are cached under a key that lacks them: a cache that another processor has filled would give loops
-    that leave out elements.
+    The cache key of compiled graphs does not contain the default. Loops from a cache that another processor has filled
+    would then skip elements.
     """
-    from torch._inductor.cpu_vec_isa import pick_vec_isa  # takes a second, too
+    from torch._inductor.cpu_vec_isa import pick_vec_isa  # takes a second
 
     return {"cpp.simdlen": pick_vec_isa().bit_width()}
 
 
 def schema(operator: Any) -> Any:
-    """The name and arguments of an operator, and which of them it writes to, which have no public path."""
+    """The schema of an operator (name, arguments, which of them it writes to), which has no public path."""
     return operator._schema
 
 
 def storage_id(x: Tensor) -> int:
-    """A storage's unique id; the public address is 0 for empty storages and on the meta device."""
+    """A unique id of the storage; the public address is 0 for empty storages and on the meta device."""
     return x.untyped_storage()._cdata
 
 
 def storage_reference(x: Tensor) -> Any:
-    """While this object lives, no other storage gets the ``storage_id`` of this one, which it does not keep alive."""
+    """A weak reference to the storage; while it exists, no other storage gets the same ``storage_id``."""
     return StorageWeakRef(x.untyped_storage())
 
 
@@ -84,30 +85,30 @@ def version_counter(x: Tensor) -> int:
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether a tensor's values can be read; fake tensors, in which tracers run a model, have no public class."""
+    """Whether a tensor's values can be read; fake tensors, which tracers use, have no public class."""
     return not (x.is_meta or isinstance(x, FakeTensor))
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """A module's own registered parameters; access by attribute may run a property."""
+    """A module's own registered parameters; public attribute access might run a property."""
     return module._parameters
 
 
 def set_own_parameters(module: nn.Module, parameters: dict[str, nn.Parameter | None]) -> None:
-    """Replace the dictionary of a module's own parameters, which code around ``nn.Module`` writes to directly."""
+    """Replace the dict of a module's own parameters, to which some PyTorch functions write directly."""
     module._parameters = parameters
 
 
 def forward_hooks(module: nn.Module) -> list[Any]:
-    """A module's forward hooks, which cannot be listed by public functions."""
+    """A module's forward hooks, which no public function lists."""
     return list(module._forward_hooks.values())
 
 
 def is_replica(module: nn.Module) -> bool:
-    """Whether a module is a replica made by ``nn.DataParallel``, which is marked only privately."""
+    """Whether a module is a replica made by ``nn.DataParallel``, which only a private attribute tells."""
     return getattr(module, "_is_replica", False)
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
-    """The module inside a wrapper by ``torch.compile``, which has no public path, or the module itself."""
+    """The module inside a ``torch.compile`` wrapper, which has no public path, or the module itself."""
     return getattr(module, "_orig_mod", module)

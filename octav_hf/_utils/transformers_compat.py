@@ -1,6 +1,6 @@
-"""The private or undocumented names of Transformers that this package uses, with reasons.
+"""All private or undocumented names of Transformers that this package uses, with reasons.
 
-Only `save_by_own_names` is about differences between versions from 5.0 on.
+Only `save_by_own_names` handles differences between versions >= 5.0.
 """
 
 import functools
@@ -13,7 +13,7 @@ from transformers.loss import loss_utils
 from transformers.trainer_callback import CallbackHandler
 
 # Conversion of names and tensors between files and a model. No documented function tells which layers are packed in
-# files, or by which names packed weights will be saved, which their record needs.
+# files, or the names under which packed weights will be saved, which their record needs.
 WeightConverter = core_model_loading.WeightConverter
 WeightRenaming = core_model_loading.WeightRenaming
 get_model_conversion_mapping = conversion_mapping.get_model_conversion_mapping
@@ -21,7 +21,7 @@ remove_tied_weights_from_state_dict = modeling_utils.remove_tied_weights_from_st
 rename_source_key = core_model_loading.rename_source_key
 revert_weight_conversion = core_model_loading.revert_weight_conversion
 
-# A model's loss function, which shows whether it shifts the labels. Distillation has to count them in the same way.
+# A model's loss function tells whether it shifts the labels, which distillation must count in the same way.
 LOSS_MAPPING, ForCausalLMLoss = loss_utils.LOSS_MAPPING, loss_utils.ForCausalLMLoss
 
 
@@ -34,10 +34,11 @@ def task_mapping() -> Mapping[str, Any]:
 
 
 def save_by_own_names(model: PreTrainedModel) -> None:
-    """Save a model by the names in its state dict instead of legacy names of the file it was loaded from.
+    """Save a model with the names in its state dict instead of the legacy names of the file it was loaded from.
 
-    Transformers saves ``LayerNorm.weight`` as ``LayerNorm.gamma`` if it was loaded from that, as in BERT's own files,
-    and always before 5.6. Trainer resumes by the names in the state dict, and skips others. ``remove_octav`` leaves it.
+    Transformers saves ``LayerNorm.weight`` as ``LayerNorm.gamma`` if it was loaded under that name, as from BERT's own
+    files, and before 5.6 always. Trainer resumes with the names in the state dict and skips others. ``remove_octav``
+    does not undo this.
     """
     used = getattr(model, "_weight_conversions", None)
     if used:
@@ -46,34 +47,34 @@ def save_by_own_names(model: PreTrainedModel) -> None:
 
 
 def tied_to(model: PreTrainedModel, parameter: str) -> set[str]:
-    """The other parameters that Transformers ties a parameter to, which is undocumented."""
+    """The other parameters to which Transformers ties a parameter; the attribute is undocumented."""
     tied = model.all_tied_weights_keys
     source = tied.get(parameter, parameter)
     return ({source} | {name for name, other in tied.items() if other == source}) - {parameter}
 
 
 def untie(model: PreTrainedModel, parameter: str) -> None:
-    """Have Transformers leave a weight that was saved as its own alone; its config may still say that it is tied."""
+    """Keep Transformers from tying a weight that was saved separately, even if the config says that it is tied."""
     model.all_tied_weights_keys.pop(parameter, None)
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
-    """Whether ``add_adapter`` of Transformers added PEFT adapters; the public query raises an error if not."""
+    """Whether Transformers' ``add_adapter`` has added PEFT adapters; the public query raises an error if not."""
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
 def attn_implementation(config: Any) -> str | None:
-    """A config's attention implementation, which is a public argument but a private attribute."""
+    """A config's attention implementation: a public argument, but a private attribute."""
     return getattr(config, "_attn_implementation", None)
 
 
 def mark_as_float(model: PreTrainedModel) -> None:
-    """Mark a model as not quantized, which ``remove_quantization_config`` does not do in its config."""
+    """Mark a model's config as not quantized, which ``remove_quantization_config`` does not do."""
     model.config._is_quantized = False
 
 
 def argument_of_from_pretrained(name: str) -> Any:
-    """An argument of the innermost ``from_pretrained`` on the stack, not passed on to quantizers; else ``None``."""
+    """An argument of the innermost ``from_pretrained`` on the stack, which quantizers do not get; else ``None``."""
     code = inspect.unwrap(PreTrainedModel.from_pretrained.__func__).__code__  # type: ignore[attr-defined]
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not code:
@@ -97,9 +98,9 @@ def upload(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 
 def add_trainer_callback(callback: type[TrainerCallback]) -> None:
-    """Give every Trainer made from now on an instance of ``callback``, called after all others.
+    """Give every Trainer created from now on an instance of ``callback``, called after all others.
 
-    The undocumented list ``trainer.DEFAULT_CALLBACKS`` would do too, but importing its module takes half a second.
+    The undocumented list ``trainer.DEFAULT_CALLBACKS`` would also work, but importing its module takes half a second.
     """
     initialize = CallbackHandler.__init__
 

@@ -1,1 +1,1 @@
-"""A float model becomes a quantized one, and a float one again: what to convert, and converting it."""
+"""Conversion of a float model to a quantized one and back: the plan, and carrying it out."""

@@ -1,4 +1,4 @@
-"""Deciding which attention module gets quantizers, with every check that could fail."""
+"""Plan the conversion of attention modules, with all checks."""
 
 from collections.abc import Collection, Iterator
 
@@ -10,7 +10,7 @@ from .attention_modules import attention_modules
 from .operands import activation_quantizer
 from .request import ModulePlan, Request
 
-# Attention implementations whose matmuls run as functions that can be seen; None: the module does not ask for one.
+# Attention implementations whose matmuls a function mode sees; None: the module does not use one.
 _REACHABLE_IMPLEMENTATIONS = ("eager", "sdpa", None)
 
 
@@ -18,7 +18,7 @@ def plan_attention(request: Request) -> Iterator[ModulePlan]:
     """The plans of the attention modules.
 
     Raises:
-        ValueError: the matmuls of one cannot be reached; the message names it and what to write instead.
+        ValueError: the matmuls of a module cannot be reached; the message names it and tells what to write instead.
     """
     model, config = request.model, request.config
     attention = attention_modules(request.modules, config.attention_modules)
@@ -46,32 +46,34 @@ def plan_attention(request: Request) -> Iterator[ModulePlan]:
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
     if heads and not attention and config.quantize_attention and config.activation_bits is not None:
         raise ValueError(
-            f"{type(model).__name__} has {heads} attention heads but no module whose class is called …Attention… or "
-            "that calls Transformers' attention interface, so its attention matmuls cannot be reached; name its "
-            "attention modules in attention_modules, or set quantize_attention=False to leave them in float"
+            f"{type(model).__name__} has {heads} attention heads, but no module whose class name contains Attention or "
+            "that calls Transformers' attention interface, so its attention matmuls cannot be reached; list its "
+            "attention modules in attention_modules, or set quantize_attention=False to leave the matmuls in float"
         )
 
 
 def _check_named(name: str, module: nn.Module, attention: Collection[str]) -> None:
-    """Check a module that ``OctavConfig.attention_modules`` names."""
+    """Check a module that ``OctavConfig.attention_modules`` matches."""
     problem = ""
     if quantized_class_of(module) is not None:
-        problem = f"is a layer, {type(module).__name__}, which has no attention matmuls"
+        problem = f"is a {type(module).__name__}, which has no attention matmuls"
     inner = next((other for other in attention if other.startswith(f"{name}.")), None)
     if inner is not None:
-        problem = f"contains {inner!r}, which is named too, so that its matmuls would be quantized twice"
+        problem = f"contains {inner!r}, which is listed too, so the matmuls of the latter would be quantized twice"
     if problem:
-        raise ValueError(f"attention_modules: {name!r} {problem}; name the innermost module that computes attention")
+        raise ValueError(
+            f"attention_modules: {name!r} {problem}; list only the innermost module that computes attention"
+        )
 
 
 def _check_reachable(model: nn.Module, name: str, module: nn.Module) -> None:
     remedy = "or set quantize_attention=False to leave the attention matmuls in float"
     if isinstance(module, nn.MultiheadAttention):
-        raise ValueError(f"{name}: nn.MultiheadAttention fuses its matmuls; name it in exclude_modules")
+        raise ValueError(f"{name}: nn.MultiheadAttention fuses its matmuls; add {name!r} to exclude_modules")
     module_config = getattr(module, "config", getattr(model, "config", None))
     implementation = attn_implementation(module_config)
     if implementation not in _REACHABLE_IMPLEMENTATIONS:
         raise ValueError(
-            f"{name}: attn_implementation {implementation!r} hides the matmuls of this {type(module).__name__} in a "
-            f"kernel of its own; load the model with attn_implementation='sdpa' or 'eager', {remedy}"
+            f"{name}: attn_implementation {implementation!r} computes the matmuls of this {type(module).__name__} in a "
+            f"fused kernel; load the model with attn_implementation='sdpa' or 'eager', {remedy}"
         )

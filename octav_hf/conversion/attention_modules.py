@@ -1,4 +1,4 @@
-"""Which modules of a model compute attention: as the config names them, or by their class."""
+"""Find the modules that compute attention, by the config's patterns or by their class."""
 
 import functools
 import inspect
@@ -12,13 +12,13 @@ from ..nn import QuantizedAttention
 
 
 def attention_modules(modules: Mapping[str, nn.Module], patterns: Iterable[str] | None = None) -> dict[str, nn.Module]:
-    """Those of ``modules``, full name -> module, that compute attention.
+    """The subset of ``modules`` that computes attention.
 
     Args:
-        modules: all modules of a model.
-        patterns: ``OctavConfig.attention_modules``. ``None``: the modules whose class, or one that it derives from, is
-            called ``…Attention…`` and that have submodules, and those whose forward calls Transformers' attention
-            interface; of nested ones the innermost.
+        modules: full name -> module, for all modules of a model.
+        patterns: ``OctavConfig.attention_modules``. ``None``: modules whose forward calls Transformers' attention
+            interface, and modules with submodules whose class, or a base class, has ``Attention`` in its name; of
+            nested ones, the innermost.
     """
     if patterns is not None:
         named = NamePatterns(patterns, alone=True)
@@ -26,7 +26,7 @@ def attention_modules(modules: Mapping[str, nn.Module], patterns: Iterable[str] 
     classes = {name: _own_class(module) for name, module in modules.items()}
     calling = {name for name, cls in classes.items() if _calls_attention_interface(cls)}
     called = {name for name, cls in classes.items() if _is_called_attention(cls) and list(modules[name].children())}
-    # A helper inside attention may be called attention too.
+    # A helper inside an attention module may have Attention in its class name too.
     found = calling | {name for name in called if calling.isdisjoint(_ancestors(name))}
     containers = {ancestor for name in found for ancestor in _ancestors(name)}
     return {name: module for name, module in modules.items() if name in found - containers}

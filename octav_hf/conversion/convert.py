@@ -1,4 +1,4 @@
-"""``apply_octav`` and ``remove_octav``: a float model becomes a quantized one, in place, and a float one again."""
+"""``apply_octav`` and ``remove_octav``: convert a float model to a quantized one in place, and back."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -25,22 +25,22 @@ Model = TypeVar("Model", bound=nn.Module)
 def apply_octav(model: Model, config: OctavConfig | None = None) -> Model:
     """Quantize the operands of the model's layers and attention matmuls, in place, for training and evaluation.
 
-    Each layer of ``nn.QUANTIZED_LAYERS`` (``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``; ``nn.Embedding`` where
-    ``embedding_bits`` is set) becomes its quantized class and every attention module a ``QuantizedAttention``: the same
-    objects, with the same parameters under the same names, so that optimizers, tied weights and hooks stay valid. What
-    ``save_pretrained`` of a Transformers model writes follows from its modules, whether ``model`` is that model, a part
-    of it or something around it; ``from_pretrained`` applies it again.
+    Each layer of ``nn.QUANTIZED_LAYERS`` (``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``; ``nn.Embedding`` if
+    ``embedding_bits`` is set) gets its quantized class, and every attention module becomes a ``QuantizedAttention``.
+    They stay the same objects, with the same parameters under the same names, so optimizers, tied weights and hooks
+    stay valid. ``save_pretrained`` of a Transformers model writes a config that describes its modules, whether
+    ``model`` is that model, a part of it or a wrapper around it; ``from_pretrained`` converts the model again.
 
     Args:
         model: a Transformers model, or any ``nn.Module``. Its ``attn_implementation`` must be eager or sdpa.
-        config: what to quantize, and how; ``None`` is ``OctavConfig()``, the paper's recipe at 4 bits.
+        config: what to quantize, and how; ``None`` for ``OctavConfig()``, the paper's recipe at 4 bits.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``, or ``config`` not an ``OctavConfig``.
-        ValueError: the model is quantized already, has no layer to quantize, or has a module that cannot be quantized;
+        TypeError: ``model`` is not an ``nn.Module``, or ``config`` is not an ``OctavConfig``.
+        ValueError: the model is already quantized, has no layer to quantize, or has a module that cannot be quantized;
             or a name pattern of the config matches nothing. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
@@ -53,9 +53,9 @@ def apply_octav(model: Model, config: OctavConfig | None = None) -> Model:
     check_for_float_model(config)
     _check_not_quantized(model)
     convert_modules(model, config, plan_conversion(model, config))
-    for inner in transformers_models(model):  # get what from_pretrained gives a model beside quantized modules
+    for inner in transformers_models(model):  # set the attributes that from_pretrained sets
         if is_quantized(inner):
-            # Its config object does not say so, since other models may have been made from it.
+            # The model's config is not changed, because other models may share it.
             asked = config if inner is model else recorded_config(inner)
             quantizer = AutoHfQuantizer.from_config(copy.deepcopy(asked), pre_quantized=False)
             inner.__dict__.update(hf_quantizer=quantizer, is_quantized=True, quantization_method=config.quant_method)
@@ -65,7 +65,7 @@ def apply_octav(model: Model, config: OctavConfig | None = None) -> Model:
 
 
 def remove_octav(model: Model) -> Model:
-    """Undo ``apply_octav`` in place: the float model, with its weights as they are now.
+    """Undo ``apply_octav`` in place; weights keep their current values.
 
     Returns:
         ``model``.
@@ -76,7 +76,7 @@ def remove_octav(model: Model) -> Model:
     if not is_quantized(model):
         raise ValueError(f"remove_octav: {type(model).__name__} has no module quantized by apply_octav")
     restore_modules(model)
-    for module in model.modules():  # the model may stand inside another, such as PEFT's
+    for module in model.modules():  # the Transformers model may be inside a wrapper, such as PEFT's
         if isinstance(module, PreTrainedModel):
             quantizer = module.__dict__.get("hf_quantizer")
             if quantizer is not None:
@@ -86,7 +86,7 @@ def remove_octav(model: Model) -> Model:
 
 
 def convert_modules(model: nn.Module, config: OctavConfig, plan: Sequence[ModulePlan]) -> None:
-    """Carry out the ``plan`` that ``plan_conversion`` made for a float ``model`` and ``config``, in place."""
+    """Carry out the ``plan`` of ``plan_conversion(model, config)``, in place."""
     for module_plan in plan:
         module_plan.convert()
     model.__dict__["octav_config"] = copy.deepcopy(config)
@@ -96,7 +96,7 @@ def convert_modules(model: nn.Module, config: OctavConfig, plan: Sequence[Module
 
 
 def restore_modules(model: nn.Module) -> None:
-    """Undo ``convert_modules``, and what else a quantized model was given, in place."""
+    """Undo ``convert_modules`` and remove all other attributes and hooks of a quantized model, in place."""
     for converted in list(quantized_modules(model)):
         converted.restore()
     release_packed(model)
@@ -110,7 +110,7 @@ def restore_modules(model: nn.Module) -> None:
 
 
 def freeze_packed(model: nn.Module) -> None:
-    """Leave nothing to train in a packed model but what is added to it later; without that, training is refused."""
+    """Freeze all parameters of a packed model, and refuse training unless others, as of an adapter, are added."""
     model.octav_packed_hook = model.register_forward_pre_hook(_refuse_training)  # type: ignore[assignment]
     for module in model.modules():
         parameters = own_parameters(module).items()
@@ -124,7 +124,7 @@ def freeze_packed(model: nn.Module) -> None:
 
 
 def release_packed(model: nn.Module) -> None:
-    """Undo ``freeze_packed``, also in a part: what it froze requires a gradient again; the rest is as it was left."""
+    """Undo ``freeze_packed``, also in a part of the model; parameters that it did not freeze stay as they are."""
     for module in model.modules():
         if "octav_packed_hook" in module.__dict__:
             module.__dict__.pop("octav_packed_hook").remove()
@@ -135,9 +135,9 @@ def release_packed(model: nn.Module) -> None:
 
 
 def _before_loading(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-    """Check a state dict before any of it is loaded, and make clips dynamic where it has the weight by a tied name.
+    """Check a state dict before any of it is loaded, and unfreeze clips of layers whose weight has a tied name in it.
 
-    A state dict may have a tied weight once, so the layer itself cannot tell it from one of other modules.
+    A state dict may contain a tied weight under one name only, so the layer itself cannot tell that it is covered.
     """
     named = model.named_modules(prefix=prefix.removesuffix("."))
     layers = {f"{path}." if path else "": layer for path, layer in named if isinstance(layer, QuantizedLayer)}
@@ -167,9 +167,9 @@ def _check_not_quantized(model: nn.Module) -> None:
 
 
 def _refuse_training(model: nn.Module, args: Any) -> None:
-    """Forward pre-hook of a packed model: a step that could change nothing is a mistake."""
+    """Forward pre-hook of a packed model: refuse a training step that could not change any parameter."""
     if model.training and torch.is_grad_enabled() and not any(p.requires_grad for p in model.parameters()):
         raise RuntimeError(
-            f"{type(model).__name__} is packed, and packed weights cannot be trained; call "
+            f"{type(model).__name__} is packed, but packed weights cannot be trained; call "
             "octav_hf.unpack_octav(model) before training, or model.eval() for evaluation"
         )

@@ -1,4 +1,4 @@
-"""Which layers of an image classifier are its first and its last, for ``OctavConfig.first_last_bits``."""
+"""Find the first and the last layer of an image classifier, for ``OctavConfig.first_last_bits``."""
 
 from torch import nn
 
@@ -12,11 +12,11 @@ _BITS_FIELDS = ("weight_bits", "activation_bits")
 def first_and_last(model: nn.Module) -> tuple[str, str]:
     """Names of the first and the last layer of ``model``, in the order in which its modules are defined.
 
-    Only where that is clear: the first layer is a convolution and the last one a linear layer; in a Transformers model
-    they also have the config's ``num_channels`` inputs and ``num_labels`` outputs, and there is one such head.
+    The first layer must be a convolution and the last a linear layer. In a Transformers model, they must also have
+    ``num_channels`` inputs and ``num_labels`` outputs as in its config, and there must be only one such head.
 
     Raises:
-        ValueError: it is not clear; the message says what.
+        ValueError: these conditions do not hold; the message tells which one.
     """
     layers = []
     for name, module in model.named_modules():
@@ -34,7 +34,7 @@ def first_and_last(model: nn.Module) -> tuple[str, str]:
     model_config = getattr(model, "config", None)
     channels, labels = getattr(model_config, "num_channels", None), getattr(model_config, "num_labels", None)
     if channels is not None and first.in_channels != channels:
-        raise _unclear(f"the first layer, {first_name}, has {first.in_channels} inputs where images have {channels}")
+        raise _unclear(f"the first layer, {first_name}, has {first.in_channels} inputs, but images have {channels}")
     if labels is not None:
         if last.out_features != labels:
             raise _unclear(f"the last layer, {last_name}, has {last.out_features} outputs for {labels} labels")
@@ -45,13 +45,16 @@ def first_and_last(model: nn.Module) -> tuple[str, str]:
 
 
 def check_nothing_else_is_asked(name: str, config: OctavConfig) -> None:
-    """Raise ``ValueError`` if the config says something else about the first or the last layer."""
-    remedy = f"exclude less, override other modules, or set first_last_bits=None; it is about {name!r}"
+    """Raise ``ValueError`` if another field of the config contradicts ``first_last_bits`` for the layer ``name``."""
+    remedy = f"both match {name!r}; change the pattern, or set first_last_bits=None"
     excluding = next((pattern for pattern in config.exclude_modules if matches(pattern, name)), None)
     if excluding is not None:
         raise ValueError(f"first_last_bits and exclude_modules {excluding!r} contradict: {remedy}")
     if config.left_out([name]):
-        raise ValueError(f"first_last_bits and target_modules {config.target_modules!r} contradict: {remedy}")
+        raise ValueError(
+            f"first_last_bits and target_modules {config.target_modules!r} contradict: the latter leaves {name!r} in "
+            "float; target it too, or set first_last_bits=None"
+        )
     for pattern, override in config.module_overrides.items():
         fields = [field for field in _BITS_FIELDS if field in override]
         if fields and matches(pattern, name):
@@ -60,6 +63,6 @@ def check_nothing_else_is_asked(name: str, config: OctavConfig) -> None:
 
 def _unclear(problem: str) -> ValueError:
     return ValueError(
-        f"first_last_bits: {problem}, so it is not clear which layers are meant; set first_last_bits=None and name "
+        f"first_last_bits: {problem}, so the first and the last layer are not clear; set first_last_bits=None and name "
         "them: module_overrides={'NAME': {'weight_bits': 8, 'activation_bits': 8}}"
     )

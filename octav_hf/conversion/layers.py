@@ -1,4 +1,4 @@
-"""Deciding which layer with a weight gets which quantizers; the layers are those registered in ``nn``."""
+"""Plan the conversion of layers with a weight, whose classes are registered in ``nn``."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,7 +19,7 @@ def plan_layers(request: Request) -> Iterator[ModulePlan]:
     """The plans of the layers with a weight that are not quantized yet.
 
     Raises:
-        ValueError: a layer cannot be quantized; the message names it and what to write instead.
+        ValueError: a layer cannot be quantized; the message names it and tells what to write instead.
     """
     for name, module in request.modules.items():
         if isinstance(module, QuantizedLayer) or name in request.left_out:
@@ -35,10 +35,11 @@ def plan_layers(request: Request) -> Iterator[ModulePlan]:
 
 
 def left_in_float(request: Request) -> dict[str, list[str]]:
-    """Modules that are no layers -> names of their parameters that may be weights, such as those of experts.
+    """Modules of unregistered classes -> names of their parameters that may be weights, such as those of experts.
 
     Raises:
-        ValueError: a parameter is called a weight; the message names the module and what to write instead.
+        ValueError: the name of such a parameter contains ``weight``; the message names the module and tells what to
+            write instead.
     """
     found = {}
     for name, module in request.modules.items():
@@ -52,18 +53,17 @@ def left_in_float(request: Request) -> dict[str, list[str]]:
                 shape = tuple(module.get_parameter(weight).shape)
                 raise ValueError(
                     f"{name}: {type(module).__name__} with {weight} of shape {shape} is not a layer that can be "
-                    "quantized; name it in exclude_modules to leave it in float"
+                    f"quantized; add {name!r} to exclude_modules to leave it in float"
                 )
             found[name] = names
     return found
 
 
 def unknown_weights(module: nn.Module) -> list[str]:
-    """Names of the parameters of a module, which is no registered layer, that it may multiply and sum over.
+    """Names of the parameters that a module of an unregistered class may use in a matmul.
 
-    Those in floating point with two or more dimensions, of which experts' weights have three; not of a norm, which
-    multiplies element by element, and none called a bias, which is added. Some of them, such as position embeddings,
-    may be added too.
+    These are floating-point parameters with two or more dimensions (weights of experts have three), except those of
+    norms, which multiply elementwise, and those named bias. Some of them, such as position embeddings, are only added.
     """
     if isinstance(module, _NORMS):
         return []
@@ -76,7 +76,7 @@ def unknown_weights(module: nn.Module) -> list[str]:
 
 
 def running_module(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """The innermost of this module and those around it that has a forward, which ``nn.ParameterList`` has not."""
+    """The innermost module with a forward among this module and its ancestors; ``nn.ParameterList`` has no forward."""
     while name and type(modules[name]).forward is nn.Module.forward:
         name = name.rpartition(".")[0]
     return name
@@ -90,7 +90,7 @@ def _plan_layer(
     override = request.config.module_overrides.get(name, {})
     weight_granularity = settings.weight_granularity
     if weight_granularity not in layer_class.weight_granularities:
-        # A setting for all layers at once, of which only linear ones have groups.
+        # A general setting for groups applies to the layers that support them.
         if weight_granularity != Granularity.GROUP or "weight_granularity" in override:
             raise ValueError(
                 f"{name}: the weight of {type(module).__name__} has one clip per channel (row), not per "
@@ -107,7 +107,7 @@ def _plan_layer(
             "input",
             bits["input"],
             signed=None if settings.unsigned_activations else True,
-            # These settings are for all layers at once; convolutions do not support all of them.
+            # General settings apply to the layers that support them.
             asymmetric=settings.asymmetric_activations and layer_class.supports_asymmetric_input,
             granularity=granularity if granularity in layer_class.input_granularities else Granularity.TENSOR,
         )
@@ -118,23 +118,23 @@ def _plan_layer(
 def _check_override(
     override: Mapping[str, Any], name: str, module: nn.Module, layer_class: type[QuantizedLayer]
 ) -> None:
-    """Refuse what an override asks of this very layer's input and the layer does not support."""
+    """Raise ``ValueError`` if an override for exactly this layer sets something that its input does not support."""
     granularity = override.get("activation_granularity", {}).get("input", Granularity.TENSOR)
     if granularity not in layer_class.input_granularities:
         raise ValueError(
             f"{name}: the input of this {type(module).__name__} has one clip per tensor, not per {granularity}: the "
-            "layer sums over positions, so the scale of one does not factor out; write "
+            "layer sums over positions, so the scale of a position does not factor out; write "
             f"module_overrides={{{name!r}: {{'activation_granularity': {{'input': 'tensor'}}}}}}, or leave it out"
         )
     if override.get("asymmetric_activations") and not layer_class.supports_asymmetric_input:
         raise ValueError(
-            f"{name}: the input of this {type(module).__name__} cannot be asymmetric, since the zeros that it is "
-            f"padded with have no offset; leave asymmetric_activations out of module_overrides[{name!r}]"
+            f"{name}: the input of this {type(module).__name__} cannot be asymmetric, because padding zeros have no "
+            f"offset; remove asymmetric_activations from module_overrides[{name!r}]"
         )
 
 
 def _first_last_bits(bits: dict[str, int | None], name: str, config: OctavConfig) -> dict[str, int | None]:
-    """``first_last_bits`` for each operand that is quantized."""
+    """Replace the bits of each quantized operand with ``first_last_bits``."""
     if not any(bits.values()):
         raise ValueError(
             f"first_last_bits={config.first_last_bits} has no effect on {name}, whose weight_bits and activation_bits "
@@ -145,14 +145,14 @@ def _first_last_bits(bits: dict[str, int | None], name: str, config: OctavConfig
 
 def _check_convertible(name: str, module: nn.Module, quantized_class: type[QuantizedLayer]) -> None:
     float_class = quantized_class.float_class
-    remedy = "name it in exclude_modules to leave it in float"
+    remedy = f"add {name!r} to exclude_modules to leave it in float"
     described = type(module).__name__
     weight = own_parameters(module).get("weight")
     if weight is not None:
         described += f" with weight of shape {tuple(weight.shape)}"
     if type(module) is not float_class:
         raise ValueError(
-            f"{name}: {described} is a subclass of nn.{float_class.__name__} that may compute something else; {remedy}"
+            f"{name}: {described} is a subclass of nn.{float_class.__name__} and may compute something else; {remedy}"
         )
     reason = quantized_class.unsupported_reason(module)
     if reason:

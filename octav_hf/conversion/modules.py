@@ -1,4 +1,4 @@
-"""The quantized modules of a converted model, by what they hold."""
+"""Find the quantized modules, layers and quantizers of a converted model."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,21 +9,21 @@ from transformers import PreTrainedModel
 from .._utils.torch_private import own_parameters
 from ..nn import FakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
 
-_MAX_NAMES = 3  # of operands in an error's message
+_MAX_NAMES = 3  # operands listed in a message
 
 
 def quantized_modules(model: nn.Module) -> Iterator[QuantizedLayer | QuantizedAttention]:
-    """The modules that are quantized."""
+    """The quantized layers and attention modules."""
     return (module for module in model.modules() if isinstance(module, QuantizedLayer | QuantizedAttention))
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether a module of the model is quantized."""
+    """Whether any module of the model is quantized."""
     return any(True for _ in quantized_modules(model))
 
 
 def transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
-    """The Transformers models in ``model``, or ``model`` itself, without those that are parts of one."""
+    """The outermost Transformers models in ``model``, which may be ``model`` itself."""
     if isinstance(model, PreTrainedModel):
         yield model
         return
@@ -32,7 +32,7 @@ def transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
 
 
 def operand_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]]:
-    """Full name of the module, operand and quantizer of every quantized operand."""
+    """Full name of the module, operand and quantizer, for every quantized operand."""
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLayer | QuantizedAttention):
             for operand, quantizer in module.operand_quantizers.items():
@@ -41,12 +41,12 @@ def operand_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantiz
 
 
 def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]]:
-    """Those of activations."""
+    """The same for every quantized activation."""
     return (found for found in operand_quantizers(model) if found[1] != "weight")
 
 
 def check_no_groups(model: nn.Module, operation: str) -> None:
-    """Raise ``NotImplementedError`` if an operand has clips for groups, which ``operation`` has no product for."""
+    """Raise ``NotImplementedError`` if an operand has clips for groups, which ``operation`` does not support."""
     found = [
         f"{path} {operand}"
         for path, operand, quantizer in operand_quantizers(model)
@@ -55,14 +55,14 @@ def check_no_groups(model: nn.Module, operation: str) -> None:
     if found:
         names = ", ".join(found[:_MAX_NAMES]) + (f" and {len(found) - _MAX_NAMES} more" * (len(found) > _MAX_NAMES))
         raise NotImplementedError(
-            f"{operation}: {names} have a clip for each group, and there is one integer product here for all that is "
-            'summed, not one for each group; train with weight_granularity="channel" and activation_granularity '
-            '"token" for inputs, queries, keys and probabilities, "channel" for values'
+            f"{operation}: {names} have clips for groups, but integer matmuls with a scale per group are not "
+            'supported; train with weight_granularity="channel" and activation_granularity "token" for inputs, '
+            'queries, keys and probabilities, "channel" for values'
         )
 
 
 def layers_by_quantizer(model: nn.Module, quantizer_class: type[FakeQuantize]) -> dict[str, Any]:
-    """Full name -> layer whose weight's quantizer is of that class."""
+    """Full name -> layer, for layers whose weight quantizer is of this class."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -71,12 +71,12 @@ def layers_by_quantizer(model: nn.Module, quantizer_class: type[FakeQuantize]) -
 
 
 def layers_to_freeze(model: nn.Module) -> dict[str, Any]:
-    """Full name -> layer whose weight's clips can be frozen, or are: not packed, and no embedding."""
+    """Full name -> layer, for layers whose weight clips can be frozen: not packed and not embeddings."""
     return layers_by_quantizer(model, WeightFakeQuantize)
 
 
 def shared_weights(model: nn.Module) -> set[nn.Module]:
-    """The modules whose ``weight`` is another module's parameter too."""
+    """The modules whose ``weight`` is also a parameter of another module."""
     owners: dict[int, set[nn.Module]] = {}
     for module in model.modules():
         for parameter in own_parameters(module).values():

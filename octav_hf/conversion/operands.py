@@ -1,4 +1,4 @@
-"""The quantizer of one operand, from its module's settings."""
+"""Plan the quantizer of one operand from its module's settings."""
 
 from ..nn import FakeQuantize, QuantizedLayer, SynchronizedFakeQuantize
 from ..nn.granularity import Granularity, frozen_dims, shared_dims

@@ -1,4 +1,4 @@
-"""A quantized head that ``resize_token_embeddings`` replaces by a new float layer is quantized again."""
+"""Quantize the head again after ``resize_token_embeddings`` has replaced it with a new float layer."""
 
 import copy
 from typing import Any
@@ -12,11 +12,11 @@ from .modules import shared_weights
 class RequantizeOutputEmbeddings:
     """A forward pre-hook of a Transformers model with a quantized head; also called before it is changed or saved.
 
-    A float layer in the place of the head gets quantizers like those of the last quantized one, and is frozen and
-    packed as that was.
+    A float layer that has replaced the head gets the quantizers of the last quantized head, and is frozen and packed
+    like it.
     """
 
-    _head: QuantizedLayer  # the last quantized one
+    _head: QuantizedLayer  # the last quantized head
 
     def __call__(self, model: Any, args: Any = ()) -> None:
         head = model.get_output_embeddings()
@@ -44,7 +44,7 @@ class RequantizeOutputEmbeddings:
 
 
 def attach(model: Any) -> None:
-    """Give a Transformers model the hook, if its head is quantized."""
+    """Register the hook on a Transformers model, if its head is quantized."""
     if isinstance(model.get_output_embeddings(), QuantizedLayer):
         hook = RequantizeOutputEmbeddings()
         hook(model)
@@ -58,7 +58,7 @@ def detach(module: nn.Module) -> None:
 
 
 def requantize_output_embeddings(model: nn.Module) -> None:
-    """Call the hooks of all Transformers models in ``model``; before anything is changed or recorded."""
+    """Call the hooks of all Transformers models in ``model``; used before the model is changed or recorded."""
     for module in model.modules():
         if "octav_output_embeddings" in module.__dict__:
             module.__dict__["octav_output_embeddings"][0](module)

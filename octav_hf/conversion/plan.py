@@ -1,4 +1,4 @@
-"""One list of what happens to which module, with every check that could fail, before anything is changed."""
+"""Plan a conversion: one list of the modules to convert, with all checks, before anything is changed."""
 
 import glob
 import logging
@@ -20,23 +20,25 @@ from .request import ModulePlan, Request
 
 logger = logging.getLogger(__name__)
 
-# What NamePatterns is told of them.
 _PATTERN_FIELDS: dict[str, dict[str, bool]] = {
     "exclude_modules": {},
     "target_modules": {"anywhere": True},
     "attention_modules": {"alone": True},
     "module_overrides": {},
 }
-"""Fields with name patterns -> how these match, as arguments of ``NamePatterns``."""
+"""Field with name patterns -> arguments of ``NamePatterns``."""
 
 
 def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = False) -> list[ModulePlan]:
-    """What ``config`` asks of the modules of ``model`` that are not quantized yet; changes nothing.
+    """The plans for the modules of ``model`` that are not quantized yet; changes nothing.
 
-    ``from_file``: the config is a checkpoint's, whose patterns may match nothing in another model class.
+    Args:
+        from_file: whether the config was read from a checkpoint; its patterns may then match nothing, because the model
+            may be of another class.
 
     Raises:
-        ValueError: the model cannot be quantized as asked; the message names the module and what to write instead.
+        ValueError: the model cannot be quantized with this config; the message names the module and tells what to write
+            instead.
     """
     config.validate()
     request = Request.of(model, config)
@@ -50,12 +52,14 @@ def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = 
     plan = [*plan_attention(request), *plan_layers(request)]
     others = {} if from_file else left_in_float(request)
     if not plan and not from_file:
-        raise ValueError("the config leaves every layer and attention matmul in float; exclude less, or target more")
+        raise ValueError(
+            "the config leaves every layer and attention matmul in float; exclude fewer modules, or target more"
+        )
     for module_plan in plan:
         if "forward" in module_plan.module.__dict__:
             raise ValueError(
                 f"{module_plan.name}: the forward of this {type(module_plan.module).__name__} has been replaced on the "
-                "object (by a device_map, or another library), so a quantized one would never run; pass "
+                "instance (by a device_map, or another library), so a quantized forward would never run; pass "
                 "quantization_config=OctavConfig(…) to from_pretrained, or call apply_octav first"
             )
     planned = {module_plan.name for module_plan in plan}
@@ -67,7 +71,7 @@ def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = 
 
 
 def check_for_float_model(config: OctavConfig) -> None:
-    """Raise ``ValueError`` for a config with what only a checkpoint's says."""
+    """Raise ``ValueError`` if a field is set that only the config of a checkpoint may have."""
     if config.packed:
         raise ValueError("packed=True is not for a float model; train it, then call pack_octav(model)")
     if any(each.get("frozen_weight_clips") for each in (vars(config), *config.module_overrides.values())):
@@ -77,17 +81,18 @@ def check_for_float_model(config: OctavConfig) -> None:
         )
     if config.clips_of_version_1:
         raise ValueError(
-            "this config is of a checkpoint of format version 1, whose frozen clips are not for a float model; load "
-            "that checkpoint with from_pretrained, or call calibrate_octav on this model"
+            "this config belongs to a checkpoint of format version 1 with frozen clips, which are not for a float "
+            "model; load that checkpoint with from_pretrained, or call calibrate_octav on this model"
         )
 
 
 def named_as_in(model: PreTrainedModel, config: OctavConfig) -> OctavConfig:
-    """``config`` with its patterns by the names of ``model``, which may be of another class than the one saved.
+    """``config`` with its patterns adapted to ``model``, which may be of another class than the saved model.
 
-    As weights' names do, a pattern that matches nothing gets or loses the prefix of the base model, such as ``bert``,
-    if it then matches. One that matches neither way stays: it is about a head that is not there. In the base model, one
-    that needs the prefix, such as ``bert`` or ``b*.layer.0``, becomes the names of the modules that it is for.
+    A pattern that matches nothing gets or loses the prefix of the base model, such as ``bert``, if it then matches, as
+    Transformers does with the names of weights. A pattern that matches neither way is kept: it is for a head that this
+    model lacks. In the base model, a pattern that needs the prefix, such as ``bert`` or ``b*.layer.0``, is replaced
+    with the names of the modules that it matched.
     """
     if type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
         return config
@@ -106,12 +111,12 @@ def named_as_in(model: PreTrainedModel, config: OctavConfig) -> OctavConfig:
             wanted = [name.removeprefix(prefix) for name in meant.get(pattern, ())]
             same = (each for each in variants[pattern] if each in matched and (not wanted or matched[each] == wanted))
             variant = next(same, None)
-            if variant is None and not options.get("alone"):  # what is below a module goes with it
+            if variant is None and not options.get("alone"):  # the name of a module includes everything below it
                 wanted = [name for name in wanted if name.rpartition(".")[0] not in wanted]
             new[pattern] = [variant] if variant is not None else [glob.escape(name) for name in wanted] or [pattern]
         if isinstance(patterns, dict):
             changed[field] = {}
-            for pattern in sorted(new, key=lambda each: len(new[each]) == 1):  # an exact name last, since it wins
+            for pattern in sorted(new, key=lambda each: len(new[each]) == 1):  # exact names last: they take precedence
                 for name in new[pattern]:
                     changed[field][name] = changed[field].get(name, {}) | patterns[pattern]
         else:
@@ -120,7 +125,7 @@ def named_as_in(model: PreTrainedModel, config: OctavConfig) -> OctavConfig:
 
 
 def _warn_of_float(request: Request, others: Mapping[str, Sequence[str]]) -> None:
-    """Name the parameters of other modules that look like matrices, unlike position embeddings ``[1, n, d]``."""
+    """Warn of parameters of other modules that look like matrices, which position embeddings ``[1, n, d]`` do not."""
     matrices = {}
     for name, parameters in others.items():
         module = request.modules[name]
@@ -129,8 +134,8 @@ def _warn_of_float(request: Request, others: Mapping[str, Sequence[str]]) -> Non
             matrices[name] = f"{name or type(module).__name__} ({', '.join(found)})"
     if matrices:
         logger.warning(
-            "These modules of %s are no layers that can be quantized, so what they multiply with their parameters is "
-            "in float: %s. coverage_report lists them; exclude_modules=%s leaves them so without this warning.",
+            "These modules of %s are not layers that can be quantized, so matmuls with their parameters stay in float: "
+            "%s. coverage_report lists them; exclude_modules=%s leaves them in float without this warning.",
             *(type(request.model).__name__, ", ".join(matrices.values()), list(matrices)),
         )
 
@@ -144,5 +149,5 @@ def _check_patterns(request: Request) -> None:
             if pattern not in matched:
                 raise ValueError(
                     f"{field}: {pattern!r} matches no module of {type(request.model).__name__}; write a full dotted "
-                    "name, or a pattern for it: print([name for name, _ in model.named_modules()]) lists them"
+                    "name, or a pattern for it: print([name for name, _ in model.named_modules()]) shows the names"
                 )

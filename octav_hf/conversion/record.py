@@ -1,4 +1,4 @@
-"""The config of a converted model: as it was asked for, and as its modules are now, which is what is saved."""
+"""The config to save with a converted model, derived from its modules as they are now."""
 
 import glob
 from collections import Counter
@@ -22,21 +22,21 @@ from ..nn.granularity import ATTENTION_OPERANDS, Granularity, granularity_of
 from .attention_modules import attention_modules
 from .modules import is_quantized, shared_weights
 
-# Parts of names that wrappers for sharding and activation checkpointing add, and leave out of the state dict.
+# Parts of names that wrappers for sharding and activation checkpointing add; the state dict does not have them.
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def is_packed(model: nn.Module) -> bool:
-    """Whether a layer of the model is packed."""
+    """Whether any layer of the model is packed."""
     return any(isinstance(module, PackedLayer) for module in model.modules())
 
 
 def check_quantized(model: nn.Module, function: str) -> None:
-    """Check the argument of a public ``function``, whose name errors begin with.
+    """Check the argument ``model`` of the public function named ``function``.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: no module of it is quantized.
+        ValueError: no module of ``model`` is quantized.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function} takes a model (an nn.Module), got {type(model).__name__}")
@@ -48,8 +48,8 @@ def check_quantized(model: nn.Module, function: str) -> None:
 
 
 def named_by_state_dict(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules but quantizers, by all names that the state dict has for them."""
-    named = model.named_modules(remove_duplicate=False)  # T5's table may be one module by three names
+    """All modules except quantizers, by all their names in the state dict."""
+    named = model.named_modules(remove_duplicate=False)  # T5's embedding may be one module with three names
     return {
         ".".join(part for part in name.split(".") if part not in _WRAPPERS): module
         for name, module in named
@@ -58,13 +58,13 @@ def named_by_state_dict(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def recorded_config(model: nn.Module) -> OctavConfig:
-    """The config that makes of the float model what the modules of ``model`` are.
+    """The config that converts the float model to the modules of ``model``.
 
-    It is the config that was asked for, with exceptions by exact names where modules differ from it; without one, or
-    where its patterns contradict the modules, what most modules share.
+    It is the config given to ``apply_octav``, plus overrides with exact names for modules that differ from it. Without
+    such a config, or if its patterns contradict the modules, it is based on the settings of most modules.
 
     Raises:
-        ValueError: a module has quantizers that no config describes; the message names it.
+        ValueError: a module has quantizers that no config can describe; the message names it.
     """
     modules = named_by_state_dict(model)
     actual = {
@@ -72,7 +72,7 @@ def recorded_config(model: nn.Module) -> OctavConfig:
     }
     shared = shared_weights(model)
     for name, settings in actual.items():
-        if modules[name] in shared:  # whose clips are never frozen
+        if modules[name] in shared:  # clips of shared weights are never frozen
             settings.pop("frozen_weight_clips", None)
     asked = model.__dict__.get("octav_config")
     if asked is not None:
@@ -86,18 +86,18 @@ def recorded_config(model: nn.Module) -> OctavConfig:
 
 
 Settings = dict[str, Any]
-"""Fields of ``ModuleSettings`` -> values, those that matter to one module; granularity of its own operands only."""
+"""The fields of ``ModuleSettings`` that matter to one module; granularities of its own operands only."""
 
 
 def _settings_of(name: str, module: nn.Module) -> Settings | None:
-    """The settings of a quantized module; ``None`` for others."""
+    """The settings of a quantized module; ``None`` for other modules."""
     if isinstance(module, QuantizedAttention):
         quantizers = module.operand_quantizers
         settings = [_activation_settings(name, operand, quantizers[operand]) for operand in ATTENTION_OPERANDS]
         if any(other != settings[0] for other in settings):
             raise ValueError(
                 f"{name}: the quantizers of its attention operands differ in bits, clip or gradient estimator, which "
-                "the config cannot record; give all four the same"
+                "the config cannot express; give all four the same settings"
             )
         granularity = {
             operand: granularity_of(operand, quantizer.dim, quantizer.group_size)
@@ -145,7 +145,7 @@ def _group_size(name: str, quantizers: Mapping[str, nn.Module]) -> dict[str, int
     if len(sizes) > 1:
         raise ValueError(
             f"{name}: its operands have groups of {' and '.join(map(str, sorted(sizes)))} elements, which the config "
-            "cannot record; give all of them the same group_size"
+            "cannot express; give all of them the same group_size"
         )
     return {"group_size": sizes.pop()} if sizes else {}
 
@@ -156,8 +156,8 @@ def _bits(name: str, operand: str, quantizer: nn.Module) -> int | None:
     if isinstance(quantizer, nn.Identity):
         return None
     raise ValueError(
-        f"{name}: the quantizer of its {operand} is a {type(quantizer).__name__}, which the config cannot record; put "
-        "a FakeQuantize there, or an nn.Identity to leave the operand in float"
+        f"{name}: the quantizer of its {operand} is a {type(quantizer).__name__}, which the config cannot express; use "
+        "a FakeQuantize, or an nn.Identity to leave the operand in float"
     )
 
 
@@ -167,7 +167,7 @@ def _clip_settings(side: str, quantizer: FakeQuantize) -> dict[str, Any]:
 
 
 def _differences(actual: Settings, settings: ModuleSettings) -> dict[str, Any]:
-    """The fields in which ``settings`` would give the module other quantizers, with the values that it has."""
+    """The fields in which ``settings`` differ from the module, with the values of the module."""
     different = {}
     for field, value in actual.items():
         if field == "activation_granularity":
@@ -176,17 +176,17 @@ def _differences(actual: Settings, settings: ModuleSettings) -> dict[str, Any]:
         elif getattr(settings, field) != value:
             different[field] = value
     if different.get("unsigned_activations") is False and settings.asymmetric_activations:
-        different["asymmetric_activations"] = False  # which nothing else would be valid with
+        different["asymmetric_activations"] = False  # True would be invalid without unsigned_activations
     return different
 
 
 def _with_exceptions(
     modules: Mapping[str, nn.Module], actual: Mapping[str, Settings], config: OctavConfig
 ) -> OctavConfig | None:
-    """``config`` with exceptions for modules that are otherwise; ``None`` if its patterns contradict ``actual``."""
-    # Other classes find the first and the last layer by name, too.
+    """``config`` with overrides for modules that differ from it; ``None`` if its patterns contradict ``actual``."""
+    # Overrides replace first_last_bits, because they also work for other model classes.
     before, config = None, replace(config, first_last_bits=None)
-    while config != before:  # an exception for an attention module is also one for the layers in it
+    while config != before:  # an override of an attention module also changes the layers in it
         attention = attention_modules(modules, config.attention_modules)
         quantized_attention = {name for name in actual if isinstance(modules[name], QuantizedAttention)}
         left_out = config.left_out(modules)
@@ -209,7 +209,7 @@ def _with_exceptions(
 
 
 def _shared_config(model: nn.Module, modules: Mapping[str, nn.Module], actual: Mapping[str, Settings]) -> OctavConfig:
-    """A config without patterns, with the value of each field that most modules have."""
+    """A config without patterns, with the most common value of each field."""
     values = {field.name: _most_common(_values(field.name, actual.values())) for field in fields(ModuleSettings)}
     granularity = {
         operand: _most_common(
@@ -237,7 +237,7 @@ def _values(field: str, settings: Iterable[Settings]) -> Iterator[Any]:
 
 
 def _most_common(values: Iterable[Any]) -> Any:
-    """The most frequent one, of several the first; ``None`` if there is none."""
+    """The most common value, the first of several; ``None`` if there are no values."""
     values = list(values)
     counts = Counter(map(repr, values))
     return max(values, key=lambda value: counts[repr(value)], default=None)

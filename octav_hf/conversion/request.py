@@ -1,4 +1,4 @@
-"""What is asked of a model, resolved once, and the plan for each module that follows from it."""
+"""A config resolved for a model, and the plan for each module."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from .first_last import first_and_last
 
 @dataclass(frozen=True)
 class Request:
-    """A config resolved for a model, whose modules go by their full names."""
+    """A config resolved for a model; keys are full names of modules."""
 
     model: nn.Module
     config: OctavConfig
     modules: Mapping[str, nn.Module]
-    left_out: Mapping[str, str]  # the modules left in float -> the reason
-    settings: Mapping[str, ModuleSettings]  # of the other modules
-    edges: tuple[str, ...]  # the first and the last layer, with first_last_bits
+    left_out: Mapping[str, str]  # modules left in float -> reason
+    settings: Mapping[str, ModuleSettings]  # settings of the other modules
+    edges: tuple[str, ...]  # first and last layer; empty without first_last_bits
 
     @classmethod
     def of(cls, model: nn.Module, config: OctavConfig) -> "Request":
-        """Resolve ``config``; ``ValueError`` for contradicting overrides, or unclear first and last layers."""
+        """Resolve ``config``; ``ValueError`` if overrides contradict each other or first and last layer are unclear."""
         modules = {name: module for name, module in model.named_modules() if not name.endswith("_quantizer")}
         left_out = config.left_out(modules)
         settings = config.settings_for(modules.keys() - left_out.keys())
@@ -33,7 +33,7 @@ class Request:
 
 
 class QuantizerPlan(NamedTuple):
-    """A quantizer to make: its class, and the arguments of the constructor."""
+    """A quantizer to create: its class and the arguments of its constructor."""
 
     quantizer_class: type[FakeQuantize]
     init_kwargs: Mapping[str, Any]
@@ -41,13 +41,13 @@ class QuantizerPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """A module to convert, by its full name: what it becomes, and the quantizer of each operand (``None``: float)."""
+    """A module to convert, with its full name, quantized class and the quantizer of each operand (``None``: float)."""
 
     name: str
     module: nn.Module
     quantized_class: type[QuantizedLayer] | type[QuantizedAttention]
     quantizers: Mapping[str, QuantizerPlan | None]
-    frozen_weight_clips: bool = False  # whether a checkpoint has the clips of the weight
+    frozen_weight_clips: bool = False  # whether the checkpoint contains the clips of the weight
 
     def convert(self) -> None:
         """Convert the module in place."""

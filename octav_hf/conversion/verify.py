@@ -1,4 +1,4 @@
-"""Whether a quantized model would come back as it is from a checkpoint."""
+"""Check that loading a checkpoint would restore a quantized model as it is."""
 
 import copy
 import inspect
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def float_structure(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
-    """The float model that loading begins with, on the meta device."""
+    """The float model from which loading starts, on the meta device."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return model_class(copy.deepcopy(config))
 
@@ -36,28 +36,29 @@ def float_structure(model_class: type[PreTrainedModel], config: Any) -> PreTrain
 def check_comes_back(
     model: PreTrainedModel, record: OctavConfig, state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Check that loading converts the modules of the model's class to what they are in ``model``.
+    """Check that loading ``record`` would give the modules of ``model``.
 
     Args:
-        record: what is to be saved.
-        state_dict: the weights to be saved, if they are not those in ``model``.
+        model: the model to save.
+        record: the config to save.
+        state_dict: the weights to save, if they are not those of ``model``.
 
     Raises:
-        ValueError: it does not; the message names the module and says what to do.
+        ValueError: loading would give other modules; the message names the module and tells what to do.
     """
     name = type(model).__name__
     if not _needs_a_config_only(type(model)):
         logger.warning(
-            "%s takes more arguments than its config, so it is not checked that the checkpoint comes back as it is; "
-            "load it with the same arguments, and compare the outputs.",
+            "%s takes more arguments than its config, so it cannot be checked that loading restores the model; load it "
+            "with the same arguments, and compare the outputs.",
             name,
         )
         return
     try:
         structure = float_structure(type(model), model.config)
         plan = {each.name: each for each in plan_conversion(structure, record, from_file=True)}
-    except Exception as error:  # of the model's class, too
-        raise ValueError(f"{name} cannot be saved, since loading it would fail: {error}") from error
+    except Exception as error:  # the model's class may raise anything
+        raise ValueError(f"{name} cannot be saved, because loading it would fail: {error}") from error
     expected, modules = dict(structure.named_modules()), named_by_state_dict(model)
     _check_lists(expected, modules)
     for name, module in modules.items():
@@ -76,26 +77,26 @@ def _needs_a_config_only(model_class: type[PreTrainedModel]) -> bool:
 
 
 def _check_lists(expected: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> None:
-    """Check that no list of blocks has become shorter; the others would be new ones."""
+    """Check that no list of blocks has become shorter; loading would initialize the missing blocks."""
     for name, there in expected.items():
         own = modules.get(name)
         if isinstance(there, nn.ModuleList) and isinstance(own, nn.ModuleList) and len(own) < len(there):
             raise ValueError(
-                f"{name}: it has {len(own)} modules, and {len(there)} by the model's config; set what it follows from, "
-                "such as model.config.num_hidden_layers, to what the model has"
+                f"{name}: it has {len(own)} modules, but {len(there)} according to the model's config; adapt the "
+                "config, such as model.config.num_hidden_layers"
             )
 
 
 def _problem_with_ties(model: PreTrainedModel, name: str, modules: Mapping[str, nn.Module]) -> str:
-    """What is wrong about a packed layer that others get their weight from."""
+    """Why a packed layer cannot be saved, if an unpacked layer is tied to its weight; empty otherwise."""
     if not isinstance(modules[name], PackedLayer):
         return ""
     targets = (other for other, source in model.all_tied_weights_keys.items() if source == f"{name}.weight")
     for other in (each.removesuffix(".weight") for each in targets):
         if other in modules and not isinstance(modules[other], PackedLayer):
             return (
-                f"it is packed, and the class of the model gives its weight to {other} too, which is not; call "
-                f"unpack_octav, then pack_octav on all of {type(model).__name__}"
+                f"it is packed, but {other}, which the model's class ties to its weight, is not; call unpack_octav, "
+                f"then pack_octav on the whole {type(model).__name__}"
             )
     return ""
 
@@ -107,7 +108,7 @@ def _problem(
     plan: ModulePlan | None,
     state_dict: Mapping[str, Tensor],
 ) -> str:
-    """What is different from ``expected``, the modules of the class, and ``plan`` and what to do; empty if nothing."""
+    """How the module differs from what ``expected`` and ``plan`` give, and what to do; empty if it does not."""
     is_layer, original = quantized_class_of(module) is not None, expected.get(name)
     would_be_layer = original is not None and quantized_class_of(original) is not None
     if not is_layer and not would_be_layer and not isinstance(module, QuantizedAttention):
@@ -116,8 +117,8 @@ def _problem(
     if original is None or is_layer is not would_be_layer:
         there = "no such module" if original is None else f"a {type(original).__name__} there"
         return (
-            f"the model's class has {there}, so this {described} would not be loaded again; save adapters by their own "
-            "save_pretrained, or merge or unload them first, and put a layer of the same kind in the place of another"
+            f"the model's class has {there}, so this {described} would not be loaded again; save adapters with their "
+            "own save_pretrained, or merge or unload them first; replace a layer only with one of the same kind"
         )
     if isinstance(module, QuantizedLayer) and state_dict:
         try:
@@ -127,16 +128,16 @@ def _problem(
         frozen = isinstance(module.weight_quantizer, WeightFakeQuantize) and module.weight_quantizer.is_frozen
         if frozen and f"{name}.weight" in state_dict and f"{name}.weight_quantizer.clips" not in state_dict:
             return (
-                "clips of its weight are frozen, and the given state_dict has none; take one from model.state_dict(), "
-                "or call uncalibrate_octav(model)"
+                "the clips of its weight are frozen, but the given state_dict has none; pass model.state_dict(), or "
+                "call uncalibrate_octav(model)"
             )
     if is_layer:
         shape = _shape(state_dict.get(f"{name}.weight", module.weight))
         wanted = tuple(original.weight.shape)
         if shape != wanted:
             return (
-                f"its weight has shape {shape}, and {wanted} by the model's config; set what it follows from, such as "
-                "model.config.num_labels or vocab_size, to what the model has"
+                f"its weight has shape {shape}, but {wanted} according to the model's config; adapt the config, such "
+                "as model.config.num_labels or vocab_size"
             )
     quantizers = {operand: each for operand, each in _quantizers(module).items() if isinstance(each, FakeQuantize)}
     planned = {} if plan is None else {operand: each for operand, each in plan.quantizers.items() if each is not None}
@@ -144,7 +145,7 @@ def _problem(
         quantizer, again = quantizers.get(operand), planned.get(operand)
         if quantizer is None or again is None or not _is_same(operand, quantizer, again):
             return (
-                f"the quantizer of its {operand} ({quantizer}) would not come back as such; set quantizers by "
+                f"the quantizer of its {operand} ({quantizer}) would not be restored by loading; set quantizers with "
                 "apply_octav(model, OctavConfig(module_overrides=…))"
             )
     return ""
@@ -158,7 +159,7 @@ def _quantizers(module: nn.Module) -> Mapping[str, nn.Module]:
 
 
 def _is_same(operand: str, quantizer: FakeQuantize, plan: QuantizerPlan) -> bool:
-    """Whether ``plan`` makes a quantizer like this one; that of a weight may be frozen or packed beside."""
+    """Whether ``plan`` gives a quantizer like this one; that of a weight may also be frozen or packed."""
     again = plan.quantizer_class(**plan.init_kwargs)
     is_class = operand == "weight" or type(quantizer) is type(again)
     return is_class and again.init_kwargs | {"name": quantizer.name} == quantizer.init_kwargs

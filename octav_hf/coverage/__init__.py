@@ -1,1 +1,1 @@
-"""What is quantized in a model: a report from its modules, and a check by a forward pass."""
+"""What is quantized in a model: a report on its modules, and a check that runs a forward pass."""

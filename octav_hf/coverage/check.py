@@ -16,8 +16,8 @@ class CoverageCheck(list[FloatOperand]):
 
     Attributes:
         matmuls: number of matmuls and convolutions that ran, quantized or not.
-        quantized_matmuls: number of those that had no operand in float.
-        description: common to the operands, for the table.
+        quantized_matmuls: number of those without an operand in float.
+        description: what the listed operands have in common, for the table.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class CoverageCheck(list[FloatOperand]):
     def unexplained(self, report: CoverageReport) -> "CoverageCheck":
         """The operands that ``coverage_report`` of the same model does not list as left in float.
 
-        Each belongs to the innermost module around it that is in the report as a layer or attention. A weight in float
-        explains weights, an input in float inputs. In another module a parameter in float explains what runs in this
-        very module, and no module inside.
+        An operand belongs to the innermost enclosing module that the report lists as a layer or attention module. If
+        the report lists a weight of it in float, weights are explained; if it lists an input in float, inputs are. For
+        other modules, a parameter in float explains operands of this module, but not of modules inside.
         """
         listed: dict[str, list[Operand]] = {}
         for operand in report:
@@ -59,24 +59,25 @@ def _explained(row: FloatOperand, listed: dict[str, list[Operand]]) -> bool:
     operands = next(filter(None, around), [])
     weight = row.parameter or row.position == MATMULS.get(row.operation, (None,))[-1]
     same_kind = [operand for operand in operands if (operand.operand not in _ACTIVATIONS) is weight]
-    # The report lists no weights of attention modules, and only parameters of modules that are no layers.
+    # The report lists no weights for attention modules, and only parameters for modules that are not layers.
     return any(operand.bits is None for operand in same_kind or operands)
 
 
 def check_coverage(model: nn.Module, batch: Batch) -> CoverageCheck:
-    """Run the model once on ``batch`` and list every operand that was multiplied in floating point.
+    """Run the model once on ``batch`` and list every matmul operand that was in floating point.
 
-    The check observes the operations that PyTorch dispatches, however the model was quantized. An operand counts as
-    quantized if a quantizer returned it (also after views, copies, changes of dtype, concatenation and multiplication
-    by a number) with no more different values than its grid has. Operands of fused kernels, such as torch's own
-    ``scaled_dot_product_attention``, and of operators from outside PyTorch count as floating point, and so does the
-    ``weight`` of a quantized embedding if the model uses it without calling the module. An outer product (inner
-    dimension 1) is a matmul only with a parameter. Works for any model, also a float one.
+    The check observes the operations that PyTorch dispatches, independently of how the model was quantized. An operand
+    counts as quantized if a quantizer returned it, with no more distinct values than its grid has; views, copies,
+    changes of dtype, concatenation and multiplication by a number are allowed in between. Operands of fused kernels,
+    such as torch's own ``scaled_dot_product_attention``, and of operators from outside PyTorch count as floating point.
+    So does the ``weight`` of a quantized embedding if the model uses it without calling the module. An outer product
+    (inner dimension 1) counts as a matmul only with a parameter. Works for any model, also a float model.
 
     Args:
         model: in training or evaluation mode, which is kept. Buffers and random state are restored.
         batch: a mapping of the forward's keyword arguments, such as a tokenizer or data collator returns, a tuple or
-            list of positional ones, or a single tensor; on the model's device. A key-value cache in it is extended.
+            list of positional arguments, or a single tensor; on the model's device. A key-value cache in it is
+            extended.
 
     Returns:
         The operands in the order of first use, without duplicates; empty if nothing ran in float.

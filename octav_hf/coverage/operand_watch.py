@@ -1,7 +1,7 @@
-"""Observing the matmuls of a forward pass and their operands below the level at which quantization works.
+"""Observe the matmuls of a forward pass, and their operands, at the level of dispatched operations.
 
-This reads only the operations that PyTorch dispatches and their data. Of this package it knows just the quantizers,
-and checks the values of their results.
+Quantization works at a higher level, so this is an independent check. It knows only the quantizers of this package, and
+checks the values that they return.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -27,11 +27,11 @@ MATMULS: dict[str, tuple[int, ...]] = {
     "_trilinear": (0, 1, 2),
     **dict.fromkeys(("qlinear_pointwise", "qconv_pointwise", "linear_with_input_q_dq_qweight_dq_output_fp32"), (0,)),
 }
-"""Operation -> positions of the operands that are multiplied, a layer's weight last; others decompose into these."""
+"""Operation -> positions of the operands, a layer's weight last; other operations decompose into these."""
 
 # Fused operations, some of whose operands cannot be quantized.
 _FUSED = {"mkldnn_rnn_layer", "_cudnn_rnn", "_transformer_encoder_layer_fwd"}
-# Operations whose result consists of values of their arguments, and zeros, which are on every grid.
+# Operations whose result has only values of their arguments, and zeros, which are on every grid.
 _COPIES = {
     *("clone", "_to_copy", "contiguous", "copy", "cat", "stack", "repeat", "repeat_interleave", "flip", "roll"),
     *("index", "index_select", "gather", "take", "embedding", "masked_select", "constant_pad_nd", "masked_fill"),
@@ -39,7 +39,7 @@ _COPIES = {
 }
 # Operations whose result is uninitialized or zero, until values are copied into it.
 _BLANKS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like", "new_zeros"}
-# Position of a number that is filled in, which must be zero.
+# Operation -> position of the fill value, which must be zero.
 _FILLED = {"constant_pad_nd": 2, "masked_fill": 2}
 _SCALINGS = {"mul", "div", "neg"}
 _SAMPLE = 4096  # values checked per clip
@@ -49,11 +49,11 @@ Origin = Literal["quantized", "parameter", "blank"]
 
 @dataclass(frozen=True)
 class FloatOperand:
-    """An operand that was multiplied in floating point."""
+    """A matmul operand in floating point."""
 
     module: str  # innermost named module whose forward was running
     operation: str
-    position: int  # among the operation's arguments, from 0
+    position: int  # of the operation's argument, from 0
     shape: tuple[int, ...]
     parameter: bool  # whether it is a parameter, or a view or copy of one
 
@@ -66,9 +66,9 @@ class OperandWatch(TorchDispatchMode):
     """Collects the unquantized operands of the matmuls that run within ``watching()``.
 
     Attributes:
-        float_operands: as the keys of a dictionary, in the order of first use.
+        float_operands: the operands as dict keys, in the order of first use.
         matmuls: number of matmuls and convolutions that ran.
-        quantized_matmuls: number of those that had no operand in float.
+        quantized_matmuls: number of those without an operand in float.
     """
 
     supports_higher_order_operators = True  # such as flex attention
@@ -79,7 +79,7 @@ class OperandWatch(TorchDispatchMode):
         self.matmuls = self.quantized_matmuls = 0
         self._names = {module: name for name, module in model.named_modules()}
         self._running: list[nn.Module] = []
-        # By storage, so that views share it. Keeping the tensor keeps its storage's address from being reused.
+        # By storage, so that views share an origin. Holding the tensor keeps its address from being reused.
         self._origins: dict[int, tuple[Origin, Tensor]] = {}
         for parameter in model.parameters():
             self._mark(parameter, "parameter")
@@ -145,24 +145,24 @@ class OperandWatch(TorchDispatchMode):
                 self.float_operands[row] = None
 
     def _is_unquantized_table(self, x: Any) -> bool:
-        """Whether this is the table of a quantized embedding, used by another module."""
+        """Whether this is the table of a quantized embedding, used outside its module."""
         sharing = self._tables.get(_key(x), []) if isinstance(x, Tensor) else []
         return bool(sharing) and not any(module in sharing for module in self._running)
 
     def _is_outer_product(self, name: str, operands: list[Tensor]) -> bool:
-        """Whether this sums over one term and has no parameter, as an elementwise multiplication."""
+        """Whether each sum has one term and no operand is a parameter, so that this is elementwise multiplication."""
         inner_size_one = name in ("mm", "bmm", "matmul", "baddbmm", "addmm") and operands[0].shape[-1] == 1
         return inner_size_one and not any(self.origin(x) == "parameter" for x in operands)
 
     def origin(self, x: Tensor) -> Origin | None:
-        """Where the values of ``x`` come from; ``None`` if they were computed otherwise."""
+        """Where the values of ``x`` come from; ``None`` if they were computed by other operations."""
         return self._origins[_key(x)][0] if _key(x) in self._origins else None
 
     def _mark(self, x: Tensor, origin: Origin) -> None:
         self._origins[_key(x)] = origin, x
 
     def _origin_of_result(self, name: str, args: tuple[Any, ...]) -> Origin | None:
-        """The origin of a result that consists of the arguments' values, or multiples of them by a number."""
+        """The common origin of a result that has the arguments' values, or multiples of them by a number."""
         base = name.removesuffix("_")
         if base in _BLANKS:
             return "blank"
@@ -195,7 +195,7 @@ class OperandWatch(TorchDispatchMode):
 
 
 def on_grid(x: Tensor, quantizer: FakeQuantize) -> bool:
-    """Whether ``x`` has no more different values per clip than the grid, judging by a sample."""
+    """Whether a sample of ``x`` has no more distinct values per clip than the grid."""
     groups = quantizer.active_groups
     rows = [to_rows(x, quantizer.active_dim)[0]] if groups is None else groups.rows(x)
     for part in rows:

@@ -26,8 +26,8 @@ class Operand:
     """One operand of one module."""
 
     module: str
-    kind: str  # "linear", "convolution", "embedding", "attention" or the class of another module with parameters
-    operand: str  # "weight", another parameter's name, "input", "query", "key", "probabilities" or "value"
+    kind: str  # "linear", "convolution", "embedding", "attention", or the class name of another module with parameters
+    operand: str  # "weight", the name of another parameter, "input", "query", "key", "probabilities" or "value"
     bits: int | None = None
     signed: bool | None = True  # None: depends on the tensor at every forward pass
     asymmetric: bool = False  # whether the unsigned grid may begin below 0
@@ -35,9 +35,9 @@ class Operand:
     gradient_estimator: str = ""
     granularity: str = "tensor"  # one of nn.granularity.Granularity
     group_size: int | None = None
-    frozen: bool = False  # whether the clip comes from calibration
+    frozen: bool = False  # whether the clip is frozen
     reason: str = ""  # why it is in float; empty if it is quantized
-    arithmetic: str = ""  # what multiplies its integers after convert_octav; empty if its values are multiplied
+    arithmetic: str = ""  # how its integers are multiplied after convert_octav; empty for floating-point matmuls
 
     def cells(self) -> tuple[str, ...]:
         if self.bits is None:
@@ -48,7 +48,7 @@ class Operand:
 
     @property
     def of_layer(self) -> bool:
-        """Whether its module is a layer or attention, not one that is listed for its parameters."""
+        """Whether its module is a layer or an attention module, not another module with parameters."""
         return self.kind in _kinds()
 
     @property
@@ -57,7 +57,7 @@ class Operand:
 
     @property
     def granularity_in_words(self) -> str:
-        """What one clip is for, with the size of groups."""
+        """The granularity, with the size of groups."""
         return granularity_in_words(self.granularity, self.group_size)
 
 
@@ -80,7 +80,7 @@ class CoverageReport(list[Operand]):
                 lines.append(f"{len(self.quantized(kind))} of {total} {kind} operands quantized")
         if any(row.arithmetic for row in self):
             modules = {row.module: row.arithmetic for row in self if row.bits is not None and row.kind != "embedding"}
-            lines.append(f"{sum(map(bool, modules.values()))} of {len(modules)} modules multiply integers")
+            lines.append(f"{sum(map(bool, modules.values()))} of {len(modules)} modules compute integer matmuls")
         reasons: dict[str, list[str]] = {}
         for row in self.left_in_float():
             reasons.setdefault(row.reason, []).append(f"{row.module} {row.operand}")
@@ -103,18 +103,19 @@ def _kinds() -> list[str]:
 
 
 def coverage_report(model: nn.Module) -> CoverageReport:
-    """List every operand of the model's layers and attention matmuls, and every other parameter that may be one.
+    """List every operand of the model's layers and attention matmuls, and other parameters that may be operands.
 
     Args:
-        model: the model that ``apply_octav`` was called on, or one that contains it, such as PEFT's. For others the
-            reasons are unknown.
+        model: the model that ``apply_octav`` was called on, or a model that contains it, such as PEFT's. For other
+            models, the reasons are unknown.
 
     Returns:
-        Two operands for a linear layer or convolution, four for an attention module, one for an embedding; and of all
-        other modules but norms the floating-point parameters with two or more dimensions that are not called a bias,
-        which are in float. These are weights, such as those of experts, or may be added, such as position embeddings:
-        ``check_coverage`` tells. A quantized attention module multiplies none of its own. Those in an
-        ``nn.ParameterList`` are listed for the module that runs.
+        Two operands for a linear layer or convolution, four for an attention module, one for an embedding. For other
+        modules except norms, the floating-point parameters with two or more dimensions whose name does not contain
+        ``bias``; they are in float. Some are weights, such as those of experts, others are only added, such as position
+        embeddings; ``check_coverage`` tells which. Own parameters of quantized attention modules are not listed: these
+        modules refuse to multiply with them. Parameters in an ``nn.ParameterList`` are listed for the module that uses
+        it.
     """
     modules = dict(model.named_modules())
     roots = {
@@ -129,7 +130,7 @@ def coverage_report(model: nn.Module) -> CoverageReport:
 
 
 def _attention(modules: Mapping[str, nn.Module], roots: Mapping[str, OctavConfig]) -> set[str]:
-    """The names of the attention modules: those that a root's config lists, or else those that are found."""
+    """The names of the attention modules: those that a root's config lists, otherwise those found by class."""
     found = set(attention_modules(modules))
     for root, config in roots.items():
         if config.attention_modules is not None:
@@ -157,7 +158,7 @@ class _Place:
                 self._config, self._name_in_root = config, name_in_root
 
     def reason(self, *needed: Iterable[str], otherwise: str = "it was added after apply_octav") -> str:
-        """Why an operand is in float, which is quantized if the config sets a field of each group in ``needed``."""
+        """Why an operand is in float; it would be quantized if a field of each group in ``needed`` were set."""
         if self._config is None:
             return "apply_octav was not called on this model"
         left_out = self._config.left_out([self._name_in_root])
@@ -191,7 +192,7 @@ def _rows(place: _Place, module: nn.Module, attention: Collection[str]) -> Itera
 
 
 def _parameters(place: _Place, modules: Mapping[str, nn.Module]) -> Iterator[Operand]:
-    """The parameters of a module that is no layer, for the innermost module around it that has a forward."""
+    """The parameters of a module that is not a layer, listed for the innermost enclosing module with a forward."""
     module = modules[place.name]
     runner = running_module(place.name, modules)
     if quantized_class_of(module) is not None or isinstance(modules[runner], QuantizedAttention):

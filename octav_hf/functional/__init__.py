@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: clipping rules, grids and fake quantization. Needs nothing but torch."""
+"""Clipping rules, grids and fake quantization as functions of tensors. Depends only on torch."""
 
 from .error import quantization_error
 from .fake_quantize import GradientEstimator, fake_quantize

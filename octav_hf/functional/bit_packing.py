@@ -1,4 +1,4 @@
-"""Packing integers of 2 to 8 bits into bytes, row by row."""
+"""Pack integers of 2 to 8 bits into bytes, row by row."""
 
 import math
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from .grid import check_num_bits
 
-# Eight integers fill num_bits bytes. They are spread and gathered within one 64-bit integer, whose lowest byte comes
-# first on the little-endian machines that PyTorch runs on.
+# Eight integers fill num_bits bytes. They are packed and unpacked inside one 64-bit integer. PyTorch runs on
+# little-endian machines, so the lowest byte of that integer comes first in memory.
 _GROUP = 8
-_INTEGERS = {2: torch.int16, 4: torch.int32}  # bytes -> dtype of that size
+_INTEGERS = {2: torch.int16, 4: torch.int32}  # number of bytes -> integer dtype
 
 
 def packed_row_bytes(row_length: int, num_bits: int) -> int:
@@ -20,11 +20,11 @@ def packed_row_bytes(row_length: int, num_bits: int) -> int:
 
 
 def pack_bits(levels: Tensor, num_bits: int) -> Tensor:
-    """Pack signed integers, int8 ``[rows, n]``, into ``[rows, bytes per row]``, uint8, or int8 at 8 bits.
+    """Pack signed integers, int8 ``[rows, n]``, into uint8 ``[rows, bytes per row]`` (at 8 bits, int8).
 
-    Integer ``i`` of a row, in two's complement, takes bits ``i * num_bits`` to ``(i + 1) * num_bits - 1`` of the row's
-    bytes, counted from the lowest bit of each byte: at 4 bits the first integer is the low half of the first byte.
-    Unused bits of the last byte are zero.
+    Integer ``i`` of a row, in two's complement, occupies bits ``i * num_bits`` to ``(i + 1) * num_bits - 1`` of the
+    row. Bits are counted from the lowest bit of each byte: at 4 bits, the first integer is the low half of the first
+    byte. Unused bits of the last byte are zero.
     """
     row_bytes = packed_row_bytes(levels.shape[1], num_bits)
     if num_bits == 8:
@@ -39,7 +39,7 @@ def pack_bits(levels: Tensor, num_bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, num_bits: int, row_length: int) -> Tensor:
-    """Undo ``pack_bits``: int8, ``[..., row_length]``, from ``[..., bytes per row]``."""
+    """Inverse of ``pack_bits``: ``[..., bytes per row]`` to int8 ``[..., row_length]``."""
     if num_bits == 8:
         return packed
     missing = -packed.shape[-1] % num_bits
@@ -57,10 +57,10 @@ def unpack_bits(packed: Tensor, num_bits: int, row_length: int) -> Tensor:
 
 
 def _lanes(num_bits: int) -> list[tuple[int, int]]:
-    """The steps in which a group is spread, each halving the lanes: bits of half a lane's fields, bits of a lane."""
+    """Unpacking steps, each of which splits lanes in half: (bits of half of a lane's integers, bits of the lane)."""
     return [(num_bits * fields // 2, 8 * fields) for fields in (8, 4, 2)]
 
 
 def _repeated(value: int, lane: int) -> int:
-    """``value`` in each lane of 64 bits."""
+    """A 64-bit integer with ``value`` in every lane of ``lane`` bits."""
     return sum(value << place for place in range(0, 64, lane))

@@ -1,4 +1,4 @@
-"""The quantization error of a clip, measured with the two's-complement grid instead of modelled."""
+"""The quantization error of a clip, measured on the grid itself (Eq. 4 models it)."""
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ def quantization_error(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool =
 
     Args:
         x: floating point, any shape, finite.
-        clip: clipping scalar(s), shaped as a clipping rule returns them for the same ``dim``.
-        num_bits, signed: the grid.
-        dim: dimension(s) averaged over; ``None`` for all.
+        clip: clipping scalar(s), in the shape that a clipping rule returns for the same ``dim``.
+        num_bits, signed: the grid, as in ``round_to_grid``.
+        dim: dimension(s) to average over; ``None`` for all.
 
     Returns:
         float32 (float64 for float64 input), shape of ``clip``; 0 where ``x`` is all zero or empty.
@@ -28,7 +28,7 @@ def quantization_error(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool =
 
 
 def rows_errors(rows: Tensor, clips: Tensor, num_bits: int, signed: Sign) -> Tensor:
-    """``quantization_error`` of ``[rows, n]`` for ``clips``, ``[k, rows]``."""
+    """``quantization_error`` of each row of ``[rows, n]`` for each of its ``clips``, ``[k, rows]``: ``[k, rows]``."""
     if rows.numel() == 0:
         return torch.zeros_like(clips)
     peak = magnitude(rows, signed=True).amax(dim=1, keepdim=True)

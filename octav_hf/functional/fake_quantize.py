@@ -1,4 +1,4 @@
-"""Fake quantization: rounding to the grid in the forward pass, a gradient estimator in the backward pass."""
+"""Fake quantization: round to the grid in the forward pass, use a gradient estimator in the backward pass."""
 
 from enum import StrEnum
 from typing import Any
@@ -31,9 +31,9 @@ def fake_quantize(
     gradient: str = "mad",
     groups: Groups | None = None,
 ) -> Tensor:
-    """Round ``x`` to the grid of ``num_bits`` bits clipped at ``clip`` (Eq. 2 and 3; footnote 2's integer range).
+    """Quantize and dequantize ``x`` with ``num_bits`` bits and the clip ``clip`` (Eq. 2 and 3, footnote 2).
 
-    The gradient into ``x`` is the incoming one times (section 4)
+    The gradient of ``x`` is the incoming gradient times the factor (section 4)
 
     ======= =============== ======================= =====================
     name    inside the clip  outside, signed         outside, unsigned
@@ -45,27 +45,27 @@ def fake_quantize(
 
     where inside means ``|x| <= clip``, or ``0 <= x <= clip`` unsigned. MAD treats clipping as the attenuation
     ``clip(x) = a x`` with constant ``a``, which is 0 for a negative value on an unsigned grid. ``clip`` gets no
-    gradient: it is recomputed from the data, not learned.
+    gradient, because it is computed from the data and not learned.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape.
         clip: clipping scalar(s) s >= 0 in the units of ``x``, floating point, broadcastable against ``x``.
         num_bits: 2 to 8.
-        signed: integers ``[-2^(B-1), 2^(B-1)-1]``, or ``[0, 2^B-1]``; or a bool tensor ``[]`` that says which, on the
-            device of ``x``.
-        offset: ``[]`` on the device of ``x``; the grid, and what is inside the clip, are those of ``x - offset``:
-            ``offset + Q(x - offset)``. It gets no gradient.
+        signed: ``True`` for the integers ``[-2^(B-1), 2^(B-1)-1]``, ``False`` for ``[0, 2^B-1]``; or a bool tensor
+            ``[]`` on the device of ``x``.
+        offset: zero point of an asymmetric grid in the units of ``x``, ``[]`` on the device of ``x``. The result is
+            ``offset + Q(x - offset)``, and inside means ``x - offset`` is inside. It gets no gradient.
         gradient: ``"ste"``, ``"pwl"`` or ``"mad"``.
-        groups: of ``x``, for which ``clip`` is then, as ``Groups.clips`` gives it.
+        groups: how ``x`` is split into groups; ``clip`` then has one scalar per group, as ``Groups.clips`` returns it.
 
     Returns:
-        Shape and dtype of ``x``, computed in float32 or better. 0 where ``clip`` is 0, NaN where ``x`` is NaN.
-        For the backward pass ``ste`` saves nothing, ``pwl`` one byte per element and ``mad`` a reference to ``x``.
+        Same shape and dtype as ``x``, computed in float32 or better. 0 where ``clip`` is 0, NaN where ``x`` is NaN.
+        For the backward pass, ``ste`` saves nothing, ``pwl`` one byte per element and ``mad`` a reference to ``x``.
 
     Raises:
         TypeError: ``x`` or ``clip`` is not floating point.
         ValueError: ``num_bits`` or ``gradient`` is unknown; ``clip`` cannot be broadcast to ``x``, or is on
-            another device (a 0-dim one may be on the CPU).
+            another device (a 0-dim clip may be on the CPU).
     """
     clip, *grid = checked_grid(x, clip, num_bits, signed, offset, gradient, groups)
     clip = clip.detach()
@@ -84,7 +84,7 @@ def checked_grid(
     gradient: str,
     groups: Groups | None = None,
 ) -> tuple[Tensor, int, int, Tensor | None, Tensor | None]:
-    """The grid as ``round_to_levels`` takes it; the errors of ``fake_quantize``."""
+    """Check the arguments of ``fake_quantize`` and return those of ``round_to_levels`` after ``x``."""
     check_floating(x, "fake_quantize")
     check_floating(clip, "fake_quantize (clip)")
     check_num_bits(num_bits)
@@ -95,12 +95,12 @@ def checked_grid(
     if trailing is None or any(c not in (1, n) for c, n in zip(clip.shape, trailing, strict=True)):
         raise ValueError(
             f"fake_quantize: clip of shape {tuple(clip.shape)} cannot be broadcast to x of shape {tuple(shape)}; "
-            "compute it with the dim= that is reduced, which keeps that dimension with size 1"
+            "compute it with dim=, which keeps the reduced dimensions with size 1"
         )
     if clip.device != x.device and (clip.dim() > 0 or clip.device.type != "cpu"):
         raise ValueError(
-            f"fake_quantize: clip of shape {tuple(clip.shape)} is on {clip.device}, and x of shape {tuple(x.shape)} on "
-            f"{x.device}; write clip.to(x.device)"
+            f"fake_quantize: clip of shape {tuple(clip.shape)} is on {clip.device}, but x of shape {tuple(x.shape)} is "
+            f"on {x.device}; write clip.to(x.device)"
         )
     clip = clip.to(statistics_dtype(x.dtype))
     offset = None if offset is None else offset.detach().to(clip.dtype)
@@ -108,7 +108,7 @@ def checked_grid(
 
 
 class FakeQuantizeFunction(torch.autograd.Function):
-    """``fake_quantize``, with the grid as ``round_to_levels`` takes it; ``clip`` is of ``groups``, if not ``None``."""
+    """Autograd function of ``fake_quantize``; ``clip`` has one scalar per group if ``groups`` is not ``None``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gradient: str, groups: Groups | None, clip: Tensor, *grid: Any) -> Tensor:
@@ -138,7 +138,7 @@ class FakeQuantizeFunction(torch.autograd.Function):
 def round_to_levels(
     x: Tensor, clip: Tensor, low: int, high: int, signed: Tensor | None, offset: Tensor | None
 ) -> Tensor:
-    """``x`` on the grid with the integers from ``low`` to ``high``, or of the sign that ``signed`` says."""
+    """Round ``x`` to the grid with the integers ``low`` to ``high``, adapted to ``signed`` by ``bounds_for_sign``."""
     return _round(difference(x, clip, offset), clip, *bounds_for_sign(low, high, signed, clip.dtype), offset).to(
         x.dtype
     )
@@ -147,7 +147,7 @@ def round_to_levels(
 def integer_codes(
     x: Tensor, clip: Tensor, low: int, high: int, signed: Tensor | None, offset: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """``round_to_codes``, by C++ where that can be done."""
+    """``round_to_codes``, in C++ where that is supported."""
     arguments = x, clip, low, high, signed, offset, dtype
     codes = codes_in_cpp(*arguments)
     return round_to_codes(*arguments) if codes is None else codes
@@ -157,7 +157,7 @@ def integer_codes(
 def round_to_codes(
     x: Tensor, clip: Tensor, low: int, high: int, signed: Tensor | None, offset: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The integers of ``round_to_levels``, those of uint8 counted from the lowest one. NaN gives any integer."""
+    """The integers of ``round_to_levels`` in ``dtype``; uint8 counts from the lowest one. NaN gives any integer."""
     bounds = bounds_for_sign(low, high, signed, clip.dtype)
     codes = integers_of(difference(x, clip, offset), clip / (bounds[1] + 1), *bounds)
     return (codes - bounds[0] if dtype == torch.uint8 else codes).to(dtype)
@@ -167,17 +167,17 @@ def round_to_codes(
 def round_and_compare(
     x: Tensor, clip: Tensor, low: int, high: int, signed: Tensor | None, offset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """As ``round_to_levels``, and 1 inside the clip, 0 outside, as bytes."""
+    """``round_to_levels``, and a uint8 mask that is 1 inside the clip and 0 outside."""
     value, bounds = difference(x, clip, offset), bounds_for_sign(low, high, signed, clip.dtype)
     bottom = clip / (bounds[1] + 1) * bounds[0]
-    # By way of floats, which is vectorized; storing the comparison's result directly is not.
+    # The compiler vectorizes a bool -> float -> uint8 conversion, but not bool -> uint8.
     inside = ((value >= bottom) & (value <= clip)).to(clip.dtype)
     return _round(value, clip, *bounds, offset).to(x.dtype), inside.to(torch.uint8)
 
 
 @elementwise("(Tensor grad, Tensor inside) -> Tensor", tensors=2)
 def keep_inside(grad: Tensor, inside: Tensor) -> Tensor:
-    """PWL: the gradient inside the clip, 0 outside."""
+    """PWL: keep the gradient inside the clip; 0 outside."""
     return grad * inside.to(grad.dtype)
 
 
@@ -185,9 +185,9 @@ def keep_inside(grad: Tensor, inside: Tensor) -> Tensor:
 def attenuate_outside(
     grad: Tensor, x: Tensor, clip: Tensor, low: int, signed: Tensor | None, offset: Tensor | None
 ) -> Tensor:
-    """MAD: the gradient times ``clip / |x|`` outside the clip; 0 below zero on an unsigned grid."""
+    """MAD: multiply the gradient by ``clip / |x|`` outside the clip; 0 below zero on an unsigned grid."""
     value = difference(x, clip, offset)
-    # Inside, the divisor is the clip itself, so the factor is exactly 1; 0 / 0 is a zero inside a zero clip.
+    # Inside, the divisor is the clip itself, so the factor is exactly 1. 0 / 0 occurs for x = 0 and clip = 0.
     factor = (clip / torch.maximum(value.abs(), clip)).nan_to_num(nan=1.0)
     if signed is not None:
         factor = torch.where((value < 0) & signed.logical_not(), 0, factor)
@@ -197,12 +197,12 @@ def attenuate_outside(
 
 
 def _round(value: Tensor, clip: Tensor, low: Any, high: Any, offset: Tensor | None) -> Tensor:
-    """``value`` on the grid, whose step is a power of two of the clip; and ``offset`` on top."""
+    """Round ``value`` to the grid with step ``clip / (high + 1)``, then add ``offset``."""
     rounded = round_to_step(value, clip / (high + 1), low, high)
     return rounded if offset is None else rounded + offset
 
 
 def difference(x: Tensor, clip: Tensor, offset: Tensor | None) -> Tensor:
-    """``x - offset`` in the dtype of clips: in a narrower one the difference would lose digits of ``x``."""
+    """``x - offset`` in the dtype of ``clip``; in a narrower dtype the difference would lose precision."""
     value = x.to(clip.dtype)
     return value if offset is None else value - offset

@@ -16,13 +16,13 @@ def check_num_bits(num_bits: int) -> None:
 
 
 def integer_range(num_bits: int, signed: bool) -> tuple[int, int]:
-    """Lowest and highest integer: two's complement ``[-2^(B-1), 2^(B-1)-1]``, or ``[0, 2^B-1]`` unsigned."""
+    """Lowest and highest integer: ``[-2^(B-1), 2^(B-1)-1]`` (two's complement), or ``[0, 2^B-1]`` unsigned."""
     check_num_bits(num_bits)
     return (-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1) if signed else (0, 2**num_bits - 1)
 
 
 def step_size(clip: Tensor, num_bits: int, signed: Sign) -> Tensor:
-    """Step between two levels, in units of ``clip``: ``clip / 2^(B-1)``, or ``clip / 2^B`` unsigned."""
+    """Distance between two levels: ``clip / 2^(B-1)``, or ``clip / 2^B`` unsigned."""
     check_num_bits(num_bits)
     return clip * ((signed + 1) * 2.0**-num_bits)
 
@@ -34,13 +34,13 @@ def noise_factor(num_bits: int, signed: Sign) -> Tensor | float:
 
 
 def range_and_sign(num_bits: int, signed: Sign) -> tuple[int, int, Tensor | None]:
-    """``integer_range``, that of the signed grid if ``signed`` is a tensor, and this tensor, else ``None``."""
+    """``(low, high, signed tensor or None)``; if ``signed`` is a tensor, low and high are those of the signed grid."""
     sign = signed if isinstance(signed, Tensor) else None
     return *integer_range(num_bits, sign is not None or bool(signed)), sign
 
 
 def bounds_for_sign(low: int, high: int, signed: Tensor | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Lowest and highest integer from ``range_and_sign``; tensors ``[]`` if the sign is one."""
+    """Lowest and highest integer for the result of ``range_and_sign``; tensors ``[]`` if ``signed`` is a tensor."""
     if signed is None:
         return low, high
     lowest = signed.to(dtype) * low
@@ -54,22 +54,23 @@ def round_to_grid(x: Tensor, clip: Tensor, num_bits: int, *, signed: Sign = True
         x: floating point, any shape.
         clip: clipping scalar(s) ``s >= 0``, broadcastable against ``x``. The result is 0 where it is 0.
         num_bits: 2 to 8.
-        signed: two's complement, or unsigned (a negative ``x`` becomes 0); or a bool tensor ``[]`` that says which.
+        signed: ``True`` for two's complement, ``False`` for unsigned, where a negative ``x`` becomes 0; or a bool
+            tensor ``[]``.
 
     Returns:
-        ``step * clamp(round(x / step))``, shape of ``x``, in float32 (float64 for float64 input). NaN stays NaN.
+        ``step * clamp(round(x / step))``, same shape as ``x``, float32 (float64 for float64 input). NaN stays NaN.
     """
     step = step_size(clip.to(statistics_dtype(x.dtype)), num_bits, signed)
     return round_to_step(x, step, *bounds_for_sign(*range_and_sign(num_bits, signed), step.dtype))
 
 
 def round_to_step(x: Tensor, step: Tensor, low: Any, high: Any) -> Tensor:
-    """``round_to_grid`` with the grid given by its step, in the dtype of the result, and its integer range."""
+    """``round_to_grid`` for a grid given by its step and integer range; the result has the dtype of ``step``."""
     return integers_of(x, step, low, high).mul_(step)
 
 
 def integers_of(x: Tensor, step: Tensor, low: Any, high: Any) -> Tensor:
     """The integers of ``round_to_step``, in the dtype of ``step``."""
-    # The cast is explicit because a 0-dim step does not promote x. A zero step (all-zero data, or a clip below the
-    # smallest float) must not divide: 0 / 0 would be NaN.
+    # The cast is explicit because a 0-dim step does not promote x. A zero step (all-zero data, or a clip that
+    # underflows) is replaced by 1, because 0 / 0 is NaN.
     return (x.to(step.dtype) / (step + (step == 0))).round_().clamp_(low, high)

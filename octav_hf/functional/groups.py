@@ -1,4 +1,4 @@
-"""Groups: neighbours along the dimension that a product sums over, each with a clip of its own."""
+"""Group-wise quantization: consecutive elements along the contracted dimension of a matmul share a clip."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,20 +10,20 @@ from .rows import Dim, to_rows
 
 
 class Groups(NamedTuple):
-    """How a dimension of a tensor is cut into groups; if its length is no multiple of ``size``, the last is shorter.
+    """How a dimension of a tensor is split into groups; the last group is shorter if ``size`` does not divide it.
 
-    Clips of groups have one dimension more than the tensor, ``[..., groups, 1, ...]`` where the one that is cut was.
+    Group clips have one dimension more than the tensor: the split dimension becomes ``[..., groups, 1, ...]``.
 
     Args:
-        size: elements of a group.
-        dim: the dimension(s) whose elements share a clip, the last of which is cut; ``None`` for all.
+        size: elements per group.
+        dim: dimension(s) whose elements share a clip; the last of them is split. ``None`` for all dimensions.
     """
 
     size: int
     dim: Dim
 
     def shape(self, x: Tensor) -> tuple[int, ...]:
-        """That of ``x`` cut into groups of ``size``, the last one included: clips broadcast to it."""
+        """Shape of ``x`` split into groups, with the last group padded to ``size``; clips broadcast to it."""
         dim = self._last(x)
         return (*x.shape[:dim], -(-x.shape[dim] // self.size), self.size, *x.shape[dim + 1 :])
 
@@ -32,7 +32,7 @@ class Groups(NamedTuple):
         return x.shape[self._last(x)] % self.size == 0
 
     def cut(self, x: Tensor) -> list[Tensor]:
-        """``x`` as ``[..., groups, size, ...]``, without what is left over, and that as one group of its own length."""
+        """``x`` as ``[..., groups, size, ...]``; a shorter last group follows as a second tensor."""
         dim = self._last(x)
         length = x.shape[dim]
         rest = length % self.size
@@ -45,43 +45,43 @@ class Groups(NamedTuple):
         return parts
 
     def shape_of_clips(self, x: Tensor) -> tuple[int, ...]:
-        """Of what ``clips`` gives."""
+        """Shape of the result of ``clips``."""
         shared = self._shared(x)
         return tuple(1 if dim in shared else size for dim, size in enumerate(self.shape(x)))
 
     def clips(self, x: Tensor, rule: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Tensor:
-        """The clips of the groups of ``x`` by ``rule(x, dims)``, which gives those of a tensor over ``dims``."""
+        """The clips of the groups of ``x``; ``rule(x, dims)`` returns the clips of a tensor, reduced over ``dims``."""
         found = [rule(part, self._shared(x)) for part in self.cut(x)]
         return found[0] if len(found) == 1 else torch.cat(found, dim=self._last(x))
 
     def map(self, x: Tensor, clip: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """``function`` of what ``cut`` gives and its clips, put together in the shape of ``x``."""
+        """Apply ``function(part, clips)`` to each result of ``cut``; concatenate the results to the shape of ``x``."""
         last, parts = self._last(x), self.cut(x)
         clips = clip.split([part.shape[last] for part in parts], dim=last - x.dim() - 1)
         results = [function(*both).flatten(last, last + 1) for both in zip(parts, clips, strict=True)]
         return results[0] if len(results) == 1 else torch.cat(results, dim=last)
 
     def rows(self, x: Tensor) -> list[Tensor]:
-        """The parts of ``x`` that share a clip as rows of matrices, those of the shorter last group in another one."""
+        """Matrices with one group per row; the shorter last groups are in a second matrix."""
         return [to_rows(part, self._shared(x))[0] for part in self.cut(x)]
 
     def of_elements(self, clip: Tensor, x: Tensor) -> Tensor:
-        """The clips of groups of ``x``, of each of its elements: they broadcast to it."""
+        """Expand group clips along the split dimension, so that they broadcast to ``x``."""
         dim = self._last(x)
         group = torch.arange(x.shape[dim], dtype=torch.int64, device=x.device) // self.size
         return clip.squeeze(dim - x.dim()).index_select(dim - x.dim(), group)
 
     def _dims(self, x: Tensor) -> list[int]:
-        """The dimensions that share a clip, in order."""
+        """The dimensions whose elements share a clip, sorted."""
         if self.dim is None:
             return list(range(x.dim()))
         return sorted(dim % x.dim() for dim in ((self.dim,) if isinstance(self.dim, int) else self.dim))
 
     def _last(self, x: Tensor) -> int:
-        """The dimension that is cut."""
+        """The dimension that is split."""
         return self._dims(x)[-1]
 
     def _shared(self, x: Tensor) -> tuple[int, ...]:
-        """The dimensions of what ``cut`` gives that share a clip."""
+        """The dimensions of the results of ``cut`` whose elements share a clip."""
         *others, last = self._dims(x)
         return (*others, last + 1)

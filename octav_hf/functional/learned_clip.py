@@ -1,4 +1,4 @@
-"""Fake quantization with a clip that learns, by the gradient of LSQ."""
+"""Fake quantization with a learned clip, which gets the gradient of LSQ."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .grid import bounds_for_sign, integers_of
 from .kernels.fused import elementwise
 from .rows import Sign
 
-# What is kept of an element for the backward pass, one byte: its rounding error in units of 1/250 of a step, or
+# The backward pass needs one byte per element: its rounding error in units of 1/250 of a step, or one of these codes.
 _BELOW, _ABOVE_HIGHEST, _ABOVE_CLIP = -128, 126, 127
 _ERROR_UNITS = 250
 
@@ -24,10 +24,10 @@ def fake_quantize_learned_clip(
     offset: Tensor | None = None,
     gradient: str = "mad",
 ) -> Tensor:
-    """``fake_quantize`` with the gradient of LSQ into ``clip`` (Esser et al. 2020, arXiv 1902.08153, Eq. 3).
+    """``fake_quantize`` whose ``clip`` gets the gradient of LSQ (Esser et al. 2020, arXiv 1902.08153, Eq. 3).
 
-    With n and p the lowest and the highest integer, and v = (x - offset) (p + 1) / clip the element in steps of the
-    grid, the result changes with the clip by
+    Let n and p be the lowest and the highest integer, and v = (x - offset) (p + 1) / clip the element in units of the
+    step. The derivative of the result with respect to the clip is
 
     ========= ============================
     where     d result / d clip · (p + 1)
@@ -37,16 +37,17 @@ def fake_quantize_learned_clip(
     v > p     p
     ========= ============================
 
-    The gradient is the sum over the elements that share a clip of this times the incoming one, divided by sqrt(N p),
-    where N is how many of them are in one batch element, the first dimension. This gives the relative change of a clip
-    the size of that of a weight (section 2.2), and leaves the norm that gradients are clipped by as it was.
+    The gradient of a clip is the sum of this times the incoming gradient over the elements that share the clip,
+    divided by sqrt(N p), where N is the number of those elements per sample (index of the first dimension). With this
+    scale, relative updates of clips are as large as those of weights (section 2.2), and the clips hardly contribute to
+    the global gradient norm.
 
     Args:
-        x, clip, num_bits, signed, offset, gradient: as in ``fake_quantize``. The gradient into ``x`` is the same.
+        x, clip, num_bits, signed, offset, gradient: as in ``fake_quantize``; ``x`` gets the same gradient.
 
     Returns:
-        As ``fake_quantize``, bit for bit. For the backward pass ``ste`` and ``pwl`` save one byte per element, which
-        holds the rounding error to within 0.002 of a step, and ``mad`` a reference to ``x``.
+        The result of ``fake_quantize``, bit for bit. For the backward pass, ``ste`` and ``pwl`` save one byte per
+        element (the rounding error to within 0.002 of a step), and ``mad`` saves a reference to ``x``.
 
     Raises:
         TypeError, ValueError: as ``fake_quantize``.
@@ -57,7 +58,7 @@ def fake_quantize_learned_clip(
 
 
 class _LearnedClip(torch.autograd.Function):
-    """``fake_quantize_learned_clip``, with the grid as ``round_to_levels`` takes it."""
+    """Autograd function of ``fake_quantize_learned_clip``; ``grid`` is the result of ``checked_grid``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gradient: str, elements: int, *grid: Any) -> Tensor:
@@ -92,7 +93,7 @@ class _LearnedClip(torch.autograd.Function):
 def round_and_locate(
     x: Tensor, clip: Tensor, low: int, high: int, signed: Tensor | None, offset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """As ``round_to_levels``, and where on the grid each element is, int8."""
+    """``round_to_levels``, and one int8 code per element for the backward pass."""
     value, bounds = difference(x, clip, offset), bounds_for_sign(low, high, signed, clip.dtype)
     step = clip / (bounds[1] + 1)
     integers = integers_of(value, step, *bounds)
@@ -111,7 +112,7 @@ def round_and_locate(
 def split_gradient(
     grad: Tensor, place: Tensor, low: int, high: int, signed: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The gradient inside the clip, 0 outside; and that times ``d result / d clip · (p + 1)``, in ``dtype``."""
+    """The gradient inside the clip (0 outside), and the gradient times ``d result / d clip · (p + 1)`` in ``dtype``."""
     located, bounds = place.to(dtype), bounds_for_sign(low, high, signed, dtype)
     is_below, is_above = located < _BELOW + 0.5, located > _ABOVE_HIGHEST - 0.5
     change = torch.where(is_below, bounds[0], torch.where(is_above, bounds[1], located / _ERROR_UNITS))

@@ -22,8 +22,8 @@ def max_clip(x: Tensor, num_bits: int, *, signed: Sign = True, dim: Dim = None, 
 
 @operation_of_rows()
 def max_of_rows(rows: Tensor, num_bits: int, signed: Tensor) -> Tensor:
-    """The largest magnitude of each of ``[rows, n]``: ``[rows]``."""
-    # NaN propagates. With dim=1 aminmax is many times slower.
+    """The largest magnitude of each row of ``[rows, n]``: ``[rows]``."""
+    # amin and amax propagate NaN. aminmax with dim=1 is many times slower.
     low, high = (rows.amin(dim=1), rows.amax(dim=1)) if len(rows) > 1 else map(torch.atleast_1d, torch.aminmax(rows))
     largest = torch.maximum(magnitude(low, signed), magnitude(high, signed))
     return torch.where((low > -torch.inf) & (high < torch.inf), largest, torch.nan)

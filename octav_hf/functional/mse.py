@@ -1,4 +1,4 @@
-"""The clip with the lowest quantization error, measured with the two's-complement grid instead of modelled."""
+"""The clip with the lowest measured quantization error, found by a search around OCTAV's clip."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,26 +16,26 @@ from .table import Tails, empty_clip, is_finite
 
 
 class Search(NamedTuple):
-    """Which clips are tried: near OCTAV's, from there to the top, and then around the best of them.
+    """Candidate clips: ``near`` ones around OCTAV's clip, ``far`` ones from there to the top, ``fine`` around the best.
 
     The top is the clip whose highest grid value is the largest magnitude.
     """
 
-    lowest: float  # of the near ones, in units of OCTAV's clip
-    highest: float
-    beyond: float  # the highest of the near ones is not above this, in units of the top
-    near: int = 40  # how many
+    lowest: float  # lowest near candidate, in units of OCTAV's clip
+    highest: float  # highest near candidate, in units of OCTAV's clip
+    beyond: float  # upper bound of the highest near candidate, in units of the top
+    near: int = 40
     far: int = 15
     fine: int = 15
 
 
-# Eq. 6 underestimates the dead zone and the clipped top, more so at few bits.
+# Eq. 4 underestimates the error in the dead zone and at the upper end, more so at few bits.
 SEARCH_OF_TABLE = {
     bits: Search(0.85, highest, torch.inf)
     for bits, highest in {2: 8.0, 3: 4.0, 4: 2.6, 5: 2.2, 6: 2.0, 7: 1.8, 8: 1.8}.items()
 }
-# Each candidate reads a row. Few values are beyond its clip, so that the best is closer to OCTAV's, and near the top,
-# which is the highest candidate but for many bits, of which rounding makes one slightly above the best.
+# Each candidate reads the row, so there are fewer. The best clip of a short row is closer to OCTAV's, and near the top.
+# The near candidates end at the top, or at 5 bits and more slightly above it, because rounding makes that clip best.
 SEARCH_OF_ROW = {
     2: Search(0.95, 8.0, 1.0, near=8, far=4, fine=4),
     3: Search(0.92, 4.0, 1.0, near=8, far=4, fine=4),
@@ -49,11 +49,11 @@ SEARCH_OF_ROW = {
 
 @operation("(Tensor table, int num_bits, Tensor signed) -> Tensor", empty_clip)
 def lowest_error_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
-    """``mse_clip`` of a tensor with this magnitude table; arguments and result as in ``octav_of_table``."""
+    """``mse_clip`` of a magnitude table; arguments and result as in ``octav_of_table``."""
     tails = Tails(table, signed)
     levels = 2.0**num_bits / (signed.double() + 1)
     numbers = torch.arange(1, 2**num_bits, dtype=torch.float64, device=table.device)
-    used = torch.stack([numbers < levels, numbers <= levels])  # levels of positive values and of negative ones
+    used = torch.stack([numbers < levels, numbers <= levels])  # one level more for negative values
 
     def error(clips: Tensor) -> Tensor:
         step = clips / levels
@@ -70,8 +70,8 @@ def lowest_error_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tenso
 def mse_clip(x: Tensor, num_bits: int, *, signed: Sign = True, dim: Dim = None, skip: Tensor | None = None) -> Tensor:
     r"""Clipping scalar(s) with nearly the lowest measured squared error, by a search around OCTAV's clip.
 
-    Eq. 4 models the error at a clip s, with step :math:`\Delta = s\,2^{1-B}` (unsigned :math:`s\,2^{-B}`), as
-    :math:`\Delta^2/12` for each value inside and :math:`(|x|-s)^2` for each outside. The grid's error is
+    Eq. 4 models the error of a clip s, with step :math:`\Delta = s\,2^{1-B}` (unsigned :math:`s\,2^{-B}`), as
+    :math:`\Delta^2/12` for each value inside and :math:`(|x|-s)^2` for each value outside. The exact error is
 
     .. math::
         E(\Delta) = \sum_x (x - \Delta k(x))^2
@@ -79,16 +79,17 @@ def mse_clip(x: Tensor, num_bits: int, *, signed: Sign = True, dim: Dim = None, 
         - 2\Delta \sum_{j=1}^{-k_-} G_-((j-\tfrac12)\Delta)
 
     with :math:`k(x) = \min(\max(\mathrm{round}(x/\Delta), k_-), k_+)`, :math:`k_- = -2^{B-1}, k_+ = 2^{B-1}-1`
-    (unsigned 0 and :math:`2^B-1`), and :math:`G_\pm(t) = \sum (\pm x - t)_+`. It differs from the model in the dead
-    zone, where :math:`|x| < \Delta/2` has the error :math:`x^2` for any clip, which matters where most values are
-    small, as in a softmax; at the upper end, which is :math:`s-\Delta` and not s; and in the ripple of a coarse grid.
-    E has no closed-form minimum and may have several local ones. So it is computed for candidates from 0.85 of OCTAV's
-    clip to the one whose highest grid value is the largest magnitude, and for some around the best of them: from the
-    magnitude table (``table.py``), or of rows of less than 32768 elements, for fewer candidates, from the elements.
+    (unsigned 0 and :math:`2^B-1`), and :math:`G_\pm(t) = \sum (\pm x - t)_+`. It differs from the model in three
+    places: in the dead zone :math:`|x| < \Delta/2`, where the error is :math:`x^2` whatever the clip, which matters
+    where most values are small, as after a softmax; at the upper end of the grid, which is :math:`s-\Delta` and not s;
+    and in the ripple of a coarse grid. E has no closed-form minimum and may have several local minima. It is therefore
+    evaluated for candidates from 0.85 of OCTAV's clip to the clip whose highest grid value is the largest magnitude,
+    and then for candidates around the best of these. Long rows are evaluated on their magnitude table (``table.py``),
+    rows of fewer than 32768 elements on the elements themselves, with fewer candidates.
 
-    The error is within 0.5 % of the best of a sweep of 1000 clips, and that of short rows within 2 % (5 % at 8 bits),
-    on the tensors of a fine-tuned MiniLM and on synthetic ones (README); there is no guarantee. On short rows of a few
-    distinct values, such as integers, which some clips hit exactly, it may be several times the lowest.
+    On the tensors of a fine-tuned MiniLM and on synthetic tensors, the error is within 0.5 % of the best of a sweep of
+    1000 clips, for short rows within 2 % (5 % at 8 bits); this is not guaranteed. On short rows of a few distinct
+    values, such as integers, which some clips represent exactly, it may be several times the lowest error.
 
     Arguments, result and errors as in ``octav_clip``, without ``max_iterations``. A row of zeros gives 0.
     """
@@ -99,9 +100,9 @@ def mse_clip(x: Tensor, num_bits: int, *, signed: Sign = True, dim: Dim = None, 
 
 @operation_of_rows(lowest_error_of_table)
 def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor) -> Tensor:
-    """The clips with the lowest error of rows; see ``mse_clip``."""
+    """The clips with the lowest error for ``[rows, n]``: ``[rows]``; see ``mse_clip``."""
     octav = octav_of_rows(rows, num_bits, signed, None, False)
-    # On an unsigned grid a negative value has the same error for every clip, which may drown the rest.
+    # On an unsigned grid a negative value adds the same error for every clip, which may hide small differences.
     values = torch.where(signed, rows, rows.clamp(min=0))
     levels = 2.0**num_bits / (signed.to(octav.dtype) + 1)
     top = magnitude(values, True).amax(dim=1) * (levels / (levels - 1))
@@ -109,11 +110,11 @@ def mse_of_rows(rows: Tensor, num_bits: int, signed: Tensor) -> Tensor:
 
 
 def lowest_error(error: Callable[[Tensor], Tensor], octav: Tensor, top: Tensor, search: Search) -> Tensor:
-    """The clips with the lowest error among those of a search, and 0 for those of zeros.
+    """The candidate clips with the lowest error, ``[...]``; 0 where ``octav`` is 0.
 
     Args:
-        error: of clips, ``[k, ...]``, up to a constant: ``[k, ...]``.
-        octav, top: of what the clips are for, ``[...]``.
+        error: maps clips ``[k, ...]`` to their errors ``[k, ...]``, up to a constant.
+        octav, top: OCTAV's clip and the top, ``[...]``.
     """
     largest = torch.finfo(octav.dtype).max
     near, far = search.near, search.far

@@ -15,7 +15,7 @@ _MAX_POINTS = 10_000
 def _check_options(num_points: int = 100) -> None:
     if not isinstance(num_points, int) or isinstance(num_points, bool) or not 1 <= num_points <= _MAX_POINTS:
         raise ValueError(
-            f"num_points must be an integer from 1 to {_MAX_POINTS}, got {shown(num_points)}; 100 is the paper's"
+            f"num_points must be an integer from 1 to {_MAX_POINTS}, got {shown(num_points)}; the paper uses 100"
         )
 
 
@@ -24,8 +24,9 @@ def _check_options(num_points: int = 100) -> None:
 def mse_sweep_clip(x: Tensor, num_bits: int, *, signed: bool = True, dim: Dim = None, num_points: int = 100) -> Tensor:
     """The best of the clips ``k / num_points * max|x|``, ``k = 1 ... num_points``, by measured error (Appendix E.3).
 
-    Arguments, result and errors as in ``octav_clip``; ties go to the smallest clip. Reads the tensor ``num_points``
-    times, and on the host whether it is finite: the paper measured OCTAV at a tenth of the cost (Table 6).
+    Arguments, result and errors as in ``octav_clip``; ties go to the smallest clip. It reads the tensor ``num_points``
+    times and synchronizes with the device to check for NaN and Inf; in the paper, OCTAV takes a tenth of its time
+    (Table 6).
 
     Args:
         num_points: number of candidates, 1 to 10000; 100 in the paper.

@@ -12,7 +12,7 @@ from .registry import register_clip_rule
 from .rows import Dim, Sign, check_floating, clips_of, operation_of_rows, scaled_magnitudes
 from .table import Tails, empty_clip, is_finite
 
-_MAX_ITERATIONS = 1000  # that can be asked for
+_MAX_ITERATIONS = 1000
 
 
 def _check_options(max_iterations: int | None = None) -> None:
@@ -20,15 +20,15 @@ def _check_options(max_iterations: int | None = None) -> None:
     if max_iterations is not None and not (is_integer and 0 <= max_iterations <= _MAX_ITERATIONS):
         raise ValueError(
             f"max_iterations must be an integer from 0 to {_MAX_ITERATIONS}, or None to run to the fixed point, got "
-            f"{shown(max_iterations)}; 10 is the paper's"
+            f"{shown(max_iterations)}; the paper uses 10"
         )
 
 
 def octav_of_table(table: Tensor, num_bits: int, signed: Tensor, max_iterations: int | None = None) -> Tensor:
-    """``octav_clip`` of a tensor with this magnitude table: float32 ``[]``, NaN if not all values are finite.
+    """``octav_clip`` of a magnitude table: float32 ``[]``, NaN if a counted value is not finite.
 
     Args:
-        table: int64, from ``magnitude_table``, or the sum of those of a tensor's parts.
+        table: int64, from ``magnitude_table``, or the sum of the tables of a tensor's parts.
         num_bits, max_iterations: as in ``octav_clip``.
         signed: bool ``[]``.
     """
@@ -55,37 +55,38 @@ def octav_clip(
                        {c \sum 1\{0 < |x| \le s_n\} + \sum 1\{|x| > s_n\}},
         \qquad s_1 = \frac{\sum |x|}{\sum 1\{|x| > 0\}}, \qquad c = 4^{-B}/3 \ (\text{unsigned: } 4^{-B}/12)
 
-    Exact zeros carry no noise and are left out, and so are negative values on an unsigned grid, which become zero.
+    Exact zeros have no rounding noise and are left out, as are negative values on an unsigned grid, which become zero.
 
-    The fixed point is where the derivative of the modelled error,
+    At the fixed point, the derivative of the modelled error,
 
     .. math::
         h(s) = c\,s \sum 1\{0<|x|\le s\} - \sum (|x|-s)\, 1\{|x|>s\},
 
-    which increases with s, changes its sign. It is computed without iteration: of rows of less than 32768 elements from
-    their sorted magnitudes, exactly; of longer ones, and of whole tensors of that size, from their magnitude table
-    (``table.py``), to within 1e-4 of it, 2e-4 at 8 bits, where few values are above. Where many elements share one
-    magnitude, h jumps over zero there, Eq. 6 has no fixed point and alternates, and the clip is that magnitude.
+    which increases with s, changes its sign. It is computed without iteration: for rows of fewer than 32768 elements
+    exactly, from their sorted magnitudes; for longer rows from their magnitude table (``table.py``), with a relative
+    error of at most 1e-4 (2e-4 at 8 bits, where few values are above the clip). Where many elements share one
+    magnitude, h may jump over zero there; then Eq. 6 has no fixed point and alternates, and the clip is that magnitude.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape, any strides, any device that has float64.
         num_bits: bits B, 2 to 8.
-        signed: two's-complement or unsigned grid; or a bool tensor ``[]`` on the device of ``x`` that says which.
-        dim: dimension(s) that share a scalar; ``None`` for one scalar for the whole tensor.
-        skip: bool ``[]`` on the device of ``x``; where it is true, ``x`` is not read, and clips are 0.
-        max_iterations: number of updates from s_1, 0 to 1000 (10 in the paper, which at 8 bits stops about 0.4 %
-            short); ``None`` for the fixed point.
+        signed: ``True`` for the two's-complement grid, ``False`` for the unsigned one; or a bool tensor ``[]`` on the
+            device of ``x``.
+        dim: dimension(s) whose elements share a clip; ``None`` for one clip for the whole tensor.
+        skip: bool ``[]`` on the device of ``x``; if true, ``x`` is not read and the clips are 0.
+        max_iterations: number of updates from s_1, 0 to 1000 (the paper uses 10, which at 8 bits ends about 0.4 %
+            below the fixed point); ``None`` for the fixed point.
 
     Returns:
         The clip s >= 0 in the units of ``x``, float32 (float64 for float64 input), without gradient; 0-dim for
-        ``dim=None``, otherwise the shape of ``x`` with ``dim`` of size 1. Rows that are empty or all zero give 0. A
-        table, and so the clip of a tensor of 32768 elements or more, is the same bit for bit whatever the order of the
-        elements and the number of threads. Where reading a value would wait for the device, or in a compiled graph, a
-        row with NaN or Inf gives NaN.
+        ``dim=None``, otherwise the shape of ``x`` with ``dim`` of size 1. Empty and all-zero rows give 0. The clip of
+        a row of 32768 elements or more does not depend on the order of the elements or the number of threads, bit for
+        bit. On an accelerator (a check would synchronize) and in a compiled graph, a row with NaN or Inf gives NaN.
 
     Raises:
         TypeError: ``x`` is not floating point.
-        ValueError: ``x``, on the CPU, holds NaN or Inf; ``num_bits``, ``dim`` or ``max_iterations`` is out of range.
+        ValueError: ``x`` is on the CPU and holds NaN or Inf; ``num_bits``, ``dim`` or ``max_iterations`` is out of
+            range.
     """
     check_floating(x, "octav_clip")
     check_num_bits(num_bits)
@@ -97,12 +98,12 @@ def octav_clip(
 
 @operation("(Tensor table, int num_bits, Tensor signed) -> Tensor", empty_clip)
 def fixed_point_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tensor:
-    """The fixed point of Eq. 6 of a magnitude table; see ``octav_of_table``."""
+    """The fixed point of Eq. 6 for a magnitude table; see ``octav_of_table``."""
     return torch.where(is_finite(table), fixed_point(Tails(table, signed), num_bits, signed), torch.nan).float()
 
 
 def fixed_point(tails: Tails, num_bits: int, signed: Tensor) -> Tensor:
-    """Where h changes its sign, ``[]`` float64; 0 if there are no magnitudes."""
+    """The clip at which h changes its sign, ``[]`` float64; 0 if all magnitudes are 0."""
     noise = noise_factor(num_bits, signed)
     clip = tails.crossing(lambda s, count, excess: noise * s * (tails.nonzero - count) - excess)
     return torch.where(tails.nonzero > 0, clip, 0.0)
@@ -110,16 +111,16 @@ def fixed_point(tails: Tails, num_bits: int, signed: Tensor) -> Tensor:
 
 @operation_of_rows(fixed_point_of_table)
 def octav_of_rows(rows: Tensor, num_bits: int, signed: Tensor) -> Tensor:
-    """The fixed points of Eq. 6 of rows; see ``octav_clip``."""
+    """The fixed points of Eq. 6 for ``[rows, n]``: ``[rows]``; see ``octav_clip``."""
     magnitudes, unit = scaled_magnitudes(rows, signed)
     magnitudes = magnitudes.sort(dim=1, descending=True).values
     noise = noise_factor(num_bits, signed)
     nonzero = (magnitudes > 0).sum(dim=1, keepdim=True)
-    # With the k largest above it, a clip s has h(s) = c s (N - k) - (S_k - k s).
+    # If the k largest magnitudes, with sum S_k, are above the clip s, then h(s) = c s (N - k) - (S_k - k s).
     count = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
     total = magnitudes.cumsum(dim=1)
     at_magnitudes = noise * magnitudes * (nonzero - count + 1) - (total - count * magnitudes)
-    # The smallest magnitude at which h is not negative: the sign changes there, by a jump, or below.
+    # The sign changes at the smallest magnitude where h is not negative (by a jump), or below it.
     risen = (at_magnitudes >= 0) & (magnitudes > 0)
     index = ((count * risen).amax(dim=1, keepdim=True) - 1).clamp(min=0).to(torch.int64)
     count, total, magnitude = index + 1, total.gather(1, index), magnitudes.gather(1, index)
@@ -127,7 +128,7 @@ def octav_of_rows(rows: Tensor, num_bits: int, signed: Tensor) -> Tensor:
 
 
 def updates_of_table(table: Tensor, num_bits: int, signed: Tensor, updates: int) -> Tensor:
-    """Eq. 6 as it is written, ``updates`` times from s_1 on, of a magnitude table: ``[]``."""
+    """``updates`` updates of Eq. 6 from s_1, for a magnitude table: ``[]``."""
     tails = Tails(table, signed)
     noise = noise_factor(num_bits, signed)
     clip = _updated(lambda clip: [part.sum(dim=0) for part in tails.above(clip)], tails.nonzero, noise, updates)
@@ -136,7 +137,7 @@ def updates_of_table(table: Tensor, num_bits: int, signed: Tensor, updates: int)
 
 @operation_of_rows(options=", int updates")
 def updates_of_rows(rows: Tensor, num_bits: int, signed: Tensor, updates: int) -> Tensor:
-    """As ``updates_of_table``, of the elements of rows themselves."""
+    """As ``updates_of_table``, for ``[rows, n]``: ``[rows]``."""
     magnitudes, unit = scaled_magnitudes(rows, signed)
 
     def above(clips: Tensor) -> list[Tensor]:
@@ -147,11 +148,11 @@ def updates_of_rows(rows: Tensor, num_bits: int, signed: Tensor, updates: int) -
 
 
 def _updated(above: Callable[[Tensor], list[Tensor]], nonzero: Tensor, noise: Tensor | float, updates: int) -> Tensor:
-    """``updates`` of Eq. 6, with the count and the excess of the magnitudes above clips."""
+    """``updates`` updates of Eq. 6 from s_1; ``above(clips)`` returns count and excess of the magnitudes above."""
     clips = nonzero.double() * 0
     clips = above(clips)[1] / nonzero.clamp(min=1)  # s_1
     for _ in range(updates):
         count, excess = above(clips)
-        # With nothing above it, which Eq. 6 would turn into 0, a clip stays.
+        # If no magnitude is above the clip, Eq. 6 would give 0; keep the clip.
         clips = torch.where(count > 0, (excess + count * clips) / (noise * (nonzero - count) + count), clips)
     return clips

@@ -1,4 +1,4 @@
-"""Percentile clipping: a percentile of the magnitudes as the clip."""
+"""Percentile clipping: the clip is a percentile of the magnitudes."""
 
 import math
 import numbers
@@ -16,13 +16,13 @@ from .table import Tails, is_finite
 def _check_options(percentile: float = 99.9) -> None:
     is_number = isinstance(percentile, numbers.Real) and not isinstance(percentile, bool)
     if not is_number or not 0 < percentile <= 100:
-        raise ValueError(f"percentile must be above 0 and at most 100, got {shown(percentile)}; 99.9 is usual")
+        raise ValueError(f"percentile must be above 0 and at most 100, got {shown(percentile)}; a usual value is 99.9")
 
 
 def percentile_of_table(table: Tensor, num_bits: int, signed: Tensor, percentile: float = 99.9) -> Tensor:
-    """``percentile_clip`` of a tensor with this magnitude table, as in ``octav_of_table``; its bin is exact."""
+    """``percentile_clip`` of a magnitude table; arguments and result as in ``octav_of_table``. The bin is exact."""
     tails, number = Tails(table, signed), table[0].sum()
-    # 99.9 % of 1000 is 999.0000000000001 in floating point; its rank is 999.
+    # 99.9 % of 1000 is 999.0000000000001 in floating point; the rank is 999.
     rank = (number.double() * (percentile / 100) - 1e-6).ceil().clamp(min=1)
     above = number - rank
     clip = tails.crossing(lambda _, count, excess: above + 0.5 - count)
@@ -43,12 +43,12 @@ def percentile_clip(
     """The nearest-rank percentile of the magnitudes, zeros included (the inverted empirical distribution function).
 
     Arguments, result and errors as in ``octav_clip``; the paper's static variants use 99.9, 99.99 and 99.999. If at
-    least this share of the elements is 0, so is the clip, and everything is quantized to 0. ``num_bits`` is checked,
-    but does not change the result. Of 32768 elements or more it is read off their magnitude table, which tells the
-    bin of 1/128 octave exactly and the place in it nearly.
+    least this share of the elements is 0, the clip is 0 and every element is quantized to 0. ``num_bits`` is checked,
+    but does not change the result. For rows of 32768 elements or more, the percentile is read from the magnitude
+    table: its bin (1/128 octave) is exact, its position in the bin an estimate.
 
     Args:
-        percentile: above 0, at most 100; 100 is max-scaling.
+        percentile: above 0, at most 100; 100 gives max-scaling.
     """
     check_floating(x, "percentile_clip")
     check_num_bits(num_bits)
@@ -58,7 +58,7 @@ def percentile_clip(
 
 @operation_of_rows(percentile_of_table, ", float percentile")
 def percentile_of_rows(rows: Tensor, num_bits: int, signed: Tensor, percentile: float) -> Tensor:
-    """The percentile of each of ``[rows, n]``: ``[rows]``."""
+    """The percentile of each row of ``[rows, n]``: ``[rows]``."""
     rank = max(1, math.ceil(percentile / 100 * rows.shape[1] - 1e-6))
     clips = magnitude(rows, signed).kthvalue(rank, dim=1).values
     return torch.where(rows.abs().amax(dim=1) < torch.inf, clips, torch.nan)

@@ -1,4 +1,4 @@
-"""Clipping rules by name."""
+"""Registry of the clipping rules."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,27 +15,27 @@ CLIP_RULES: dict[str, ClipRule] = {}
 """Name -> ``rule(x, num_bits, *, signed=True, dim=None, **options) -> clip``."""
 
 OPTION_CHECKS: dict[str, Callable[..., None]] = {}
-"""Name -> ``check(**options)``, which raises ``ValueError`` for options that the rule refuses; needs no tensor."""
+"""Name -> ``check(**options)``, which raises ``ValueError`` for invalid options."""
 
 RULES_OF_TABLES: dict[str, ClipRule] = {}
-"""Name -> ``rule(table, num_bits, signed, **options) -> clip`` of a tensor with this magnitude table."""
+"""Name -> ``rule(table, num_bits, signed, **options) -> clip`` for a magnitude table."""
 
 RULES_OF_RANGES: set[str] = set()
-"""Names of rules whose clip is that of the lowest and the highest value alone."""
+"""Names of rules whose clip depends only on the lowest and the highest value."""
 
 RULE_ARGUMENTS = ("x", "num_bits", "signed", "dim", "skip")
-"""Arguments of rules that are not options."""
+"""Arguments of rules that are no options."""
 
-_TENSOR_SIGN: set[str] = set()  # rules whose ``signed`` may be a tensor, and which take ``skip``
+_TENSOR_SIGN: set[str] = set()  # rules that accept a tensor ``signed`` and ``skip``
 
 
 def poolable_rules() -> list[str]:
-    """Rules for values that are on several ranks, or in several batches."""
+    """Rules that can combine values from several ranks or batches."""
     return sorted(RULES_OF_TABLES.keys() | RULES_OF_RANGES)
 
 
 def takes_skip(name: str) -> bool:
-    """Whether the rule ``name`` leaves a tensor unread where ``skip`` is true; others read it whatever it holds."""
+    """Whether the rule ``name`` accepts ``skip``."""
     return name in _TENSOR_SIGN
 
 
@@ -47,21 +47,24 @@ def register_clip_rule(
     of_range: bool = False,
     tensor_sign: bool = False,
 ) -> Callable[[Rule], Rule]:
-    """Decorator: register a clipping rule under ``name``, for the config too; ``ValueError`` if it is taken.
+    """Decorator: register a clipping rule under ``name``, so that configs can use it.
 
-    Options come from checkpoints too, which anybody may have written, so a rule has to refuse those that would make it
-    run for very long.
+    Options may come from an untrusted checkpoint, so ``check_options`` must reject values that would make the rule run
+    for very long.
 
     Args:
-        name: what ``OctavConfig.weight_clip`` and ``activation_clip`` call it.
-        check_options: called with the options when a config is made; raises ``ValueError`` for impossible ones. Without
-            it the rule itself is called then, with a tensor of one element.
-        of_table: the rule as a function of a magnitude table (``table.py``). Without it, and without
-            ``of_range``, there is no clip of values that are on several ranks or in several batches.
-        of_range: whether the clip is that of the lowest and the highest value alone.
-        tensor_sign: whether ``signed`` may also be a bool tensor ``[]``, for a sign that the data decide without a
-            read on the host, and whether the rule takes ``skip``. A rule that does not is called for both signs then,
-            so that it has to accept negative values on the unsigned grid.
+        name: the value of ``OctavConfig.weight_clip`` and ``activation_clip`` that selects the rule.
+        check_options: called with the options when a config is made; raises ``ValueError`` for invalid options.
+            Without it, the rule itself is called with a tensor of one element.
+        of_table: the rule as a function of a magnitude table (``table.py``). A rule without ``of_table`` and
+            ``of_range`` cannot combine values from several ranks or batches.
+        of_range: whether the clip depends only on the lowest and the highest value.
+        tensor_sign: whether the rule accepts a bool tensor ``[]`` as ``signed``, so that a sign computed from the data
+            needs no synchronization, and ``skip``. A rule without it is called for both signs, and must therefore
+            accept negative values on the unsigned grid.
+
+    Raises:
+        ValueError: a rule of this name exists.
     """
 
     def register(rule: Rule) -> Rule:
@@ -84,7 +87,7 @@ def register_clip_rule(
 def clip_for_sign(
     name: str, x: Tensor, num_bits: int, *, signed: Sign, dim: Dim, skip: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """The clip by the rule ``name`` on the grid that ``signed`` says; anything where ``skip``, bool ``[]``, is true."""
+    """The clip of rule ``name``, whose ``signed`` may be a tensor; the result is unspecified if ``skip`` is true."""
     rule = CLIP_RULES[name]
     if name in _TENSOR_SIGN and (skip is not None or isinstance(signed, Tensor)):
         return rule(x, num_bits, signed=signed, dim=dim, skip=skip, **options)

@@ -1,4 +1,4 @@
-"""Shared by the clipping rules: a tensor as rows, their magnitudes and signs, and checks."""
+"""Helpers of the clipping rules: view a tensor as rows, magnitudes, signs, and checks."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from .table import LONG_ROW, magnitude_table, uses_table
 _OfRows = Callable[..., Tensor]
 Dim = int | tuple[int, ...] | None
 Sign = bool | Tensor
-"""Whether a grid is signed; a bool tensor ``[]`` on the device of the data where the data say it."""
+"""Whether a grid is signed; a bool tensor ``[]`` on the device of the data if it is computed from them."""
 
 
 def check_floating(x: Tensor, operation: str) -> None:
@@ -30,17 +30,17 @@ def not_finite_error(x: Tensor, operation: str) -> ValueError:
     nans, infs = int(torch.isnan(x).sum()), int(torch.isinf(x).sum())
     return ValueError(
         f"{operation}: x of shape {tuple(x.shape)} and dtype {x.dtype} holds {nans} NaN and {infs} Inf, so it has no "
-        "clipping scalar; find where they arise (an overflow in float16, a learning rate too high, a bad checkpoint), "
-        "or replace them with torch.nan_to_num first"
+        "clipping scalar; find where they arise (float16 overflow, too high a learning rate, a damaged checkpoint), or "
+        "replace them with torch.nan_to_num first"
     )
 
 
 def to_rows(x: Tensor, dim: Dim) -> tuple[Tensor, tuple[int, ...]]:
-    """View ``x`` as ``[rows, n]``, one row per clipping scalar, with the dimensions ``dim`` flattened into ``n``.
+    """Reshape ``x`` to ``[rows, n]``, one row per clip, with the dimensions ``dim`` flattened into ``n``.
 
     Returns:
         The rows (a view if strides allow), and the shape in which one value per row broadcasts against ``x``: reduced
-        dimensions have size 1; ``()`` for ``dim=None``, which reduces all.
+        dimensions have size 1; ``()`` for ``dim=None``, which reduces all dimensions.
     """
     if dim is None:
         return x.reshape(1, -1), ()
@@ -59,15 +59,15 @@ def to_rows(x: Tensor, dim: Dim) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def memory_order(x: Tensor) -> list[int]:
-    """The dimensions of ``x`` from the slowest to the fastest in memory."""
+    """The dimensions of ``x``, sorted by decreasing stride."""
     return sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
 
 
 def flat_rows(rows: Tensor) -> Tensor:
-    """``[rows, ...]`` as ``[rows, n]``, long rows in the order in which they are in memory.
+    """Flatten ``[rows, ...]`` to ``[rows, n]``; long rows in memory order, without a copy.
 
-    A table has no order, so that a transposed tensor, such as an attention key, needs no copy. The sums of a short row
-    depend on the order, which is that of the dimensions, whatever the strides are.
+    A magnitude table does not depend on the order of the elements. The float sums of a short row do, so their elements
+    are always in the order of the dimensions.
     """
     if rows.dim() > 2 and rows.numel() >= LONG_ROW * len(rows):
         rows = rows.permute(0, *(d + 1 for d in memory_order(rows[0])))
@@ -77,10 +77,10 @@ def flat_rows(rows: Tensor) -> Tensor:
 def clips_of(
     operation: Any, x: Tensor, dim: Dim, num_bits: int, signed: Sign, skip: Tensor | None, *options: Any, name: str
 ) -> Tensor:
-    """The clips of the rows of ``x`` by an ``operation_of_rows``, in a shape that broadcasts to it.
+    """The clips of ``x`` by an ``operation_of_rows``, in a shape that broadcasts to ``x``.
 
     Args:
-        name: of the rule, for errors.
+        name: name of the rule, for errors.
     """
     if isinstance(signed, Tensor) and (signed.dtype != torch.bool or signed.dim() > 0):
         raise ValueError(
@@ -88,7 +88,7 @@ def clips_of(
             f"{tuple(signed.shape)} and dtype {signed.dtype}"
         )
     x = x.detach()
-    # A whole tensor is flattened in the operation: when compiling, what its order in memory will be is not known.
+    # The operation itself flattens a whole tensor: during compilation, the memory order is not known yet.
     rows, shape = (x.unsqueeze(0), ()) if dim is None else to_rows(x, dim)
     if rows.numel() == 0:
         return torch.zeros(shape, dtype=statistics_dtype(x.dtype), device=x.device)
@@ -101,15 +101,15 @@ def clips_of(
 
 
 def operation_of_rows(of_table: Callable[..., Tensor] | None = None, options: str = "") -> Callable[[_OfRows], Any]:
-    """Decorator: make ``of_rows(rows, num_bits, signed, *options)``, of ``[rows, n]``, a custom operation.
+    """Decorator: make a custom operation of ``of_rows(rows, num_bits, signed, *options)`` for ``[rows, n]``.
 
-    The operation is ``(rows, num_bits, signed, skip, check, *options) -> clips``, of ``[rows, ...]``: ``[rows]`` in
-    ``statistics_dtype``, 0 where ``skip``, bool ``[]`` or ``None``, is true. A row with NaN or Inf has the clip NaN, or
-    with ``check``, on the CPU, raises ``NotFinite``.
+    The operation is ``(rows, num_bits, signed, skip, check, *options) -> clips``. It takes ``[rows, ...]`` and returns
+    ``[rows]`` in ``statistics_dtype``, 0 if ``skip`` (bool ``[]`` or ``None``) is true. The clip of a row with NaN or
+    Inf is NaN; with ``check``, ``NotFinite`` is raised on the CPU.
 
     Args:
-        of_table: the same of a magnitude table, for long rows.
-        options: their schema.
+        of_table: the same rule for a magnitude table, used for long rows.
+        options: schema of the options.
     """
 
     def declare(of_rows: _OfRows) -> Any:
@@ -136,9 +136,9 @@ def _empty_clips(rows: Tensor, *_: Any) -> Tensor:
 
 
 def scaled_magnitudes(rows: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
-    """The magnitudes of ``[rows, n]`` in units of powers of two near the largest value, float64; units, ``[rows, 1]``.
+    """Magnitudes of ``[rows, n]`` in units ``[rows, 1]``, powers of two near the largest value of a row; and the units.
 
-    Units keep sums from overflowing. That of a row with NaN or Inf is NaN.
+    Both are float64. The units keep sums from overflowing. The unit of a row with NaN or Inf is NaN.
     """
     rows = rows.double()
     largest = rows.abs().amax(dim=1, keepdim=True)
@@ -162,7 +162,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @operation("(Tensor x) -> Tensor", lambda x: torch.empty((), dtype=torch.bool, device=x.device))
 def has_negative(x: Tensor) -> Tensor:
-    """Whether a value of ``x``, floating point, any shape, is below zero: bool ``[]``."""
+    """Whether any value of ``x`` (floating point, any shape) is negative: bool ``[]``."""
     return (x < 0).any()
 
 
@@ -172,8 +172,8 @@ def _empty_difference(x: Tensor, offset: Tensor, skip: Tensor) -> Tensor:
 
 @operation("(Tensor x, Tensor offset, Tensor skip) -> Tensor", _empty_difference)
 def minus_offset(x: Tensor, offset: Tensor, skip: Tensor) -> Tensor:
-    """``x - offset`` in the dtype of ``offset``, ``[]``; any values, and on the CPU no work, where ``skip`` is true."""
+    """``x - offset`` in the dtype of ``offset``, ``[]``; unspecified if ``skip`` is true, and then free on the CPU."""
     difference = _empty_difference(x, offset, skip)
     if x.device.type != "cpu" or not skip:
-        torch.sub(x.to(offset.dtype), offset, out=difference)  # in a narrower dtype it would lose digits
+        torch.sub(x.to(offset.dtype), offset, out=difference)  # in a narrower dtype it would lose precision
     return difference

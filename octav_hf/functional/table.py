@@ -1,8 +1,8 @@
-"""The magnitude table: what octav, mse and percentile read off a tensor, once; they are functions of it.
+"""The magnitude table, a histogram of a tensor from which the rules octav, mse and percentile compute their clips.
 
-Magnitudes are counted by the upper 16 bits of their float32 pattern, which are those of a bfloat16: 128 bins an octave,
-each with the count of its values and the sum of their lower 16 bits, the rests. Both are integers, so a table does not
-depend on the order of the values, and the tables of a tensor's parts add up to its own.
+The bin of a value is the upper 16 bits of its float32 pattern (its bfloat16 prefix), which gives 128 bins per octave.
+Each bin holds the count of its values and the sum of their lower 16 bits, the rests. Both are integers, so a table does
+not depend on the order of the values, and the tables of a tensor's parts add up to the table of the tensor.
 """
 
 from collections.abc import Callable
@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from .kernels.operations import operation
 
 LONG_ROW = 1 << 15
-"""Elements from which a row's clip is a function of its table; that of a shorter one is exact."""
+"""Smallest number of elements for which a row's clip is computed from its table; shorter rows are computed exactly."""
 _BINS = 1 << 15
 _NOT_FINITE = 255 << 7  # the first bin of Inf and NaN
 _REST_BITS = 16
 _PIECE = 1 << 20
-_WINDOW = 32 * 128  # bins below the highest that matter: a clip is above max / (c N + 1)
-_PARTS, _ROUNDS = 64, 3  # of a bin: a threshold is found to 64^-3 of the bin's width
+_WINDOW = 32 * 128  # bins below the highest that are used: a clip is above max / (c N + 1)
+_PARTS, _ROUNDS = 64, 3  # of the search in a bin: a threshold is found to 64^-3 of the bin's width
 
 
 def uses_table(rows: Tensor) -> bool:
-    """Whether the clips of ``rows``, ``[rows, n]``, are functions of their tables."""
+    """Whether the clips of ``[rows, n]`` are computed from magnitude tables."""
     return rows.shape[1] >= LONG_ROW and rows.dtype != torch.float64
 
 
 def empty_clip(table: Tensor, *_: object) -> Tensor:
-    """A result of the kind of ``fixed_point_of_table``, for tensors without values."""
+    """Fake implementation of an operation that computes a clip from a table."""
     return torch.empty((), dtype=torch.float32, device=table.device)
 
 
@@ -38,9 +38,9 @@ def _empty_table(x: Tensor) -> Tensor:
 
 @operation("(Tensor x) -> Tensor", _empty_table)
 def magnitude_table(x: Tensor) -> Tensor:
-    """Counts and sums of rests of ``x``, of any shape, float32, bfloat16 or float16: int64 ``[2, 2, bins]``.
+    """The magnitude table of ``x`` (float32, bfloat16 or float16, any shape): int64 ``[2, 2, bins]``.
 
-    The first index is 0 for counts and 1 for sums, the second 0 for positive values and 1 for those with a minus sign.
+    The first index is 0 for counts and 1 for sums of rests, the second 0 for a positive and 1 for a negative sign bit.
     """
     table = torch.zeros(2, 2 * _BINS, dtype=torch.int64, device=x.device)
     for piece in x.reshape(-1).split(_PIECE):
@@ -51,41 +51,41 @@ def magnitude_table(x: Tensor) -> Tensor:
 
 
 def has_negative_bin(table: Tensor) -> Tensor:
-    """Whether a tensor with this table has a value below zero: bool ``[]``. Minus zero is none."""
+    """Whether a counted value is negative: bool ``[]``. Minus zero is not."""
     counts, rests = table.select(1, 1)
     return (counts.narrow(0, 1, _BINS - 1).sum() + rests.select(0, 0)) > 0
 
 
 def is_finite(table: Tensor) -> Tensor:
-    """Whether no value is NaN or Inf: bool ``[]``."""
+    """Whether no counted value is NaN or Inf: bool ``[]``."""
     return table.select(0, 0).narrow(1, _NOT_FINITE, _BINS - _NOT_FINITE).sum() == 0
 
 
 class Tails:
-    """Counts and excesses of the magnitudes of a grid, ``|x|`` or ``max(x, 0)``, above thresholds.
+    """Count and excess of the magnitudes (``|x|``, or ``max(x, 0)`` unsigned) above thresholds, from a table.
 
-    A bin's values are spread over it by a density that is a line with their mean. But a single value, values with no
-    rest, and what a bin has more than the two beside it if that is far more, such as those at the 6 of a ReLU6, are a
-    crowd at one place. With an empty bin beside it the others are few.
+    Inside a bin, values are assumed to have a linear density with the bin's mean. Some values are instead placed at one
+    point, the crowd: a single value, values without rest, and, in a bin with far more values than its two neighbours
+    (such as the 6 of a ReLU6), the surplus over the smaller neighbour.
 
     Args:
-        table: from ``magnitude_table``, or the sum of those of a tensor's parts.
-        signed: bool ``[]``; without a sign, negative values are zeros.
+        table: from ``magnitude_table``, or the sum of the tables of a tensor's parts.
+        signed: bool ``[]``; if false, negative values count as zeros.
 
     Attributes:
-        nonzero: count of all magnitudes, zeros left out, ``[]`` float64.
-        edges: lower edges of the bins that matter, ascending, ``[bins]`` float64.
-        top: the largest magnitude, as far as the table tells, ``[]`` float64.
+        nonzero: number of nonzero magnitudes, ``[]`` float64.
+        edges: lower edges of the bins that are used, ascending, ``[bins]`` float64.
+        top: upper bound of the largest magnitude, exact if it is alone in its bin, ``[]`` float64.
     """
 
     def __init__(self, table: Tensor, signed: Tensor):
         numbers = torch.arange(_BINS, dtype=torch.int64, device=table.device)
-        usable = (numbers > 0) & (numbers < _NOT_FINITE)  # bin 0 is zero, and less than 2^-133
+        usable = (numbers > 0) & (numbers < _NOT_FINITE)  # bin 0 holds zeros and magnitudes below 2^-133
         counts, rests = table * usable * torch.stack([torch.ones_like(signed), signed]).view(2, 1)
         self.nonzero = counts.sum().double()
         highest = (numbers * (counts > 0)).amax()
         self._first = (highest - (_WINDOW - 1)).clamp(min=1)
-        # One bin more than those that can be filled, so that each has one above it.
+        # One bin more than can be filled, so that every filled bin has an upper neighbour.
         window = self._first + torch.arange(_WINDOW + 1, dtype=torch.int64, device=table.device)
         count, rest = (part.index_select(1, window.clamp(max=_BINS - 1)).double() for part in (counts, rests))
         exponent = window >> 7
@@ -107,9 +107,9 @@ class Tails:
         self._bins = torch.stack([values.expand(2, -1) for values in bins])
 
     def above(self, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-        """Count of the magnitudes m above each threshold t >= 0, float64, any shape, and ``sum((m - t)+)``.
+        """Number of magnitudes m above each threshold t >= 0 (float64, any shape), and their excess ``sum((m - t)+)``.
 
-        Both are float64 ``[2, *shape]``, of positive values and of negative ones.
+        Both are float64 ``[2, *shape]``: index 0 for positive values, 1 for negative ones.
         """
         index = (thresholds.to(torch.float32).view(torch.int32).to(torch.int64) >> _REST_BITS) - self._first
         bins = self._bins.index_select(2, index.flatten().clamp(0, _WINDOW)).view(-1, 2, *index.shape)
@@ -125,7 +125,7 @@ class Tails:
         """The lowest threshold, ``[]`` float64, at which an increasing function is not negative.
 
         Args:
-            function: of thresholds, ``[n]``, and the count and excess of the magnitudes above them: ``[n]``.
+            function: maps thresholds ``[n]``, and the count and the excess above them, to ``[n]``.
         """
         points = self.edges
         shares = torch.arange(_PARTS + 1, dtype=torch.float64, device=points.device) / _PARTS
@@ -138,5 +138,5 @@ class Tails:
 
 
 def _sum_above(values: Tensor) -> Tensor:
-    """For each value the sum of those behind it in its row."""
+    """For each value, the sum of the values after it in its row."""
     return values.flip(1).cumsum(1).flip(1) - values

@@ -1,1 +1,1 @@
-"""Checkpoints as others see them: folders, repositories on the Hub, model cards."""
+"""Checkpoint folders, repositories on the Hub and model cards."""

@@ -1,4 +1,4 @@
-"""Folders of checkpoints: inspecting, loading, copying what is beside the weights, and uploading."""
+"""Checkpoint folders: inspect, load and upload them, and copy the files beside the weights."""
 
 import re
 import shutil
@@ -30,11 +30,11 @@ from .output_dir import UNFINISHED
 from .training_run import TrainingRun
 
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib"]
-"""Neither downloaded nor uploaded nor copied: loading one can run any code."""
+"""Never downloaded, uploaded or copied, because loading one can run arbitrary code."""
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "config.json"]
 _TRAINER_FILES = ["trainer_state.json", "*_results.json", "*_predictions.json", "*_null_odds.json"]
 _NOT_UPLOADED = [*PICKLES, "trainer_state.json", "checkpoint-*/*", "runs/*", "packed/*", f"{UNFINISHED}*/*"]
-_MODULES = "modules.json"  # of Sentence Transformers: the parts of a model, one of which is the transformer
+_MODULES = "modules.json"  # of Sentence Transformers: lists the parts of a model, including the transformer
 _FROZEN_ACTIVATION = re.compile(rf"(?:.*\.)?({'|'.join(ACTIVATION_GRANULARITIES)})_quantizer\.(unsigned_)?clips")
 _FROZEN_WEIGHT = re.compile(r"(?:.*\.)?weight_quantizer\.clips")
 
@@ -67,11 +67,11 @@ class CheckpointFolder:
         self.path = Path(source if is_folder else snapshot_download(source, ignore_patterns=PICKLES))
         config_file = self.path / "config.json"
         if not config_file.is_file():
-            raise ValueError(f"{source} has no config.json, so it is no model{self._transformer_elsewhere()}")
+            raise ValueError(f"{source} has no config.json, so it is not a model{self._transformer_elsewhere()}")
         stored = read_json(config_file)
         quantization = (stored.get("quantization_config") or {}) if isinstance(stored, dict) else None
         if not isinstance(quantization, dict):
-            raise ValueError(f"{config_file} must be a JSON object with a quantization_config that is one")
+            raise ValueError(f"{config_file} must be a JSON object, and so must its quantization_config")
         if quantization.get("quant_method") != QUANT_METHOD:
             raise ValueError(
                 f"{source} is not quantized with octav (its quant_method is "
@@ -85,18 +85,18 @@ class CheckpointFolder:
 
     @property
     def weight_files(self) -> list[Path]:
-        """The model's safetensors files; ``ValueError`` if one is missing, or the index names one elsewhere.
+        """The model's safetensors files; ``ValueError`` if one is missing, or the index names a file elsewhere.
 
-        They may be links, of which the Hub's cache consists: nobody but a user of this machine can make those, and what
-        they lead to is read as tensors. A name with a path in it may come from anybody.
+        Files may be links, as in the Hub's cache: only users of this machine can create links, and their targets are
+        read as tensors. An index, in contrast, may come from anybody, so names with a path are refused.
         """
         index = self.path / "model.safetensors.index.json"
-        names = {"model.safetensors"}  # as Transformers, which reads an index where there is none
+        names = {"model.safetensors"}  # takes precedence over an index, as in Transformers
         if index.is_file() and not (self.path / "model.safetensors").is_file():
             stored = read_json(index)
             files_of_tensors = stored.get("weight_map") if isinstance(stored, dict) else None
             if not isinstance(files_of_tensors, dict) or not files_of_tensors:
-                raise ValueError(f"{index} must be a JSON object with a weight_map, names of tensors -> of files")
+                raise ValueError(f"{index} must be a JSON object with a weight_map of tensor names to file names")
             for name in files_of_tensors.values():
                 if not _is_plain_name(name) or not name.endswith(".safetensors"):
                     raise ValueError(
@@ -116,16 +116,18 @@ class CheckpointFolder:
         try:
             loaded: Any = self.model_class.from_pretrained(self.path, output_loading_info=True, trust_remote_code=False)
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{files}: cut off, or weights of another shape than the model's ({error})") from error
+            raise ValueError(f"{files}: truncated, or weights have other shapes than the model ({error})") from error
         except (OSError, ValueError):
             raise
-        except Exception as error:  # whatever a model makes of sizes that are none
+        except Exception as error:  # a model class may raise anything for invalid sizes
             raise ValueError(
-                f"{self.path}: config.json and weights make no {self.model_class.__name__} ({error!r})"
+                f"{self.path}: cannot build a {self.model_class.__name__} from config.json and the weights ({error!r})"
             ) from error
         model, info = loaded
         if info["missing_keys"]:
-            raise ValueError(f"{files}: {', '.join(sorted(info['missing_keys']))} missing, which would be random")
+            raise ValueError(
+                f"{files}: {', '.join(sorted(info['missing_keys']))} missing, so these weights would be random"
+            )
         return model
 
     @cached_property
@@ -139,7 +141,7 @@ class CheckpointFolder:
 
     @cached_property
     def _stored(self) -> dict[str, tuple[str, int]]:
-        """Name -> dtype and bytes of the tensors in the files."""
+        """Name -> dtype and bytes, for the tensors in the files."""
         stored: dict[str, tuple[str, int]] = {}
         for file in self.weight_files:
             with safe_open(file, framework="pt") as opened:
@@ -156,14 +158,14 @@ class CheckpointFolder:
 
     @property
     def frozen_weights(self) -> int:
-        """The number of weights whose clips are frozen; packed, these are their scales."""
+        """The number of weights whose clips are frozen; in packed form, the scales give the clips."""
         if self.config.packed:
             layers = [name.removesuffix(f".{SCALE}") for name in self._stored if name.endswith(f".{SCALE}")]
             return sum(settings.frozen_weight_clips for settings in self.config.settings_for(layers).values())
         return sum(_FROZEN_WEIGHT.fullmatch(name) is not None for name in self._stored)
 
     def layers(self) -> list[StoredLayer]:
-        """The layers whose weight is quantized, in the model's order."""
+        """The layers with a quantized weight, in the order of the model's modules."""
         stored = self._stored
         layers = []
         for name, module in layers_by_quantizer(self.structure, FakeQuantize).items():
@@ -175,7 +177,7 @@ class CheckpointFolder:
         return layers
 
     def write_card(self, name: str) -> None:
-        """Write the model card unless a person has written one; ``name`` is what its example loads."""
+        """Write the model card unless a person has written one; its example loads ``name``."""
         write_card(self.path, card_of(self.structure, self.config, TrainingRun.load(self.path), name=name))
 
     def push(
@@ -191,7 +193,11 @@ class CheckpointFolder:
         """Upload the checkpoint and its card in one commit; the repository is created if it does not exist.
 
         Pickles, Trainer's checkpoints and logs, and a packed form in ``packed/`` are left out. Arguments are those of
-        ``huggingface_hub``. Raises ``ValueError`` if files are damaged, before uploading, or ``HfHubHTTPError``.
+        ``huggingface_hub``.
+
+        Raises:
+            ValueError: files are damaged; nothing is uploaded.
+            HfHubHTTPError: the Hub refuses the upload.
         """
         self.load()
         api = HfApi(token=token)
@@ -209,15 +215,16 @@ class CheckpointFolder:
         )
 
     def copy_companions(self, folder: Path) -> list[str]:
-        """Copy the tokenizer, the card, other files and the subfolders that ``modules.json`` names into ``folder``.
+        """Copy the tokenizer, the card, other files and the subfolders listed in ``modules.json`` into ``folder``.
+
+        Weights, Trainer's files and pickles beside them are not copied.
 
         Returns:
-            What was left out, other than weights and Trainer's files and pickles beside them: subfolders that no
-            ``modules.json`` names, pickles in the others, and links to files elsewhere, which may be anything on this
-            machine.
+            What else was left out: subfolders that ``modules.json`` does not list, pickles in subfolders, and links to
+            files outside the checkpoint, which may be any file of this machine.
 
         Raises:
-            ValueError: ``modules.json`` has another form, or names a folder elsewhere.
+            ValueError: ``modules.json`` is invalid, or lists a folder outside the checkpoint.
         """
         left_out = []
         copied = self._module_folders()
@@ -226,13 +233,13 @@ class CheckpointFolder:
             if path.name.startswith(UNFINISHED) or (path.is_file() and is_weights_or_trainers):
                 continue
             if path.is_dir() and path.name not in copied:
-                left_out.append(f"{escaped(path.name)}/ ({_MODULES} does not name it)")
+                left_out.append(f"{escaped(path.name)}/ ({_MODULES} does not list it)")
             else:
                 left_out += self._copy(path, folder / path.name)
         return left_out
 
     def _copy(self, path: Path, target: Path) -> Iterator[str]:
-        """Copy a file, or a folder with what is in it; yields what is left out."""
+        """Copy a file or folder recursively; yields what is left out."""
         name = escaped(str(path.relative_to(self.path)))
         if path.is_dir() and not path.is_symlink():
             target.mkdir()
@@ -240,59 +247,63 @@ class CheckpointFolder:
                 if not part.name.startswith(UNFINISHED):
                     yield from self._copy(part, target / part.name)
         elif not path.is_file() or not self._is_inside(path):
-            yield f"{name} (a link to elsewhere, or no file)"
+            yield f"{name} (a link to outside of the checkpoint, or not a file)"
         elif any(path.match(pattern) for pattern in PICKLES):
             yield f"{name} (a pickle)"
         else:
             shutil.copy(path, target)
 
     def _module_folders(self) -> list[str]:
-        """The subfolders that ``modules.json`` names, in its order; ``ValueError`` for one elsewhere."""
+        """The subfolders that ``modules.json`` lists, in its order; ``ValueError`` for a path."""
         path = self.path / _MODULES
         modules = read_json(path) if path.is_file() else []
         if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-            raise ValueError(f"{path} must be a list of JSON objects, one for each module")
+            raise ValueError(f"{path} must be a list of JSON objects, one per module")
         names = [module.get("path", "") for module in modules]
         for name in names:
             if name != "" and not _is_plain_name(name):
-                raise ValueError(f"{path} names the folder {shown(name)}; it must be one beside it, without a path")
+                raise ValueError(
+                    f"{path} lists the folder {shown(name)}; it must be the name of a subfolder, not a path"
+                )
         return [name for name in names if name]
 
     def _is_inside(self, path: Path) -> bool:
-        """Whether ``path`` leads to what is in this folder, or in the Hub's cache of the same repository."""
+        """Whether ``path`` resolves to a file in this folder, or in the Hub's cache of the same repository."""
         folder = self.path.resolve()
-        if folder.parent.name == "snapshots":  # which has links to ../../blobs
+        if folder.parent.name == "snapshots":  # the cache has links to ../../blobs
             folder = folder.parent.parent
         return path.resolve().is_relative_to(folder)
 
     def _transformer_elsewhere(self) -> str:
-        """What to do where Sentence Transformers has put the transformer into a subfolder."""
+        """What to do if Sentence Transformers has stored the transformer in a subfolder."""
         for name in self._module_folders():
             file = self.path / name / "config.json"
             stored = read_json(file) if file.is_file() else None
             if isinstance(stored, dict) and "architectures" in stored:
                 return (
-                    f"; {_MODULES} says that it is in {name}/: give {self.path / name} instead, and put what is "
-                    f"written in the place of {name}/ in a copy of {self.path}"
+                    f"; according to {_MODULES}, the model is in {name}/: pass {self.path / name} instead, and replace "
+                    f"{name}/ with the output in a copy of {self.path}"
                 )
         return ""
 
     def _model_config(self) -> Any:
-        """The model's config; by its class, so that a config.json cannot have code of its own loaded."""
+        """The model's config, read by its known class, so that config.json cannot make Transformers load code."""
         config_class: Any = self.model_class.config_class
         return config_class.from_pretrained(self.path)
 
 
 def _model_class(architectures: Any, config_file: Path) -> type[PreTrainedModel]:
-    """The class that ``architectures`` in a config.json names, which has to be a model of Transformers."""
+    """The class named by ``architectures`` in a config.json, which must be a Transformers model."""
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     model_class: Any = None
-    # dir() has what Transformers exports, without importing it.
+    # dir() lists what Transformers exports without importing it.
     if isinstance(architecture, str) and architecture in dir(transformers):
         try:
             model_class = getattr(transformers, architecture)
         except (ImportError, RuntimeError) as error:
-            raise ValueError(f"{config_file}: {architecture} needs a package that is not there ({error})") from error
+            raise ValueError(
+                f"{config_file}: {architecture} needs a package that is not installed ({error})"
+            ) from error
     is_model = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
     if not is_model or model_class.config_class is None:
         raise ValueError(f"{config_file}: Transformers has no model class {shown(architecture)} (field architectures)")
@@ -300,7 +311,7 @@ def _model_class(architectures: Any, config_file: Path) -> type[PreTrainedModel]
 
 
 def _is_plain_name(name: Any) -> bool:
-    """Whether it is the name of a visible file or folder, without a path to it."""
+    """Whether this is the name of a file or folder that is not hidden, without a path."""
     return isinstance(name, str) and name.isprintable() and name[:1] not in ("", ".") and not re.search(r"[/\\:]", name)
 
 

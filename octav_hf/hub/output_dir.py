@@ -8,29 +8,30 @@ from contextlib import contextmanager
 from pathlib import Path
 
 UNFINISHED = ".octav-hf-unfinished-"
-"""Begins the name of a temporary folder."""
+"""Prefix of the names of temporary folders."""
 
 
 @contextmanager
 def atomic_output_dir(output: Path) -> Iterator[Path]:
-    """A temporary folder, of this run alone, whose content becomes that of ``output`` at the end.
+    """Context that yields a temporary folder, whose content is moved to ``output`` at the end.
 
-    An ``output`` that does not exist appears with all its files at once. An empty folder, or a link to one, stays the
-    folder that it is: the files are moved into it, ``config.json`` last. After an error, or if another run was faster,
-    ``output`` is as it was. What a killed run leaves behind is ignored.
+    If ``output`` does not exist, it appears with all its files at once. If it is an empty folder or a link to one, the
+    files are moved into it, ``config.json`` last. After an error, or if another run was faster, ``output`` is
+    unchanged. Leftovers of killed runs are ignored.
 
     Raises:
         FileExistsError: ``output`` exists and is not an empty folder, at the beginning or at the end.
-        OSError: it cannot be written.
+        OSError: ``output`` cannot be written.
     """
     folder = Path(os.path.realpath(output))
     is_new = not folder.exists()
     _check_empty(folder, output)
-    # In the folder itself, whose parent may be read-only or another file system; otherwise in the nearest parent.
+    # In the folder itself if it exists, because its parent may be read-only or on another file system; otherwise in the
+    # nearest existing parent.
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=place) as temporary:
         unfinished = Path(temporary, folder.name or "output")
-        unfinished.mkdir()  # with the permissions of any new folder, which the temporary one has not
+        unfinished.mkdir()  # with default permissions, unlike the temporary folder
         yield unfinished
         _check_empty(folder, output)
         try:
@@ -48,14 +49,14 @@ def _check_empty(folder: Path, output: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir() or any(not path.name.startswith(UNFINISHED) for path in folder.iterdir()):
-        raise FileExistsError(f"{output} exists already; choose another output")
+        raise FileExistsError(f"{output} already exists; choose another output")
 
 
 def _move_files(source: Path, target: Path) -> None:
-    """Move what is in ``source`` into the empty folder ``target``; all or, after an error, nothing."""
+    """Move the content of ``source`` into the empty folder ``target``; after an error, ``target`` is empty again."""
     last = target / "config.json"
     moved = []
-    last.touch(exist_ok=False)  # of two runs one gets past this
+    last.touch(exist_ok=False)  # succeeds in only one of two concurrent runs
     try:
         for path in source.iterdir():
             if path.name != last.name:

@@ -1,4 +1,4 @@
-"""Facts about a training run for the model card, stored in a file beside the model."""
+"""Facts about a training run for the model card, stored in a file next to the model."""
 
 import json
 import math
@@ -19,10 +19,10 @@ class TrainingRun:
 
     base_model: str | None = None  # repository or folder of the model that training started from
     dataset: str | None = None
-    dataset_split: str | None = None  # that the metrics were computed on
+    dataset_split: str | None = None  # on which the metrics were computed
     recipe: Mapping[str, Any] = field(default_factory=dict)  # hyperparameter -> value
-    metrics: Mapping[str, float] = field(default_factory=dict)  # identifier, such as "f1" -> value when quantized
-    fp32_metrics: Mapping[str, float] = field(default_factory=dict)  # of a model trained in float with this recipe
+    metrics: Mapping[str, float] = field(default_factory=dict)  # name, such as "f1" -> value of the quantized model
+    fp32_metrics: Mapping[str, float] = field(default_factory=dict)  # of a float model trained with the same recipe
 
     def __post_init__(self) -> None:
         for name in ("base_model", "dataset", "dataset_split"):
@@ -53,7 +53,7 @@ class TrainingRun:
 
     @classmethod
     def load(cls, folder: str | Path) -> "TrainingRun":
-        """Read ``octav_run.json``; no facts if it does not exist, ``ValueError`` if it has another form."""
+        """Read ``octav_run.json``; no facts if it does not exist, ``ValueError`` if it is invalid."""
         path = Path(folder) / FILE_NAME
         if not path.is_file():
             return cls()

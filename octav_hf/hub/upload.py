@@ -1,4 +1,4 @@
-"""The model card in uploads by Transformers' own methods."""
+"""Add the model card to uploads by Transformers' own methods."""
 
 import weakref
 from pathlib import Path
@@ -14,7 +14,7 @@ class UploadWithCard:
     """Replaces a model's ``_upload_modified_files``, the last step of ``push_to_hub`` and ``save_pretrained``."""
 
     def __init__(self, model: PreTrainedModel):
-        self._model = weakref.ref(model)  # which has this as an attribute
+        self._model = weakref.ref(model)  # this object is an attribute of the model
 
     def __call__(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Write the card into ``working_dir``, unless a person has written one, and upload its files."""

@@ -1,4 +1,4 @@
-"""``convert_octav``: a model that multiplies integers."""
+"""``convert_octav``: integer matmuls for inference."""
 
 from typing import TypeVar
 
@@ -16,19 +16,20 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def convert_octav(model: Model, *, reference: bool = False) -> Model:
-    """Make a quantized model multiply integers, in place, for inference.
+    """Convert a quantized model to integer matmuls, in place, for inference.
 
-    A model that is not packed is packed first, by ``pack_octav``. Then each packed layer multiplies the integers of its
-    input by those of its weight and scales the sums, which are exact, where the packed model multiplies dequantized
-    values in floating point. The outputs agree up to the rounding of floats, which may move a value of a later layer
-    across the boundary between two integers. Dynamic clips are computed as before.
+    A model that is not packed is first packed by ``pack_octav``. Each packed layer then multiplies the integers of its
+    input and weight, with exact sums, and scales the result; the packed model multiplies dequantized values in floating
+    point. The outputs agree up to floating-point rounding, which may move a value in a later layer to a neighbouring
+    integer. Dynamic clips are computed as before.
 
-    What is saved is the packed form. ``unpack_octav`` and ``remove_octav`` undo it; so does loading a saved model.
+    ``save_pretrained`` saves the packed form. ``unpack_octav`` and ``remove_octav`` undo the conversion, and a loaded
+    model is not converted.
 
     Args:
         model: quantized by ``apply_octav``, or loaded.
-        reference: compute the same products in float64, which is slow, to compare with. Calling the function again
-            switches.
+        reference: compute the same matmuls in float64, which is slow, as a reference. Another call with
+            ``reference=False`` switches back.
 
     Returns:
         ``model``.
@@ -50,7 +51,7 @@ def convert_octav(model: Model, *, reference: bool = False) -> Model:
 
 
 def _has_product(layer: PackedLayer) -> bool:
-    """Whether this is a layer of a kind that can multiply integers, with a quantized input."""
+    """Whether integer matmuls support this layer, and its input is quantized."""
     of_known_kind = isinstance(layer, QuantizedLinear | QuantizedConvolution) or layer.float_class is Conv1D
     return of_known_kind and _has_codes(layer.input_quantizer)
 

@@ -1,4 +1,4 @@
-"""Attention whose two matmuls multiply integers."""
+"""Attention with integer matmuls."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,18 +23,18 @@ _CODES = {"codes": torch.float32}
 class IntegerAttentionArithmetic(AttentionArithmetic):
     """Multiplies the integers of the operands and scales the sums.
 
-    The scale of an element of the result is the product of the scales of its row on the left and its column on the
-    right, since elements that are summed over share one.
+    Elements along a contracted dimension share a scale, so the scale of an element of the result is the scale of its
+    row in the left operand times the scale of its column in the right operand.
 
     Args:
-        reference: compute the products in float64.
+        reference: compute the matmuls in float64.
     """
 
     def __init__(self, reference: bool):
         self.reference = reference
 
     def __str__(self) -> str:
-        """What computes the products, for the coverage report."""
+        """How the matmuls are computed, for the coverage report."""
         return f"integers as float{64 if self.reference else 32}"
 
     def matmul(self, quantizers: Sequence[Callable[..., Any]], matmul: Matmul) -> Any:
@@ -82,19 +82,19 @@ class IntegerAttentionArithmetic(AttentionArithmetic):
         dims: tuple[OperandDims, OperandDims],
         factor: float = 1.0,
     ) -> Tensor:
-        """``factor`` times the product of the values."""
+        """``factor`` times the product of the dequantized operands."""
         terms = math.prod([left.integers.shape[dim] for dim in dims[0].contracted])
         sums = multiply(product, left, right, terms, self.reference)
         if left.is_granular or right.is_granular:
             scale = product(_scale_of(left, dims[0]), _scale_of(right, dims[1]))
         else:
             scale = left.scale.reshape(()) * right.scale.reshape(())
-        # Converted first, since a 0-dim scale does not promote. Most often this is the memory of the sums.
+        # Converted explicitly, because a 0-dim scale does not promote. Usually this makes no copy.
         return sums.to(torch.promote_types(sums.dtype, scale.dtype)).mul_(scale * factor)
 
 
 def _is_fused(quantizers: Any, query: Tensor) -> bool:
-    """Whether ``kernels.attention`` can be used: each operand has one clip, that of the probabilities a frozen one."""
+    """Whether ``kernels.attention`` can be used: one clip per operand, frozen for the probabilities."""
     modules = {name: quantizers[name].quantizer for name in ATTENTION_OPERANDS}
     return (
         query.dim() == 4
@@ -121,7 +121,7 @@ def _times_transposed(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _scale_of(codes: Codes, dims: OperandDims) -> Tensor:
-    """The scales with the operand's dimensions: of size 1 along those that are summed over, all of the batch's."""
+    """The scales with the operand's dimensions: size 1 along contracted ones, expanded along batch dimensions."""
     shape = codes.integers.shape
     scale = codes.scale[(None,) * (len(shape) - codes.scale.dim())]
     own = [dim % len(shape) for part in dims for dim in part]

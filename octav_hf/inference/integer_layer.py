@@ -1,4 +1,4 @@
-"""Packed layers that multiply integers."""
+"""Integer matmuls of packed layers."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ from .integer_matmul import Float, Kernel, kernel_for, scaled
 
 
 class Plan:
-    """What is made once of a packed layer's weight.
+    """Everything that is precomputed from a packed layer's weight.
 
     Attributes:
-        kernel: has the weight's integers.
-        scale: ``[out]``, of the weight.
-        sums: ``[out]``, of the weight's values, by which an offset of the input is multiplied.
+        kernel: holds the weight's integers.
+        scale: scales of the weight, ``[out]``.
+        sums: row sums of the dequantized weight, ``[out]``; an offset of the input is multiplied by them.
     """
 
     def __init__(self, layer: Any, reference: bool):
@@ -49,11 +49,11 @@ class Plan:
 
 
 class IntegerArithmetic:
-    """The ``arithmetic`` of a packed layer: the product of the integers of input and weight, scaled afterwards.
+    """The ``arithmetic`` of a packed layer: an integer matmul of input and weight, followed by scaling.
 
     Args:
         layer: the packed layer.
-        reference: compute the products in float64.
+        reference: compute the matmul in float64.
     """
 
     def __init__(self, layer: PackedLayer, reference: bool):
@@ -61,14 +61,14 @@ class IntegerArithmetic:
         self._made: tuple[Plan, tuple[Tensor, Tensor], list[int | None]] | None = None
         self._plan(layer)
 
-    @outside_function_modes  # which would call Python for each operation of a layer inside an attention module
+    @outside_function_modes  # saves a Python call per operation for layers inside an attention module
     def __call__(self, layer: Any, input: Tensor) -> Tensor:
         plan = self._plan(layer)
         codes = quantize_input(layer.input_quantizer, input, codes=plan.kernel.dtype)
         return plan(codes, layer.bias).to(input.dtype)
 
     def _plan(self, layer: Any) -> Plan:
-        """The plan, made again if the packed weight was moved or loaded, or this is a copy."""
+        """The plan; recomputed if the packed weight was moved or loaded, or if this is a copy."""
         if self._made is not None and torch.compiler.is_compiling():
             return self._made[0]
         packed = layer.weight_quantizer
@@ -80,7 +80,7 @@ class IntegerArithmetic:
         return made[0]
 
     def __str__(self) -> str:
-        """What computes the product, for the coverage report."""
+        """How the matmul is computed, for the coverage report."""
         if self.reference:
             return "integers as float64"
         return "integers" if self._made is None else str(self._made[0].kernel)

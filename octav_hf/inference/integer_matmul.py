@@ -1,8 +1,8 @@
-"""Products with an integer weight, exact before scaling: the one file with torch's quantized kernels.
+"""Integer matmuls with a weight, with exact sums before scaling; the only file that calls torch's quantized kernels.
 
-oneDNN's kernel takes uint8 codes and scales its int32 sums itself; it needs AVX512-VNNI. FBGEMM's runs on every x86, by
-way of ``vpmaddubsw``, which adds two products in 16 bits and saturates: 255 * -128 twice does not fit, so the 8-bit
-weight of 8-bit codes is split in two. Elsewhere products are of integer-valued floats, while all sums are exact.
+oneDNN's kernel takes uint8 codes and scales its int32 sums itself; it needs AVX512-VNNI. FBGEMM's kernel runs on every
+x86 processor with ``vpmaddubsw``, which adds two products in 16 bits and saturates: 255 * -128 twice overflows, so an
+8-bit weight with 8-bit codes is split in two. Other processors multiply integer-valued floats, with exact sums.
 """
 
 import functools
@@ -22,12 +22,12 @@ from ..nn.codes import Codes
 
 
 class Kernel:
-    """A layer's product of the integers of ``Codes`` and of its weight, scaled, with the bias added.
+    """The matmul of a layer's input ``Codes`` and its integer weight, scaled, plus the bias.
 
     Args:
         layer: the linear layer or convolution.
-        integers: the weight's, int8 ``[out, in]``, or ``[out, in / groups, *window]``.
-        num_bits: of the codes, and of the weight.
+        integers: integers of the weight, int8 ``[out, in]`` or ``[out, in / groups, *window]``.
+        num_bits: bits of the codes and of the weight.
     """
 
     dtype: torch.dtype  # of the codes
@@ -40,8 +40,8 @@ class Kernel:
 
         Args:
             codes: the layer's input; its scale and offset are not used.
-            step: ``[]``, of the codes.
-            scale: ``[out]``, of the weight.
+            step: step of the codes, ``[]``.
+            scale: scales of the weight, ``[out]``.
             bias: ``[out]``.
         """
         raise NotImplementedError
@@ -51,7 +51,7 @@ class Kernel:
 
 
 class OneDNN(Kernel):
-    """Of uint8 codes, by oneDNN, which scales and adds the bias itself."""
+    """Linear layers with oneDNN, which takes uint8 codes, scales and adds the bias."""
 
     dtype = torch.uint8
 
@@ -67,7 +67,7 @@ class OneDNN(Kernel):
         return multiply_linear(codes.integers, step, lowest, *weight)
 
 
-# One operation for compilers: Inductor takes oneDNN's only with weights that are constants of the graph.
+# A custom operation, because Inductor supports oneDNN's operation only with constant weights.
 @operation(
     "(Tensor x, Tensor step, Tensor lowest, Tensor weight, Tensor scale, Tensor zero_points, Tensor? bias) -> Tensor",
     lambda x, step, lowest, weight, *_: x.new_empty([*x.shape[:-1], weight.shape[-1]], dtype=torch.float32),
@@ -75,7 +75,7 @@ class OneDNN(Kernel):
 def multiply_linear(
     x: Tensor, step: Tensor, lowest: Any, weight: Tensor, scale: Tensor, zero_points: Tensor, bias: Tensor | None
 ) -> Tensor:
-    if x.numel() == 0:  # of which it loses dimensions
+    if x.numel() == 0:  # oneDNN loses dimensions of empty tensors
         return x.new_zeros([*x.shape[:-1], weight.shape[-1]], dtype=torch.float32)
     return torch.ops.onednn.qlinear_pointwise(
         x, float(step), -int(lowest), weight, scale, zero_points, bias, 1.0, 0, torch.float32, "none", [], ""
@@ -83,7 +83,7 @@ def multiply_linear(
 
 
 class FBGEMM(Kernel):
-    """Of integer-valued floats, by FBGEMM, which converts them to uint8 codes."""
+    """Linear layers with FBGEMM, which takes integer-valued floats and converts them to uint8 codes."""
 
     dtype = torch.float32
 
@@ -91,7 +91,7 @@ class FBGEMM(Kernel):
         upper = integers >> 1
         parts = [upper, integers - upper] if saturates(num_bits) else [integers]
         with warnings.catch_warnings(), _engine("fbgemm"):
-            warnings.simplefilter("ignore")  # torch means to remove the type of tensor that holds the weight
+            warnings.simplefilter("ignore")  # torch has deprecated the tensor type that holds the weight
             self._weights = [torch.ops.quantized.linear_prepack(_with_scale_one(part), None) for part in parts]
 
     def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -101,7 +101,7 @@ class FBGEMM(Kernel):
 
 
 class OneDNNConvolution(Kernel):
-    """Of uint8 codes, by oneDNN, which pads with the code of zero."""
+    """Convolutions with oneDNN, which takes uint8 codes and pads with the code of zero."""
 
     dtype = torch.uint8
 
@@ -120,11 +120,11 @@ class OneDNNConvolution(Kernel):
             batched, float(step), -int(codes.lowest), *weight, 1.0, 0, torch.float32, "none", [], None
         )
         result = result if batched is x else result[0]
-        return result.contiguous() if x.is_contiguous() else result  # as of the float layer
+        return result.contiguous() if x.is_contiguous() else result  # as in the float layer
 
 
 class Float(Kernel):
-    """Of integer-valued floats, in ``dtype``; the weight is converted at every call."""
+    """The fallback: integer-valued floats in ``dtype``; the weight is converted at every call."""
 
     def __init__(
         self, layer: Any, integers: Tensor, num_bits: tuple[int, int], dtype: torch.dtype | None = None, why: str = ""
@@ -133,7 +133,7 @@ class Float(Kernel):
         self._layer = layer if isinstance(layer, QuantizedConvolution) else None
         self._integers = integers
         is_exact = integers[0].numel() * _largest_product(num_bits) < 2**24
-        # Elsewhere a convolution may not be computed by multiplying these very numbers.
+        # On other devices, convolution algorithms may transform the operands, which is not exact in float32.
         is_plain = self._layer is None or integers.device.type == "cpu"
         self.dtype = dtype or (torch.float32 if is_exact and is_plain else torch.float64)
 
@@ -152,12 +152,12 @@ class Float(Kernel):
 def multiply(
     product: Callable[[Tensor, Tensor], Tensor], left: Codes, right: Codes, terms: int, reference: bool = False
 ) -> Tensor:
-    """The sums of products of two tensors' integers, which have a dtype of float: exact, float32 or float64.
+    """The exact matmul of the integers of two operands, in float32 if that is exact, otherwise in float64.
 
     Args:
-        product: multiplies and sums, such as ``torch.matmul``.
-        terms: how many products a sum has.
-        reference: always in float64.
+        product: the matmul, such as ``torch.matmul``.
+        terms: number of products per sum.
+        reference: always compute in float64.
     """
     is_exact = terms * left.largest * right.largest < 2**24 and not reference
     dtype = torch.float32 if is_exact else torch.float64
@@ -165,12 +165,12 @@ def multiply(
 
 
 def scaled(sums: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """``sums * scale + bias``, in the dtype of the scale or of the sums, whichever is wider."""
+    """``sums * scale + bias``, in the wider dtype of scale and sums."""
     return sums * scale if bias is None else torch.addcmul(bias.to(sums.dtype), sums, scale)
 
 
 def saturates(num_bits: tuple[int, int]) -> bool:
-    """Whether two products of uint8 codes and a weight, of these bits, can be too large for 16 bits."""
+    """Whether the sum of two products of codes and weights with these bits can overflow 16 bits."""
     return 2 * _largest_product(num_bits) >= 2**15
 
 
@@ -179,13 +179,13 @@ def _largest_product(num_bits: tuple[int, int]) -> int:
 
 
 def kernel_for(layer: Any, integers: Tensor, num_bits: tuple[int, int], dtype: torch.dtype) -> Kernel:
-    """The fastest exact kernel that there is for a layer, and codes whose scale has ``dtype``; else ``Float``."""
+    """The fastest exact kernel for a layer and codes whose scale has ``dtype``; ``Float`` if there is no other."""
     kernel = _exact_kernel(isinstance(layer, QuantizedConvolution), num_bits)
-    reason = "" if kernel else "since this processor has no exact kernel"
+    reason = "" if kernel else "because this processor has no exact integer kernel"
     if integers[0].numel() * _largest_product(num_bits) >= 2**31:
-        reason = "where sums are too long for 32 bits"
+        reason = "because sums may overflow 32 bits"
     if isinstance(layer, QuantizedConvolution) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
-        reason = "where a convolution pads otherwise than by a number of zeros"
+        reason = "because a convolution does not pad with a fixed number of zeros"
     if dtype != torch.float32:
         reason = f"for values in {dtype}"
     if integers.device.type != "cpu":
@@ -198,7 +198,7 @@ def kernel_for(layer: Any, integers: Tensor, num_bits: tuple[int, int], dtype: t
 
 @functools.cache
 def _exact_kernel(is_convolution: bool, num_bits: tuple[int, int]) -> type[Kernel] | None:
-    """The kernel for this processor, if it proves to be exact for the largest codes; for convolutions only oneDNN's."""
+    """The kernel for this processor, if a test with the largest codes is exact; convolutions need oneDNN."""
     has_vnni = torch.cpu.get_capabilities().get("avx512_vnni", False)
     if is_convolution and not has_vnni:
         return None
@@ -222,12 +222,12 @@ def _exact_kernel(is_convolution: bool, num_bits: tuple[int, int]) -> type[Kerne
 
 @functools.cache
 def _warn_of_fallback(reason: str) -> None:
-    warnings.warn(f"Integer products are computed in floating point, exactly but slower, {reason}", stacklevel=2)
+    warnings.warn(f"Integer matmuls are computed in floating point, exactly but more slowly, {reason}", stacklevel=2)
 
 
 @contextmanager
 def _engine(name: str) -> Iterator[None]:
-    """torch's engine for quantized weights that are made inside."""
+    """Context that sets torch's engine for packing quantized weights."""
     before, torch.backends.quantized.engine = torch.backends.quantized.engine, name
     try:
         yield

@@ -1,4 +1,4 @@
-"""Hooks into other libraries; importing this registers them."""
+"""Hooks into other libraries, registered on import."""
 
 from .feature_steps import FeatureSteps
 from .saving import save_pretrained

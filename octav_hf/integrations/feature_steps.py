@@ -1,4 +1,4 @@
-"""Tells the distillation of a model the step of Trainer, since features may be learned in the first steps only."""
+"""Report Trainer's step to the distillation of a model, which may learn features only in the first steps."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from ..training.distillation import Distillation, distillations
 
 
 class FeatureSteps(TrainerCallback):
-    """Sets at each step what ``distill`` learns, by the step's number, which a resumed run knows.
+    """Reports each step to the distillations of the model; a resumed run continues with its step number.
 
-    Every Trainer gets one.
+    Every Trainer gets this callback.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
-"""What ``save_pretrained`` writes follows from the modules of the model that is saved.
+"""Make ``save_pretrained`` write a config that describes the modules of the saved model.
 
-``PreTrainedModel.save_pretrained`` is replaced by importing this module. Transformers asks the quantizer of the saved
-model only; a model around or inside the one that was quantized has none, and a float model that was made from the
-config of a quantized one would be saved as quantized.
+Importing this module replaces ``PreTrainedModel.save_pretrained``. Transformers asks only the quantizer of the saved
+model. A model around or inside the one that was quantized has no quantizer, and a float model created from the config
+of a quantized model would be saved as quantized.
 """
 
 import copy
@@ -41,13 +41,13 @@ PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 @contextmanager
 def _as_recorded(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """A context in which the model has the quantizer and a config with the ``quantization_config`` to be saved.
+    """Context in which the model has the quantizer and the ``quantization_config`` to save.
 
-    That is a copy of its config, since other models may have the same one, and be saved at the same time.
+    The model gets a copy of its config, because other models may share the config and be saved at the same time.
 
     Raises:
-        ValueError: the model would not come back as it is, or a tensor in its last forward passes held NaN or Inf.
-        NotImplementedError: a weight is sharded and neither gathered nor sharded by Transformers itself.
+        ValueError: loading would not restore the model, or a tensor in its last forward passes held NaN or Inf.
+        NotImplementedError: a weight is sharded, and not by Transformers itself.
     """
     quantized, config = is_quantized(model), model.config
     if not quantized and not any(True for _ in _octav_configs(config)):
@@ -59,7 +59,7 @@ def _as_recorded(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None
         _check_complete(model, state_dict)
         requantize_output_embeddings(model)
         record = recorded_config(model)
-        if not has_adapters(model):  # of which only the adapters are saved
+        if not has_adapters(model):  # with adapters, only these are saved
             check_comes_back(model, record, state_dict)
         quantizer = OctavQuantizer(record)
         quantizer.state_dict = state_dict
@@ -78,7 +78,7 @@ def _as_recorded(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None
 
 
 def _octav_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """The configs of a model and its parts that have an ``OctavConfig``, or what a file has for one."""
+    """The configs of a model and its parts that have an ``OctavConfig``, or the dict of one."""
     recorded = config.__dict__.get("quantization_config")
     method = recorded.get("quant_method") if isinstance(recorded, dict) else None
     if isinstance(recorded, OctavConfig) or method == QUANT_METHOD:
@@ -96,10 +96,10 @@ def _check_complete(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | N
         if shape is not None:
             raise NotImplementedError(
                 f"{name} of shape {shape} is sharded, and this process has only a part of it. Trainer gathers the "
-                'weights if fsdp_config has "state_dict_type": "FULL_STATE_DICT", or DeepSpeed\'s config '
-                '"stage3_gather_16bit_weights_on_model_save": true. By hand, on every rank: state_dict = '
+                'weights if fsdp_config contains "state_dict_type": "FULL_STATE_DICT", or DeepSpeed\'s config contains '
+                '"stage3_gather_16bit_weights_on_model_save": true. In your own code, on every rank: state_dict = '
                 "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions("
-                "full_state_dict=True, cpu_offload=True)), or of a DeepSpeed engine "
+                "full_state_dict=True, cpu_offload=True)), or for a DeepSpeed engine "
                 "engine._zero3_consolidated_16bit_state_dict(); then on rank 0: model.save_pretrained(folder, "
                 "state_dict=state_dict)"
             )

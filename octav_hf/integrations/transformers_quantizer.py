@@ -1,4 +1,4 @@
-"""The Transformers quantizer, for loading, training and saving quantized models."""
+"""The Transformers quantizer, which loads, trains and saves quantized models."""
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -31,8 +31,8 @@ from ..packing.names import SCALE, PackedNames, layers_in_files
 from ..packing.pack import packed_layers, packed_to_load
 
 _OTHER_CLASS = (
-    "Load it with the model class that it was saved from (architectures in config.json), and call {} before giving it "
-    "another head"
+    "Load it with the model class that it was saved with (architectures in config.json), and call {} before changing "
+    "its head"
 )
 
 
@@ -40,18 +40,18 @@ _OTHER_CLASS = (
 class OctavQuantizer(HfQuantizer):
     """Converts a model's modules before its weights are loaded.
 
-    A checkpoint in training form has the full-precision weights under their usual names and the ``OctavConfig`` in
-    ``config.json``; frozen clips are tensors. In packed form, after ``pack_octav``, weights are integers of another
+    A checkpoint in training form contains full-precision weights under their usual names, frozen clips as tensors, and
+    the ``OctavConfig`` in ``config.json``. In packed form, after ``pack_octav``, weights are packed integers of another
     shape under the same names; see ``packing.names``.
     """
 
     requires_calibration = False
     quantization_config: OctavConfig
-    state_dict: Mapping[str, Tensor] | None = None  # to be saved in the place of the model's own
-    # Of the model whose weights are being loaded:
+    state_dict: Mapping[str, Tensor] | None = None  # saved instead of the model's own
+    # Set while weights are loaded:
     _renamings: tuple[PackedNames, ...] = ()
     _clips_of_version_1: tuple[OperandClips, ...] = ()
-    _new_layers: Sequence[Any] = ()  # whose clips of the weight are to be frozen
+    _new_layers: Sequence[Any] = ()  # layers whose weight clips are frozen once the weight is initialized
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -62,7 +62,10 @@ class OctavQuantizer(HfQuantizer):
             return model
         packed = self.quantization_config.packed
         if packed and not checkpoint_files:
-            raise ValueError("a model that is packed can only be loaded from its files, not from a state_dict")
+            raise ValueError(
+                "a packed model can only be loaded from its files, not from a state_dict; pass the folder that it was "
+                "saved to"
+            )
         records = check_files(checkpoint_files or (), self.quantization_config) if packed else {}
         config = named_as_in(model, self.quantization_config)
         plan = plan_conversion(model, config, from_file=True)
@@ -90,7 +93,7 @@ class OctavQuantizer(HfQuantizer):
         return model
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Give a quantized model what saving and uploading it needs."""
+        """Set the attributes that saving and uploading a quantized model needs."""
         save_by_own_names(model)
         set_upload(model, UploadWithCard(model))
 
@@ -117,14 +120,14 @@ class OctavQuantizer(HfQuantizer):
         self._renamings = (PackedNames(packed_layers(model), model.base_model_prefix),)
 
     def get_weight_conversions(self) -> list[Any]:
-        # Not update_weight_conversions, which Transformers has had since 5.8, and with the model since 5.21.
+        # update_weight_conversions exists only since Transformers 5.8, and gets the model since 5.21.
         return list(self._renamings)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """The state dict to save, ``None`` for the model's own, and the files' metadata.
+        """The state dict to save (``None``: the model's own), and the metadata of the files.
 
         Raises:
-            NotImplementedError: packed weights are stored merged or split by Transformers, or a tensor is offloaded.
+            NotImplementedError: Transformers stores a packed weight merged or split, or a tensor is offloaded.
         """
         given = None if self.state_dict is None else dict(self.state_dict)
         if not is_packed(model) or has_adapters(model):
@@ -135,17 +138,17 @@ class OctavQuantizer(HfQuantizer):
         for name, tensor in state.items():
             if tensor.is_meta:
                 raise NotImplementedError(
-                    f"{name} of shape {tuple(tensor.shape)} is offloaded, and a packed checkpoint is recorded before "
-                    "it is written; load the whole model, without a device_map, before saving it"
+                    f"{name} of shape {tuple(tensor.shape)} is offloaded, but saving a packed checkpoint needs all "
+                    "values to compute their hashes; load the model without a device_map before saving it"
                 )
-        # As Transformers will do: the record is about the tensors in the files.
+        # The record describes the tensors in the files, so convert names and tensors as Transformers will do.
         stored = revert_weight_conversion(model, remove_tied_weights_from_state_dict(dict(state), model))
         kept = {id(tensor) for tensor in state.values()}
         for name, tensor in stored.items():
             if id(tensor) not in kept:
                 raise NotImplementedError(
                     f"{name}: Transformers stores this weight of {type(model).__name__} merged with others or split, "
-                    "which packed weights cannot be; leave its layer in float by exclude_modules, or save the training "
+                    "which is not possible for packed weights; add its layer to exclude_modules, or save the training "
                     "form"
                 )
         return state, describe_tensors(stored, self.quantization_config)
@@ -159,7 +162,7 @@ class OctavQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """True, since Trainer asks for evaluation too. Training a packed model fails at its first step."""
+        """True, because Trainer checks this for evaluation too. Training a packed model fails in the first step."""
         return True
 
     @property
@@ -170,10 +173,10 @@ class OctavQuantizer(HfQuantizer):
 def _missing(
     model: PreTrainedModel, layers: Iterable[str], packed: Container[str], floating: Container[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Name and weight's shape of the layers that are not in the files, which would be random.
+    """Name and weight shape of the layers that are missing in the files, so that their weights would be random.
 
-    One that is tied to another need not be, unless that is ``packed`` and none of them is ``floating``: a packed layer
-    has no weight to share.
+    A layer whose weight is tied may be missing, unless a layer that it is tied to is ``packed`` and none is
+    ``floating``: a packed layer has no weight to share.
     """
     for name in layers:
         tied = _tied_layers(model, name)
@@ -188,6 +191,6 @@ def _tied_layers(model: PreTrainedModel, name: str) -> list[str]:
 
 
 def _fits(weight: PackedWeight, records: Mapping[str, TensorRecord], scale: str) -> bool:
-    """Whether the tensors in the files, the scales under the name ``scale``, have the shapes of ``weight``."""
+    """Whether the tensors of ``weight`` have the same shapes in the files, where its scales are called ``scale``."""
     expected = {scale: weight.scale.shape, scale.removesuffix(SCALE) + "weight": weight.packed_data.shape}
     return all(name in records and records[name].shape == list(shape) for name, shape in expected.items())

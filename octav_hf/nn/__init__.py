@@ -1,4 +1,4 @@
-"""The quantizer module, and layers and attention modules with quantized operands. Depends on torch only."""
+"""The quantizer module, and layers and attention modules with quantized operands. Depends only on torch."""
 
 from .attention.matmuls import AttentionMatmuls
 from .attention.module import QuantizedAttention

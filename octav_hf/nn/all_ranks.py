@@ -1,4 +1,4 @@
-"""Collectives over the ranks of the default process group; in one process nothing is sent."""
+"""Collectives over the default process group; a single process communicates nothing."""
 
 import torch
 import torch.distributed as dist
@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def several_ranks() -> bool:
-    """Whether there is a default process group of more than one rank."""
+    """Whether the default process group has more than one rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def own_rank() -> int:
-    """This process's place among the ranks."""
+    """The rank of this process."""
     return dist.get_rank() if several_ranks() else 0
 
 
@@ -25,7 +25,7 @@ def gather(values: Tensor) -> Tensor:
 
 
 def sum_over_ranks(counts: Tensor) -> Tensor:
-    """The sum of the ranks' ``counts``, integers, by one collective, in the place of ``counts``."""
+    """Sum the integer tensor ``counts`` over ranks, in place, by one collective."""
     if several_ranks():
         dist.all_reduce(counts)
     return counts
@@ -43,7 +43,7 @@ def sum_and_gather(counts: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not several_ranks():
         return counts, values.unsqueeze(0)
-    # Each rank adds the bits of its values to a row that is 0 elsewhere.
+    # Each rank writes the bits of its values to its own row, which is 0 on the other ranks.
     rows = counts.new_zeros(dist.get_world_size(), len(values))
     rows.select(0, dist.get_rank()).copy_(values.view(torch.int64))
     message = sum_over_ranks(torch.cat([counts.flatten(), rows.flatten()]))

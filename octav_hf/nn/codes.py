@@ -1,4 +1,4 @@
-"""The grid of one tensor, and the tensor as the grid's integers."""
+"""The grid of a tensor, and a quantized tensor as integers."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,10 +15,11 @@ class Grid(NamedTuple):
     """A grid for one tensor.
 
     Args:
-        signed: the two's-complement grid, or the unsigned one; a bool tensor ``[]`` where the values decide.
-        clip: clipping scalar(s), broadcastable against the tensor; for an asymmetric grid those of ``x - offset``.
-        offset: the value at integer 0 of an asymmetric grid, which is unsigned, ``[]``; 0 if it is symmetric, but the
-            values could have made it asymmetric; ``None`` for other grids.
+        signed: ``True`` for the two's-complement grid, ``False`` for the unsigned one; a bool tensor ``[]`` if it
+            depends on the values.
+        clip: clipping scalar(s), broadcastable against the tensor; on an asymmetric grid, those of ``x - offset``.
+        offset: value of integer 0 on an asymmetric grid, which is unsigned, ``[]``. It is 0 if the values made the grid
+            symmetric, and ``None`` if the grid cannot be asymmetric.
     """
 
     signed: Sign
@@ -31,9 +32,9 @@ class Codes(NamedTuple):
 
     Args:
         integers: k as float32 or float64, or k - lowest as uint8.
-        lowest: the lowest integer of the grid, 0 or negative: a number, or a tensor ``[]`` where the values decide.
-        num_bits: of the grid.
-        scale: the step of the grid, broadcastable against the integers; float32, or float64 for float64 data.
+        lowest: the lowest integer of the grid, 0 or negative; a tensor ``[]`` if it depends on the values.
+        num_bits: bits of the grid.
+        scale: step of the grid, broadcastable against the integers; float32, or float64 for float64 data.
         offset: ``[]``; ``None`` for 0.
     """
 
@@ -47,7 +48,7 @@ class Codes(NamedTuple):
     def of(cls, x: Tensor, grid: Grid, num_bits: int, dtype: torch.dtype) -> "Codes":
         """The integers of ``fake_quantize(x, grid.clip, num_bits, signed=grid.signed, offset=grid.offset)``.
 
-        NaN, which only a frozen clip lets through, becomes any integer.
+        NaN, which reaches this only with frozen clips, becomes any integer.
         """
         low, high, sign = range_and_sign(num_bits, grid.signed)
         integers = integer_codes(x.detach(), grid.clip, low, high, sign, grid.offset, dtype)
@@ -55,16 +56,16 @@ class Codes(NamedTuple):
         return cls(integers, lowest, num_bits, step_size(grid.clip, num_bits, grid.signed), grid.offset)
 
     def map(self, rearrange: Callable[[Tensor], Tensor]) -> "Codes":
-        """The same codes with integers and scales arranged otherwise."""
+        """Apply ``rearrange`` to integers and scales."""
         return self._replace(integers=rearrange(self.integers), scale=rearrange(self.scale))
 
     @property
     def is_granular(self) -> bool:
-        """Whether parts have scales of their own."""
+        """Whether there is more than one scale."""
         return self.scale.numel() > 1
 
     @property
     def largest(self) -> int:
-        """The largest magnitude of an integer."""
+        """The largest magnitude that an integer can have."""
         is_signed = not isinstance(self.lowest, Tensor) and self.lowest < 0
         return 2 ** (self.num_bits - 1) if is_signed else 2**self.num_bits - 1

@@ -11,7 +11,7 @@ from .shared_inputs import quantize_input
 class QuantizedConvolution(QuantizedLayer):
     """Base class, with one weight clip per output channel (Appendix E.2: row of the K × CRS matrix).
 
-    The input is quantized before padding, which is exact: zero is on every grid, and the other modes repeat values.
+    Quantizing the input before padding is exact: zero is on every grid, and other padding modes repeat values.
     """
 
     kind = "convolution"
@@ -19,7 +19,7 @@ class QuantizedConvolution(QuantizedLayer):
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of the float class
 
     def forward(self, input: Tensor) -> Tensor:
-        """``Q(weight) * Q(input) + bias``; shapes as for the float layer."""
+        """``Q(weight) * Q(input) + bias``; same shapes as for the float layer."""
         return self._conv_forward(
             quantize_input(self.input_quantizer, input), self.weight_quantizer(self.weight), self.bias
         )

@@ -14,8 +14,8 @@ from .quantized_layer import QuantizedLayer, register_quantized_layer
 class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
     """``nn.Embedding`` with ``weight_quantizer``; one clip per row (token).
 
-    Only the rows that are looked up are quantized, with the same result and gradients as for the whole table. A linear
-    head with a tied weight quantizes it per row too. A model that reads ``weight`` itself gets it in float.
+    Only the rows that are looked up are quantized, with the same result and gradients as quantizing the whole table. A
+    linear head with a tied weight also quantizes it per row. A model that reads ``weight`` directly gets it in float.
     """
 
     kind = "embedding"
@@ -26,7 +26,7 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
 
     @classmethod
     def unsupported_reason(cls, layer: nn.Module) -> str:
-        """As in ``QuantizedLayer``: rounding may lengthen a row beyond ``max_norm``."""
+        """As in ``QuantizedLayer``; ``max_norm`` is not supported, because rounding may increase the norm of a row."""
         if layer.max_norm is None:
             return ""
         return f"its max_norm={layer.max_norm} would not hold for the quantized rows; set max_norm to None"

@@ -20,48 +20,49 @@ from .nan_flag import NanFlag
 from .recording import refuse_recording
 
 FROZEN_BUFFERS = ("clips", "unsigned_clips", "offset")
-"""The buffers of frozen clips."""
+"""Names of the buffers of frozen clips."""
 
 FROZEN_TENSORS = (*FROZEN_BUFFERS, "clip_correction")
-"""Those, and the parameter of clips that learn."""
+"""Names of these buffers, and of the parameter of learned clips."""
 
-_MAX_PARTS = 2  # dimensions of the parts with a clip of their own: heads and channels
+_MAX_PARTS = 2  # maximum number of dimensions of granular clips: heads and channels
 
 
 class FakeQuantize(NanFlag, FullPrecisionBuffers):
-    """Quantizes one operand: computes its clip from the data at every call, or takes a frozen one, then rounds.
+    """Quantizes one operand with a dynamic clip, computed from the data at every call, or with a frozen clip.
 
-    Dynamic clips are recomputed, never stored. Frozen clips are buffers, which are there only while clips are frozen;
-    which of the two says the grid's sign, so that no value has to be read. With frozen clips the data are not read
-    either: NaN stays NaN, without an error. With dynamic clips, NaN and Inf are an error at once on the CPU in eager
-    mode; elsewhere the clip is NaN, and so is the result, and ``octav_hf.check_finite`` raises the error.
+    Dynamic clips are recomputed, never stored. Frozen clips are buffers that exist only while clips are frozen. There
+    are two of them, ``clips`` and ``unsigned_clips``; which one is set gives the sign of the grid, so that no value has
+    to be read. With frozen clips, NaN stays NaN, without an error. With dynamic clips, NaN and Inf raise an error on
+    the CPU in eager mode; elsewhere, clip and result are NaN, and ``octav_hf.check_finite`` raises the error.
 
     Args:
         num_bits: 2 to 8.
         clip: name of a clipping rule in ``functional.CLIP_RULES``.
-        clip_options: further keyword arguments of that rule.
+        clip_options: further keyword arguments of the rule.
         gradient_estimator: ``"ste"``, ``"pwl"`` or ``"mad"``; see ``functional.fake_quantize``.
-        signed: the two's-complement grid, or the unsigned one; ``None``: the unsigned one for a tensor that holds no
-            negative value, found out from the tensor at every call.
+        signed: ``True`` for the two's-complement grid, ``False`` for the unsigned one; ``None`` to decide at every
+            call: unsigned for a tensor without negative values.
         asymmetric: whether a tensor whose negative values all lie inside its signed clip, such as the output of a GELU,
-            is quantized on the unsigned grid that begins at its lowest value m, ``m + Q(x - m)``; only with
+            is quantized on the unsigned grid that begins at its lowest value m, ``m + Q(x - m)``; requires
             ``signed=None``. A tensor with long tails on both sides stays on the signed grid.
-        dim: the dimension(s) that share one clip; ``None`` for one clip for the whole tensor.
-        frozen_dim: the same for a frozen clip, counted from the last dimension; also used while an observer is set.
-            Frozen clips are shared by all batch elements. A scalar frozen clip ignores ``frozen_dim``.
-        group_size: the number of neighbours along the (last of the) dimension(s) that share one clip that do so, if not
-            all of them; see ``functional.groups.Groups``.
-        frozen_group_size: the same for a frozen clip; only with ``frozen_dim=None``, so that tokens share the clips.
-        name: where in the model this quantizer stands, for error messages.
+        dim: dimension(s) whose elements share a clip; ``None`` for one clip for the whole tensor.
+        frozen_dim: the same for frozen clips, as negative dimensions; also used while an observer is set. All samples
+            share frozen clips. A scalar frozen clip ignores ``frozen_dim``.
+        group_size: split the last of the dimension(s) ``dim`` into groups of this size, each with its own clip; see
+            ``functional.groups.Groups``. ``None`` for no groups.
+        frozen_group_size: the same for frozen clips; requires ``frozen_dim=None``, so that tokens share the clips.
+        name: name of the operand in the model, for error messages.
 
     Attributes:
-        clips, unsigned_clips: frozen clips of the signed or of the unsigned grid, ``[calls, *parts]``, where parts are
-            none, groups, heads, or heads and channels; float32, or float64 for float64 data, whatever dtype the model
-            gets. One for each multiplication of the operand in one forward pass of its module.
-        offset: where the grid of frozen clips begins if it is asymmetric, ``[]``, negative.
-        clip_correction: the parameter of frozen clips that learn, in the shape and dtype of the clips, which are
-            multiplied by ``exp(128 clip_correction)``; ``None`` for others.
-        observer: while set, is told the dynamic clips of every call, and frozen clips are not used.
+        clips, unsigned_clips: frozen clips of the signed and of the unsigned grid, ``[calls, *parts]``; one of them is
+            ``None``. There is one clip per matmul of the operand in one forward pass of its module, and per part: parts
+            are none, groups, heads, or heads and channels. float32, or float64 for float64 data, whatever the dtype of
+            the model.
+        offset: lowest value of an asymmetric grid with frozen clips, ``[]``, negative.
+        clip_correction: parameter of learned clips, with shape and dtype of the clips, which are multiplied by
+            ``exp(128 clip_correction)``; ``None`` if clips are not learned.
+        observer: if set, it observes every call, and clips are dynamic even if frozen clips exist.
     """
 
     num_bits: int
@@ -80,7 +81,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
     offset: Tensor | None
     clip_correction: nn.Parameter | None
     observer: ClipObserver | None = None
-    is_synchronized: ClassVar[bool] = False  # whether clips are of the tensors of all ranks
+    is_synchronized: ClassVar[bool] = False  # whether clips are computed over all ranks
     _left_by_calls: ClassVar[tuple[str, ...]] = ("_sum_of_clips",)
 
     def __init__(
@@ -99,7 +100,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         name: str = "",
     ):
         super().__init__()
-        # Plain values: nn.Module.__setattr__ would check each for being a parameter, buffer or module.
+        # Bypasses nn.Module.__setattr__, which would check whether each value is a parameter, buffer or module.
         self.__dict__.update(
             num_bits=num_bits,
             clip=clip,
@@ -117,18 +118,18 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
 
     @property
     def init_kwargs(self) -> dict[str, Any]:
-        """The constructor's arguments, to make another quantizer that replaces this one, with dynamic clips."""
+        """The constructor's arguments, from which a quantizer with the same settings and dynamic clips can be made."""
         return {name: getattr(self, name) for name in _INIT_KWARGS}
 
     @property
     def frozen(self) -> FrozenClips | None:
-        """The frozen clips, those that learn as they are now; ``None`` if clips are dynamic."""
+        """The frozen clips, with the learned correction applied; ``None`` if clips are dynamic."""
         frozen = self._frozen
         return None if frozen is None else frozen.corrected
 
     @property
     def _frozen(self) -> FrozenClips | None:
-        """The frozen clips as they are stored."""
+        """The frozen clips as stored, without the correction applied."""
         buffers, correction = self._buffers, own_parameters(self).get("clip_correction")
         clips, unsigned_clips = buffers["clips"], buffers["unsigned_clips"]
         if clips is not None:
@@ -136,7 +137,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         return None if unsigned_clips is None else FrozenClips(False, unsigned_clips, buffers["offset"], correction)
 
     def freeze(self, frozen: FrozenClips) -> None:
-        """Hold these clips whatever the data are; they become buffers as they are, and a correction a parameter."""
+        """Freeze the clips. The tensors become buffers without a copy, and a correction becomes a parameter."""
         self.register_buffer("clips", frozen.clips if frozen.signed else None)
         self.register_buffer("unsigned_clips", None if frozen.signed else frozen.clips)
         self.register_buffer("offset", frozen.offset)
@@ -144,70 +145,70 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         self.register_parameter("clip_correction", correction)
 
     def unfreeze(self) -> None:
-        """Let clips follow the data."""
+        """Make clips dynamic."""
         for name in FROZEN_BUFFERS:
             self.register_buffer(name, None)
         self.register_parameter("clip_correction", None)
 
     @property
     def is_frozen(self) -> bool:
-        """Whether it has clips that hold whatever the data are."""
+        """Whether it has frozen clips."""
         return self._frozen is not None
 
     def frozen_problem(self, frozen: FrozenClips, weight_shape: tuple[int, ...], max_calls: int | None) -> str:
-        """What is wrong with the form of clips for this quantizer, empty if nothing is; reads no values.
+        """Why clips of this form cannot be frozen in this quantizer; empty if they can. Reads no values.
 
         Args:
-            frozen: clips that are to be frozen.
-            weight_shape: of the weight, for the quantizer of one.
-            max_calls: how often a forward pass can multiply the operand, ``None`` for any number.
+            frozen: clips to freeze.
+            weight_shape: shape of the weight, for the quantizer of a weight.
+            max_calls: maximum number of matmuls of the operand per forward pass, ``None`` for any number.
         """
         signs = (True, False) if self.signed is None else (self.signed,)
         if frozen.signed not in signs:
             allowed = f"{'' if self.signed else 'un'}signed_activations"
             return f"are of the {'' if frozen.signed else 'un'}signed grid, which this operand never has ({allowed})"
         if frozen.offset is not None and (frozen.signed or not self.asymmetric or frozen.offset.dim()):
-            return "have an offset, and this operand is on no asymmetric grid (asymmetric_activations)"
+            return "have an offset, but this operand has no asymmetric grid (asymmetric_activations)"
         calls, *parts = frozen.clips.shape or (0,)
         dims = range(1, _MAX_PARTS + 1) if self.frozen_dim else () if self.frozen_group_size is None else (1,)
         if not calls or (parts and len(parts) not in dims) or (max_calls is not None and calls > max_calls):
-            per_call = "and the parts that have a clip of their own" if dims else "since it has one clip for the tensor"
-            return f"have the shape {tuple(frozen.clips.shape)}, which is to be [calls], {per_call}"
+            expected = "[calls, *parts]" if dims else "[calls], since it has one clip for the tensor"
+            return f"have the shape {tuple(frozen.clips.shape)}, which must be {expected}"
         return ""
 
     @property
     def cache_key(self) -> tuple[Any, ...]:
-        """What the result depends on besides the input: equal for quantizers that do the same."""
-        # One that is observed, or learns, has to be called itself, and is equal to no other.
+        """Everything that the result depends on besides the input; quantizers with equal keys give equal results."""
+        # A quantizer that is observed or learned must be called itself, so its key equals no other.
         learning = self.clip_correction is not None and self
         state = self.observer or learning or tuple(map(values_key, (self.clips, self.unsigned_clips, self.offset)))
         return (*(getattr(self, name) for name in _INIT_KWARGS if name != "name"), state)
 
     @property
     def active_frozen_clips(self) -> FrozenClips | None:
-        """The frozen clips if the next call uses them, ``None`` if it computes its own."""
+        """The frozen clips if the next call uses them; ``None`` if it computes dynamic clips."""
         return self._frozen if self.observer is None else None
 
     @property
     def is_static(self) -> bool:
-        """Whether the grid of the next call is known before its operand is: frozen, and one for the whole tensor."""
+        """Whether the grid of the next call does not depend on its operand: frozen, one clip for the whole tensor."""
         frozen = self.active_frozen_clips
         return frozen is not None and frozen.clips.dim() == 1
 
     @property
     def active_dim(self) -> Dim:
-        """The dimension(s) that share one clip at the next call, or whose groups do."""
+        """The dimension(s) whose elements, or groups of elements, share a clip at the next call."""
         return self._sharing[0]
 
     @property
     def active_groups(self) -> Groups | None:
-        """The groups that have clips of their own at the next call."""
+        """The groups of the next call; ``None`` if it has none."""
         dim, size = self._sharing
         return None if size is None else Groups(size, dim)
 
     @property
     def is_granular(self) -> bool:
-        """Whether parts of a tensor have clips of their own at the next call."""
+        """Whether the next call has more than one clip per tensor."""
         return self._sharing != (None, None)
 
     @property
@@ -221,22 +222,22 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         return self.dim, self.group_size
 
     def is_signed(self, x: Tensor) -> Sign:
-        """Whether ``x`` is quantized on the signed grid; a bool tensor ``[]`` where the values decide."""
+        """Whether ``x`` is quantized on the signed grid; a bool tensor ``[]`` if it depends on the values."""
         if self.signed is not None or x.is_complex():  # complex numbers have no order; the clipping rule refuses them
             return self.signed is not False
         return has_negative(x)
 
     @outside_function_modes
     def compute_clip(self, x: Tensor, signed: Sign | None = None, skip: Tensor | None = None) -> Tensor:
-        """Clipping scalar(s) of ``x``, broadcastable against it or its groups. An error of the rule says ``name``.
+        """Clipping scalar(s) of ``x``, broadcastable against it or its groups. Errors of the rule contain ``name``.
 
         Args:
             x: floating point, any shape.
-            signed: what ``is_signed`` says of ``x``, where that is known already.
-            skip: bool ``[]``; where it is true, ``x`` may be left unread and the result is of no use.
+            signed: ``is_signed(x)``, if it is known already.
+            skip: bool ``[]``; if true, the result is unspecified and ``x`` may not be read.
         """
         signed = self.is_signed(x) if signed is None else signed
-        if torch.compiler.is_compiling():  # no error comes from values
+        if torch.compiler.is_compiling():  # the rule raises no error about values, so no try block to trace
             clip = self._clip(x, signed, skip)
         else:
             try:
@@ -253,7 +254,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         dim, size = self._sharing
         if size is None:
             return rule(x, dim)
-        if dim is None:  # to be frozen, for all tokens: observed in each batch element, as clips of heads are
+        if dim is None:  # observed clips of groups: all tokens share them, but each sample has its own
             dim = tuple(range(1 if x.dim() > 2 else 0, x.dim()))
         return Groups(size, dim).clips(x, rule)
 
@@ -264,7 +265,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
 
     @outside_function_modes
     def dynamic_grid(self, x: Tensor) -> Grid:
-        """The grid for ``x``, computed from its values, of which the host reads none."""
+        """The grid for ``x``, computed from its values without reading them on the host."""
         if self.asymmetric and self.signed is None and x.is_floating_point():
             return self._grid_of_three(x)
         signed = self.is_signed(x)
@@ -272,7 +273,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
 
     @torch.no_grad()
     def _grid_of_three(self, x: Tensor) -> Grid:
-        """Signed, unsigned, or unsigned from the lowest value on, if the mean signed clip does not clip it."""
+        """Signed, unsigned or asymmetric grid; asymmetric if the lowest value is inside the mean signed clip."""
         low = _lowest(x)
         negative = low < 0
         clip = self.compute_clip(x, negative)
@@ -284,20 +285,20 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         return Grid(negative & stays, torch.where(shifted, clip_from_offset, clip), offset)
 
     def forward(self, x: Tensor, call_index: int = 0, codes: torch.dtype | None = None, known: Any = None) -> Any:
-        """``x`` (float, any shape) on the grid; same shape and dtype.
+        """Quantize and dequantize ``x``; the result has the same shape and dtype.
 
         Args:
-            x: floating point, any shape; with clips for parts of it ``[batch, ..., *dim]``.
-            call_index: which multiplication of the operand in one forward pass of its module this is, from 0. Each has
-                a frozen clip of its own.
-            codes: return ``Codes`` of this dtype: the integers of the result and what they stand for.
-            known: the result, if a quantizer with the same ``cache_key`` has computed it for ``x`` already; it is
-                returned, and forward hooks run as ever.
+            x: floating point, any shape; ``[batch, ..., *dim]`` if clips are granular.
+            call_index: index of this matmul of the operand in one forward pass of its module. Each has its own frozen
+                clip.
+            codes: if given, return ``Codes`` of this dtype instead.
+            known: the result, if a quantizer with the same ``cache_key`` has already computed it for ``x``; it is
+                returned as it is, and forward hooks run as usual.
 
         Raises:
-            ValueError: there is no clip for the data, or the frozen clips have another shape; the message has ``name``.
-            RuntimeError: the call is being recorded by ``torch.jit.trace``, ``torch.fx`` or, unless the clip is frozen,
-                ``torch.export``; or codes are asked for where a gradient is.
+            ValueError: ``x`` has no clip, or needs frozen clips of another shape; the message contains ``name``.
+            RuntimeError: the call is recorded by ``torch.jit.trace`` or ``torch.fx``, or by ``torch.export`` with a
+                dynamic clip; or codes are requested for an ``x`` that requires a gradient.
         """
         if known is not None:
             return known
@@ -310,7 +311,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
             return self._round(x, grid, learns=frozen is not None and grid.clip.requires_grad)
         if self.active_groups is not None:
             raise NotImplementedError(
-                f"{self.name or 'FakeQuantize'}: integers of groups have no product, and the operand of shape "
+                f"{self.name or 'FakeQuantize'}: integer matmuls do not support groups, and the operand of shape "
                 f"{tuple(x.shape)} has clips for groups of {self.active_groups.size}; call octav_hf.unpack_octav(model)"
             )
         if torch.is_grad_enabled() and x.requires_grad:
@@ -339,9 +340,9 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         dtype, parts = statistics_dtype(x.dtype), tuple(frozen.clips.shape[1:])
         if parts and parts != self.parts_of(x):
             raise ValueError(
-                f"{self.name or 'FakeQuantize'}: its frozen clips are of shape {parts}, and its operand, of shape "
-                f"{tuple(x.shape)} with the batch first and what shares a clip last, needs {self.parts_of(x)}; run the "
-                "model as it was calibrated, or call calibrate_octav again"
+                f"{self.name or 'FakeQuantize'}: its frozen clips have the shape {parts}, but its operand of shape "
+                f"{tuple(x.shape)} (batch first, dimensions that share a clip last) needs clips of shape "
+                f"{self.parts_of(x)}; run the model as it was calibrated, or call calibrate_octav again"
             )
         clip = frozen.clip_of(call_index).to(dtype)
         if parts:
@@ -349,7 +350,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         return Grid(frozen.signed, clip, None if frozen.offset is None else frozen.offset.to(dtype))
 
     def parts_of(self, x: Tensor) -> tuple[int, ...]:
-        """How many frozen clips ``x`` has along its dimensions: none of its own for a batch element."""
+        """Shape of the frozen clips of ``x``, which all samples share."""
         if self.frozen_dim is None:
             size = self.frozen_group_size
             return () if size is None else (-(-x.shape[-1] // size),)
@@ -357,7 +358,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         return kept[1:] if x.dim() > 2 else kept
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled and copied: not what calls leave, so that a hash of the model depends on the model alone."""
+        """The state to pickle and copy: without what calls store, so that a hash of the model does not depend on it."""
         return {name: value for name, value in self.__dict__.items() if name not in self._left_by_calls}
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Clips that no longer follow the data."""
+"""Frozen clips, with or without a learned correction."""
 
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -11,25 +11,25 @@ from .._utils.torch_private import has_values, version_counter
 from .function_modes import outside_function_modes
 
 CORRECTION_RATE = 128.0
-"""By how much the logarithm of a learned clip changes with its parameter; part of the format of checkpoints.
+"""Derivative of the logarithm of a learned clip with respect to its parameter; part of the checkpoint format.
 
-Adam moves a parameter by at most about the learning rate a step: a clip by 1.3 % at 1e-4, and by a factor of up to 2.2
-in a short run whose learning rates add up to 0.006. Clips of a 4-bit MiniLM, trained alone to the float model's logits,
-ended at 0.2 to 3 times what was calibrated, half of them within 0.76 and 1.31; in such a short run 128 lowered their
-divergence by 18 %, 32 by 1 % and 512 by 10 %.
+Adam changes a parameter by at most about the learning rate per step: a clip by 1.3 % at 1e-4, and by a factor of up to
+2.2 in a short run whose learning rates add up to 0.006. When only the clips of a 4-bit MiniLM were trained to match the
+float model's logits, they ended at 0.2 to 3 times the calibrated ones, half of them between 0.76 and 1.31. In such a
+short run, 128 lowered the divergence by 18 %, 32 by 1 % and 512 by 10 %.
 """
 
 
 class FrozenClips(NamedTuple):
-    """The grid of an operand as calibration left it.
+    """The static grid of an operand.
 
     Args:
-        signed: the two's-complement grid, or the unsigned one.
-        clips: in the units of the operand, one for each multiplication of it in one forward pass of its module, and for
-            each part that has a clip of its own: ``[calls, *parts]``. Of a weight as the clipping rule gives them.
-        offset: where an asymmetric grid begins, ``[]``, negative; ``None`` for other grids.
-        correction: what was learned, in the shape of ``clips``, which are to be multiplied by ``exp(128 correction)``;
-            ``None`` for clips that do not learn.
+        signed: ``True`` for the two's-complement grid, ``False`` for the unsigned one.
+        clips: in the units of the operand, ``[calls, *parts]``: one per matmul of the operand in one forward pass of
+            its module, and per part if clips are granular. For a weight, in the shape that the clipping rule returns.
+        offset: lowest value of an asymmetric grid, ``[]``, negative; ``None`` for other grids.
+        correction: learned parameter with the shape of ``clips``, which are multiplied by ``exp(128 correction)``;
+            ``None`` if clips are not learned.
     """
 
     signed: bool
@@ -39,31 +39,32 @@ class FrozenClips(NamedTuple):
 
     @property
     def learning(self) -> "FrozenClips":
-        """The same clips, with a correction that is to be learned, 0 now."""
+        """The same clips with a correction of 0, to be learned."""
         return self._replace(correction=torch.zeros_like(self.clips))
 
     @property
     def corrected(self) -> "FrozenClips":
-        """The clips with their correction, which do not learn."""
+        """The clips with the correction applied, as clips that are not learned."""
         if self.correction is None:
             return self
         clips = self.clips * torch.exp(CORRECTION_RATE * self.correction.detach())
         return self._replace(clips=clips, correction=None)
 
     def clip_of(self, call_index: int) -> Tensor:
-        """The corrected clips of one call, ``[*parts]``; they have a gradient where the correction has."""
+        """The corrected clips of one call, ``[*parts]``, differentiable with respect to the correction."""
         clip = self.clips[call_index]
         return clip if self.correction is None else clip * torch.exp(CORRECTION_RATE * self.correction[call_index])
 
 
-_read = WeakTensorKeyDictionary()  # tensor -> its version, and its values
+_read = WeakTensorKeyDictionary()  # tensor -> (version, values)
 
 
 @outside_function_modes
 def values_key(x: Tensor | None) -> Hashable:
-    """Equal for tensors of equal dtype, shape and values. They are read once, and again after an in-place write.
+    """A key that is equal for tensors of equal dtype, shape and values; the identity of a tensor without values.
 
-    A write through ``.data`` is not noticed, since it is not counted. Of a tensor without values, its identity.
+    Values are read once, and again after an in-place write. Writes through ``.data`` are not detected, because they do
+    not change the version counter.
     """
     if x is None or not has_values(x):
         return None if x is None else id(x)

@@ -12,9 +12,8 @@ from ..functional.rows import statistics_dtype
 class FullPrecisionBuffers(nn.Module):
     """Mixin: buffers and own parameters follow the model to another device, but keep their dtype.
 
-    So they do if a state dict has a narrower one.
-
-    Clips and scales are kept in full precision (section 3 of the paper).
+    They also keep it if a state dict has a narrower one. Clips and scales stay in full precision (section 3 of the
+    paper).
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -34,6 +33,6 @@ class FullPrecisionBuffers(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in (*self._buffers, *own_parameters(self)):
             tensor = state_dict.get(f"{prefix}{name}")
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():  # with assign=True it becomes the buffer
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():  # assign=True makes it the buffer
                 state_dict[f"{prefix}{name}"] = tensor.to(statistics_dtype(tensor.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,4 +1,4 @@
-"""Hiding a quantizer's operations from torch function modes, such as ``AttentionMatmuls``."""
+"""Hide a quantizer's operations from torch function modes such as ``AttentionMatmuls``."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def outside_function_modes(function: Function) -> Function:
-    """Decorator: function modes do not see what ``function`` calls, and take no matmul in it for the model's."""
+    """Decorator: hide what ``function`` calls from function modes, which would take its matmuls for the model's."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Granularity of clips: which elements of an operand share one, by name and as dimensions."""
+"""Granularity of clips: which elements of an operand share a clip, as a name and as dimensions."""
 
 from enum import StrEnum
 
@@ -8,7 +8,7 @@ ATTENTION_OPERANDS = ("query", "key", "probabilities", "value")
 
 
 class Granularity(StrEnum):
-    """What one clip is for; the names of compressed-tensors' quantization strategies."""
+    """The part of an operand that shares a clip; names as in the quantization strategies of compressed-tensors."""
 
     TENSOR = "tensor"
     ATTN_HEAD = "attn_head"
@@ -18,11 +18,10 @@ class Granularity(StrEnum):
 
 
 GROUP_SIZES = (32, 64, 128)
-"""Of groups: what integer hardware multiplies before it scales."""
+"""Supported group sizes, over which integer hardware accumulates before it scales."""
 
 WEIGHT_GRANULARITIES = (Granularity.CHANNEL, Granularity.TENSOR, Granularity.GROUP)
-"""What one clip of a weight can be for: an output feature or channel (the row of its matrix), the whole weight, or a
-group of neighbours in a row."""
+"""Granularities of weights: per output feature or channel (a row of the matrix), per tensor, or per group in a row."""
 
 ACTIVATION_GRANULARITIES: dict[str, tuple[Granularity, ...]] = {
     "input": (Granularity.TENSOR, Granularity.TOKEN, Granularity.GROUP),
@@ -31,33 +30,34 @@ ACTIVATION_GRANULARITIES: dict[str, tuple[Granularity, ...]] = {
     "probabilities": (Granularity.TENSOR, Granularity.ATTN_HEAD, Granularity.TOKEN, Granularity.GROUP),
     "value": (Granularity.TENSOR, Granularity.ATTN_HEAD, Granularity.CHANNEL, Granularity.GROUP),
 }
-"""Operand -> what one clip of it can be for, coarsest first.
+"""Operand -> supported granularities, coarsest first.
 
-Those for which the scale factors out of the matmul, so that an integer matmul followed by scaling gives the same
-result: elements that differ only in a contracted dimension must share a clip. Groups cut that dimension: the scale
-factors out of the product of each group, and these are added in floating point.
+The scale must factor out of the matmul, so that an integer matmul followed by scaling gives the same result. Elements
+that differ only in a contracted dimension must therefore share a clip. Groups split the contracted dimension: the scale
+factors out of the product of each group, and these products are added in floating point.
 """
 
 FINEST = {
     operand: str([name for name in granularities if name != Granularity.GROUP][-1])
     for operand, granularities in ACTIVATION_GRANULARITIES.items()
 }
-"""For each operand, the most clips that one integer matmul allows."""
+"""For each operand, the finest granularity that one integer matmul allows."""
 
-_CHANNELS = "channels are summed over in the product with the {other}, so the scale of one does not factor out"
-_TOKENS = "tokens are summed over in the product with the {other}, so the scale of one does not factor out"
+_CHANNELS = "the matmul with the {other} sums over channels, so the scale of a channel does not factor out"
+_TOKENS = "the matmul with the {other} sums over tokens, so the scale of a token does not factor out"
 _REASONS = {
     ("input", "channel"): _CHANNELS.format(other="weight"),
-    ("input", "attn_head"): "the heads of its channels, if any, are summed over in the product with the weight, so the "
-    "scale of one does not factor out",
+    ("input", "attn_head"): "the matmul with the weight sums over all channels, including those of different heads, so "
+    "the scale of a head does not factor out",
     ("query", "channel"): _CHANNELS.format(other="key"),
     ("key", "channel"): _CHANNELS.format(other="query"),
-    ("probabilities", "channel"): "their last dimension is the tokens of the value; " + _TOKENS.format(other="value"),
+    ("probabilities", "channel"): "their last dimension is the tokens of the value, and "
+    + _TOKENS.format(other="value"),
     ("value", "token"): _TOKENS.format(other="probabilities"),
 }
 
-# The dimensions that share a clip, of an operand laid out as [batch, heads, free, contracted], where the free dimension
-# is the tokens, or the channels of a value; of a layer's input laid out as [..., contracted].
+# The dimensions that share a clip. Operands of attention are laid out as [batch, heads, free, contracted], where the
+# free dimension is the tokens, or for a value the channels; a layer's input as [..., contracted].
 _SHARED: dict[str, tuple[int, ...] | None] = {
     Granularity.TENSOR: None,
     Granularity.ATTN_HEAD: (-2, -1),
@@ -68,7 +68,7 @@ _SHARED: dict[str, tuple[int, ...] | None] = {
 
 
 def unsupported_reason(operand: str, granularity: str) -> str:
-    """Why ``operand`` cannot have clips of this granularity; empty if it is not the name of one that is known."""
+    """Why ``operand`` cannot have clips of this granularity; empty if no reason is known."""
     return _REASONS.get((operand, granularity), "")
 
 
@@ -80,8 +80,8 @@ def shared_dims(granularity: str) -> tuple[int, ...] | None:
 def frozen_dims(operand: str, granularity: str) -> tuple[int, ...] | None:
     """The dimensions that share a frozen clip.
 
-    All of them where a clip is for tokens, or for groups of them, which have no identity across batches. Groups of a
-    linear layer's channels have one, and so have the channels of a value.
+    All of them for clips per token, because tokens have no identity across batches. Channels of a value, and groups of
+    channels, have an identity and keep their own clips.
     """
     if granularity == Granularity.GROUP:
         granularity = Granularity.CHANNEL if operand == "value" else Granularity.TOKEN
@@ -89,7 +89,7 @@ def frozen_dims(operand: str, granularity: str) -> tuple[int, ...] | None:
 
 
 def granularity_of(operand: str, dim: Dim, group_size: int | None) -> str:
-    """The name of the granularity whose clips are shared over ``dim``, or over groups of this size."""
+    """The name of the granularity with this ``dim`` and group size."""
     if group_size is not None:
         return str(Granularity.GROUP)
     names = ACTIVATION_GRANULARITIES.get(operand)
@@ -99,5 +99,5 @@ def granularity_of(operand: str, dim: Dim, group_size: int | None) -> str:
 
 
 def granularity_in_words(granularity: str, group_size: int | None) -> str:
-    """What one clip is for, with the size of groups."""
+    """The granularity for reports, with the size of groups."""
     return f"group of {group_size}" if granularity == Granularity.GROUP else str(granularity)

@@ -1,4 +1,4 @@
-"""Static clips as the optimum of all calls together: their histograms add up, and the clipping rule reads the sum."""
+"""Static clips that are optimal for all calls together: the clipping rule reads the sum of their histograms."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .sparse_table import SparseTable
 
 
 class _Parts:
-    """What is known of the values of an operand in one of its multiplications, for each part with a clip of its own."""
+    """Statistics of an operand at one call index, for each part that has its own clip."""
 
     def __init__(self, shape: tuple[int, ...], with_tables: bool):
         self.shape = shape
@@ -26,32 +26,32 @@ class _Parts:
         self.tables = [SparseTable() for _ in range(number if with_tables else 0)]
 
     def add(self, matrices: Sequence[Tensor]) -> None:
-        """Take in the values of the parts, the rows of ``matrices``."""
+        """Add the values of the parts, which are the rows of ``matrices``."""
         ranges = torch.cat([value_range(rows) for rows in matrices])
         self.ranges = pooled_range(torch.stack([self.ranges, ranges.cpu()]))
-        # A rule of ranges has no tables.
+        # A rule that needs only ranges has no tables.
         for table, row in zip(self.tables, (row for rows in matrices for row in rows), strict=False):
             table.add(row)
 
 
 class HistogramObserver(ClipObserver):
-    """Counts the values of all calls, by call index and part, and computes the clips of all of them together.
+    """Counts the values of all calls, per call index and part, and computes one clip for all of them.
 
-    Neither the order of calls nor how their values are split over batches and ranks changes a bit of the clips. The
-    clipping rule must be one for values in several batches (``register_clip_rule``). Clips are computed on the CPU.
+    The clips are the same bit for bit, whatever the order of the calls and the split over batches and ranks. The
+    clipping rule must be able to combine batches (``register_clip_rule``). Clips are computed on the CPU.
 
-    An asymmetric grid begins at the lowest value of all calls, which is known only after them, and its clip is one of
-    ``x - offset``. To count those, all calls have to be observed once more, unless the rule needs only the range.
+    An asymmetric grid begins at the lowest value of all calls, which is known only at the end, and its clip is that of
+    ``x - offset``. To count these values, all calls have to be observed again, unless the rule needs only the range.
     """
 
-    _like: Tensor  # a dynamic clip, for dtype and device; there is one as soon as there is a call
+    _like: Tensor  # a dynamic clip, for dtype and device; set by the first call
 
     def __init__(self, quantizer: FakeQuantize):
         super().__init__(quantizer)
         if quantizer.clip not in poolable_rules():
             raise ValueError(
-                f"{quantizer.name or 'FakeQuantize'}: there is no histogram for the clip {quantizer.clip!r}, only for "
-                f'{", ".join(map(repr, poolable_rules()))}; write observer="mean"'
+                f"{quantizer.name or 'FakeQuantize'}: the clip {quantizer.clip!r} cannot be computed from a histogram, "
+                f'only {", ".join(map(repr, poolable_rules()))} can; write observer="mean"'
             )
         self._has_tables = quantizer.clip in RULES_OF_TABLES
         self._calls: dict[int, _Parts] = {}
@@ -60,7 +60,7 @@ class HistogramObserver(ClipObserver):
 
     @property
     def may_need_another_pass(self) -> bool:
-        """Whether the grid may turn out to be asymmetric, by a rule that needs more than the range."""
+        """Whether the grid may be asymmetric and the rule needs more than the range."""
         return self._has_tables and self.quantizer.asymmetric and self.quantizer.signed is None
 
     @torch.inference_mode(False)
@@ -83,7 +83,7 @@ class HistogramObserver(ClipObserver):
     @torch.inference_mode(False)
     @torch.no_grad()
     def needs_another_pass(self) -> bool:
-        """Whether the grid is asymmetric, and the values above its offset are yet to be counted."""
+        """Whether the grid is asymmetric and the values of ``x - offset`` have not been counted yet."""
         ranges = self._ranges() if self._offset is None and self.may_need_another_pass else None
         offset = None if ranges is None else self._offset_of(ranges)
         self._is_done = offset is None
@@ -113,19 +113,19 @@ class HistogramObserver(ClipObserver):
         return range(max(self.call_counts, default=0))
 
     def _ranges(self) -> Tensor | None:
-        """Of the values on all ranks, ``[calls, parts, 2]``; ``None`` if a call or a part has none."""
+        """Ranges of the values on all ranks, ``[calls, parts, 2]``; ``None`` if a call or a part has no values."""
         if not self._calls:
             return None
         shapes = {self._calls[index].shape for index in self._indices}
         if len(shapes) > 1:
-            raise ValueError(f"clips of the shapes {sorted(shapes)} in one forward pass")
+            raise ValueError(f"clips of different shapes in one forward pass: {sorted(shapes)}")
         ranges = torch.stack([self._calls[index].ranges for index in self._indices])
         if self.quantizer.is_synchronized:
             ranges = pooled_range(gather(ranges.to(self._like.device))).cpu()
         return None if bool((ranges[..., 0] > ranges[..., 1]).any()) else ranges
 
     def _offset_of(self, ranges: Tensor) -> Tensor | None:
-        """The lowest value, ``[]``, unless the mean signed clip cuts it off, or it is not negative."""
+        """The lowest value, ``[]``; ``None`` if it is outside the mean signed clip or not negative."""
         low = ranges[..., 0].min()
         if not low < 0:
             return None
@@ -143,7 +143,7 @@ class HistogramObserver(ClipObserver):
 
 
 def _rows(x: Tensor, parts: tuple[int, ...], shared_dims: int) -> Tensor:
-    """The values of each part, ``[parts, values]``, of ``[*parts, *shared]`` or ``[batch, *parts, *shared]``."""
+    """Reshape ``[*parts, *shared]`` or ``[batch, *parts, *shared]`` to ``[number of parts, values]``."""
     number = math.prod(parts)
     if x.dim() > len(parts) + shared_dims:
         x = x.movedim(0, len(parts))

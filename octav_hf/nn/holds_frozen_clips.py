@@ -1,4 +1,4 @@
-"""Frozen clips in state dicts: a module's quantizers are frozen or dynamic as the state dict says."""
+"""Frozen clips in state dicts: loading one freezes or unfreezes a module's quantizers."""
 
 from collections.abc import Mapping
 from itertools import chain
@@ -16,26 +16,26 @@ from .weight_fake_quantize import WeightFakeQuantize
 
 
 class HoldsFrozenClips(nn.Module):
-    """Mixin of modules with quantizers, ``<operand>_quantizer``, whose frozen clips a state dict may have.
+    """Mixin of modules with quantizers ``<operand>_quantizer``, whose frozen clips may be in a state dict.
 
-    ``load_state_dict`` makes clips frozen where the state dict has them, of whatever shape they are. Where it has none
-    but covers the module, clips become dynamic; a state dict of other modules, such as an adapter's, changes nothing.
+    ``load_state_dict`` freezes clips that the state dict contains, whatever their shape. If it covers the module but
+    contains no clips, clips become dynamic. A state dict of other modules, such as an adapter's, changes nothing.
     """
 
-    max_calls: ClassVar[int | None] = None  # how often a forward pass multiplies an operand, if that is known
+    max_calls: ClassVar[int | None] = None  # maximum number of matmuls of an operand per forward pass, if known
 
     @property
     def operand_quantizers(self) -> dict[str, nn.Module]:
-        """The quantizers by operand; one in float has an ``nn.Identity``."""
+        """The quantizers by operand; ``nn.Identity`` for an operand in float."""
         raise NotImplementedError
 
     def is_covered(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
-        """Whether a state dict, in which names of this module begin with ``prefix``, is one of this module."""
+        """Whether a state dict, with names of this module below ``prefix``, contains this module."""
         raise NotImplementedError
 
     @property
     def freezable_quantizers(self) -> dict[str, FakeQuantize]:
-        """Operand -> the quantizer whose clips can be frozen; not those of packed weights and of embedding tables."""
+        """Operand -> quantizer, for quantizers whose clips can be frozen: all but packed weights and embeddings."""
         return {
             operand: quantizer
             for operand, quantizer in self.operand_quantizers.items()
@@ -44,17 +44,17 @@ class HoldsFrozenClips(nn.Module):
         }
 
     def problem_with(self, operand: str, frozen: FrozenClips) -> str:
-        """What is wrong with frozen clips of ``operand``, for an error; empty if nothing is."""
+        """Why these clips of ``operand`` cannot be frozen, for an error message; empty if they can."""
         quantizer = self.freezable_quantizers[operand]
         tensors = [frozen.clips] if frozen.offset is None else [frozen.clips, -frozen.offset]
         if not all(tensor.is_floating_point() for tensor in tensors):
-            return f"are of dtype {frozen.clips.dtype}, which is to be floating point"
+            return f"have the dtype {frozen.clips.dtype}, which must be floating point"
         problem = quantizer.frozen_problem(frozen, self._weight_shape(), self.max_calls)
         if problem or not all(map(has_values, tensors)):
             return problem
         if all(bool(((tensor >= 0) & tensor.isfinite()).all()) for tensor in tensors):
             return ""
-        return "hold a negative value, NaN or Inf, or their offset is NaN, Inf or positive"
+        return "contain a negative value, NaN or Inf, or their offset is NaN, Inf or positive"
 
     def _weight_shape(self) -> tuple[int, ...]:
         weight = own_parameters(self).get("weight")
@@ -78,7 +78,7 @@ class HoldsFrozenClips(nn.Module):
             problem = self.freeze_from(operand, found) if found else ""
             if problem:
                 error_msgs.append(f"{prefix}{operand}_quantizer: the frozen clips in the state dict {problem}")
-                for name, key in names.items():  # the quantizer stays as it is
+                for name, key in names.items():  # keep the quantizer as it is
                     state_dict.pop(key, None)
                     if getattr(quantizer, name) is not None:
                         state_dict[key] = getattr(quantizer, name)
@@ -87,7 +87,7 @@ class HoldsFrozenClips(nn.Module):
         )
 
     def unfreeze_missing(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Make clips dynamic that are not in a state dict in which names of this module begin with ``prefix``."""
+        """Make clips dynamic that are not in a state dict, with names of this module below ``prefix``."""
         for operand, quantizer in self.freezable_quantizers.items():
             if not any(name in state_dict for name in _names(operand, prefix).values()):
                 quantizer.unfreeze()
@@ -96,22 +96,25 @@ class HoldsFrozenClips(nn.Module):
     def freeze_from(self, operand: str, found: Mapping[str, Any]) -> str:
         """Freeze the clips of ``operand`` at tensors of a checkpoint.
 
-        Buffers that fit already stay the same tensors, with their values, for the checkpoint to be loaded into.
+        Buffers that already have the right form keep their values; the checkpoint is then loaded into them.
 
         Args:
             operand: one of ``freezable_quantizers``.
-            found: name of a buffer -> tensor.
+            found: name of a buffer or parameter -> tensor.
 
         Returns:
-            What is impossible about them, empty if nothing is. The quantizer is then as it was.
+            Why the tensors are invalid, in which case the quantizer is unchanged; empty if they are valid.
         """
         quantizer = self.freezable_quantizers[operand]
         clips = [found[name] for name in ("clips", "unsigned_clips") if name in found]
         correction = found.get("clip_correction")
         if len(clips) != 1 or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-            return f"are {sorted(found)}, which are to be the tensor clips or unsigned_clips, with an offset or without"
+            return f"are {sorted(found)}; there must be one tensor clips or unsigned_clips, and an offset is optional"
         if correction is not None and (operand == "weight" or correction.shape != clips[0].shape):
-            return f"of shape {tuple(clips[0].shape)} have a clip_correction of shape {tuple(correction.shape)}"
+            return (
+                f"have the shape {tuple(clips[0].shape)}, and their clip_correction {tuple(correction.shape)}; only "
+                "clips of activations can have one, and it must have their shape"
+            )
         frozen = FrozenClips("clips" in found, clips[0], found.get("offset"), correction)
         problem = self.problem_with(operand, frozen.corrected)
         forms = {name: (tensor.shape, statistics_dtype(tensor.dtype)) for name, tensor in found.items()}
@@ -126,5 +129,5 @@ class HoldsFrozenClips(nn.Module):
 
 
 def _names(operand: str, prefix: str) -> dict[str, str]:
-    """Buffer of frozen clips -> its name in a state dict."""
+    """Name of a tensor of frozen clips -> its key in a state dict."""
     return {name: f"{prefix}{operand}_quantizer.{name}" for name in FROZEN_TENSORS}

@@ -19,5 +19,5 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     supports_asymmetric_input = True
 
     def forward(self, input: Tensor) -> Tensor:
-        """``Q(input) Q(weight)^T + bias``; shapes as for ``nn.Linear``."""
+        """``Q(input) Q(weight)^T + bias``; same shapes as for ``nn.Linear``."""
         return LINEAR(quantize_input(self.input_quantizer, input), self.weight_quantizer(self.weight), self.bias)

@@ -1,4 +1,4 @@
-"""Static clips as the paper has them: the mean of the dynamic clips of all calls."""
+"""Static clips as in the paper: the mean of the dynamic clips of all calls."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ from .frozen_clips import FrozenClips
 
 
 class MeanObserver(ClipObserver):
-    """Adds up the dynamic clips of one quantizer, by call index and by sign."""
+    """Adds up the dynamic clips of one quantizer, per call index and sign."""
 
     def __init__(self, quantizer: FakeQuantize):
         super().__init__(quantizer)
@@ -27,7 +27,7 @@ class MeanObserver(ClipObserver):
         numel = torch.tensor(x.numel(), dtype=torch.int64, device=x.device)
         has_values = bool((gather(numel) if quantizer.is_synchronized else numel).any())
         clips = {signed: grid.clip} if has_values else {}
-        if clips and quantizer.signed is None and not signed:  # a later tensor may decide for the signed grid
+        if clips and quantizer.signed is None and not signed:  # a later tensor may require the signed grid
             clips[True] = quantizer.compute_clip(x, signed=True)
         sums, count = {}, 1
         for sign, clip in clips.items():
@@ -44,14 +44,14 @@ class MeanObserver(ClipObserver):
 
         Args:
             call_index: as in ``observe``.
-            clips: signed -> the sum of ``count`` clips on that grid, for each grid that this tensor allows;
-                ``[*parts]`` as in ``FrozenClips``. Empty for an empty tensor.
-            count: the number of batch elements in those sums.
-            offset: where the grid begins if it is asymmetric.
+            clips: signed -> sum of ``count`` clips on that grid, for each grid that this tensor allows; ``[*parts]`` as
+                in ``FrozenClips``. Empty for an empty tensor.
+            count: number of samples in the sums.
+            offset: lowest value of an asymmetric grid.
             like: a tensor with the dtype and device of clips.
 
         Raises:
-            ValueError: the clips have another shape than those before.
+            ValueError: the clips have another shape than those of earlier calls.
         """
         sums = {signed: clip.detach().cpu().double() for signed, clip in clips.items()}
         for signed, clip in sums.items():
@@ -71,23 +71,23 @@ class MeanObserver(ClipObserver):
     def frozen(self) -> FrozenClips | None:
         """The mean clip of each call index; unsigned if all calls allowed it.
 
-        The mean over all calls, and for clips of heads or channels over all batch elements of all calls, in float64.
-        An asymmetric grid begins at the lowest value of all calls.
+        The mean is over all calls, or over all samples of all calls if clips are granular, in float64. An asymmetric
+        grid begins at the lowest value of all calls.
         """
         indices = range(max(self.call_counts, default=0))
-        # A tensor with a negative value has no unsigned clip, and one that may be either has both.
+        # A tensor with negative values has only a signed clip; one that allows both grids has both clips.
         signed = any(self._counts.get((index, True), 0) > self._counts.get((index, False), 0) for index in indices)
         if self._like is None or any((index, signed) not in self._sums for index in indices):
             return None
         means = [self._sums[index, signed] / self._counts[index, signed] for index in indices]
         shapes = {tuple(mean.shape) for mean in means}
         if len(shapes) > 1:
-            raise ValueError(f"clips of the shapes {sorted(shapes)} in one forward pass")
+            raise ValueError(f"clips of different shapes in one forward pass: {sorted(shapes)}")
         offset = None if signed or self._offset is None or not self._offset < 0 else self._offset.to(self._like)
         return FrozenClips(signed, torch.stack(means).to(self._like), offset)
 
     def _sum_over_batch(self, x: Tensor, clip: Tensor) -> tuple[Tensor, int]:
-        """The sum of the clips of the batch elements of ``x``, in float64, ``parts_of(x)``, and how many they are."""
+        """The sum of the clips over the samples of ``x``, float64 ``[*parts_of(x)]``; and the number of samples."""
         parts = self.quantizer.parts_of(x)
         clips = (clip.reshape(-1, *parts) if x.numel() else clip.new_empty(0, *parts)).double()
         total, count = clips.sum(dim=0), len(clips)

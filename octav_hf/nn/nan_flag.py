@@ -1,4 +1,4 @@
-"""Remembering on the device that a quantizer met NaN or Inf, for an error that comes where the host waits anyway."""
+"""Record on the device that a quantizer met NaN or Inf; the error is raised where the host synchronizes anyway."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from .._utils.torch_private import has_values
 
 
 class NanFlag(nn.Module):
-    """Mixin of modules that compute clips: knows whether one of them was NaN, without a read by the host.
+    """Mixin of modules that compute clips: records whether a clip was NaN, without a read by the host.
 
-    On the CPU in eager mode a clipping rule raises at once. On other devices and in compiled graphs the clip of a
-    tensor with NaN or Inf is NaN, and is added to a sum on the device, which then stays NaN: one operation for a clip.
-    The sum is no buffer, since it is no part of the model: state dicts and pickles do not have it, and
-    ``DistributedDataParallel`` does not broadcast it.
+    On the CPU in eager mode, a clipping rule raises an error at once. On other devices and in compiled graphs, the clip
+    of a tensor with NaN or Inf is NaN. Each clip is added to a sum on the device, which stays NaN from then on; this
+    takes one operation per clip. The sum is not a buffer, because it is not part of the model: state dicts and pickles
+    do not contain it, and ``DistributedDataParallel`` does not broadcast it.
     """
 
     _sum_of_clips: Tensor  # [], float32
@@ -26,32 +26,32 @@ class NanFlag(nn.Module):
         self._sum_of_clips = torch.zeros((), dtype=torch.float32, device="cpu")
 
     def remember(self, clip: Tensor) -> None:
-        """Note whether ``clip``, of any shape, holds NaN."""
+        """Record whether ``clip``, of any shape, contains NaN."""
         device = clip.device
         if not torch.compiler.is_compiling() and device.type in ("cpu", "meta"):
             return
-        if self._sum_of_clips.device != device:  # the module was not moved, as if its weights were loaded to a device
+        if self._sum_of_clips.device != device:  # weights may be loaded onto a device without moving the module
             self._start_on(clip)
         with torch.no_grad():
             self._sum_of_clips.add_(clip if clip.dim() == 0 else clip.sum())
 
     def forget(self) -> None:
-        """Forget what was noted, and kept clips, which would be used again without being noted."""
+        """Clear the record, and cached clips, which would otherwise be reused without being recorded."""
         self._make_writable()
-        self._sum_of_clips.zero_()  # in place, since a CUDA graph adds to this tensor
+        self._sum_of_clips.zero_()  # in place, because a CUDA graph adds to this tensor
 
     def train(self, mode: bool = True) -> Any:
         """As in ``nn.Module``."""
         self._make_writable()
         return super().train(mode)
 
-    # An inference tensor could not be written to in training.
+    # Training cannot write to an inference tensor.
     @torch.inference_mode(False)
     def _start_on(self, like: Tensor) -> None:
         self._sum_of_clips = like.new_zeros((), dtype=torch.float32)
 
     def _make_writable(self) -> None:
-        """Replace an inference tensor, which ``_start_on`` makes in a graph compiled in inference mode."""
+        """Replace an inference tensor, which ``_start_on`` creates in a graph that was compiled in inference mode."""
         if self._sum_of_clips.is_inference():
             with torch.inference_mode(False):
                 self._sum_of_clips = self._sum_of_clips.clone()
@@ -73,7 +73,7 @@ class NanFlag(nn.Module):
 
 
 def met_nan(modules: Sequence[NanFlag]) -> list[bool]:
-    """Whether each module noted NaN since it last forgot; one read for each device."""
+    """Whether each module recorded NaN since its last ``forget``; one read per device."""
     by_device: dict[torch.device, list[int]] = {}
     for index, module in enumerate(modules):
         if has_values(module._sum_of_clips):

@@ -1,4 +1,4 @@
-"""Layers with packed weights: integers and scales instead of a float parameter."""
+"""Layers whose weight is stored as packed integers and scales instead of a float parameter."""
 
 import functools
 from collections.abc import Callable
@@ -15,39 +15,39 @@ from .quantized_layer import QuantizedLayer
 
 
 class PackedLayer(QuantizedLayer):
-    """Mixin in front of a quantized layer's class: ``weight`` is dequantized whenever it is read.
+    """Mixin placed before a quantized layer's class: ``weight`` is dequantized whenever it is read.
 
-    ``pack`` makes one from an existing layer by changing its class in place. The packed weight is not a parameter;
-    replacing it, or reparametrizing it, is a ``RuntimeError``.
+    ``pack`` converts an existing layer by changing its class in place. The packed weight is not a parameter; replacing
+    or reparametrizing it raises ``RuntimeError``.
     """
 
     other_form: ClassVar[str] = "weight"
     other_form_by: ClassVar[str] = "unpack_octav"
     weight_quantizer: PackedWeight
-    # What computes ``forward`` instead of the layer's class: ``octav_hf.inference``.
+    # Computes ``forward`` instead of the layer's class; set by ``octav_hf.inference``.
     arithmetic: Callable[[Any, Tensor], Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """As the quantized layer's."""
+        """As in the quantized layer."""
         return super().forward(input) if self.arithmetic is None else self.arithmetic(self, input)
 
     @property
     def weight(self) -> Tensor:
-        """The weight on its grid, a ``PackedTensor``; shape, dtype and values as in the training form."""
+        """The quantized weight as a ``PackedTensor``; shape, dtype and values as in the training form."""
         return self.weight_quantizer.tensor
 
     @staticmethod
     def pack(layer: QuantizedLayer, packed: PackedWeight) -> None:
-        """Replace the parameter ``weight`` of ``layer`` by ``packed``, in place."""
+        """Replace the parameter ``weight`` of ``layer`` with ``packed``, in place."""
         layer.weight_quantizer = packed
         base: Any = type(layer)
         layer.__class__ = _packed_class(base)
-        # It keeps its place among the parameters.
+        # None keeps the weight's position among the parameters.
         parameters = own_parameters(layer) | {"weight": None}
         set_own_parameters(layer, _Parameters(parameters, packed))
 
     def unpack(self) -> None:
-        """Undo ``pack`` in place; the parameter ``weight`` gets the packed values."""
+        """Undo ``pack`` in place; the parameter ``weight`` gets the dequantized values."""
         self.__dict__.pop("arithmetic", None)
         packed, quantizer = self.weight_quantizer, self.weight_quantizer_class(**self.weight_quantizer.init_kwargs)
         if packed.is_frozen:
@@ -57,20 +57,20 @@ class PackedLayer(QuantizedLayer):
         self.weight_quantizer = quantizer  # type: ignore[assignment]
 
     def restore(self) -> None:
-        """Convert to a float layer with the packed values, in place."""
+        """Convert to a float layer with the dequantized values, in place."""
         packed = self.weight_quantizer
         self.__dict__.pop("arithmetic", None)
         super().restore()
         _give_parameter(self, packed)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in ``nn.Module``; ``RuntimeError`` for the weight, and for what reparametrizations replace it by."""
+        """As in ``nn.Module``; ``RuntimeError`` for the weight and for the parameters of reparametrizations of it."""
         if name.partition("_")[0] == "weight":
             raise _refusal(self.weight_quantizer)
         super().register_parameter(name, param)
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """As in ``nn.Module``; ``RuntimeError`` for True, before the bias is changed."""
+        """As in ``nn.Module``; ``True`` raises ``RuntimeError`` and leaves the bias unchanged."""
         self.weight.requires_grad_(requires_grad)
         return super().requires_grad_(requires_grad)
 
@@ -98,7 +98,7 @@ class PackedEmbedding(PackedLayer):
 
 
 class _Parameters(dict[str, Any]):
-    """A packed layer's own parameters. ``functional_call`` and ``weight_norm`` write to them, not to the layer."""
+    """A packed layer's own parameters. ``functional_call`` and ``weight_norm`` write to this dict directly."""
 
     def __init__(self, parameters: dict[str, Any], packed: PackedWeight):
         super().__init__(parameters)

@@ -1,4 +1,4 @@
-"""The weight of a packed layer as a tensor that is read like any other and refuses to be written to."""
+"""The weight of a packed layer as a read-only tensor."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from .._utils.torch_private import make_wrapper, no_torch_function, schema, tree
 
 
 def packed_message(name: str, shape: torch.Size, problem: str) -> str:
-    """The error's message for what a packed weight cannot do; ``name`` is its quantizer's."""
+    """Error message for an operation that a packed weight does not support; ``name`` is that of its quantizer."""
     return (
         f"{name or 'weight'}: this weight of shape {tuple(shape)} is packed and {problem}; "
         "call octav_hf.unpack_octav(model) first"
@@ -18,17 +18,17 @@ def packed_message(name: str, shape: torch.Size, problem: str) -> str:
 
 
 class PackedTensor(Tensor):
-    """A tensor that exists only while it is read: an operation on it gets the dequantized values.
+    """A read-only tensor without memory of its own: each operation on it gets freshly dequantized values.
 
-    Shape, dtype and device cost nothing. Results are plain tensors, except views, which are read-only too. Writing, by
-    an operation in place, through ``data`` or a view, as ``out=`` or by setting an attribute, is a ``RuntimeError``: it
-    would be lost, since the values are made anew at each read. So is what needs an address.
+    Reading shape, dtype and device does not dequantize. Results are plain tensors, except views, which are read-only
+    too. Writes raise ``RuntimeError``, because they would be lost: in-place operations, writes through ``data`` or a
+    view, ``out=``, and setting an attribute. Functions that need an address raise it too.
 
     Args:
         read: returns the values.
-        like: a tensor, such as one on the meta device, that gives their shape, strides and dtype.
-        device: of the values.
-        refusal: the error's message for a write.
+        like: a tensor, possibly on the meta device, with their shape, strides and dtype.
+        device: device of the values.
+        refusal: error message for a write.
     """
 
     _read: Callable[[], Tensor]
@@ -90,7 +90,7 @@ class PackedTensor(Tensor):
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(self._refusal)
 
-    # These write, or let others write, without an operation that is dispatched.
+    # These write, or allow writes, without dispatching an operation.
     apply_ = map_ = map2_ = share_memory_ = storage = data_ptr = __dlpack__ = _refuse
 
 
@@ -107,16 +107,16 @@ def _plain(x: Any) -> Any:
 
 
 class PackedGuard(nn.Parameter):
-    """An empty parameter that stands for a packed weight among a model's parameters, and refuses to become trainable.
+    """An empty parameter that represents a packed weight among a model's parameters and cannot be made trainable.
 
-    Without it ``requires_grad_(True)`` on a module, as PEFT's ``modules_to_save`` calls it, would train biases only.
+    Without it, ``requires_grad_(True)`` on a module, as in PEFT's ``modules_to_save``, would train biases only.
     """
 
-    _refusal = "a packed weight cannot be trained; call octav_hf.unpack_octav(model) first"  # of a copy
+    _refusal = "a packed weight cannot be trained; call octav_hf.unpack_octav(model) first"  # for copies
 
     @classmethod
     def of(cls, name: str, like: Tensor, device: torch.device) -> "PackedGuard":
-        """The guard of the weight ``name``, which ``like`` gives shape and dtype; on ``device``."""
+        """The guard on ``device`` of the weight ``name``, with shape and dtype of ``like``."""
         guard = cls(torch.zeros(0, dtype=like.dtype, device=device), False)
         guard.__dict__["_refusal"] = packed_message(name, like.shape, "cannot be trained")
         return guard

@@ -1,4 +1,4 @@
-"""A weight stored as integers and one scale per row or group, in place of its quantizer."""
+"""A weight stored as integers and one scale per row or group; it replaces the weight's quantizer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,23 +21,23 @@ _GUARD = "guarded_weight"
 
 
 class PackedWeight(FakeQuantize):
-    """A quantized weight as packed integers and the step of each row's grid; replaces the ``weight_quantizer``.
+    """A quantized weight as packed integers and one step per row or group; replaces the ``weight_quantizer``.
 
-    Its buffers are on the meta device until values are loaded or packed into them.
+    Its buffers are on the meta device until values are packed or loaded.
 
     Args:
-        quantizer: the weight's quantizer, whose settings are kept.
+        quantizer: the weight's quantizer, whose settings are copied.
         weight: the weight, for its shape, dtype and ``requires_grad``; its values are not read.
         is_frozen: whether clips stay frozen after unpacking.
 
     Attributes:
         packed_data: buffer, ``[rows * bytes per row]``, see ``functional.bit_packing``. One-dimensional, so that it
             cannot be confused with a float weight, which has at least two dimensions.
-        scale: buffer, ``[rows]`` (one row if the clip is for the whole tensor) or, of groups, ``[rows, groups]``;
-            float32, or float64 for a float64 weight; does not follow the model's dtype. So the values are bit for bit
-            those of training. Float16 would save 0.25 of the 4.5 bits that a 4-bit weight takes with groups of 64 (0.5
-            of 5 with groups of 32), and move 85 % of the weights, by up to 2^-11 of their size.
-        shape, dtype: of the dequantized weight; ``dtype`` follows the model's.
+        scale: buffer, ``[rows]`` (one row if the whole tensor shares a clip) or ``[rows, groups]``; float32, or float64
+            for a float64 weight, whatever the dtype of the model, so that the values are bit for bit those of training.
+            Float16 would save 0.25 of the 4.5 bits of a 4-bit weight with groups of 64 (0.5 of 5 with groups of 32),
+            but change 85 % of the weights, by up to 2^-11 of their magnitude.
+        shape, dtype: of the dequantized weight; ``dtype`` follows that of the model.
         is_trainable: whether the weight required a gradient when it was packed.
     """
 
@@ -65,7 +65,7 @@ class PackedWeight(FakeQuantize):
     @classmethod
     @torch.no_grad()
     def pack(cls, quantizer: FakeQuantize, weight: Tensor) -> "PackedWeight":
-        """The packed form of ``quantizer(weight)``, without loss; ``ValueError`` if ``weight`` holds NaN or Inf."""
+        """Pack ``quantizer(weight)`` without loss; ``ValueError`` if ``weight`` holds NaN or Inf."""
         packed = cls(quantizer, weight, is_frozen=quantizer.is_frozen)
         weight = weight.detach()
         clip = quantizer.compute_clip(weight)
@@ -73,40 +73,43 @@ class PackedWeight(FakeQuantize):
         quantized = fake_quantize(weight, clip, quantizer.num_bits, groups=groups)
         step = step_size(clip.to(packed.scale.dtype), quantizer.num_bits, signed=True)
         of_elements = step if groups is None else groups.of_elements(step, weight)
-        # Rounding errors are too small to change the integer.
+        # round() removes rounding errors, which are far below 0.5.
         levels = (quantized.to(step.dtype) / torch.where(of_elements > 0, of_elements, 1)).round().to(torch.int8)
         packed.packed_data = pack_bits(packed._to_rows(levels).contiguous(), quantizer.num_bits).flatten()
         packed.scale = packed._scale_of(step)
         if not torch.equal(packed.dequantize(), quantized):
-            raise ArithmeticError(f"{quantizer.name}: its integers and scales do not give the quantized weight exactly")
+            raise ArithmeticError(
+                f"{quantizer.name}: integers and scales do not reproduce the quantized weight of shape "
+                f"{tuple(weight.shape)} exactly"
+            )
         packed.guard()
         return packed
 
     @property
     def tensor(self) -> Tensor:
-        """The weight as others see it. A compiler, which leaves out what is not used, gets plain dequantized values."""
+        """The weight as a ``PackedTensor``; while compiling, plain dequantized values, which are dropped if unused."""
         if torch.compiler.is_compiling():
             return self.dequantize()
         like = torch.empty(self.shape, dtype=self.dtype, device="meta")
         refusal = packed_message(self.name, self.shape, "can only be read")
         tensor = PackedTensor(self.dequantize, like, self.packed_data.device, refusal)
-        tensor.__dict__.update(self.packed_data.__dict__)  # such as Transformers' mark of a weight that was loaded
+        tensor.__dict__.update(self.packed_data.__dict__)  # such as Transformers' flag of loaded weights
         return tensor
 
     def guard(self) -> None:
-        """Refuse to be made trainable along with other parameters; called once the weight has values."""
+        """Register the ``PackedGuard``; called once the weight has values."""
         like = torch.empty(self.shape, dtype=self.dtype, device="meta")
         self.register_parameter(_GUARD, PackedGuard.of(self.name, like, self.packed_data.device))
 
     def forward(self, x: Tensor, call_index: int = 0, codes: torch.dtype | None = None, known: Any = None) -> Any:
-        """The weight if ``x`` is ``tensor``; its rows ``x`` of integers. ``RuntimeError`` if this is being recorded."""
+        """The weight if ``x`` is ``tensor``; its rows if ``x`` holds indices. ``RuntimeError`` while being traced."""
         refuse_recording(self, x, dynamic=False)
         if not x.is_floating_point():
             return self.dequantize_rows(x)
         return self.dequantize() if isinstance(x, PackedTensor) else x
 
     def compute_clip(self, x: Tensor, signed: Sign | None = None, skip: Tensor | None = None) -> Tensor:
-        """The clips that the weight was packed with, shaped as by the clipping rule; ``x`` is not read."""
+        """The clips with which the weight was packed, in the shape of the clipping rule; ``x`` is not read."""
         clip = self.scale / step_size(torch.ones_like(self.scale), self.num_bits, signed=True)
         if self.dim is None:
             return clip.reshape(())
@@ -117,11 +120,11 @@ class PackedWeight(FakeQuantize):
         return clip.view([1 if d in self._along_a_row else size for d, size in enumerate(self.shape)])
 
     def dequantize(self) -> Tensor:
-        """The weight, of ``shape`` and ``dtype``, contiguous."""
+        """The weight with ``shape`` and ``dtype``, contiguous."""
         return self._shaped(self._values(self._packed_rows, self.scale))
 
     def integers(self) -> Tensor:
-        """The integers of the weight, int8, of ``shape``, contiguous."""
+        """The integers of the weight, int8 with ``shape``, contiguous."""
         return self._shaped(unpack_bits(self._packed_rows, self.num_bits, self._row_length))
 
     def _shaped(self, rows: Tensor) -> Tensor:
@@ -145,7 +148,7 @@ class PackedWeight(FakeQuantize):
         return (levels.to(dtype) * scale).to(self.dtype)
 
     def _scale_of(self, step: Tensor) -> Tensor:
-        """The steps of the weight's grid, shaped as by the clipping rule, as ``scale``."""
+        """Reshape the steps of the grid from the shape of the clipping rule to that of ``scale``."""
         if self.group_size is None:
             return step.flatten()
         (dim,) = self._along_a_row
@@ -157,7 +160,7 @@ class PackedWeight(FakeQuantize):
 
     @property
     def _along_a_row(self) -> list[int]:
-        """The weight's dimensions that share a scale."""
+        """The dimensions of the weight whose elements share a scale, or a row of groups."""
         if self.dim is None:
             return list(range(len(self.shape)))
         return sorted(d % len(self.shape) for d in ((self.dim,) if isinstance(self.dim, int) else self.dim))
@@ -166,7 +169,7 @@ class PackedWeight(FakeQuantize):
         return weight.reshape(1, -1) if self.dim is None else to_rows(weight, self.dim)[0]
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """None: the guard, which is among those of the modules around this one, has nothing to move or to shard."""
+        """Yields nothing. Parent modules list the guard, but nothing of it has to be moved or sharded."""
         return iter(())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -180,7 +183,7 @@ class PackedWeight(FakeQuantize):
         self._renew_guard()
 
     def _renew_guard(self) -> None:
-        """Copies, pickles and moves make a plain parameter of it."""
+        """Restore the guard, which copying, pickling or moving turns into a plain parameter."""
         if own_parameters(self):
             self.guard()
 
@@ -191,7 +194,7 @@ class PackedWeight(FakeQuantize):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with self._without_guard():
             super()._load_from_state_dict(*args, **kwargs)
-        self._renew_guard()  # assigning may bring the weight from the meta device
+        self._renew_guard()  # assign=True may move the weight from the meta device
 
     @contextmanager
     def _without_guard(self) -> Iterator[None]:

@@ -1,14 +1,14 @@
-"""The error for tracing a quantizer with dynamic clips."""
+"""The error raised when a quantizer is traced."""
 
 import torch
 from torch import Tensor, nn
 
 
 def refuse_recording(quantizer: nn.Module, x: Tensor, dynamic: bool) -> None:
-    """Raise ``RuntimeError`` if ``quantizer(x)`` is being recorded, except by ``torch.export`` without dynamic clips.
+    """Raise ``RuntimeError`` if ``quantizer(x)`` is being traced, except by ``torch.export`` with frozen clips.
 
-    ``torch.jit.trace`` would record the clip of this one tensor as a constant; ``torch.fx`` and ``torch.export`` would
-    fail with errors that do not say what to do.
+    ``torch.jit.trace`` would record the clip of this tensor as a constant; ``torch.fx`` and ``torch.export`` would fail
+    with errors that do not tell what to do.
     """
     if isinstance(x, torch.fx.Proxy):
         recorder = "torch.fx.symbolic_trace"
@@ -18,7 +18,7 @@ def refuse_recording(quantizer: nn.Module, x: Tensor, dynamic: bool) -> None:
         recorder = "torch.export"
     else:
         return
-    name = str(quantizer.name or "FakeQuantize")  # not read before: a compiler would recompile for each name
+    name = str(quantizer.name or "FakeQuantize")  # read late, or a compiler would recompile for each name
     module, _, operand = name.rpartition(" ")
     shared = f" (a shared weight or an embedding: exclude_modules=[{module!r}] in the config)"
     raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Quantizing an input once for several layers, such as query, key and value projections."""
+"""Quantize an input once for several layers, such as the query, key and value projections."""
 
 import threading
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _scope = _Scope()
 
 @contextmanager
 def shared_inputs() -> Iterator[None]:
-    """Within it, in this thread, ``quantize_input`` shares results among quantizers with the same ``cache_key``."""
+    """Context in which ``quantize_input`` shares results among quantizers with equal ``cache_key``, in this thread."""
     before, _scope.entries = _scope.entries, []
     try:
         yield
@@ -30,8 +30,8 @@ def shared_inputs() -> Iterator[None]:
 
 
 def quantize_input(quantizer: nn.Module, x: Tensor, **codes: Any) -> Any:
-    """``quantizer(x, **codes)``, or an equal quantizer's result for the same tensor within ``shared_inputs``."""
-    # A compiler eliminates the repeated work itself.
+    """``quantizer(x, **codes)``; within ``shared_inputs``, reuse an equal quantizer's result for the same tensor."""
+    # A compiler eliminates repeated work itself.
     if torch.compiler.is_compiling() or _scope.entries is None or not isinstance(quantizer, FakeQuantize):
         return quantizer(x, **codes)
     version = None if x.is_inference() else version_counter(x)

@@ -1,4 +1,4 @@
-"""A magnitude table that grows, of which only the filled bins are kept."""
+"""A sparse magnitude table, which stores only filled bins."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from ..functional.table import magnitude_table
 
 
 class SparseTable:
-    """The sum of the magnitude tables of tensors, on the CPU: 20 bytes for each bin that is filled.
+    """The sum of the magnitude tables of tensors, on the CPU, with 20 bytes per filled bin.
 
-    That is 30 to 150 kB where a whole table has 1 MiB, for operands with a clip for each of hundreds of channels.
+    That is 30 to 150 kB instead of 1 MiB, which matters for operands with a clip for each of hundreds of channels.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class SparseTable:
         self._places, self._entries = places.to(torch.int32), table.index_select(1, places)
 
     def dense(self) -> Tensor:
-        """The whole table, as from ``magnitude_table``."""
+        """The dense table, as from ``magnitude_table``."""
         return self._added_to(magnitude_table(torch.empty(0, dtype=torch.float32, device="cpu")))
 
     def _added_to(self, table: Tensor) -> Tensor:

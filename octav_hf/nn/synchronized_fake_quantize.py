@@ -1,4 +1,4 @@
-"""The quantizer of an activation with clips of the global batch."""
+"""Activation quantizer whose clips are computed over the global batch."""
 
 from typing import Any, NamedTuple
 
@@ -17,27 +17,28 @@ from .pooled_values import clip_of_range, clip_of_table, pooled_range, value_ran
 
 
 class _Pooled(NamedTuple):
-    """What is known of the tensor whose parts are on the ranks."""
+    """Statistics of the tensor whose parts are on the ranks."""
 
-    table: Tensor | None  # magnitude table, for a rule that is a function of it
-    bounds: Tensor  # lowest and highest value, [2] float64; with a table only the lowest, and only if it was asked for
+    table: Tensor | None  # magnitude table, for a rule that uses it
+    bounds: Tensor  # lowest and highest value, [2] float64; with a table only the lowest one, if requested
     has_negative: Tensor  # bool []
 
 
 class SynchronizedFakeQuantize(FakeQuantize):
-    """``FakeQuantize`` with clip and sign of the tensors of all ranks of the default process group together.
+    """``FakeQuantize`` whose clip and sign are computed over the tensors of all ranks of the default process group.
 
-    The clip of a whole tensor takes one collective: the sum of the ranks' magnitude tables, 1 MiB, whatever the rule;
-    for ``"max"`` their ranges. Tables are integers, and small tensors and single processes use them too, so clip and
-    sign are the same bit for bit however the values are split over ranks. Float64 values are counted as float32. A
-    rank's tensor may be empty. An asymmetric grid takes a second collective, as its clip is of ``x - offset``.
+    The clip of a whole tensor takes one collective: the sum of the ranks' magnitude tables (1 MiB), or for ``"max"``
+    their ranges. Tables hold integers, and small tensors and single processes use them too, so clip and sign are the
+    same bit for bit however the values are split over ranks. Float64 values are counted as float32. A rank's tensor may
+    be empty. An asymmetric grid takes a second collective for the clip of ``x - offset``.
 
-    With ``dim`` each clip is of a part on one rank, such as a token or a head: ``dim`` must leave the batch out, so
-    that each batch element has its own. One collective then shares the range of the values, for a sign that depends on
-    them, and with it the mean of the clips that decides about an offset; where the sign is fixed, nothing is shared.
+    With ``dim``, a clip belongs to a part on one rank, such as a token or a head; ``dim`` must not include the batch
+    dimension. If the sign depends on the values, one collective shares their range and the mean clip, which decides
+    about an offset. If the sign is fixed, nothing is communicated.
 
-    On the CPU NaN or Inf on one rank is an error on all, or where nothing is shared on that rank alone; elsewhere it
-    makes a clip that is shared NaN on all. The rule must be one for all ranks (``register_clip_rule``).
+    On the CPU, NaN or Inf on one rank raises an error on all ranks, or on that rank alone if nothing is communicated.
+    On other devices it makes a shared clip NaN on all ranks. The rule must be able to combine ranks
+    (``register_clip_rule``).
     """
 
     is_synchronized = True
@@ -82,7 +83,7 @@ class SynchronizedFakeQuantize(FakeQuantize):
         if self.asymmetric:
             try:
                 clip = super().compute_clip(x, signed=True)
-            except ValueError as raised:  # to be raised after the collective, for which the other ranks wait
+            except ValueError as raised:  # raised after the collective, for which the other ranks wait
                 clip, error = torch.full((1,), torch.nan, dtype=torch.float64, device=x.device), raised
             own.append(torch.stack([clip.sum(dtype=torch.float64), own[0].new_full((), clip.numel())]))
         gathered = gather(torch.cat(own))
@@ -101,7 +102,7 @@ class SynchronizedFakeQuantize(FakeQuantize):
         return Grid(signed, torch.where(signed, clip, clip_of_grid), offset)
 
     def _pool(self, x: Tensor, lowest: bool = False) -> _Pooled:
-        """What is known of the tensor whose parts are the ranks' ``x``, by one collective."""
+        """Statistics of the tensor whose parts are the ranks' ``x``, by one collective."""
         check_floating(x, self._rule_name)
         values, _ = to_rows(x.detach(), None)
         if self.clip not in RULES_OF_TABLES:
@@ -133,22 +134,22 @@ class SynchronizedFakeQuantize(FakeQuantize):
         return f"{self.name or 'FakeQuantize'}: {self.clip}_clip"
 
     def _check(self, is_finite: Tensor, x: Tensor) -> None:
-        """Raise ``ValueError`` on every rank if ``is_finite``, ``[ranks]``, says that the part of one is not.
+        """Raise ``ValueError`` on every rank unless all of ``is_finite``, ``[ranks]``, is true.
 
-        Only where reading it does not wait for the device.
+        This checks only on the CPU, where reading does not synchronize.
         """
         if x.device.type != "cpu" or torch.compiler.is_compiling() or not has_values(x) or bool(is_finite.all()):
             return
         if is_finite[own_rank()]:
             ranks = ", ".join(map(str, (~is_finite).nonzero().flatten().tolist()))
             raise ValueError(
-                f"{self._rule_name}: the part of x on rank {ranks} holds NaN or Inf, so that there is no clipping "
-                "scalar of all ranks; the error on that rank says more"
+                f"{self._rule_name}: the part of x on rank {ranks} holds NaN or Inf, so it has no clipping scalar; see "
+                "the error on that rank"
             )
         if bool(x.isfinite().all()):
             raise ValueError(
                 f"{self._rule_name}: x of shape {tuple(x.shape)} holds values beyond the range of float32, in which "
-                "those of all ranks are counted"
+                "the values of all ranks are counted; scale x down"
             )
         raise not_finite_error(x, self._rule_name)
 
@@ -157,6 +158,6 @@ class SynchronizedFakeQuantize(FakeQuantize):
 
 
 def _is_range(ranges: Tensor) -> Tensor:
-    """Whether ``[ranks, 2 or more]`` begin with finite bounds, or with those of no values: bool ``[ranks]``."""
+    """Whether the first two columns of ``[ranks, ...]`` are finite bounds, or those of no values: bool ``[ranks]``."""
     low, high = ranges.select(1, 0), ranges.select(1, 1)
     return (low.isfinite() & high.isfinite()) | (low > high)

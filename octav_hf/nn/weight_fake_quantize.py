@@ -1,4 +1,4 @@
-"""The quantizer of a weight, which computes clips once for each value of the weight in training."""
+"""The quantizer of a weight, which caches its clips in training until the weight changes."""
 
 import weakref
 from typing import Any
@@ -18,7 +18,7 @@ _optimizer_steps = 0
 
 def _count_step(*_: object) -> None:
     global _optimizer_steps
-    # A compiled step would be compiled anew for each count; the writes in it raise the version counter.
+    # A compiled step would be recompiled for each count; its writes increase the version counter instead.
     if not torch.compiler.is_compiling():
         _optimizer_steps += 1
 
@@ -27,26 +27,25 @@ register_optimizer_step_post_hook(_count_step)
 
 
 class WeightFakeQuantize(FakeQuantize):
-    """``FakeQuantize`` for a weight ``[rows, ...]`` that keeps its clips from one training step to the next change.
+    """``FakeQuantize`` for a weight ``[rows, ...]`` that caches its clips in training until the weight changes.
 
-    Frozen ``clips`` are as the clipping rule gives them for the weight: ``[rows, 1, ...]``, 0-dim for one, or
-    ``[rows, groups, 1]``.
+    Frozen ``clips`` have the shape that the clipping rule returns for the weight: ``[rows, 1, ...]``, ``[]`` for one
+    clip, or ``[rows, groups, 1]``.
 
-    In training mode and grad mode the clips of an ``nn.Parameter`` are kept until its version counter, its storage or
-    these settings change, an optimizer of PyTorch makes a step (some write to weights without raising the version
-    counter, as FSDP2 and DeepSpeed do), or ``train()`` and ``eval()`` change the mode. They are computed at every call
-    in evaluation mode and without grad mode, in which weights are merged and averaged, for a weight that is no
-    parameter, such as a parametrized one, and in compiled graphs and CUDA graphs. No value is read to find out.
+    In training mode with gradients enabled, the clips of an ``nn.Parameter`` are cached until one of these happens: its
+    version counter, its storage or the settings change; a PyTorch optimizer makes a step (FSDP2 and DeepSpeed write to
+    weights without changing the version counter); ``train()`` or ``eval()`` changes the mode. Clips are computed at
+    every call in evaluation mode and under ``no_grad``, where weights are merged and averaged; for a weight that is not
+    a parameter, such as a parametrized one; and in compiled graphs and CUDA graphs. Deciding this reads no values.
 
-    So a write to ``weight.data`` is missed if it comes between two forward passes in training and grad mode, keeps the
-    storage, and neither an optimizer step nor a change of mode comes between them. Write to the weight itself, under
-    ``torch.no_grad()``.
+    A write to ``weight.data`` between two forward passes in training is therefore missed, unless it changes the storage
+    or an optimizer step or a change of mode follows. Write to the weight itself instead, under ``torch.no_grad()``.
     """
 
     _kept: tuple[weakref.ref[Tensor], Any, tuple[Any, ...], Tensor] | None = None
     _left_by_calls = (*FakeQuantize._left_by_calls, "_kept")
 
-    # As clips computed under inference mode; a buffer is saved for the backward pass, too.
+    # The backward pass saves the buffer, so it must not be an inference tensor.
     @torch.inference_mode(False)
     @torch.no_grad()
     def freeze_at(self, weight: Tensor) -> None:
@@ -60,8 +59,8 @@ class WeightFakeQuantize(FakeQuantize):
         if frozen.signed and frozen.offset is None and tuple(frozen.clips.shape) == shape:
             return ""
         return (
-            f"have the shape {tuple(frozen.clips.shape)}, or are not of the signed grid, and its weight of shape "
-            f"{tuple(weight_shape)} needs clips of shape {shape}"
+            f"have the shape {tuple(frozen.clips.shape)}, signed={frozen.signed}, but its weight of shape "
+            f"{tuple(weight_shape)} needs signed clips of shape {shape}, without an offset"
         )
 
     @property
@@ -69,7 +68,7 @@ class WeightFakeQuantize(FakeQuantize):
         return self.dim, self.group_size
 
     def compute_clip(self, x: Tensor, signed: Sign | None = None, skip: Tensor | None = None) -> Tensor:
-        """The frozen clips if there are, else those of ``x``."""
+        """The frozen clips if there are any, otherwise those of ``x``."""
         frozen = self._buffers["clips"]
         return self.dynamic_clips(x) if frozen is None else frozen
 
@@ -77,7 +76,7 @@ class WeightFakeQuantize(FakeQuantize):
         return Grid(True, frozen.clips)
 
     def dynamic_clips(self, x: Tensor) -> Tensor:
-        """The clips of ``x``, whether clips are frozen or not."""
+        """The clips of ``x``, even if clips are frozen."""
         if not (_can_keep(x) and self.training):
             return super().compute_clip(x)
         settings = self.num_bits, self.clip, self.signed, *self._sharing, dict(self.clip_options)
@@ -94,20 +93,20 @@ class WeightFakeQuantize(FakeQuantize):
         self._kept = None
 
     def train(self, mode: bool = True) -> Any:
-        """As in ``nn.Module``; a change of the mode drops the clips that are kept."""
+        """As in ``nn.Module``; a change of the mode drops the cached clips."""
         if mode != self.training:
             self._kept = None
         return super().train(mode)
 
 
 def _can_keep(x: Tensor) -> bool:
-    """Whether what ``dynamic_clips`` compares tells if ``x`` has changed, and its clips may be used later."""
+    """Whether ``dynamic_clips`` can detect changes of ``x``, so that its clips may be cached."""
     return (
         not torch.compiler.is_compiling()
-        and type(x) is nn.Parameter  # and no tensor of another type, fake ones included
+        and type(x) is nn.Parameter  # not a subclass or a fake tensor
         and torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
         and not x.is_inference()
-        # The graph is to compute the clips of the weight as it is when it runs.
+        # A CUDA graph must compute the clips of the weight at replay.
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )

@@ -1,1 +1,1 @@
-"""Packed models: weights stored as integers, the names of their tensors, and the record of their files."""
+"""Packed models: weights stored as integers, the names of their tensors, and the record in their files."""

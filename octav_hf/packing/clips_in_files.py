@@ -1,4 +1,4 @@
-"""Frozen clips in a checkpoint's files: the model gets buffers for them before its weights are loaded."""
+"""Frozen clips in checkpoint files: prepare buffers for them before the weights are loaded."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,18 +18,19 @@ _ENDS = tuple(f"_quantizer.{name}" for name in FROZEN_TENSORS)
 def prepare_frozen(
     model: PreTrainedModel, checkpoint: Iterable[str] | Mapping[str, Tensor], *, frozen_weights: Collection[str]
 ) -> list[Any]:
-    """Freeze the clips that a checkpoint has for modules of a converted model; the values are loaded with the weights.
+    """Freeze the clips that a checkpoint contains for a converted model; their values are loaded with the weights.
 
     Args:
+        model: the converted model.
         checkpoint: files, or a state dict.
-        frozen_weights: the layers whose clips of the weight are frozen according to the config.
+        frozen_weights: the layers whose weight clips are frozen according to the config.
 
     Returns:
-        Those of them whose weight in the checkpoint does not fit, or is not there, as of another head. Their clips can
-        be frozen when the weight is initialized.
+        The layers of ``frozen_weights`` whose weight is missing in the checkpoint or has another shape, such as a new
+        head. Their clips can be frozen once the weight is initialized.
 
     Raises:
-        ValueError: clips do not fit their module, or those of a weight are missing.
+        ValueError: clips do not fit their module, or the clips of a weight are missing.
     """
     found = _clips_and_shapes(checkpoint)
     if not frozen_weights and not any(isinstance(entry, Tensor) for entry in found.values()):
@@ -37,7 +38,7 @@ def prepare_frozen(
     in_model, prefix = names_in_model(found, model), model.base_model_prefix
 
     def find(module: str, tensor: str) -> tuple[Any, bool]:
-        """The entry of a module's tensor, ``None`` without one, and whether it is loaded as it is."""
+        """The entry of a module's tensor, ``None`` if missing; and whether it is loaded unmerged and unsplit."""
         names = (f"{variant}.{tensor}" for variant in name_variants(module, prefix))
         name, is_whole = next((in_model[name] for name in names if name in in_model), (None, True))
         return None if name is None else found[name], is_whole
@@ -55,8 +56,8 @@ def prepare_frozen(
                 if name in frozen_weights and not clips:
                     raise ValueError(
                         f"{name}: this checkpoint has no clips for its weight of shape {tuple(module.weight.shape)}, "
-                        "which should be frozen. Load it with the model class that it was saved from (architectures in "
-                        "config.json), and call uncalibrate_octav before giving it another head"
+                        "which should be frozen. Load it with the model class that it was saved with (architectures in "
+                        "config.json), and call uncalibrate_octav before changing its head"
                     )
             problem = module.freeze_from(operand, clips) if clips else ""
             if problem:
@@ -65,7 +66,7 @@ def prepare_frozen(
 
 
 def _clips_and_shapes(checkpoint: Iterable[str] | Mapping[str, Tensor]) -> dict[str, Tensor | torch.Size]:
-    """Name in the checkpoint -> the tensor, if it is one of frozen clips, else its shape."""
+    """Name in the checkpoint -> the tensor, if it belongs to frozen clips, otherwise its shape."""
     if isinstance(checkpoint, Mapping):
         return {name: _entry(name, tensor) for name, tensor in checkpoint.items()}
     return {name: entry for file in checkpoint for name, entry in _of_file(str(file))}

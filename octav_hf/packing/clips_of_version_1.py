@@ -1,4 +1,4 @@
-"""Freezing a model at the clips of activations that a config of format version 1 has."""
+"""Freeze a model at the activation clips in a config of format version 1."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -20,10 +20,10 @@ class OperandClips(NamedTuple):
 
 
 def match_version_1(model: PreTrainedModel, clips: ClipsOfVersion1) -> tuple[OperandClips, ...]:
-    """The modules of ``model`` that the clips are for, with and without the base model's prefix; others are left out.
+    """Match clips with the modules of ``model``, with or without the base model's prefix; skip those of other modules.
 
     Raises:
-        ValueError: clips do not fit the operand of a module that is there.
+        ValueError: the module exists, but the clips do not fit its operand.
     """
     modules, matched = dict(model.named_modules()), []
     for name, operands in clips.items():
@@ -33,8 +33,8 @@ def match_version_1(model: PreTrainedModel, clips: ClipsOfVersion1) -> tuple[Ope
             where = f"activation_clips[{name!r}][{operand!r}]"
             if not isinstance(module, HoldsFrozenClips) or operand not in module.freezable_quantizers:
                 raise ValueError(
-                    f"{where} is no quantized activation of {type(model).__name__}; the clips are of another model or "
-                    "config: remove them from config.json and call calibrate_octav on this one"
+                    f"{where} is not a quantized activation of {type(model).__name__}; the clips belong to another "
+                    "model or config: remove them from config.json and call calibrate_octav on this model"
                 )
             frozen = as_frozen_clips(**entry)
             problem = module.problem_with(operand, frozen)
@@ -45,7 +45,7 @@ def match_version_1(model: PreTrainedModel, clips: ClipsOfVersion1) -> tuple[Ope
 
 
 def freeze_version_1(clips: Iterable[OperandClips]) -> None:
-    """Freeze what ``match_version_1`` found, after the weights are loaded, in the dtype that the model now has."""
+    """Freeze the clips that ``match_version_1`` found. Called after the weights are loaded, to use their dtype."""
     for module, operand, frozen in clips:
         place = next(module.parameters(), frozen.clips)
         dtype = statistics_dtype(place.dtype)

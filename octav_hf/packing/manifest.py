@@ -1,11 +1,10 @@
 """The record of a packed model's tensors in the metadata of its files, and the check of the files.
 
 The record is JSON under the key ``octav_hf`` of the safetensors metadata, the same in each shard: the quantization
-config, and dtype, shape and SHA-256 of each tensor of all shards. Its own SHA-256 is under ``octav_hf_sha256``. Other
-keys are ignored, except for ``format``, which Transformers requires.
+config, and dtype, shape and SHA-256 of each tensor of all shards. The SHA-256 of the record is under
+``octav_hf_sha256``. Other keys are ignored, except for ``format``, which Transformers requires.
 
-The hashes show that a file is whole: what was saved is what is loaded. They do not show who made it, since whoever
-changes a file on purpose can write the hashes anew.
+The hashes detect damaged files. They do not authenticate files: whoever changes a file on purpose can update them.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from .._utils.escaping import escaped, shown
 from ..config import OctavConfig
 
 _RECORD, _DIGEST = "octav_hf", "octav_hf_sha256"
-_FORMAT, _TORCH = "format", "pt"  # by Transformers
+_FORMAT, _TORCH = "format", "pt"  # required by Transformers
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class TensorRecord:
 
 
 def describe_tensors(tensors: Mapping[str, Tensor], config: OctavConfig) -> dict[str, str]:
-    """The metadata of each file of a model with these ``tensors``."""
+    """The metadata to write into each file of a model with these ``tensors``."""
     records = {name: vars(_tensor_record(tensor)) for name, tensor in tensors.items()}
     record = {"quantization_config": config.to_dict(), "tensors": records}
     text = json.dumps(record, sort_keys=True, separators=(",", ":"))
@@ -42,10 +41,14 @@ def describe_tensors(tensors: Mapping[str, Tensor], config: OctavConfig) -> dict
 
 
 def check_files(files: Iterable[str | Path], config: OctavConfig) -> dict[str, TensorRecord]:
-    """Read all files of a packed model, compare them with their record and return it, by the names of tensors.
+    """Read all files of a packed model, compare them with their record and return it, by names of tensors.
 
-    Raises ``ValueError`` if a file or tensor is damaged, missing or not in the record, or ``config``, from the
-    ``config.json`` in the same folder, differs.
+    Args:
+        files: all shards.
+        config: the config in the ``config.json`` of the same folder.
+
+    Raises:
+        ValueError: a file or tensor is damaged, missing or not in the record, or ``config`` differs from the record.
     """
     paths = [Path(file) for file in files]
     record: dict[str, TensorRecord] | None = None
@@ -58,18 +61,18 @@ def check_files(files: Iterable[str | Path], config: OctavConfig) -> dict[str, T
                 if record is None:
                     record, first = recorded, path
                 elif recorded != record:
-                    raise _damaged(path, f"its record is not that of {first}: these are files of two models")
+                    raise _damaged(path, f"its record differs from that of {first}: these are files of two models")
                 for name in file.keys():  # noqa: SIM118  # not a dictionary
                     if name not in record:
                         raise _damaged(path, f"the tensor {escaped(name)} is not in its record")
                     _check_tensor(path, name, file.get_tensor(name), record[name])
                     if name in found:
-                        raise _damaged(path, f"{escaped(name)} is in {found[name]} too")
+                        raise _damaged(path, f"{escaped(name)} is also in {found[name]}")
                     found[name] = path
-        except (SafetensorError, RuntimeError) as error:  # torch refuses some shapes that safetensors does not
-            raise _damaged(path, f"no safetensors file, or one that is cut off or altered ({error})") from error
+        except (SafetensorError, RuntimeError) as error:  # torch refuses some shapes that safetensors accepts
+            raise _damaged(path, f"not a safetensors file, or truncated or altered ({error})") from error
     if record is None:
-        raise ValueError("a packed model has to have files; there are none")
+        raise ValueError("a packed model needs its safetensors files, but there are none")
     missing = sorted(record.keys() - found.keys())
     if missing:
         raise _damaged(", ".join(map(str, paths)), f"{escaped(missing[0])} is missing ({len(missing)} in all)")
@@ -77,7 +80,7 @@ def check_files(files: Iterable[str | Path], config: OctavConfig) -> dict[str, T
 
 
 def _read_record(path: Path, metadata: Mapping[str, str] | None, config: OctavConfig) -> dict[str, TensorRecord]:
-    """The record in the file's metadata, after checking it."""
+    """Check the record in the metadata of a file, and return it."""
     metadata = metadata or {}
     expected = {_RECORD, _DIGEST, _FORMAT}
     if not metadata.keys() >= expected:
@@ -93,12 +96,12 @@ def _read_record(path: Path, metadata: Mapping[str, str] | None, config: OctavCo
         recorded = written.to_dict() | {"activation_clips": written.clips_of_version_1}
         tensors = {name: TensorRecord(**entry) for name, entry in record["tensors"].items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _damaged(path, f"the record of its tensors in the metadata is none: {escaped(repr(error))}") from error
+        raise _damaged(path, f"the record of its tensors in the metadata is invalid: {escaped(repr(error))}") from error
     for field, value in (config.to_dict() | {"activation_clips": config.clips_of_version_1}).items():
         if recorded[field] != value:
             raise ValueError(
-                f"{path} was written with {field}={shown(recorded[field])}, but the quantization_config of the "
-                f"config.json beside it has {shown(value)}; bring back the config.json that was saved with it"
+                f"{path} was written with {field}={shown(recorded[field])}, but the quantization_config in the "
+                f"config.json next to it has {shown(value)}; restore the config.json that was saved with it"
             )
     return tensors
 

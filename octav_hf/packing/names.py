@@ -1,7 +1,7 @@
 """Names of packed tensors in files and in the model.
 
-In a file a packed weight keeps the name ``<layer>.weight``, so that Transformers without this package fails on its
-shape instead of initializing the weight randomly. Its scales are ``<layer>.weight_scale``.
+In a file, a packed weight keeps the name ``<layer>.weight``, so that Transformers without this package fails because of
+its shape instead of initializing the weight randomly. Its scales are ``<layer>.weight_scale``.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from .._utils.transformers_compat import (
 
 SCALE = "weight_scale"
 
-# Name of a layer's tensor in files -> in the model.
+# Name of a layer's tensor in files -> name in the model.
 _IN_MODEL = {"weight": "weight_quantizer.packed_data", SCALE: "weight_quantizer.scale"}
 
 
@@ -34,7 +34,7 @@ class PackedNames(WeightRenaming):
         }
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """The new name, and the old one if it differs."""
+        """The new name, and the old name if it differs."""
         renamed = self._names.get(source_key, source_key)
         if renamed == source_key:
             return source_key, None
@@ -51,7 +51,10 @@ class PackedNames(WeightRenaming):
 def layers_in_files(
     names: Iterable[str], layers: Iterable[str], model: PreTrainedModel, tensor: str = SCALE
 ) -> dict[str, str]:
-    """The ``layers`` of a model before loading that have ``tensor`` (for packed ones a scale) -> its name in files."""
+    """Layer -> name of its ``tensor`` in the files, for those of ``layers`` that have one there; called before loading.
+
+    Packed layers are those with scales.
+    """
     found = names_in_model((name for name in names if name.endswith(f".{tensor}")), model)
     return {
         layer: found[f"{variant}.{tensor}"][0]
@@ -62,9 +65,9 @@ def layers_in_files(
 
 
 def names_in_model(names: Iterable[str], model: PreTrainedModel) -> dict[str, tuple[str, bool]]:
-    """Name in a model before loading, but for the prefix -> that in files, and if the tensor itself is loaded as it is.
+    """Name in the model (before the prefix is corrected) -> name in files, and whether the tensor itself is unchanged.
 
-    Transformers merges or splits the tensors of some models.
+    Transformers renames, merges or splits the tensors of some models.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -74,6 +77,6 @@ def names_in_model(names: Iterable[str], model: PreTrainedModel) -> dict[str, tu
 
 
 def name_variants(layer: str, base_model_prefix: str) -> tuple[str, ...]:
-    """A layer's possible names in a file: with and without the prefix, such as ``bert``, which loading corrects."""
+    """A layer's possible names in a file: with and without the base model's prefix, such as ``bert``."""
     prefix = f"{base_model_prefix}."
     return layer, f"{prefix}{layer}", layer.removeprefix(prefix)

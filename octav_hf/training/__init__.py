@@ -1,1 +1,1 @@
-"""Training beyond the step itself: a teacher, and resuming killed runs."""
+"""Help for training: distillation, reconstruction, errors for NaN, and complete checkpoints."""

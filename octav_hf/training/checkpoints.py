@@ -1,9 +1,9 @@
 """Find complete checkpoints of Transformers' Trainer without unpickling anything.
 
 Trainer writes ``checkpoint-N`` in place: the model and ``training_args.bin``, then optimizer, scheduler and random
-states, and ``trainer_state.json`` last (``Trainer._save_checkpoint``). A run that is killed while it saves leaves an
-incomplete folder, which ``get_last_checkpoint`` still returns. ``Trainer.train`` then silently starts with a new
-optimizer or new generators if their files are missing.
+states, and ``trainer_state.json`` last (``Trainer._save_checkpoint``). A run that is killed while saving leaves an
+incomplete folder, which ``get_last_checkpoint`` still returns. If the files of optimizer or random generators are
+missing, ``Trainer.train`` silently starts with new ones.
 """
 
 import json
@@ -22,42 +22,42 @@ _STATE, _ARGUMENTS = "trainer_state.json", "training_args.bin"
 _WEIGHTS, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 _OPTIMIZER, _SCHEDULER, _RNG = "optimizer.pt", "scheduler.pt", "rng_state.pth"
 _PROGRESS = (_OPTIMIZER, _SCHEDULER, "scaler.pt", "rng_state*.pth")
-_UNFINISHED = "checkpoint-is-incomplete.txt"  # by TrainingArguments.enable_jit_checkpoint, which removes it at the end
+_UNFINISHED = "checkpoint-is-incomplete.txt"  # exists while TrainingArguments.enable_jit_checkpoint saves
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     """Return the newest complete checkpoint of a training run.
 
-    Newer incomplete folders are skipped, each with a warning that says why. Pass the result to
-    ``Trainer.train(resume_from_checkpoint=...)``, where None starts from the beginning.
+    Newer incomplete folders are skipped, each with a warning that tells why. Pass the result to
+    ``Trainer.train(resume_from_checkpoint=...)``, where ``None`` starts from the beginning.
 
     A checkpoint is complete if
 
     - ``trainer_state.json`` exists and its ``global_step`` is the folder's N,
-    - the weights exist, as ``model.safetensors``, as shards with their index, or as PEFT adapters; each file has the
-      length that its header gives and contains every tensor that the index lists for it,
-    - ``training_args.bin``, ``optimizer.pt``, ``scheduler.pt`` and ``rng_state.pth`` (or ``rng_state_0.pth``,
-      ``rng_state_1.pth`` and so on, of several processes) exist, and these and ``scaler.pt`` are complete zip archives,
+    - the weights exist, as ``model.safetensors``, as shards with an index, or as PEFT adapters; each file has the
+      length given by its header and contains every tensor that the index lists for it,
+    - ``training_args.bin``, ``optimizer.pt``, ``scheduler.pt`` and ``rng_state.pth`` (with several processes,
+      ``rng_state_0.pth``, ``rng_state_1.pth`` and so on) exist, and these and ``scaler.pt`` are complete zip archives,
     - every other ``.json`` file in the folder, such as ``config.json``, is valid JSON.
 
-    A folder without any optimizer, scheduler, scaler and generator state counts as saved with
+    A folder without any state of optimizer, scheduler, scaler and random generators counts as saved with
     ``TrainingArguments.save_only_model``. It is returned with a warning that training does not continue exactly.
 
-    Not detected are
+    The following is not detected:
 
-    - values changed in a file of the right length,
+    - changed values in a file of the right length,
     - missing files that training does not need (``config.json``, the tokenizer),
-    - missing generator states of the last of three or more processes, whose number only a pickle records,
-    - an interrupted save into the folder of an older complete checkpoint that left complete files only, some old and
-      some new; so delete later checkpoints before resuming from an earlier one.
+    - missing generator states of the last processes if there are three or more (only a pickle records their number),
+    - a save into the folder of an older complete checkpoint that was interrupted between two files, so that some are
+      old and some new; delete later checkpoints before you resume from an earlier one.
 
-    Checkpoints by DeepSpeed and by sharded FSDP consist of other files and count as incomplete.
+    Checkpoints of DeepSpeed and sharded FSDP consist of other files and count as incomplete.
 
     Args:
         output_dir: ``TrainingArguments.output_dir``; need not exist. ``NotADirectoryError`` if it is a file.
 
     Returns:
-        The folder's path, or None if no checkpoint is complete.
+        The folder's path, or ``None`` if no checkpoint is complete.
     """
     folder = Path(output_dir)
     if not folder.exists():
@@ -67,20 +67,20 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
         try:
             check_checkpoint(path)
         except ValueError as error:
-            logger.warning(f"Passed over: {error}")
+            logger.warning(f"Skipped: {error}")
             continue
         return str(path)
     return None
 
 
 def check_checkpoint(checkpoint: str | Path) -> None:
-    """Raise ``ValueError`` unless a folder, of any name, is a complete checkpoint; see ``last_whole_checkpoint``.
+    """Raise ``ValueError`` unless a folder is a complete checkpoint; see ``last_whole_checkpoint``.
 
-    Logs a warning if it contains the model only, as ``save_only_model`` saves it.
+    The folder may have any name. Logs a warning if it contains only the model, as with ``save_only_model``.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no checkpoint: there is no such folder")
+        raise ValueError(f"{folder} is not a checkpoint: there is no such folder")
     try:
         _check_state(folder)
         _check_weights(folder)
@@ -89,18 +89,17 @@ def check_checkpoint(checkpoint: str | Path) -> None:
         _check_archive(folder / _ARGUMENTS)
         has_progress = _check_progress(folder)
     except ValueError as error:
-        raise ValueError(f"{folder} is not a whole checkpoint: {error}") from error
+        raise ValueError(f"{folder} is not a complete checkpoint: {error}") from error
     if not has_progress:
         logger.warning(
-            f"{folder} has the model only, as if it was saved with save_only_model: the optimizer, the learning rate "
-            f"schedule and the random number generators start anew, so training ends with other weights than without "
-            f"the interruption"
+            f"{folder} contains only the model, as if it was saved with save_only_model. Optimizer, learning rate "
+            f"schedule and random generators start anew, so training ends with other weights than an uninterrupted run"
         )
 
 
 def _check_state(folder: Path) -> None:
     if (folder / _UNFINISHED).exists():
-        raise ValueError(f"{_UNFINISHED} says so")
+        raise ValueError(f"the save did not finish ({_UNFINISHED} exists)")
     state = _read_json(folder / _STATE)
     step = state.get("global_step") if isinstance(state, dict) else None
     match = _NAME.fullmatch(folder.name)
@@ -118,7 +117,7 @@ def _check_weights(folder: Path) -> None:
         # PEFT saves the adapter "default" in the folder itself, others in folders of their names.
         adapters = [*folder.glob(_ADAPTER), *sorted(folder.glob(f"*/{_ADAPTER}"))]
         if not adapters:
-            raise ValueError(f"there are no weights, neither {_WEIGHTS}, {_INDEX} nor {_ADAPTER}")
+            raise ValueError(f"there are no weights: no {_WEIGHTS}, {_INDEX} or {_ADAPTER}")
         for path in adapters:
             _names_in_safetensors(path)
             _read_json(path.with_name("adapter_config.json"))
@@ -136,7 +135,7 @@ def _check_shards(folder: Path) -> None:
 
 
 def _check_progress(folder: Path) -> bool:
-    """Check the states of optimizer, scheduler, scaler and random generators; False if there are none."""
+    """Check the states of optimizer, scheduler, scaler and random generators; ``False`` if there are none."""
     present = {path.name for pattern in _PROGRESS for path in folder.glob(pattern)}
     if not present:
         return False
@@ -153,18 +152,18 @@ def _read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise ValueError(f"{path.name} is missing") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is cut off or no JSON ({error})") from error
+        raise ValueError(f"{path.name} is truncated or not JSON ({error})") from error
 
 
 def _names_in_safetensors(path: Path) -> set[str]:
-    """The names of the tensors in a file, after a check of its length."""
+    """The names of the tensors in a file, whose length is checked."""
     if not path.is_file():
         raise ValueError(f"{path.name} is missing")
     try:
         with safe_open(path, framework="pt") as file:  # compares the length
             return set(file.keys())
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path.name} is cut off or no safetensors file ({error})") from error
+        raise ValueError(f"{path.name} is truncated or not a safetensors file ({error})") from error
 
 
 def _check_archive(path: Path) -> None:
@@ -172,9 +171,9 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                archive.open(entry).close()  # compares the entry's own header with the directory
+                archive.open(entry).close()  # compares the entry's header with the directory
     except FileNotFoundError as error:
         raise ValueError(f"{path.name} is missing") from error
-    # RuntimeError and its subclass NotImplementedError: the archive appears to be encrypted or of a later version.
+    # RuntimeError, including NotImplementedError: the archive appears to be encrypted or of a later version.
     except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path.name} is cut off or no file by torch.save ({error})") from error
+        raise ValueError(f"{path.name} is truncated or not a torch.save file ({error})") from error

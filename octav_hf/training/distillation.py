@@ -22,7 +22,7 @@ class DistillationHandle(tuple[RemovableHandle, ...]):
     """The hooks of a distilled model."""
 
     def remove(self) -> None:
-        """End the distillation."""
+        """Remove the hooks, which ends distillation."""
         for handle in self:
             handle.remove()
 
@@ -38,59 +38,60 @@ def distill(
     layers: Sequence[int] | None = None,
     feature_steps: float = 1.0,
 ) -> DistillationHandle:
-    """Add the divergence from the teacher's logits to the loss of ``model`` in training.
+    """Add the divergence from the teacher's logits to the training loss of ``model``.
 
-    The output's ``loss`` becomes ``(1 - weight) * label loss + weight * T² * KL(teacher || model)`` with both softmaxes
-    at temperature ``T`` (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"). KL is computed in float32
-    or wider, over the last dimension of each output that is named ``logits`` or ends in ``_logits``, and averaged over
-    all positions before it and then over those outputs. Padding does not count where it is known: tokens are left out
-    of the softmaxes of ``start_logits`` and ``end_logits``, and of the average over ``[batch, tokens, classes]``, by an
-    ``attention_mask`` of shape ``[batch, tokens]``; in a decoder by ``decoder_attention_mask``, or labels of -100.
+    The output's ``loss`` becomes ``(1 - weight) * label loss + weight * T² * KL(teacher || model)``, with a temperature
+    ``T`` in both softmaxes (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"). KL is computed in
+    float32 or wider over the last dimension of each output named ``logits`` or ending in ``_logits``, then averaged
+    over all other positions, then over these outputs. Padding is left out of the softmaxes of ``start_logits`` and
+    ``end_logits`` and of the average over ``[batch, tokens, classes]``, if an ``attention_mask`` of shape
+    ``[batch, tokens]`` is given, or for a decoder a ``decoder_attention_mask`` or labels of -100.
 
-    With ``hidden_states`` and ``attentions`` the student learns features too, which tell each layer what to do where
-    logits tell the last one. To the loss are added, each a mean over layers and in float32 or wider,
+    ``hidden_states`` and ``attentions`` make the student learn features too, which give each layer a target. These
+    losses are added, each averaged over layers and computed in float32 or wider:
 
-    - ``hidden_states * sum((h - h_teacher)²) / sum(h_teacher²)``, of each layer's output ``[batch, tokens, features]``;
-    - ``attentions * KL(teacher || model)`` of attention maps ``[batch, heads, queries, keys]``, averaged over the first
-      three dimensions. The student's are its probabilities before their own quantizer. Keys to which dropout left none
-      do not count. Only ``attn_implementation="eager"`` computes maps, so both models need it.
+    - ``hidden_states * sum((h - h_teacher)²) / sum(h_teacher²)`` for each layer's output ``[batch, tokens, features]``;
+    - ``attentions * KL(teacher || model)`` for attention maps ``[batch, heads, queries, keys]``, averaged over the
+      first three dimensions. The student's maps are its probabilities before they are quantized. Keys whose probability
+      dropout has set to 0 are left out. Both models need ``attn_implementation="eager"``, because other implementations
+      do not return maps.
 
-    Padding is left out as above, and so are queries that are padding. An encoder-decoder model learns those of encoder,
-    decoder and cross-attention. Teacher and student need as many layers, of one width and number of heads.
-    ``feature_steps=0.6`` learns features in the first 60 % of Trainer's steps only; a resumed run goes on with that.
+    Padding is left out as above, including queries that are padding. An encoder-decoder model learns the features of
+    encoder, decoder and cross-attention. Teacher and student must have the same number of layers, width and number of
+    heads. ``feature_steps=0.6`` learns features only in the first 60 % of Trainer's steps, also in a resumed run.
 
     The teacher runs only in forward passes in training mode with gradients, on the same inputs without the labels.
-    Trainer needs no other change, with these limits:
+    Trainer works without other changes, with these limits:
 
-    - ``label_smoothing_factor`` and ``compute_loss_func`` replace the model's loss; if the forward can tell, that is an
-      error.
-    - If Trainer passes ``num_items_in_batch``, a micro-batch's KL is weighted by its share of the labels; so is the
-      label loss if the model uses that argument.
-    - With ``bf16=True`` or ``fp16=True`` the teacher runs in its own dtype; one loaded in bfloat16 is faster.
+    - ``label_smoothing_factor`` and ``compute_loss_func`` replace the model's loss; where the forward can detect this,
+      it raises an error.
+    - If Trainer passes ``num_items_in_batch``, the KL of a micro-batch is weighted by its share of the labels, as is
+      the label loss if the model uses that argument.
+    - With ``bf16=True`` or ``fp16=True``, the teacher runs in its own dtype; load it in bfloat16 to make it faster.
 
     Args:
         model: the student, whose forward returns a ``ModelOutput``; before or after ``apply_octav``.
         teacher: a model with the same kind of outputs, such as the float model that training started from. It is not
-            saved with ``model``, and its parameters do not change. It runs in evaluation mode, and moves to the model's
-            device at the first step.
-        weight: the teacher's, in (0, 1]; at 1 no labels are needed.
-        temperature: above 0; a higher one gives unlikely classes more weight.
-        hidden_states: weight of their loss, at least 0; 0: not learned.
-        attentions: the same for attention maps.
-        layers: numbers of the layers whose features are learned, from 0, or from -1 backwards; ``None``: all.
-        feature_steps: the fraction of Trainer's steps in which features are learned, in (0, 1]. Below 1 only with
-            Trainer, whose callback tells the step; in a loop of your own, call ``remove()`` and ``distill`` again.
+            saved with ``model``, and its parameters do not change. It runs in evaluation mode and is moved to the
+            model's device at the first step.
+        weight: weight of the teacher's loss, in (0, 1]; at 1 no labels are needed.
+        temperature: above 0; a higher temperature gives unlikely classes more weight.
+        hidden_states: weight of the loss of hidden states, >= 0; they are not learned at 0.
+        attentions: weight of the loss of attention maps, >= 0; they are not learned at 0.
+        layers: indices of the layers whose features are learned; negative ones count from the end. ``None``: all.
+        feature_steps: fraction of Trainer's steps in which features are learned, in (0, 1]. Values below 1 require
+            Trainer, whose callback reports the step; in your own loop, call ``remove()`` and ``distill`` again.
 
     Returns:
         A handle whose ``remove()`` ends distillation. A deep copy or a pickle of ``model`` is not distilled. After a
-        step with features ``model`` cannot be pickled: the hooks by which Transformers collects them cannot.
+        step with features, ``model`` cannot be pickled, because Transformers' hooks that collect them cannot.
 
     Raises:
         TypeError: ``model`` or ``teacher`` is not an ``nn.Module``.
-        ValueError: an argument is out of range or has no effect, ``model`` is distilled already, or training it would
-            change ``teacher``. At a training step: the outputs' logits or features differ in names or shapes, or there
-            is no loss, or no gradient for features.
-        RuntimeError: at a training step outside Trainer with ``feature_steps`` below 1.
+        ValueError: an argument is out of range or has no effect, ``model`` is already distilled, or training it would
+            change ``teacher``. In a training step: logits or features differ in names or shapes, there is no loss, or
+            features have no gradient.
+        RuntimeError: in a training step outside Trainer with ``feature_steps`` below 1.
     """
     for role, module in (("model", model), ("teacher", teacher)):
         if not isinstance(module, nn.Module):
@@ -104,11 +105,11 @@ def distill(
     if teacher is model or any(id(parameter) in trained for parameter in teacher.parameters()):
         raise ValueError(
             f"distill: the teacher shares parameters with {type(model).__name__}, whose training would change it; load "
-            "it a second time, or take copy.deepcopy(model) before apply_octav, which works in place"
+            "it a second time, or make a copy.deepcopy(model) before apply_octav, which works in place"
         )
     if any(distillations(model)):
         raise ValueError(
-            f"distill: {type(model).__name__} is distilled already; call remove() of the handle that distill returned"
+            f"distill: {type(model).__name__} is already distilled; call remove() of the handle that distill returned"
         )
     if features is not None:
         check_accepts(model, "model", features)
@@ -121,7 +122,7 @@ def distill(
 
 
 def distillations(model: nn.Module) -> Iterator["Distillation"]:
-    """Those of the model and its parts."""
+    """The distillations of the model and its modules."""
     hooks = (hook for module in model.modules() for hook in forward_hooks(module))
     return (hook for hook in hooks if isinstance(hook, Distillation))
 
@@ -129,15 +130,15 @@ def distillations(model: nn.Module) -> Iterator["Distillation"]:
 def _features(weights: dict[str, float], layers: Sequence[int] | None, feature_steps: float) -> Features | None:
     for name, value in weights.items():
         if not _is_number(value) or not 0 <= value < math.inf:
-            raise ValueError(f"distill: {name} must be a finite number of at least 0, its loss's weight, got {value!r}")
+            raise ValueError(f"distill: {name} is the weight of a loss and must be a finite number >= 0, got {value!r}")
     if not _is_number(feature_steps) or not 0 < feature_steps <= 1:
         raise ValueError(f"distill: feature_steps must be a fraction above 0 and at most 1, got {feature_steps!r}")
     weights = {name: value for name, value in weights.items() if value}
     if layers is not None:
         if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
-            raise ValueError(f"distill: layers must be a list of numbers, such as [0, -1], or None, got {layers!r}")
+            raise ValueError(f"distill: layers must be a list of indices, such as [0, -1], or None, got {layers!r}")
         if any(not isinstance(number, int) or isinstance(number, bool) for number in layers):
-            raise ValueError(f"distill: layers must be whole numbers, got {layers!r}")
+            raise ValueError(f"distill: layers must be integers, got {layers!r}")
     if not weights and (layers is not None or feature_steps != 1):
         name = "layers" if layers is not None else "feature_steps"
         raise ValueError(
@@ -147,23 +148,23 @@ def _features(weights: dict[str, float], layers: Sequence[int] | None, feature_s
 
 
 class Distillation:
-    """The forward hook; not a module, to keep the teacher out of parameters and checkpoints."""
+    """The forward hook. It is not a module, so that parameters and checkpoints do not include the teacher."""
 
     def __init__(
         self, teacher: nn.Module, weight: float, temperature: float, features: Features | None, feature_steps: float
     ):
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
         self.features, self.feature_steps = features, feature_steps
-        # Whether features are learned in this step; None: unknown, as nobody told the step.
+        # Whether features are learned in this step; None if the step is unknown.
         self.learns_features = None if feature_steps < 1 else features is not None
-        self.asked: tuple[str, ...] = ()  # arguments for features that the present call had of its own
+        self.asked: tuple[str, ...] = ()  # feature arguments that the caller itself has set in this call
 
     def at_step(self, step: int, steps: int) -> None:
-        """Learn features, or not, from now on: ``step`` of ``steps`` is about to begin, counted from 0."""
+        """Decide whether features are learned: ``step`` (from 0) of ``steps`` is about to begin."""
         self.learns_features = self.features is not None and step < round(self.feature_steps * steps)
 
     def outside_training(self) -> None:
-        """There are no steps from now on."""
+        """Reset after training: the step is unknown."""
         self.learns_features = None if self.feature_steps < 1 else self.features is not None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -175,17 +176,20 @@ class Distillation:
         name = type(model).__name__
         if is_replica(model):
             raise RuntimeError(
-                f"{name} is distilled, and nn.DataParallel has one teacher for several devices; start a process for "
-                "each device with torchrun or accelerate launch"
+                f"{name} is distilled, but nn.DataParallel would share one teacher between several devices; start one "
+                "process per device with torchrun or accelerate launch"
             )
         inputs = inputs_by_name(model, args, kwargs)
         logits = logits_of(model, output, name)
         if all(field.name != "loss" for field in fields(output)):
-            raise ValueError(f"{name} is distilled, but its output, {type(output).__name__}, has no field loss to set")
+            raise ValueError(
+                f"{name} is distilled, but its output, {type(output).__name__}, has no field loss; use a model with a "
+                "head, such as AutoModelForQuestionAnswering"
+            )
         if inputs.get("num_items_in_batch") is not None and inputs.get("labels") is None:
             raise ValueError(
-                f"{name} is distilled, but its loss is not used: with label_smoothing_factor or compute_loss_func "
-                "Trainer keeps the labels and computes another one; leave these out"
+                f"{name} is distilled, but its loss is not used: with label_smoothing_factor or compute_loss_func, "
+                "Trainer removes the labels and computes another loss; do not set these"
             )
         if self.weight < 1 and output.loss is None:
             raise ValueError(
@@ -208,7 +212,7 @@ class Distillation:
         parameter = next(self.teacher.parameters(), None)
         if parameter is not None and parameter.device != device:
             self.teacher.to(device)
-        # A decoder's inputs may be made from the labels.
+        # The inputs of a decoder may be computed from the labels.
         given = {name: value for name, value in inputs.items() if has_decoder(self.teacher) or not _is_label(name)}
         given.pop("num_items_in_batch", None)
         with torch.no_grad(), in_evaluation_mode(self.teacher):
@@ -219,14 +223,14 @@ class Distillation:
             found = tuple(targets[field].shape) if field in targets else "missing"
             if found != tuple(values.shape):
                 raise ValueError(
-                    f"{student} is distilled: its {field} have shape {tuple(values.shape)}, those of {name} are "
-                    f"{found}; take a teacher with the same outputs, labels and vocabulary"
+                    f"{student} is distilled: its {field} have shape {tuple(values.shape)}, but those of {name} are "
+                    f"{found}; use a teacher with the same outputs, labels and vocabulary"
                 )
         return output, targets
 
 
 class _Request:
-    """The hook before the forward, which asks it for the features."""
+    """The forward pre-hook, which requests the features as outputs."""
 
     def __init__(self, distillation: Distillation, features: Features):
         self.distillation, self.features = distillation, features
@@ -239,8 +243,8 @@ class _Request:
             return None
         if self.distillation.learns_features is None:
             raise RuntimeError(
-                f"{type(model).__name__} is distilled with feature_steps={self.distillation.feature_steps}, and only "
-                "Trainer tells the step; in a loop of your own leave feature_steps out, and after these steps call "
+                f"{type(model).__name__} is distilled with feature_steps={self.distillation.feature_steps}, but only "
+                "Trainer reports the step; in your own loop, leave feature_steps out, and after these steps call "
                 "remove() of the handle and distill(model, teacher) without features"
             )
         if not self.distillation.learns_features:
@@ -257,7 +261,7 @@ def _asked(model: nn.Module, inputs: dict[str, Any], argument: str) -> bool:
 
 
 def _not_requested(model: nn.Module, args: Any, kwargs: Any) -> None:
-    """The hook before the forward of a copy."""
+    """The forward pre-hook of a copy."""
 
 
 def _not_distilled(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -265,10 +269,10 @@ def _not_distilled(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Non
 
 
 def _share(model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
-    """The share of an accumulated batch's labels in this micro-batch, counted as by Trainer."""
+    """This micro-batch's share of the labels of the accumulated batch, counted as in Trainer."""
     items = inputs.get("num_items_in_batch")
     if items is None:
-        return 1.0  # Trainer divides by the number of batches
+        return 1.0  # Trainer divides by the number of micro-batches
     labels = inputs.get("shift_labels")
     if labels is None:
         labels = inputs["labels"]

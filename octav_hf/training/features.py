@@ -1,4 +1,4 @@
-"""The features of a model that another one learns: hidden states and attention maps."""
+"""Distillation of features: hidden states and attention maps."""
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
@@ -15,11 +15,11 @@ _Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Features:
-    """What is learned besides the logits, and how much it weighs.
+    """The features to learn, and the weights of their losses.
 
     Args:
-        weights: ``"hidden_states"`` and ``"attentions"``, or one of them -> weight.
-        layers: numbers of layers, negative ones from the end; ``None``: all.
+        weights: ``"hidden_states"`` and ``"attentions"``, or one of them -> weight of its loss.
+        layers: indices of layers; negative ones count from the end. ``None``: all.
     """
 
     weights: dict[str, float]
@@ -27,18 +27,18 @@ class Features:
 
     @property
     def arguments(self) -> dict[str, bool]:
-        """The arguments of a forward that ask for the features."""
+        """The arguments of a forward that request the features."""
         return {f"output_{kind}": True for kind in self.weights}
 
     def fields(self, output: Any, asked: Collection[str]) -> list[str]:
-        """The fields of an output that hold the features, except of those kinds whose argument is in ``asked``."""
+        """The fields of an output with features, except those whose argument is in ``asked``."""
         return [name for name in output if _kind(name) in self.weights and f"output_{_kind(name)}" not in asked]
 
     def loss(self, student: nn.Module, outputs: Any, teacher: nn.Module, targets: Any, inputs: dict[str, Any]) -> Any:
-        """The weighted sum of the losses of both kinds, each a mean over layers.
+        """The weighted sum of the losses, each averaged over layers.
 
         Raises:
-            ValueError: an output lacks the features, they differ in number or shape, or no gradient reaches them.
+            ValueError: an output lacks the features, they differ in number or shape, or they have no gradient.
         """
         total: Tensor | float = 0.0
         for kind, weight in self.weights.items():
@@ -57,7 +57,7 @@ class Features:
         return total
 
     def _of_layers(self, model: nn.Module, field: str, output: Any) -> list[Tensor]:
-        """The features of the chosen layers; the first hidden state is the first layer's input."""
+        """The features of the chosen layers, without the first hidden state, which is the input of the first layer."""
         values = output.get(field)
         if not values:
             raise ValueError(_missing(_kind(field), model, field))
@@ -67,22 +67,22 @@ class Features:
         outside = [number for number in self.layers if not -len(values) <= number < len(values)]
         if outside:
             raise ValueError(
-                f"{type(model).__name__} is distilled: its {field} are of {len(values)} layers, and layers has "
-                f"{outside[0]}; count from 0, or from the last one, -1"
+                f"{type(model).__name__} is distilled: its {field} are of {len(values)} layers, but layers contains "
+                f"{outside[0]}; indices go from 0 to {len(values) - 1}, or from -1 backwards"
             )
         return [values[number] for number in sorted(number % len(values) for number in self.layers)]
 
 
 def check_accepts(model: nn.Module, role: str, features: Features) -> None:
-    """Raise ``ValueError`` if the forward of ``model`` does not take the arguments that ask for the features."""
+    """Raise ``ValueError`` if the forward of ``model`` lacks the arguments that request the features."""
     parameters = inspect.signature(model.forward).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     missing = [name for name in features.arguments if name not in parameters]
     if missing:
         raise ValueError(
-            f"distill: the forward of the {role} {type(model).__name__} has no argument {missing[0]}; take a model of "
-            f"Transformers, or leave out {missing[0].removeprefix('output_')}"
+            f"distill: the forward of the {role} {type(model).__name__} has no argument {missing[0]}; use a "
+            f"Transformers model, or leave out {missing[0].removeprefix('output_')}"
         )
 
 
@@ -90,13 +90,13 @@ def hidden_state_loss(teacher: Tensor, student: Tensor, mask: Tensor | None) -> 
     """``sum((student - teacher)²) / sum(teacher²)``, in float32 or wider.
 
     Args:
-        teacher, student: ``[batch, tokens, features]``, or any one shape.
-        mask: ``[batch, tokens]``, true for tokens that count; ``None``: all count.
+        teacher, student: ``[batch, tokens, features]``, or without a mask any shape.
+        mask: bool ``[batch, tokens]``, true for tokens that count; ``None``: all count.
     """
     teacher, student = _wide(teacher), _wide(student)
     error, size = (student - teacher).square(), teacher.square()
     if mask is not None:
-        # Not multiplied, as padding may hold Inf.
+        # Filled, not multiplied, because padding may hold Inf.
         error, size = (x.masked_fill(~mask[..., None], 0) for x in (error, size))
     return error.sum() / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
 
@@ -104,11 +104,11 @@ def hidden_state_loss(teacher: Tensor, student: Tensor, mask: Tensor | None) -> 
 def attention_loss(teacher: Tensor, student: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over batch, heads and queries of ``KL(teacher || student)``, in float32 or wider.
 
-    Keys to which dropout left no probability say nothing about the student: both maps are normalised over the others.
+    Keys whose probability dropout has set to 0 are left out: both maps are normalized over the other keys.
 
     Args:
         teacher, student: probabilities ``[batch, heads, queries, keys]``.
-        mask: ``[batch, queries]``, true for queries that count; ``None``: all count.
+        mask: bool ``[batch, queries]``, true for queries that count; ``None``: all count.
     """
     teacher, student = _wide(teacher), _wide(student)
     smallest = torch.finfo(student.dtype).tiny ** 0.5  # the gradient, teacher / student, must not overflow
@@ -131,12 +131,12 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _kind(field: str) -> str:
-    """``"hidden_states"`` of ``"encoder_hidden_states"``, and so on; empty for other fields of an output."""
+    """The kind of feature of an output's field, such as ``"attentions"``; empty for other fields."""
     return next((kind for kind in _LOSSES if field == kind or field.endswith(f"_{kind}")), "")
 
 
 def _mask(model: nn.Module, field: str, inputs: dict[str, Any]) -> Any:
-    """The attention mask of the tokens whose features these are, or of the queries."""
+    """The attention mask of the tokens, or of the queries, of this field."""
     is_decoders = has_decoder(model) and not field.startswith("encoder_")
     return decoder_mask(inputs) if is_decoders else inputs.get("attention_mask")
 
@@ -150,27 +150,27 @@ def _check(student: nn.Module, field: str, found: list[Tensor], teacher: nn.Modu
     names = f"{type(student).__name__} is distilled: its {field}", f"those of the teacher {type(teacher).__name__}"
     if len(found) != len(wanted):
         raise ValueError(
-            f"{names[0]} are of {len(found)} layers, {names[1]} of {len(wanted)}; take a teacher with as many layers, "
+            f"{names[0]} are of {len(found)} layers, {names[1]} of {len(wanted)}; use a teacher with as many layers, "
             f"or leave out {_kind(field)}"
         )
     for values, target in zip(found, wanted, strict=True):
         if values.shape != target.shape:
             raise ValueError(
-                f"{names[0]} have shape {tuple(values.shape)}, {names[1]} {tuple(target.shape)}; take a teacher of the "
+                f"{names[0]} have shape {tuple(values.shape)}, {names[1]} {tuple(target.shape)}; use a teacher of the "
                 f"same width and number of heads, or leave out {_kind(field)}"
             )
-    # A layer that is frozen has features without a gradient, but none that follows a layer which has one.
+    # Features of frozen layers have no gradient, unless an earlier layer is trained.
     reached = [values.requires_grad for values in found]
     if reached != sorted(reached) or not any(reached):
         raise ValueError(
-            f"{names[0]} have no gradient; with gradient checkpointing write "
-            'gradient_checkpointing_kwargs={"use_reentrant": False}, else leave out '
-            f"{_kind(field)} where no parameter before them is trained"
+            f"{names[0]} have no gradient; with gradient checkpointing, write "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}; if no parameter before them is trained, leave '
+            f"out {_kind(field)}"
         )
 
 
 def _missing(kind: str, model: nn.Module, field: str = "") -> str:
     remedy = f"leave out {kind}"
     if kind == "attentions":
-        remedy = 'load it with attn_implementation="eager", as other implementations compute no maps, or ' + remedy
+        remedy = 'load it with attn_implementation="eager" (other implementations return no maps), or ' + remedy
     return f"distill: the output of {type(model).__name__} has no {field or kind}; {remedy}"

@@ -1,4 +1,4 @@
-"""The error for NaN and Inf where no operation can raise it: on a GPU, and in compiled models."""
+"""The error for NaN and Inf on a GPU and in compiled models, where clipping rules cannot raise it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,30 +12,30 @@ from ..nn.nan_flag import met_nan
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise an error if a dynamic clip of ``model`` was NaN since the last call, which waits for its device.
+    """Raise an error if a dynamic clip of ``model`` was NaN since the last call; this synchronizes with the device.
 
     A tensor with NaN or Inf has no clip. On the CPU, unless the model is compiled, the forward pass raises an error at
-    once. Elsewhere that would make each quantizer wait for the device; its clip is NaN, so that all of its output is
-    NaN, and the quantizer remembers it on the device. Trainer and ``save_pretrained`` call this function by themselves;
-    in a training loop of your own, call it where you read the loss. It reads one number per quantizer, all at once.
+    once. Elsewhere, this check would make each quantizer synchronize; instead, its clip and output become NaN, which is
+    recorded on the device. Trainer and ``save_pretrained`` call this function; in your own training loop, call it where
+    you read the loss. It reads one number per quantizer, with one read per device.
 
-    Frozen clips are not remembered, as they do not depend on the data, and neither are those of the replicas that
-    ``nn.DataParallel`` makes.
+    Frozen clips are not recorded, because they do not depend on the data, and neither are clips of the replicas that
+    ``nn.DataParallel`` creates.
 
     Raises:
-        ValueError: with the name of the first such quantizer in the order of ``model.modules()``. After it the
-            quantizers remember nothing.
+        ValueError: with the name of the first such quantizer in the order of ``model.modules()``. The record is then
+            cleared.
     """
     _check(_quantizers(model), "")
 
 
 def _quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
-    """Path -> quantizer, in the model's order."""
+    """Path -> quantizer, in the order of the model's modules."""
     return {path: module for path, module in model.named_modules() if isinstance(module, FakeQuantize)}
 
 
 def _check(quantizers: Mapping[str, FakeQuantize], when: str) -> None:
-    """``check_finite`` for some quantizers by path; ``when`` follows "held NaN or Inf" in the message."""
+    """``check_finite`` for quantizers by path; ``when`` follows "held NaN or Inf" in the message."""
     found = met_nan(list(quantizers.values()))
     if not any(found):
         return
@@ -47,21 +47,21 @@ def _check(quantizers: Mapping[str, FakeQuantize], when: str) -> None:
     others = "" if len(names) == 1 else f", the first of {len(names)} such operands in the model's order"
     raise ValueError(
         f"{names[0]}: this operand held NaN or Inf{when}, so it has no clipping scalar{others}; find where they arise "
-        "(an overflow in float16, a learning rate too high, a bad checkpoint, a broken batch). The forward pass on the "
-        "CPU, not compiled, raises the error at the first of them and says how many there are"
+        "(float16 overflow, too high a learning rate, a damaged checkpoint, a bad batch). On the CPU without "
+        "compilation, the forward pass raises the error at the first such operand and reports how many values it has"
     )
 
 
 class FiniteClips(TrainerCallback):
-    """``check_finite`` where Trainer has just waited for the device, or is about to. Every Trainer gets one.
+    """Calls ``check_finite`` where Trainer synchronizes with the device anyway. Every Trainer gets this callback.
 
-    Trainer waits in each step with ``logging_nan_inf_filter``, which replaces a NaN loss without a word; else where it
-    logs, evaluates and saves, and at the end. The check before an optimizer step keeps NaN out of the weights.
+    With ``logging_nan_inf_filter``, which silently replaces a NaN loss, Trainer synchronizes in each step; otherwise
+    when it logs, evaluates and saves, and at the end. The check before an optimizer step keeps NaN out of the weights.
     """
 
     def __init__(self) -> None:
         self._quantizers: dict[str, FakeQuantize] = {}
-        self._finite_until = 0  # the last step that is known to be finite
+        self._finite_until = 0  # last step known to be finite
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,8 +98,8 @@ class FiniteClips(TrainerCallback):
     def _check(self, step: int) -> None:
         first = min(self._finite_until + 1, step)
         steps = f"step {step} of the training"
-        if first < step:  # the update of that step has made the weights NaN
-            steps = f"a step from {first} to {step} of the training (the later ones have it from the weights)"
+        if first < step:  # the first of these steps has made the weights NaN
+            steps = f"a step from {first} to {step} of the training (later steps got it from the weights)"
         _check(self._quantizers, f" in {steps}")
         self._finite_until = step
 

@@ -1,4 +1,4 @@
-"""Running a model again and again, each time up to some of its layers, without repeating what comes before them."""
+"""Run a model repeatedly up to some of its layers, without repeating the modules before them."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,19 +17,19 @@ class _Enough(Exception):
 
 
 class LayerOutputs:
-    """What layers get and give in passes over the same batches, while more and more of them are finished.
+    """Inputs and outputs of layers in repeated passes over the same batches, while more and more layers are finished.
 
-    A module that runs once in a pass, and whose layers are all finished, gives its output of the pass before from then
-    on instead of running. So all passes together take about as long as two whole ones, and memory for one output of
-    each such module and batch.
+    A module that runs once per pass and whose layers are all finished returns its stored output instead of running. All
+    passes together therefore take about as long as two complete ones. They need memory for one output per such module
+    and batch.
 
     Args:
         model: in evaluation mode, without gradients.
-        layers: full name -> layer of ``model``, all that will be asked for.
+        layers: full name -> layer, for all layers that ``take`` may get.
         batches: as for ``run_batch``.
 
     Attributes:
-        calls: ``(name, input)`` of each call of these layers in a pass over the first batch.
+        calls: ``(name, input)`` for each call of these layers in a pass over the first batch.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch]):
@@ -46,7 +46,7 @@ class LayerOutputs:
         modules = dict(model.named_modules())
         with _hooks(modules, count), _hooks(layers, note):
             run_batch(model, batches[0])
-        # Module that runs once -> the layers in it.
+        # Module that runs once per pass -> the layers in it.
         self._inside = {
             name: {layer for layer in layers if _is_within(layer, name)} for name in modules if counts[name] == 1
         }
@@ -54,11 +54,11 @@ class LayerOutputs:
         self._outputs: list[dict[str, Any]] = [{} for _ in batches]
 
     def finish(self, names: Collection[str]) -> None:
-        """From now on the layers of these names, and all that run before them, do not change any more."""
+        """Declare that these layers, and all that run before them, do not change any more."""
         self._finished |= set(names)
 
     def take(self, batch: int, names: Collection[str], take: Callable[[Any, Tensor, Tensor], Any]) -> dict[str, Any]:
-        """``take(layer, input, output)`` by name, of layers in a pass over the batch of this number; some may not run.
+        """Run one batch and return ``take(layer, input, output)`` by name; layers that do not run are left out.
 
         The pass ends with the last of these layers.
         """
@@ -89,7 +89,7 @@ class LayerOutputs:
 
 @contextmanager
 def _hooks(modules: Mapping[str, nn.Module], hook: Callable[..., None]) -> Iterator[None]:
-    """Within it, ``hook(name, module, args, kwargs, output)`` is called after each call of a module."""
+    """Context in which ``hook(name, module, args, kwargs, output)`` is called after each call of a module."""
     with ExitStack() as stack:
         for name, module in modules.items():
             stack.callback(module.register_forward_hook(partial(hook, name), with_kwargs=True).remove)
@@ -98,7 +98,7 @@ def _hooks(modules: Mapping[str, nn.Module], hook: Callable[..., None]) -> Itera
 
 @contextmanager
 def _replaced(modules: Mapping[str, nn.Module], outputs: Mapping[str, Any]) -> Iterator[None]:
-    """Within it, these modules give these outputs, or copies, in which a caller may write."""
+    """Context in which these modules return copies of these outputs, to which a caller may write."""
     with ExitStack() as stack:
         for name, output in outputs.items():
             stack.enter_context(_forward_replaced(modules[name], output))
@@ -107,7 +107,7 @@ def _replaced(modules: Mapping[str, nn.Module], outputs: Mapping[str, Any]) -> I
 
 @contextmanager
 def _forward_replaced(module: nn.Module, output: Any) -> Iterator[None]:
-    before = module.__dict__.get("forward")  # other libraries replace it in this way, too
+    before = module.__dict__.get("forward")  # other libraries may have replaced it too
     module.forward = lambda *args, **kwargs: _copy(output)
     try:
         yield
@@ -126,5 +126,5 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _is_within(name: str, other: str) -> bool:
-    """Whether a module is in another one, or is that."""
+    """Whether a module is inside another one or the same."""
     return name == other or name.startswith(f"{other}.")

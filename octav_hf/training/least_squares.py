@@ -1,15 +1,15 @@
-"""Linear least squares from sums over rows, which need no more memory for more rows."""
+"""Linear least squares from sums over rows, with memory independent of the number of rows."""
 
 import torch
 from torch import Tensor
 
 
 class LeastSquares:
-    """The sums that the squared error of a linear layer ``y ≈ W x + b`` over many rows depends on, in float64.
+    """The sums that determine the squared error of a linear layer ``y ≈ W x + b`` over many rows, in float64.
 
     Args:
         in_features, out_features: lengths of ``x`` and ``y``.
-        device: where the sums are.
+        device: device of the sums.
     """
 
     def __init__(self, in_features: int, out_features: int, device: torch.device):
@@ -34,15 +34,15 @@ class LeastSquares:
         return bool(self.yy.isfinite()) and bool(self.xx.isfinite().all())
 
     def solve(self, weight: Tensor, ridge: float, has_bias: bool) -> Tensor:
-        """``(YᵀX + λ weight)(XᵀX + λ I)⁻¹``, with ``λ`` that many times the mean diagonal element of ``XᵀX``.
+        """The ``W`` that minimizes ``‖Y - X Wᵀ‖² + λ ‖W - weight‖²``, with ``λ = ridge * mean(diag(XᵀX))``.
 
-        That minimises ``‖Y - X Wᵀ‖² + λ ‖W - weight‖²``. With a bias, the mean row is subtracted from ``X`` and ``Y``.
+        It is ``(YᵀX + λ weight)(XᵀX + λ I)⁻¹``. With a bias, the mean rows of ``X`` and ``Y`` are subtracted first.
 
         Args:
             weight: ``[out_features, in_features]``, float64.
 
         Returns:
-            The same shape and dtype; ``weight`` itself if all rows of ``X`` are equal, or zero without a bias.
+            The same shape and dtype; ``weight`` itself if ``X`` (with a bias, minus its mean row) is zero.
         """
         xx, yx = self.xx, self.yx
         if has_bias:
@@ -54,7 +54,7 @@ class LeastSquares:
         return torch.linalg.solve(damped, (yx + ridge * size * weight).t()).t()
 
     def best_bias(self, weight: Tensor) -> Tensor:
-        """The bias of least error beside ``weight``: the mean of ``y - W x``."""
+        """The bias with the lowest error for ``weight``: the mean of ``y - W x``."""
         return (self.y - weight @ self.x) / self.rows
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:

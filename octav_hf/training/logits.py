@@ -1,4 +1,4 @@
-"""The logits of a model, and the loss of learning another one's."""
+"""Distillation of logits."""
 
 from dataclasses import is_dataclass
 from typing import Any
@@ -10,34 +10,42 @@ from transformers.utils import ModelOutput
 
 from .padding import decoder_mask, has_decoder, mask_of
 
-# Logits of question answering, whose last dimension is tokens; that of all others is classes.
+# Logits of question answering, whose last dimension is tokens; for all others it is classes.
 TOKEN_LOGITS = ("start_logits", "end_logits")
 
 
+_OTHER_PROBLEMS = ("regression", "multi_label_classification")
+
+
+def class_logits(model: nn.Module, output: Any) -> dict[str, Tensor]:
+    """The logits by field of an output, of two or more classes of which one is right; empty if it has no such."""
+    if not isinstance(output, ModelOutput) or _problem_type(model) in _OTHER_PROBLEMS:
+        return {}
+    return {field: values for field, values in _by_field(output).items() if _is_of_classes(field, values)}
+
+
 def logits_of(model: nn.Module, output: Any, name: str) -> dict[str, Tensor]:
-    """The logits by field of an output; errors call the model ``name``.
+    """The logits of an output by field; errors call the model ``name``.
 
     Raises:
-        TypeError: the output is no ``ModelOutput``.
-        ValueError: it has no logits, or they are not of two or more classes, of which one is right.
+        TypeError: the output is not a ``ModelOutput``.
+        ValueError: it has no logits, or they are not those of a classification with two or more classes.
     """
     if not isinstance(output, ModelOutput) or not is_dataclass(output):
         raise TypeError(
-            f"distill needs the logits by name: {name} must return a ModelOutput, not {type(output).__name__}; leave "
-            "out return_dict=False, in the call and in the config"
+            f"distill needs the logits by name: {name} must return a ModelOutput, not {type(output).__name__}; remove "
+            "return_dict=False from the call and the config"
         )
-    fields_of_logits = (field for field in output if field == "logits" or field.endswith("_logits"))
-    found = {field: output[field] for field in fields_of_logits if isinstance(output[field], Tensor)}
+    found = _by_field(output)
     if not found:
-        raise ValueError(f"distill needs logits, and the output of {name} has only: {', '.join(output)}")
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    if problem in ("regression", "multi_label_classification"):
-        raise ValueError(f"distill compares probabilities of classes, and {name} is for {problem}")
+        raise ValueError(f"distill needs logits, but the output of {name} has only: {', '.join(output)}")
+    if _problem_type(model) in _OTHER_PROBLEMS:
+        raise ValueError(f"distill compares probabilities of classes, but {name} is for {_problem_type(model)}")
     for field, values in found.items():
-        if values.ndim < 2 or (values.shape[-1] < 2 and field not in TOKEN_LOGITS):
+        if not _is_of_classes(field, values):
             raise ValueError(
-                f"distill compares probabilities of classes, and {field} of {name}, of shape {tuple(values.shape)}, "
-                "are not of two or more classes"
+                f"distill compares probabilities of classes, but {field} of {name}, of shape {tuple(values.shape)}, "
+                "have fewer than two classes"
             )
     return found
 
@@ -49,7 +57,7 @@ def logit_loss(
     temperature: float,
     inputs: dict[str, Any],
 ) -> Tensor:
-    """The mean over the fields of ``KL(teacher || student)`` at a temperature, without the padding in ``inputs``."""
+    """``KL(teacher || student)`` at a temperature, without the padding in ``inputs``, averaged over the fields."""
     losses = []
     for field, values in logits.items():
         over_tokens = field in TOKEN_LOGITS
@@ -61,12 +69,25 @@ def logit_loss(
     return torch.stack(losses).mean()
 
 
+def _by_field(output: ModelOutput) -> dict[str, Tensor]:
+    fields = (field for field in output if field == "logits" or field.endswith("_logits"))
+    return {field: output[field] for field in fields if isinstance(output[field], Tensor)}
+
+
+def _is_of_classes(field: str, values: Tensor) -> bool:
+    return values.ndim >= 2 and (values.shape[-1] >= 2 or field in TOKEN_LOGITS)
+
+
+def _problem_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "problem_type", None)
+
+
 def _divergence(teacher: Tensor, student: Tensor, temperature: float, over_tokens: bool, mask: Tensor | None) -> Tensor:
     """Mean KL(teacher || student) over all positions before the last dimension."""
     teacher, student = (x.to(torch.promote_types(x.dtype, torch.float32)) / temperature for x in (teacher, student))
     if over_tokens and mask is not None:
         padded = ~mask.reshape(len(mask), *(1,) * (student.ndim - 2), -1)
-        # Not -inf, whose differences are NaN.
+        # Not -inf, because the difference of two would be NaN.
         teacher, student = (x.masked_fill(padded, torch.finfo(x.dtype).min) for x in (teacher, student))
     log_targets = teacher.log_softmax(dim=-1)
     divergence = F.kl_div(student.log_softmax(dim=-1), log_targets, reduction="none", log_target=True).sum(dim=-1)

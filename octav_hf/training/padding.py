@@ -1,4 +1,4 @@
-"""Which tokens of a batch are padding, and the batch's inputs by name."""
+"""Padding masks, and the inputs of a batch by name."""
 
 import inspect
 from typing import Any
@@ -9,27 +9,27 @@ IGNORED = -100  # label that losses ignore
 
 
 def inputs_by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of ``model``; ``TypeError`` if its forward has no names for them."""
+    """The arguments of a call of ``model`` by name; ``TypeError`` if its forward has no names for them."""
     if not args:
         return kwargs
     parameters = inspect.signature(model.forward).parameters.values()
     names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     if len(args) > len(names):
-        raise TypeError(f"{type(model).__name__} is distilled: pass its inputs by keyword, such as input_ids=ids")
+        raise TypeError(f"{type(model).__name__}.forward names no such inputs: pass them by keyword: input_ids=ids")
     return dict(zip(names, args, strict=False)) | kwargs
 
 
 def has_decoder(model: nn.Module) -> bool:
-    """Whether the model is an encoder with a decoder."""
+    """Whether this is an encoder-decoder model."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def decoder_mask(inputs: dict[str, Any]) -> Any:
-    """The mask of the decoder's tokens in an encoder-decoder model, from the labels if need be; ``None`` if unknown."""
+    """The mask of the decoder's tokens, computed from the labels if it is not given; ``None`` if unknown."""
     mask, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
     return labels != IGNORED if mask is None and isinstance(labels, Tensor) else mask
 
 
 def mask_of(mask: Any, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
-    """``mask`` as a boolean tensor on the device of ``like``; ``None`` unless it is one of this shape."""
+    """``mask`` as a bool tensor on the device of ``like``; ``None`` unless it is a tensor of this shape."""
     return mask.to(like.device).bool() if isinstance(mask, Tensor) and tuple(mask.shape) == shape else None

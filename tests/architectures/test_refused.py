@@ -78,8 +78,12 @@ REMEDY = r"module_overrides=\{'mixer': \{'quantize_attention': False\}\}"
         ),
         (fused_attention, RuntimeError, "mixer: .* without a matmul on .* query, key, probabilities, value.*kernel"),
         (no_softmax, RuntimeError, "mixer: .* without a matmul on .* probabilities, value.*not come from a softmax"),
-        (changed_probabilities, RuntimeError, "mixer: .* without a matmul on .* probabilities, value.*not recognised"),
-        (two_softmaxes, NotImplementedError, "mixer: .*probabilities with probabilities.*cannot be told apart"),
+        (changed_probabilities, RuntimeError, "mixer: .* without a matmul on .* probabilities, value.*not recognized"),
+        (
+            two_softmaxes,
+            NotImplementedError,
+            "mixer: .*probabilities of shape .* with probabilities.*cannot be told apart",
+        ),
     ],
 )
 def test_custom_attention(attend: Callable[..., Tensor], error: type[Exception], problem: str) -> None:

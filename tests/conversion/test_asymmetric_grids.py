@@ -219,7 +219,7 @@ def test_a_convolutions_input_is_not_asymmetric() -> None:
     asymmetric = apply_octav(copy.deepcopy(net), OctavConfig(asymmetric_activations=True))
     x = torch.randn(2, 2, 6, 6)
     assert torch.equal(plain(x), asymmetric(x))
-    with pytest.raises(ValueError, match=r"2: the input of this Conv2d cannot be asymmetric, since the zeros"):
+    with pytest.raises(ValueError, match=r"2: the input of this Conv2d cannot be asymmetric, because padding zeros"):
         apply_octav(net, OctavConfig(module_overrides={"2": {"asymmetric_activations": True}}))
 
 

@@ -164,8 +164,8 @@ def test_what_the_config_names_replaces_what_would_be_found() -> None:
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("0.query", r"attention_modules: '0\.query' is a layer, Linear, which has no attention matmuls"),
-        ("1*", r"attention_modules: '1' contains '1\.query', which is named too"),
+        ("0.query", r"attention_modules: '0\.query' is a Linear, which has no attention matmuls"),
+        ("1*", r"attention_modules: '1' contains '1\.query', which is listed too"),
         ("2", "attention_modules: '2' matches no module of Sequential"),
     ],
 )

@@ -369,7 +369,7 @@ def test_attention_that_cannot_be_found_is_refused(small_bert: MakeBert) -> None
     model = small_bert()
     for layer in model.bert.encoder.layer:
         layer.attention = Net(inner=nn.Linear(32, 32))
-    with pytest.raises(ValueError, match="4 attention heads but no module"):
+    with pytest.raises(ValueError, match="4 attention heads, but no module"):
         apply_octav(model, OctavConfig())
     apply_octav(model, OctavConfig(quantize_attention=False))
 

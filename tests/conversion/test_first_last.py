@@ -48,7 +48,7 @@ class WithConfig(nn.Sequential):
             WithConfig(nn.Conv2d(3, 4, 1), nn.Linear(4, 2), num_labels=5),
             "the last layer, 1, has 2 outputs for 5 labels",
         ),
-        (WithConfig(nn.Conv2d(4, 4, 1), nn.Linear(4, 2), num_channels=3), "0, has 4 inputs where images have 3"),
+        (WithConfig(nn.Conv2d(4, 4, 1), nn.Linear(4, 2), num_channels=3), "0, has 4 inputs, but images have 3"),
         (
             WithConfig(nn.Conv2d(3, 4, 1), nn.Linear(4, 2), nn.Linear(4, 2), num_labels=2),
             "WithConfig has two heads, 1 and 2",

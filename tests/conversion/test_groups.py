@@ -148,10 +148,10 @@ def test_integer_products_are_refused(small_bert: MakeBert, padded_batch: dict, 
     fields = {"activation_granularity": {operand: "group"}} if operand != "weight" else {"weight_granularity": "group"}
     model = apply_octav(small_bert(**SIZES), OctavConfig(**fields))
     before = set(map(type, model.modules()))
-    with pytest.raises(NotImplementedError, match=rf"convert_octav: .* {operand}.* clip for each group.*; train with"):
+    with pytest.raises(NotImplementedError, match=rf"convert_octav: .* {operand}.* clips for groups.*; train with"):
         convert_octav(model)
     assert set(map(type, model.modules())) == before
-    with pytest.raises(NotImplementedError, match=r"to_onnx: .* clip for each group"):
+    with pytest.raises(NotImplementedError, match=r"to_onnx: .* clips for groups"):
         to_onnx(model, tmp_path / "onnx", padded_batch)
     if operand == "probabilities":  # static, they have one clip for the tensor
         calibrate_octav(model, [padded_batch], progress_bar=False)

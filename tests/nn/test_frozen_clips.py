@@ -198,7 +198,7 @@ def test_the_mean_of_several_observations_is_over_all_of_them() -> None:
     record(observer, 0, 3, signed=[3.0, 6.0])
     record(observer, 0, 1, signed=[1.0, 10.0])
     assert observer.frozen().clips.tolist() == [[1.0, 4.0]]
-    with pytest.raises(ValueError, match=r"clips of shape \(3,\), after those of shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"clips of shape \(3,\) after clips of shape \(2,\)"):
         record(observer, 0, 1, signed=[1.0, 1.0, 1.0])
 
 
@@ -213,5 +213,5 @@ def test_uses_with_clips_of_different_shapes_cannot_be_frozen() -> None:
     observer = MeanObserver(FakeQuantize(4))
     record(observer, 0, signed=[1.0, 2.0])
     record(observer, 1, signed=3.0)
-    with pytest.raises(ValueError, match=r"clips of the shapes \[\(\), \(2,\)\] in one forward pass"):
+    with pytest.raises(ValueError, match=r"clips of different shapes in one forward pass: \[\(\), \(2,\)\]"):
         observer.frozen()

@@ -301,7 +301,7 @@ def test_frozen_clips_of_another_shape_are_an_error(module_class: type[FakeQuant
     x = operands()[0]
     module = module_class(4, dim=(-1,), frozen_dim=(-1,), name="encoder.self value")
     module.freeze(FrozenClips(True, torch.ones(1, 4, 5)))
-    with pytest.raises(ValueError, match=r"^encoder.self value: .*shape \(4, 5\).*\(2, 4, 6, 8\).*needs \(4, 6\)"):
+    with pytest.raises(ValueError, match=r"^encoder.self value: .*shape \(4, 5\).*\(2, 4, 6, 8\).*needs .*\(4, 6\)"):
         module(x)
     module.freeze(FrozenClips(True, torch.tensor([0.7])))
     assert torch.equal(module(x), round_to_grid(x, torch.tensor(0.7), 4))
@@ -309,7 +309,7 @@ def test_frozen_clips_of_another_shape_are_an_error(module_class: type[FakeQuant
 
 def test_parts_that_differ_between_calls_have_no_mean() -> None:
     module = quantizer("query", "attn_head")
-    message = r"^layer query: clips of shape \(3,\), after those of shape \(4,\), which cannot be frozen together"
+    message = r"^layer query: clips of shape \(3,\) after clips of shape \(4,\); they cannot be frozen together"
     with pytest.raises(ValueError, match=message):
         observed(module, operands()[0], operands()[0][:, :3])
 

@@ -174,7 +174,7 @@ def test_a_weight_is_cut_along_what_is_summed_over() -> None:
     assert torch.equal(along_first(weight).t(), along_last(weight.t().contiguous()))
     along_first.freeze_at(weight)
     assert along_first.frozen_problem(along_first.frozen, (10, 5), 1) == ""
-    assert "needs clips of shape (3, 1, 6)" in along_first.frozen_problem(along_first.frozen, (10, 6), 1)
+    assert "needs signed clips of shape (3, 1, 6)" in along_first.frozen_problem(along_first.frozen, (10, 6), 1)
 
 
 # Products
@@ -295,7 +295,7 @@ def test_a_frozen_asymmetric_grid_begins_at_the_lowest_value(observer_class: typ
 def test_an_input_of_another_width_is_an_error() -> None:
     quantizer = static()
     observed(quantizer, MeanObserver, data(3, 10))
-    with pytest.raises(ValueError, match=r"layer input: its frozen clips are of shape \(3,\), .* needs \(4,\)"):
+    with pytest.raises(ValueError, match=r"layer input: its frozen clips have the shape \(3,\), .* needs .*\(4,\)"):
         quantizer(data(3, 13))
 
 

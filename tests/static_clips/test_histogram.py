@@ -107,7 +107,7 @@ def test_an_own_loop(small_bert: MakeBert) -> None:
             {"activation_clip": "mse_sweep"},
             [GOOD],
             {},
-            "0 input: there is no histogram for the clip 'mse_sw",
+            "0 input: the clip 'mse_sw",
         ),
         ({}, [GOOD], {"observer": "median"}, 'observer must be "mean" or "histogram", got \'median\''),
         ({}, None, {"weights": True}, "observer='histogram' is for the clips of activations; pass batches too"),

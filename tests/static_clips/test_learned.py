@@ -359,8 +359,8 @@ def test_a_wrapped_model_is_refused(small_bert: MakeBert, padded_batch: dict, tm
     ("correction", "problem"),
     [
         (torch.zeros(2), r"of shape \(1,\) have a clip_correction of shape \(2,\)"),
-        (torch.tensor([torch.nan]), "hold a negative value, NaN or Inf"),
-        (torch.tensor([100.0]), "hold a negative value, NaN or Inf"),
+        (torch.tensor([torch.nan]), "contain a negative value, NaN or Inf"),
+        (torch.tensor([100.0]), "contain a negative value, NaN or Inf"),
     ],
     ids=["shape", "nan", "overflow"],
 )
@@ -371,5 +371,5 @@ def test_impossible_corrections_are_refused(correction: Tensor, problem: str) ->
         model.load_state_dict(state)
     assert corrections(model)["0.input_quantizer.clip_correction"].tolist() == [0.0]
     del state["0.input_quantizer.clips"]
-    with pytest.raises(RuntimeError, match=r"are \['clip_correction'\], which are to be the tensor clips"):
+    with pytest.raises(RuntimeError, match=r"are \['clip_correction'\], there must be one tensor clips"):
         model.load_state_dict(state)

@@ -1,1 +1,1 @@
-"""Compiled code behind the functions: C++ and Triton for clips, Inductor for elementwise loops."""
+"""Compiled kernels: clips in C++ and Triton, elementwise functions in Inductor, Triton and C++."""

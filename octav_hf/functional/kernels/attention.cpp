@@ -1,7 +1,7 @@
-// Attention on integers for AVX512-VNNI: both matmuls, the softmax between them and its quantization, a query at a time.
+// Integer attention for AVX512-VNNI: both matmuls, the softmax and its quantization, one query at a time.
 //
-// A VNNI instruction adds four products of uint8 and int8 to each of 16 sums in 32 bits, so that four neighbours along
-// the dimension that is summed over stand together: of keys and values in a copy, of queries and probabilities anyway.
+// A VNNI instruction adds four uint8 * int8 products to each of 16 int32 sums, so four neighbours along the contracted
+// dimension must be adjacent in memory. Keys and values are copied into this layout; queries and probabilities have it.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -14,7 +14,7 @@ constexpr int64_t kLanes = 16, kGroup = 4;
 
 int64_t padded(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
-// exp(x) for x <= 0, within an ulp or two: 2^n times a polynomial of the rest, which is at most ln(2) / 2.
+// exp(x) for x <= 0, within 2 ulp: 2^n times a polynomial of the remainder, which is at most ln(2) / 2.
 __m512 exp16(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
   __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x);
@@ -22,10 +22,10 @@ __m512 exp16(__m512 x) {
   __m512 p = _mm512_set1_ps(1.9875691e-4f);
   for (float c : {1.3981999e-3f, 8.3334519e-3f, 4.1665796e-2f, 1.6666665e-1f, 5.0000001e-1f, 1.0f, 1.0f})
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(p, n); // of minus infinity 0: what p is then, NaN, does not count
+  return _mm512_scalef_ps(p, n); // for x = -inf p is NaN, but the result is 0
 }
 
-// sums[columns] += codes[4 * groups] times matrix [groups, columns, 4]; columns are multiples of 16.
+// sums[columns] += codes[4 * groups] times matrix [groups, columns, 4]; columns is a multiple of 16.
 void multiply(const uint8_t *codes, const int8_t *matrix, int64_t groups, int64_t columns, int32_t *sums) {
   int64_t column = 0;
   const auto block = [&](auto width) {
@@ -55,7 +55,7 @@ void multiply(const uint8_t *codes, const int8_t *matrix, int64_t groups, int64_
     block(std::integral_constant<int, 1>());
 }
 
-// Scores to the integers of probabilities; false if every score is minus infinity.
+// Softmax of scores, quantized to codes; false if every score is -inf.
 bool softmax_codes(float *scores, int64_t padded_count, float step, float high, uint8_t *codes) {
   __m512 top = _mm512_set1_ps(-INFINITY);
   for (int64_t i = 0; i < padded_count; i += kLanes)
@@ -81,8 +81,9 @@ bool softmax_codes(float *scores, int64_t padded_count, float step, float high, 
 
 } // namespace
 
-// query [batch, heads, L, E], key [batch, heads, S, E], value [batch, heads, S, V]: contiguous codes counted from their
-// lowest integers. mask: null, or added to the scores, by its strides in batch, heads and L. result [batch, L, heads, V].
+// query [batch, heads, L, E], key [batch, heads, S, E], value [batch, heads, S, V]: contiguous codes, each counted from
+// its lowest integer. mask: null, or added to the scores; mask_strides are those of batch, heads and L.
+// result [batch, L, heads, V].
 extern "C" void attention(const uint8_t *query, const uint8_t *key, const uint8_t *value, const int64_t *sizes,
                           const int32_t *lowest, const float *mask, const int64_t *mask_strides, float score_scale,
                           float step, float high, float result_scale, float *result, int threads) {

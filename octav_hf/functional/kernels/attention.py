@@ -1,4 +1,4 @@
-"""Attention on integers by AVX512-VNNI, in C++: ``attention.cpp``."""
+"""Integer attention with AVX512-VNNI, in C++ (``attention.cpp``)."""
 
 import functools
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
@@ -30,19 +30,19 @@ def attention(
     probability_step: float,
     num_bits: int,
 ) -> Tensor:
-    """Scaled dot-product attention, whose sums are exact.
+    """Scaled dot-product attention on integer codes, with exact sums.
 
     Args:
-        query: codes, uint8 ``[batch, heads, L, E]``, counted from ``lowest[0]``; this and the others contiguous.
-        key: ``[batch, heads, S, E]``, counted from ``lowest[1]``, of a signed grid.
-        value: ``[batch, heads, S, V]``, counted from ``lowest[2]``, of a signed grid.
+        query: contiguous uint8 ``[batch, heads, L, E]``, codes counted from ``lowest[0]``.
+        key: contiguous uint8 ``[batch, heads, S, E]``, codes of a signed grid counted from ``lowest[1]``.
+        value: contiguous uint8 ``[batch, heads, S, V]``, codes of a signed grid counted from ``lowest[2]``.
         mask: added to the scores, float32, broadcastable to ``[batch, heads, L, S]``.
-        scales: by which the sums of the first and of the second matmul are multiplied.
-        probability_step, num_bits: of the unsigned grid of probabilities.
+        scales: factors of the integer sums of the first and the second matmul.
+        probability_step, num_bits: step and bits of the unsigned grid of the probabilities.
 
     Returns:
-        float32 ``[batch, heads, L, V]``, of which the heads are next to the channels in memory; zeros for a query that
-        may attend to no key.
+        float32 ``[batch, heads, L, V]``, in memory ``[batch, L, heads, V]``; zeros for a query whose keys are all
+        masked.
     """
     batch, heads, length, channels = query.shape
     keys, width = value.shape[-2:]

@@ -1,7 +1,7 @@
-// Clips on a CPU: magnitude tables, clips as functions of them, and clips of rows too short for a table.
+// Clips on a CPU: magnitude tables, clips computed from tables, and clips of rows that are too short for a table.
 //
-// The formulas are those of table.py, octav.py and mse.py, which explain them. A table holds integers, and a row's sums
-// are added up in one order, so that a clip does not depend on the number of threads.
+// table.py, octav.py and mse.py explain the formulas. Clips do not depend on the number of threads: tables hold
+// integers, and one thread adds the sums of a short row.
 
 #include <algorithm>
 #include <bit>
@@ -14,14 +14,14 @@ namespace {
 
 constexpr int64_t kBins = 1 << 15;            // of each sign
 constexpr int64_t kNotFinite = 255 << 7;      // the first bin of Inf and NaN
-constexpr int64_t kWindow = 32 * 128;         // bins below the highest that matter
-constexpr int64_t kParallel = 1 << 15;        // elements for which a thread pays
+constexpr int64_t kWindow = 32 * 128;         // bins below the highest that are used
+constexpr int64_t kParallel = 1 << 15;        // elements that make a thread worthwhile
 constexpr int64_t kMostPacked = 1 << 23;      // values that a packed table can count
-constexpr uint64_t kPackedValue = 1ull << 40; // one of them, to which its rest is added
+constexpr uint64_t kPackedValue = 1ull << 40; // adds 1 to the count in a packed bin; the lower bits sum the rests
 constexpr int64_t kPiece = 4096;              // values that stay in cache
 constexpr int kMostClips = 64;                // in a search
 constexpr int kUpdates = 12;                  // of Eq. 6 before bisection
-constexpr double kTolerance = 1e-7;           // relative, of the fixed point
+constexpr double kTolerance = 1e-7;           // relative tolerance of the fixed point
 
 struct Bfloat16 {
   uint16_t bits;
@@ -35,9 +35,9 @@ template <class T> uint32_t bits_of(T x) { return std::bit_cast<uint32_t>(to_flo
 
 struct Grid {
   bool is_signed;
-  int levels;   // steps in a clip
-  double noise; // c, the noise factor of Eq. 4
-  double start; // nearly the fixed point of Gaussian data, in units of their mean magnitude
+  int levels;   // steps per clip
+  double noise; // noise factor c of Eq. 4
+  double start; // approximate fixed point for Gaussian data, in units of the mean magnitude
 
   Grid(int64_t num_bits, bool is_signed) : is_signed(is_signed), levels(1 << (num_bits - is_signed)) {
     noise = std::pow(4.0, -num_bits) / (is_signed ? 3 : 12);
@@ -47,16 +47,16 @@ struct Grid {
 
 // Counting
 
-// Counts and sums of rests of bins, int64 [2, kBins] each; those of values with a minus sign are behind the others.
+// Counts and sums of rests per bin, int64 [2, kBins] each: positive values, then values with a minus sign.
 struct Table {
   int64_t *counts, *rests;
-  int64_t first = kBins - 1, last = 0; // no bins but those of zeros and these, of either sign, are filled
+  int64_t first = kBins - 1, last = 0; // apart from the bin of zeros, only bins in this range are filled
 };
 
-// A packed table has the count and the sum of a bin in one number, so that a value takes one addition.
+// A packed bin holds count and sum of rests in one number, so that counting a value takes one addition.
 struct Packed {
-  std::vector<uint64_t> bins = std::vector<uint64_t>(2 * kBins); // zeros, before and after
-  uint16_t least, most; // filled bins, the first less 1, so that that of zeros is the largest
+  std::vector<uint64_t> bins = std::vector<uint64_t>(2 * kBins); // all zero between calls
+  uint16_t least, most; // first filled bin minus 1 (which wraps around for the bin of zeros), and last filled bin
 };
 
 template <class T> void count_piece(const T *x, int64_t n, Packed &packed) {
@@ -77,7 +77,7 @@ template <class T> void count_piece(const T *x, int64_t n, Packed &packed) {
   }
 }
 
-// Add the values of x to a table.
+// Count the values of x in a table.
 template <class T> void count(const T *x, int64_t n, int64_t threads, Table &table) {
   threads = std::clamp<int64_t>(n / kParallel, 1, threads);
   const int64_t parts = threads * (n / (threads * kMostPacked) + 1);
@@ -104,9 +104,9 @@ template <class T> void count(const T *x, int64_t n, int64_t threads, Table &tab
   }
 }
 
-// Clips as functions of a table
+// Clips computed from a table
 
-// A bin of the magnitudes of one sign, and what is in the higher ones; Tails in table.py explains it.
+// A bin of the magnitudes of one sign, with the totals of the higher bins; see Tails in table.py.
 struct Bin {
   double edge, width, spread, mean, crowd, place, count_above, excess_above;
 
@@ -125,7 +125,7 @@ private:
   double place_of(double threshold) const { return std::clamp((threshold - edge) / width, 0.0, 1.0); }
 };
 
-// The bins of one sign in a table, made when they are asked for, from the one above the highest filled one down.
+// The bins of one sign in a table, computed on demand from the one above the highest filled bin downwards.
 class Tail {
 public:
   Tail(const Table &table, int64_t sign) : counts_(table.counts + sign), rests_(table.rests + sign), highest_(table.last) {
@@ -137,7 +137,7 @@ public:
 
   int64_t nonzero() const { return nonzero_; }
 
-  // The largest magnitude, as far as the table tells.
+  // Upper bound of the largest magnitude, exact if it is alone in its bin.
   double top() const {
     const double place = counts_[highest_] > 1 ? 1 : rests_[highest_] / 65536.0;
     return highest_ == 0 ? 0 : edge(highest_) + width(highest_) * place;
@@ -172,23 +172,24 @@ private:
   const int64_t *counts_, *rests_;
   int64_t highest_, nonzero_ = 0;
   std::vector<Bin> bins_;
-  double count_ = 0, excess_ = 0; // above the lower edge of the last bin, what is there included
+  double count_ = 0, excess_ = 0; // above the lower edge of the last bin in bins_
 };
 
-// Clips from what is known of the magnitudes that are not zero
+// Search for the clip
 
+// Nonzero magnitudes.
 struct Magnitudes {
   double count, largest;
-  double start; // a clip, below the largest
+  double start; // clip to start from, below the largest
 };
 
-// Those above a clip, and their sum less that of as many clips.
+// Number of magnitudes m above a clip s, and the sum of m - s over them.
 struct Above {
   double count, excess;
 };
 
-// Where h changes its sign: the fixed point of Eq. 6 where there is one. Where Eq. 6 jumps to and fro, as over a
-// magnitude that many elements share, its bracket is halved instead.
+// The clip at which h changes its sign, which is the fixed point of Eq. 6 if it has one. Where Eq. 6 alternates, as
+// around a magnitude that many elements share, bisection is used instead.
 template <class Function> double fixed_point(const Magnitudes &all, double noise, const Function &above) {
   double low = 0, high = all.largest, clip = all.start;
   for (int updates = 1; high - low > kTolerance * high; updates++) {
@@ -202,12 +203,12 @@ template <class Function> double fixed_point(const Magnitudes &all, double noise
   return high;
 }
 
-// Search in mse.py.
+// Search of mse.py.
 struct Search {
   double lowest, highest, beyond, near, far, fine;
 };
 
-// The clip with the lowest error. `measure(clips, count, errors)` gives errors up to a constant.
+// The candidate clip with the lowest error. `measure(clips, count, errors)` computes errors up to a constant.
 template <class Function>
 double lowest_error(const Magnitudes &all, double octav, int levels, const Search &search, const Function &measure) {
   double clips[kMostClips], errors[kMostClips];
@@ -232,7 +233,7 @@ double lowest_error(const Magnitudes &all, double octav, int levels, const Searc
   return errors[finer] < error ? clips[finer] : clip;
 }
 
-// OCTAV's clip, or by a search the one with the lowest error; NaN if not all values are finite.
+// OCTAV's clip, or with `search` the clip with the lowest error; NaN if a value is not finite.
 float clip_of_table(const Table &table, const Grid &grid, const Search *search) {
   for (int64_t bin = kNotFinite; bin <= table.last; bin++)
     if (table.counts[bin] != 0 || table.counts[kBins + bin] != 0)
@@ -257,19 +258,19 @@ float clip_of_table(const Table &table, const Grid &grid, const Search *search) 
       for (int k = 0; k < count; k++) {
         const double step = clips[k] / grid.levels;
         double total = 0;
-        int highest = grid.levels - 1; // level; there is one more of negative values
+        int highest = grid.levels - 1; // positive values; negative values have one level more
         for (Tail &tail : tails) {
           for (int level = 1; level <= highest; level++)
             total += tail.at((level - 0.5) * step).excess((level - 0.5) * step);
           highest = grid.levels;
         }
-        errors[k] = -step * total; // half of the error without the sum of squares
+        errors[k] = -step * total; // half of (error - sum of squares)
       }
     });
   return static_cast<float>(std::min<double>(clip, FLT_MAX));
 }
 
-// As clip_of_table, of the values of a row; `values` has room for them.
+// As clip_of_table, for the n values of a row; `values` is a buffer for them.
 template <class T> float clip_of_short_row(const T *x, int64_t n, const Grid &grid, const Search *search, float *values) {
   const float least = grid.is_signed ? -INFINITY : 0;
   float sum = 0, largest = 0, unit = 1;
@@ -286,7 +287,7 @@ template <class T> float clip_of_short_row(const T *x, int64_t n, const Grid &gr
   }
   if (highest >= 0x7f800000)
     return NAN;
-  if (largest > 0x1p60f || largest < 0x1p-60f) { // so that sums and squares neither overflow nor vanish
+  if (largest > 0x1p60f || largest < 0x1p-60f) { // keep sums and squares from overflow and underflow
     unit = largest > 1 ? 0x1p100f : 0x1p-100f;
     for (int64_t i = 0; i < n; i++)
       values[i] /= unit;
@@ -313,7 +314,7 @@ template <class T> float clip_of_short_row(const T *x, int64_t n, const Grid &gr
   };
   if (search != nullptr && clip > 0)
     clip = lowest_error(all, clip, grid.levels, *search, [=](const double *clips, int count, double *errors) {
-      for (int k = 0; k < count; k += 4) { // at a time, so that their sums do not wait for each other
+      for (int k = 0; k < count; k += 4) { // four independent sums hide the latency of an addition
         const float inverse_a = levels / clips[k], inverse_b = levels / clips[k + 1];
         const float inverse_c = levels / clips[k + 2], inverse_d = levels / clips[k + 3];
         float a = 0, b = 0, c = 0, d = 0;
@@ -333,7 +334,7 @@ template <class T> float clip_of_short_row(const T *x, int64_t n, const Grid &gr
 }
 
 template <class T> float clip_of_long_row(const T *x, int64_t n, const Grid &grid, const Search *search, int64_t threads) {
-  static thread_local std::vector<int64_t> memory(4 * kBins); // zeros, before and after
+  static thread_local std::vector<int64_t> memory(4 * kBins); // all zero between calls
   Table table{memory.data(), memory.data() + 2 * kBins};
   count(x, n, threads, table);
   const float clip = clip_of_table(table, grid, search);
@@ -346,7 +347,7 @@ template <class T> float clip_of_long_row(const T *x, int64_t n, const Grid &gri
 template <class T>
 void clips_of_rows(const T *x, int64_t rows, int64_t n, bool by_table, const Grid &grid, const Search *search,
                    int64_t threads, float *clips) {
-  if (by_table && rows < threads) { // which share a row: inside another parallel region they would be started anew
+  if (by_table && rows < threads) { // the threads share each row; nested parallel regions would start new threads
     for (int64_t row = 0; row < rows; row++)
       clips[row] = clip_of_long_row(x + row * n, n, grid, search, threads);
     return;
@@ -372,7 +373,7 @@ template <class T> bool has_negative(const T *x, int64_t n) {
   return found != 0;
 }
 
-// Call a function with values as their type, of which 0 is float32, 1 bfloat16 and 2 float16.
+// Call a function with x cast to its dtype: 0 is float32, 1 bfloat16, 2 float16.
 template <class Function> void with_type(const void *x, int64_t dtype, const Function &function) {
   if (dtype == 0)
     function(static_cast<const float *>(x));
@@ -384,13 +385,13 @@ template <class Function> void with_type(const void *x, int64_t dtype, const Fun
 
 } // namespace
 
-// Each argument has 64 bits. `search` may be null; x is contiguous.
+// The C interface. All arguments have 64 bits. x is contiguous; `search` may be null.
 
 extern "C" void has_negative(const void *x, int64_t dtype, int64_t n, bool *found) {
   with_type(x, dtype, [=](auto values) { *found = has_negative(values, n); });
 }
 
-// Add to a table, int64 [2, 2, kBins].
+// Count the values of x in a table, int64 [2, 2, kBins].
 extern "C" void magnitude_table(const void *x, int64_t dtype, int64_t n, int64_t threads, int64_t *table) {
   Table to{table, table + 2 * kBins};
   with_type(x, dtype, [&](auto values) { count(values, n, threads, to); });
@@ -402,7 +403,7 @@ extern "C" void clip_of_table(int64_t *table, int64_t num_bits, const bool *is_s
   *clip = clip_of_table(all, grid, static_cast<const Search *>(search));
 }
 
-// The clips of rows of n > 0 elements, NaN for rows that are not finite.
+// The clips of rows of n > 0 elements; NaN for rows with NaN or Inf.
 extern "C" void clips_of_rows(const void *x, int64_t dtype, int64_t rows, int64_t n, int64_t by_table, int64_t num_bits,
                               const bool *is_signed, const void *search, int64_t threads, float *clips) {
   const Grid grid{num_bits, *is_signed};

@@ -1,4 +1,4 @@
-// The integers of a quantized tensor: round_to_codes of fake_quantize.py, in one pass.
+// Integer codes of a quantized tensor in one pass: round_to_codes of fake_quantize.py.
 #include <cmath>
 #include <cstdint>
 
@@ -25,8 +25,8 @@ inline void round_row(const float *x, int64_t length, float clip, Grid grid, Cod
 
 } // namespace
 
-// x: rows along three dimensions of these sizes and strides, each of `length` neighbours. codes: contiguous, of uint8
-// counted from the lowest integer, or float. clips: one, or one for each row if `per_row`.
+// x: rows of `length` adjacent elements, in three dimensions with these sizes and strides. codes: contiguous; uint8
+// counted from the lowest integer if `as_bytes`, otherwise float. clips: one per row if `per_row`, otherwise one.
 extern "C" void round_to_codes(const float *x, const int64_t *sizes, const int64_t *strides, int64_t length,
                                const float *clips, bool per_row, float low, float high, float offset, bool as_bytes,
                                void *codes, int threads) {

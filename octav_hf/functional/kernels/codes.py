@@ -1,4 +1,4 @@
-"""Codes of a quantized tensor on a CPU, in C++ (``codes.cpp``): a quarter of the time of what Inductor compiles."""
+"""Integer codes of a quantized tensor on a CPU, in C++ (``codes.cpp``), which takes a quarter of Inductor's time."""
 
 import functools
 from ctypes import c_bool, c_float, c_int, c_int64, c_void_p
@@ -10,15 +10,15 @@ from torch import Tensor
 from .compilation import can_compile
 from .cpu import LOOPS, load
 
-_FLAGS = (*LOOPS, "-fno-math-errno", "-fno-trapping-math")  # rounding and conversion in vectors
-_PARALLEL = 1 << 15  # elements for which threads pay
+_FLAGS = (*LOOPS, "-fno-math-errno", "-fno-trapping-math")  # vectorize rounding and conversion
+_PARALLEL = 1 << 15  # elements that make threads worthwhile
 _Index = c_int64 * 3
 
 
 def round_to_codes(
     x: Tensor, clip: Tensor, low: int, high: int, signed: Tensor | None, offset: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """``fake_quantize.round_to_codes``, contiguous; ``None`` if this cannot be done here."""
+    """``fake_quantize.round_to_codes`` with a contiguous result; ``None`` if the arguments are not supported."""
     shape = x.shape
     if not can_compile(x, ("cpu",)) or not 1 <= x.dim() <= 4 or x.dtype != torch.float32 or x.stride(-1) != 1:
         return None

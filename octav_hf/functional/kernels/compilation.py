@@ -1,4 +1,4 @@
-"""Whether compiled kernels can be used for a tensor, and the warning if compilation fails."""
+"""When compiled kernels are used, and the warning if compilation fails."""
 
 import os
 import warnings
@@ -22,9 +22,9 @@ def can_compile(x: Tensor, device_types: tuple[str, ...]) -> bool:
         and x.dtype in _DTYPES
         and x.device.type in device_types
         and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()  # the plain function is fused into the caller's graph
+        and not torch.compiler.is_compiling()  # the caller's graph fuses the plain function
         and not torch.jit.is_tracing()
-        and current_dispatch_mode() is None  # modes that count or record operations must see them
+        and current_dispatch_mode() is None  # dispatch modes must see the operations
     )
 
 
@@ -36,14 +36,14 @@ def disable_kernels(error: Exception) -> None:
     _failed = True
     first_line = str(error).partition("\n")[0]
     warnings.warn(
-        "octav_hf runs without compiled kernels, which is slower but gives the same results (with the clip rule mse, "
-        f"nearly the same): compiling failed with {type(error).__name__}: {first_line} "
-        f"A C++ compiler (g++) is what it needs on a CPU; {SWITCH}=0 in the environment "
-        "switches it off without this warning.",
+        "octav_hf runs without compiled kernels, because compilation failed with "
+        f"{type(error).__name__}: {first_line} "
+        "This is slower; the results are the same (for the clip rule mse, nearly the same). On a CPU, install a C++ "
+        f"compiler (g++); or set {SWITCH}=0 in the environment to switch compilation off without this warning.",
         stacklevel=3,
     )
 
 
 def kernels_disabled() -> bool:
-    """Whether compilation has failed in this process, or is switched off."""
+    """Whether compilation is switched off or has failed in this process."""
     return _failed or os.environ.get(SWITCH) == "0"

@@ -1,7 +1,6 @@
-"""The operations behind clips on a CPU, in C++: ``clips.cpp``.
+"""Clips on a CPU, in C++ (``clips.cpp``).
 
-Arguments and results are those of the functions of the same names in ``rows.py``, ``table.py``, ``octav.py`` and
-``mse.py``.
+Functions have the arguments and results of their namesakes in ``rows.py``, ``table.py``, ``octav.py`` and ``mse.py``.
 """
 
 import platform
@@ -19,19 +18,20 @@ from ..table import uses_table
 from .compilation import disable_kernels, kernels_disabled
 from .operations import NotFinite
 
-MIN_NUMEL = 1 << 12  # elements from which loading the library, which takes a second per process, is worthwhile
+MIN_NUMEL = 1 << 12  # below this, loading the library (a second per process) is not worthwhile
 FLAGS: tuple[str, ...] = ()  # extra compiler flags, for tests
 
-LOOPS = ["-ftree-loop-vectorize", "-ffp-contract=fast"]  # torch's own flags forbid both
+LOOPS = ["-ftree-loop-vectorize", "-ffp-contract=fast"]  # override torch's flags
 if platform.machine() in ("x86_64", "AMD64"):
-    LOOPS.append("-mprefer-vector-width=512")  # of AVX-512, which GCC hesitates to use; no effect without it
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: -1}  # of values and of tables
-_libraries: dict[tuple[str, ...], Any] = {}  # by their flags
+    LOOPS.append("-mprefer-vector-width=512")  # by default GCC prefers 256; no effect without AVX-512
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: -1}  # int64 is a table
+_libraries: dict[tuple[str, ...], Any] = {}  # by flags
 
 
 def is_supported(x: Tensor) -> bool:
-    """Whether the library can be used for ``x``: values, or their table."""
-    # Whether the library is loaded already must not matter, or the last bits would depend on what was computed before.
+    """Whether the library can be used for ``x``, a tensor of values or a table."""
+    # The answer must not depend on whether the library is loaded already, or the last bits of a clip would depend on
+    # earlier computations.
     if x.numel() < MIN_NUMEL or x.dtype not in _DTYPES or x.device.type != "cpu" or kernels_disabled():
         return False
     if FLAGS not in _libraries:
@@ -79,14 +79,14 @@ mse_of_rows = partial(_clips_of_rows, mse=True)
 
 
 def _call(name: str, *arguments: Tensor | Search | int | None) -> None:
-    """Call a function of the library, with the addresses of tensors, the last of which is for its result."""
+    """Call a function of the library with the addresses of tensors; the last tensor receives the result."""
     passed: list[Any] = []
-    tensors = []  # which addresses are of
+    tensors = []  # keeps the memory alive
     for argument in arguments:
         if isinstance(argument, Tensor):
             if argument.device.type != "cpu":
                 shape = tuple(argument.shape)
-                raise ValueError(f"a tensor of shape {shape} is on {argument.device}; C++ reads memory of the CPU")
+                raise ValueError(f"a tensor of shape {shape} is on {argument.device}; C++ kernels need it on the CPU")
             tensors.append(argument.contiguous().resolve_neg())
             passed.append(c_void_p(tensors[-1].data_ptr()))
         elif isinstance(argument, Search):
@@ -97,9 +97,9 @@ def _call(name: str, *arguments: Tensor | Search | int | None) -> None:
 
 
 def load(file: str, flags: tuple[str, ...]) -> Any:
-    """The functions of a C++ file beside this one, cached on disk by torch's own means.
+    """Compile and load a C++ file of this package; torch caches the library on disk.
 
-    ``None``, and no compiled kernels from then on, if it does not compile.
+    If it does not compile, disable all compiled kernels and return ``None``.
     """
     try:
         return load_cpp(Path(__file__).with_name(file).read_text(encoding="utf-8"), flags)

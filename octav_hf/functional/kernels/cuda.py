@@ -1,6 +1,6 @@
-"""The operations of a training step on a CUDA device: clips by the kernels in ``triton_kernels.py``, and loops.
+"""Kernels of CUDA devices: clips (``triton_kernels.py``), and rounding with its gradients (``cuda_loops.py``).
 
-Arguments and results are those of the functions of the same names in ``table.py``, ``octav.py``, ``mse.py`` and
+Functions have the arguments and results of their namesakes in ``table.py``, ``octav.py``, ``mse.py`` and
 ``fake_quantize.py``.
 """
 
@@ -30,17 +30,17 @@ __all__ = [
 
 DEVICE_TYPES: tuple[str, ...] = ("cuda",)
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)  # of values and of tables
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)  # int64 is a table
 _BLOCK = 2048  # values that a program counts
-_BLOCKS = 8  # of them, whose moments a program sums
-_PACKED = 1 << 22  # most values in a packed table, which overflows at 2^23
+_BLOCKS = 8  # blocks whose moments a program sums
+_PACKED = 1 << 22  # maximum of values in a packed table, which overflows at 2^23
 _NO_SEARCH = (None,) * len(SEARCH_OF_TABLE[2])
-_TABLES = 64  # of rows, each of 1.5 MB, that are in memory at once
-_SPREAD = 8  # packed tables of a long row, of which every 64 blocks get one: additions to one address wait
+_TABLES = 64  # tables in memory at once, 1.5 MB each
+_SPREAD = 8  # maximum of packed tables per row, one for every 64 blocks: atomic additions to one address are serialized
 
 
 def is_supported(x: Tensor) -> bool:
-    """Whether the kernels can be used for ``x``, values or a table."""
+    """Whether the kernels can be used for ``x``, a tensor of values or a table."""
     if x.dtype not in _DTYPES or x.device.type not in DEVICE_TYPES:
         return False
     return not kernels_disabled() and _triton_kernels(x.device) is not None
@@ -75,21 +75,21 @@ mse_of_rows = partial(_clips_of_rows, mse=True)
 
 
 def _clips_of_long_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, mse: bool) -> Tensor:
-    """By tables of the values that matter, which moments tell: most values are too small to."""
+    """Clips of ``[rows, n]`` from tables that leave out the many values too small to matter, judged by moments."""
     triton, programs = _triton_kernels(rows.device), -(-rows.shape[1] // (_BLOCK * _BLOCKS))
     moments = torch.zeros(len(rows), 4, dtype=torch.float64, device=rows.device)
     with torch.cuda.device_of(rows):
         arguments = rows, skip, signed, moments, rows.shape[1], _BLOCKS, _BLOCK
         triton.moments[(programs, len(rows))](*arguments, num_warps=8)
-    # The lowest border of rounding is half a step of the lowest clip that is tried.
+    # The search reads magnitudes above half a step of the lowest candidate.
     reach = SEARCH_OF_TABLE[num_bits].lowest / 2**num_bits / 4 if mse else 1.0
     return _clips_of_tables(_tables(rows, skip, moments, signed, num_bits, reach), moments, num_bits, signed, mse)
 
 
 def _tables(rows: Tensor, skip: Tensor | None, moments: Tensor | None = None, *bounds: Any) -> Tensor:
-    """The tables of ``[rows, n]``, contiguous: int64 ``[rows, 2, 2, 32768]``; of nothing if ``skip`` is true.
+    """The tables of ``[rows, n]``, contiguous: int64 ``[rows, 2, 2, 32768]``; zeros if ``skip`` is true.
 
-    With ``moments``, of what matters for the sign, bits and reach in ``bounds``.
+    With ``moments``, values that cannot matter for ``bounds = (signed, num_bits, reach)`` are left out.
     """
     triton = _triton_kernels(rows.device)
     (count, length), bins = rows.shape, triton.BINS.value
@@ -105,7 +105,7 @@ def _tables(rows: Tensor, skip: Tensor | None, moments: Tensor | None = None, *b
 
 
 def _clips_of_tables(tables: Tensor, moments: Tensor | None, num_bits: int, signed: Tensor, mse: bool) -> Tensor:
-    """The clips of ``[rows, 2, 2, 32768]``: ``[rows]``."""
+    """The clips of tables ``[rows, 2, 2, 32768]``: ``[rows]``."""
     triton, count = _triton_kernels(tables.device), len(tables)
     tails = torch.empty(count, triton.TAILS.value, dtype=torch.float64, device=tables.device)
     result = torch.empty(count, dtype=torch.float32, device=tables.device)
@@ -117,7 +117,7 @@ def _clips_of_tables(tables: Tensor, moments: Tensor | None, num_bits: int, sign
 
 @cache
 def _triton_kernels(device: torch.device) -> Any:
-    """The module with the kernels; ``None`` if Triton is not installed or cannot launch, as without a C compiler."""
+    """The module with the kernels; ``None`` if Triton is not installed or cannot launch (it needs a C compiler)."""
     try:
         from . import triton_kernels
     except ImportError:

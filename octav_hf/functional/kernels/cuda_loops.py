@@ -1,7 +1,7 @@
 """Rounding and its gradients on a CUDA device, by the kernels in ``triton_loops.py``.
 
-Arguments and results are those of the functions of the same names in ``fake_quantize.py``. A training step has hundreds
-of these calls, and a launch takes the host a third to a half of the time of what ``torch.compile`` makes of them.
+Functions have the arguments and results of their namesakes in ``fake_quantize.py``. A training step makes hundreds of
+these calls; a launch takes a third to a half of the host time of a ``torch.compile`` function.
 """
 
 from functools import cache
@@ -52,10 +52,10 @@ def attenuate_outside(
 
 
 def _loops(clip: Tensor, *tensors: Tensor) -> tuple[tuple[Tensor, ...], Tensor, tuple[Any, ...]]:
-    """Tensors that are in memory alike, clips in the order of memory, and the dimensions for the kernels.
+    """Tensors with equal strides, the clips in the same memory order, and the dimensions for the kernels.
 
-    These are the sizes of the last three, how many there are, and whether clips vary along the last one; they vary
-    along every second one.
+    The dimensions are ``(sizes of the last three, number of dimensions, whether clips vary along the last one)``.
+    Neighbouring dimensions are merged, so clips vary along every other one.
     """
     loops = in_loops(tensors, (clip,))
     if loops is None:

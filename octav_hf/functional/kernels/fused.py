@@ -1,4 +1,4 @@
-"""Elementwise functions compiled into one loop over a large tensor."""
+"""Elementwise functions, compiled into one loop for large tensors."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -19,8 +19,8 @@ from ..rows import memory_order
 from .compilation import can_compile, disable_kernels, kernels_disabled
 from .operations import operation
 
-MIN_NUMEL = 1 << 15  # elements from which a compiled call, with an overhead of 50 microseconds, is faster
-_RECOMPILE_LIMIT = 64  # dtypes, ranks, signs and inference mode give more variants than torch's default of 8
+MIN_NUMEL = 1 << 15  # below this, the overhead of a compiled call (50 microseconds) dominates
+_RECOMPILE_LIMIT = 64  # dtypes, numbers of dimensions, signs and inference mode give more than torch's default of 8
 
 
 def fuses(x: Tensor) -> bool:
@@ -29,11 +29,12 @@ def fuses(x: Tensor) -> bool:
 
 
 class Elementwise:
-    """A function of some tensors of one shape, and parameters that broadcast to it or are integers, as one operation.
+    """An elementwise function of tensors of equal shape, and of parameters that broadcast to them or are integers.
 
-    It runs compiled, as one loop in memory order, without gradients and for tensors of any size; a compiler that traces
-    a caller gets the function itself and fuses it with what is around. If compilation fails, for example without a C++
-    compiler, a warning is issued and the function runs as it is written, which is also available as ``plain``.
+    It runs as one custom operation without gradients, compiled into one loop in memory order if the tensors are large.
+    A compiler that traces a caller sees the function itself and can fuse it with its neighbours. If compilation fails,
+    for example without a C++ compiler, a warning is issued and the function runs uncompiled. ``plain`` is the
+    uncompiled function.
     """
 
     def __init__(self, function: Callable[..., Any], schema: str, tensors: int):
@@ -79,7 +80,7 @@ class Elementwise:
             )
         try:
             with _neutral(device):
-                # Detached, since a view's base would be guarded on.
+                # Detached, because torch.compile would add guards on the base of a view.
                 return self._compiled(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
         except compilation_errors() as error:
             disable_kernels(error)
@@ -87,13 +88,13 @@ class Elementwise:
 
 
 def elementwise(schema: str, tensors: int = 1) -> Callable[[Callable[..., Any]], Elementwise]:
-    """Decorator: make a function of this schema, of which the first arguments are ``tensors``, an ``Elementwise``."""
+    """Decorator: make an ``Elementwise`` of a function with this schema and ``tensors`` leading tensors."""
     return lambda function: Elementwise(function, schema, tensors)
 
 
 @contextmanager
 def _neutral(device: str) -> Iterator[None]:
-    """Grad mode, autocast and function modes that do not cause recompilation."""
+    """No gradients, autocast or function modes, each of which would cause a recompilation."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device, enabled=False))
@@ -103,9 +104,9 @@ def _neutral(device: str) -> Iterator[None]:
 
 
 def in_loops(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[list[Tensor], list[Any]] | None:
-    """Tensors of one shape as views in memory order, and parameters that broadcast to them, by ``_loops``.
+    """Views of tensors of equal shape in memory order, and matching parameters; dimensions are merged by ``_loops``.
 
-    ``None`` if the tensors are not in memory alike, without gaps.
+    ``None`` if the tensors differ in strides or have gaps in memory.
     """
     first = tensors[0]
     order = memory_order(first)
@@ -120,7 +121,7 @@ def in_loops(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[
 
 
 def _in_order(parameter: Any, order: list[int]) -> Any:
-    """``parameter``, if it is a tensor with dimensions as in ``order``; 0-dim if it is a single number."""
+    """A tensor parameter with its dimensions permuted to ``order``; 0-dim if it has one element."""
     if not isinstance(parameter, Tensor):
         return parameter
     if parameter.numel() == 1:
@@ -133,10 +134,10 @@ def _is_part(parameter: Any) -> bool:
 
 
 def _loops(shape: torch.Size, parameters: list[Any]) -> tuple[list[int], list[Any]] | None:
-    """``shape``, of a contiguous tensor, and the parameters with as few dimensions as possible.
+    """Merge the dimensions of ``shape`` and of the parameters, so that few variants are compiled.
 
-    Merges neighbouring dimensions if the parameters, which are 0-dim or broadcastable to ``shape``, vary along all or
-    none of them, so that few variants are compiled. ``None`` if the parameters differ in this.
+    Neighbouring dimensions are merged if the parameters, which are 0-dim or broadcastable to ``shape``, vary along all
+    or none of them. ``None`` if parameters have different shapes.
     """
     shapes = {parameter.shape for parameter in parameters if _is_part(parameter)}
     if len(shapes) > 1:

@@ -1,4 +1,4 @@
-"""Custom operations: what compilers, fake tensors and dispatch modes see of a clip's computation is one operation."""
+"""Custom operations: compilers, fake tensors and dispatch modes see the computation of a clip as one operation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,24 +10,24 @@ _NAMESPACE = "octav_hf"
 _library = torch.library.Library(_NAMESPACE, "DEF")
 
 _kernels: dict[str, Any] = {}
-"""Device type -> module with faster functions of operations' names, and ``is_supported(x)``."""
+"""Device type -> module with faster functions, named like the operations, and ``is_supported(x)``."""
 
 
 class NotFinite(ValueError):
-    """Rows hold NaN or Inf, so that they have no clip; who knows the tensor and its name says more."""
+    """A row holds NaN or Inf and has no clip. Callers, who know the tensor's name, raise a detailed error."""
 
 
 def operation(
     schema: str, fake: Callable[..., Tensor], prepare: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Callable[[Callable[..., Tensor]], Any]:
-    """Decorator: make a readable function of torch operations a custom operation of its name.
+    """Decorator: register a function of torch operations as a custom operation of the same name.
 
-    It runs as it is written where no kernel is faster, on every device, and must not read values on the host.
+    The function runs on every device for which no kernel is registered, so it must not read values on the host.
 
     Args:
-        schema: arguments and result, as ``torch.library`` writes them, without the name; the first one is a tensor.
-        fake: the same arguments -> an empty result, for tensors without values.
-        prepare: the first argument -> what the function, or the kernel, gets for it.
+        schema: arguments and result in the notation of ``torch.library``, without the name; the first is a tensor.
+        fake: fake implementation: the same arguments -> an empty result.
+        prepare: applied to the first argument before the function or the kernel gets it.
     """
 
     def declare(function: Callable[..., Tensor]) -> Any:
@@ -38,12 +38,12 @@ def operation(
 
         def run(x: Tensor, *others: Any) -> Tensor:
             kernels: Any = _kernels.get(x.device.type)
-            # An operation without a kernel must not load, and perhaps compile, those of others.
+            # is_supported may load and compile kernels, so ask it only if this operation has one.
             if hasattr(kernels, name) and kernels.is_supported(x):
                 return getattr(kernels, name)(prepare(x), *others)
             return reference(x, *others)
 
-        # Strides are any, so that Inductor gives the operation the memory of a result that it writes anyway, no copy.
+        # Any strides are accepted, so that Inductor passes its buffers without a copy.
         _library.define(f"{name}{schema}", tags=torch.Tag.flexible_layout)
         _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
@@ -55,8 +55,8 @@ def operation(
 
 
 def use_kernels(device_type: str, kernels: Any) -> None:
-    """Let operations on a device use the functions of a module that have their names, with the same arguments.
+    """Use the functions of a module for the operations of the same names on a device.
 
-    The module's ``is_supported(x)`` says whether they can be used for the first argument.
+    They take the same arguments. The module's ``is_supported(x)`` tells whether they accept the first argument.
     """
     _kernels[device_type] = kernels

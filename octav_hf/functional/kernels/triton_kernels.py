@@ -1,6 +1,6 @@
-"""Triton kernels for the magnitude table, the clips that are functions of it, and the clips of short rows.
+"""Triton kernels for magnitude tables, clips computed from tables, and clips of short rows.
 
-``cuda.py`` calls them. ``table.py``, ``octav.py`` and ``mse.py`` say what they compute, and why.
+``cuda.py`` calls them; ``table.py``, ``octav.py`` and ``mse.py`` explain the formulas.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -8,27 +8,27 @@
 import triton
 import triton.language as tl
 
-BINS = tl.constexpr(1 << 16)  # of a table, positive values' before the negative ones'
-TAILS = tl.constexpr(6 * 2 * 32 * 128)  # numbers in the tails of a table
+BINS = tl.constexpr(1 << 16)  # of a table: positive values, then negative ones
+TAILS = tl.constexpr(6 * 2 * 32 * 128)  # numbers that _fill stores for a table
 _NEGATIVE = tl.constexpr(1 << 15)  # the first bin of negative values
 _NOT_FINITE = tl.constexpr(255 << 7)  # the first bin of Inf and NaN
-_COUNTED = tl.constexpr(1 << 40)  # what a value adds to its packed bin, besides its rest
-_WINDOW = tl.constexpr(32 * 128)  # bins that matter, the highest of which is empty
+_COUNTED = tl.constexpr(1 << 40)  # adds 1 to the count in a packed bin; the rest is added to the lower bits
+_WINDOW = tl.constexpr(32 * 128)  # bins that are used; the highest is empty
 _CHUNK = tl.constexpr(512)  # bins that are summed at once
-_PLACES = tl.constexpr(1 << 18)  # in a bin, of which a clip is one
+_PLACES = tl.constexpr(1 << 18)  # possible clips per bin
 _MAX_UPDATES, _TOLERANCE = tl.constexpr(64), tl.constexpr(2.0**-23)  # of Eq. 6
 _LARGEST = tl.constexpr(2.0**128 - 2.0**104)  # float32
 
 
 @triton.jit
 def _noise(num_bits, signed):
-    """The rounding noise inside a clip, in units of its square (Eq. 4), float64."""
+    """Noise factor c of Eq. 4, float64."""
     return 1.0 / (tl.where(signed, 3, 12) << (2 * num_bits)).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["numel"])
 def moments(x, skip, signed, result, numel, blocks: tl.constexpr, block: tl.constexpr):
-    """Add a row's count of magnitudes, their sum and sum of squares, and keep the largest: float64 ``[4]``."""
+    """Add up count, sum and sum of squares of a row's nonzero magnitudes, and their maximum: float64 ``[4]``."""
     row = tl.program_id(1).to(tl.int64)
     signed = tl.load(signed) != 0
     count, total, squares = tl.zeros([block], tl.float32), tl.zeros([block], tl.float32), tl.zeros([block], tl.float32)
@@ -40,7 +40,7 @@ def moments(x, skip, signed, result, numel, blocks: tl.constexpr, block: tl.cons
             inside = inside & (tl.load(skip) == 0)
         values = tl.load(x + row * numel + offsets, mask=inside, other=0.0).to(tl.float32)
         values = tl.where(signed, tl.abs(values), tl.maximum(values, 0.0))
-        count += (values.to(tl.int32, bitcast=True) > 0xFFFF).to(tl.float32)  # as in a table, whose first bin is 0's
+        count += (values.to(tl.int32, bitcast=True) > 0xFFFF).to(tl.float32)  # as a table, which counts bin 0 as zeros
         total, squares, top = total + values, squares + values * values, tl.maximum(top, values)
     to = result + row * 4
     tl.atomic_add(to, tl.sum(count).to(tl.float64), sem="relaxed")
@@ -51,27 +51,28 @@ def moments(x, skip, signed, result, numel, blocks: tl.constexpr, block: tl.cons
 
 @triton.jit
 def _floor(moments, noise):
-    """A magnitude below OCTAV's clip; 0 if these moments are too large to say.
+    """A lower bound of OCTAV's clip; 0 if the moments are out of range.
 
-    Below the clip the noise of the n values inside is less than the sum of excesses (Eq. 5 and 6). For a threshold t
-    and the largest magnitude m that sum is at least S - n t, as of the values themselves, and (Q - t S) / m, as of
-    values in proportion to their magnitudes, where S and Q are the sums of magnitudes and of their squares.
+    For a threshold t below the clip, h(t) < 0: c t times the number of values inside is less than the excess (Eq. 5
+    and 6). Let n be the number of magnitudes, S their sum, Q the sum of their squares and m their maximum. The excess
+    is at least S - n t, and at least (Q - t S) / m, the excess weighted by |x| / m. The bound is the threshold at which
+    c n t reaches the larger of the two.
     """
     count, total, squares = tl.load(moments), tl.load(moments + 1), tl.load(moments + 2)
     top = tl.maximum(tl.load(moments + 3), 1e-300)
     by_mean = total / tl.maximum(count * (1 + noise), 1.0)
     by_squares = squares / tl.maximum(noise * count * top + total, 1e-300)
-    floor = 0.999 * tl.maximum(by_mean, by_squares)  # sums of float32 are rounded
+    floor = 0.999 * tl.maximum(by_mean, by_squares)  # a margin for the rounding of float32 sums
     return tl.where((count > 0) & (squares > 1e-30) & (squares < 1e30), floor, 0.0)
 
 
 @triton.jit(do_not_specialize=["numel", "tables", "num_bits"])
 def count(x, skip, packed, numel, tables, moments, signed, num_bits, reach, block: tl.constexpr):
-    """Add each value to its bin of a packed table: 2^40 for its count, and its rest. A program counts one block.
+    """Count each value in its bin of a packed table by adding 2^40 plus its rest. A program counts one block.
 
-    Additions to one address wait for each other. So values in a block's first and last bin, such as the zeros of a
-    ReLU or of a mask and the sixes of a ReLU6, are summed before. With ``moments``, magnitudes that a clip does not
-    depend on are left out: those two bins or more below ``reach`` times ``_floor``.
+    Atomic additions to one address are serialized, so values in a block's first and last bin, such as the zeros of a
+    ReLU or a mask and the sixes of a ReLU6, are summed first. With ``moments``, magnitudes that cannot change the clip
+    are left out: those more than two bins below ``reach`` times ``_floor``.
     """
     program, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     offsets = program.to(tl.int64) * block + tl.arange(0, block)
@@ -98,7 +99,7 @@ def count(x, skip, packed, numel, tables, moments, signed, num_bits, reach, bloc
 
 @triton.jit(do_not_specialize=["tables"])
 def unpack(packed, table, tables, block: tl.constexpr):
-    """Sum of a row's packed tables, as counts and sums of rests, int64 ``[2, 2, 32768]``."""
+    """Add up a row's packed tables and split them into counts and sums of rests, int64 ``[2, 2, 32768]``."""
     row = tl.program_id(1).to(tl.int64)
     bins = tl.program_id(0) * block + tl.arange(0, block)
     counts, rests = tl.zeros([block], tl.int64), tl.zeros([block], tl.int64)
@@ -119,14 +120,14 @@ def _edges(bins):
 
 @triton.jit
 def _load(table, sign, bins, signed):
-    """Values of bins, float64; 0 for bins of zeros and of what is not finite, and of a sign that does not count."""
+    """Values of bins, float64; 0 for the bins of zeros, Inf and NaN, and for negative values on an unsigned grid."""
     used = (bins > 0) & (bins < _NOT_FINITE) & ((sign == 0) | signed)
     return tl.load(table + sign * _NEGATIVE + bins, mask=used, other=0).to(tl.float64)
 
 
 @triton.jit
 def _fill(table, tails, first, signed):
-    """Store the tails of both signs, float64 ``[6, 2, _WINDOW]``: what ``_above`` loads. The largest magnitude."""
+    """Store the bins of both signs for ``_above``, float64 ``[6, 2, _WINDOW]``, and return the largest magnitude."""
     sign = tl.arange(0, 2)[:, None]
     count_above, sum_above = tl.zeros([2, 1], tl.float64), tl.zeros([2, 1], tl.float64)
     top = tl.sum(count_above)
@@ -159,7 +160,7 @@ def _fill(table, tails, first, signed):
 
 @triton.jit
 def _above(tails, first, sign, thresholds):
-    """Count of the magnitudes of a sign above thresholds, and the sum of what they exceed them by."""
+    """Count and excess of the magnitudes of one sign above thresholds; see ``Tails`` in ``table.py``."""
     index = (thresholds.to(tl.float32).to(tl.int32, bitcast=True) >> 16) - first
     index = tl.minimum(tl.maximum(index, 0), _WINDOW - 1)
     edge, width = _edges(first + index)
@@ -175,7 +176,7 @@ def _above(tails, first, sign, thresholds):
 
 @triton.jit
 def _sign_change(tails, first, nonzero, noise, floor):
-    """OCTAV's clip, above ``floor``, by 64 thresholds at a time: their places are counted from the lowest edge on."""
+    """OCTAV's clip, above ``floor``, by five rounds of 64 thresholds; places are counted from the lowest edge."""
     place, step = first * 0, first * 0 + _WINDOW * _PLACES
     for _ in range(5):
         step //= 64
@@ -193,7 +194,7 @@ def _sign_change(tails, first, nonzero, noise, floor):
 
 @triton.jit
 def _error_of_table(tails, first, clips, levels, signed, shape: tl.constexpr):
-    """The error of each clip less the sum of squares."""
+    """The squared error of each clip, minus the sum of squares."""
     steps = clips / levels
     total = tl.zeros(shape, tl.float64)
     for begin in range(1, levels + 1, shape[1]):
@@ -207,7 +208,7 @@ def _error_of_table(tails, first, clips, levels, signed, shape: tl.constexpr):
 
 @triton.jit
 def _candidate(index, first, last, top, near, far):
-    """A clip to try, and log2 of its ratio to the next: ``near`` to ``last``, ``far`` from there to ``top``."""
+    """Candidate clip ``index``, and log2 of the ratio of neighbours: ``near`` up to ``last``, ``far`` up to ``top``."""
     near_step = tl.log2(last / first) / (near - 1)
     far_step = tl.log2(tl.maximum(top / last, 1.0)) / far
     is_far = index >= near
@@ -218,15 +219,15 @@ def _candidate(index, first, last, top, near, far):
 
 @triton.jit
 def _around(index, clip, step, fine):
-    """The clip, and ``fine`` clips around it."""
+    """Candidate ``index`` around ``clip``: 0 is the clip itself, followed by ``fine`` others."""
     return tl.where(index == 0, clip, clip * tl.exp2(step * (index * (2.0 / (fine + 1)) - 1)))
 
 
 @triton.jit(do_not_specialize=["num_bits", "near", "far", "fine"])
 def clip_of_table(tables, tails, moments, result, num_bits, signed, lowest, highest, beyond, near, far, fine):
-    """OCTAV's clip of a table, or by a search the one with the lowest error. One program for each table.
+    """OCTAV's clip of a table, or with a search the clip with the lowest error. One program per table.
 
-    With ``moments``, of a table of the values that ``count`` has kept by them.
+    ``moments`` are those with which ``count`` left out values, if it did.
     """
     row = tl.program_id(0).to(tl.int64)
     table = tables + row * 2 * BINS
@@ -267,7 +268,7 @@ def clip_of_table(tables, tails, moments, result, num_bits, signed, lowest, high
 
 @triton.jit
 def _fixed_point(magnitudes, nonzero, noise):
-    """Eq. 6, from the clip of Gaussian values on, in a bracket that is halved when an update leaves it."""
+    """Fixed point of Eq. 6, starting from the clip of Gaussian values; bisection where an update leaves the bracket."""
     high = tl.max(magnitudes)
     clip = (tl.sqrt(-2 * tl.log(noise)) - 1.05) * 1.2533141 * tl.sum(magnitudes) / tl.maximum(nonzero, 1.0)
     clip = tl.minimum(clip, high)
@@ -291,7 +292,7 @@ def _error_of_row(values, step, levels):
 def clip_of_row(
     rows, skip, result, length, num_bits, signed, lowest, highest, beyond, near, far, fine, block: tl.constexpr
 ):
-    """OCTAV's clip of a short row, or by a search the one with the lowest error. One program for each row."""
+    """OCTAV's clip of a short row, or with a search the clip with the lowest error. One program per row."""
     row = tl.program_id(0)
     offsets = tl.arange(0, block)
     inside = offsets < length
@@ -302,7 +303,7 @@ def clip_of_row(
     signed = tl.load(signed) != 0
     values = tl.where(signed, values, tl.maximum(values, 0.0))
     nonzero = tl.sum((values != 0).to(tl.float32))
-    # In units of a power of two near the largest magnitude, so that sums do not overflow and it is not subnormal.
+    # Divide by a power of two near the largest magnitude, so that sums do not overflow and no magnitude is subnormal.
     exponent = tl.minimum(tl.maximum(tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 23, 1), 253)
     values *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     noise = 1.0 / (tl.where(signed, 3, 12) << (2 * num_bits)).to(tl.float32)

@@ -1,7 +1,7 @@
-"""Triton kernels that round tensors and carry gradients back, each one loop over the tensor.
+"""Triton kernels for rounding and its gradients, one loop over the tensor each.
 
-``cuda_loops.py`` calls them. ``fake_quantize.py`` says what they compute, in the same arithmetic: divisions are rounded
-to the nearest, and launches switch off fused multiply-adds.
+``cuda_loops.py`` calls them; ``fake_quantize.py`` explains the formulas. The arithmetic is the same: division is
+correctly rounded, and launches disable fused multiply-adds.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -9,12 +9,12 @@ to the nearest, and launches switch off fused multiply-adds.
 import triton
 import triton.language as tl
 
-_TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # added and subtracted, rounds values below 2^22 to the even integer
+_TO_INTEGER = tl.constexpr(1.5 * 2.0**23)  # adding and subtracting it rounds values below 2^22, ties to even
 
 
 @triton.jit
 def _elements(wide: tl.constexpr, block: tl.constexpr):
-    """The elements of a program, counted in 64 bits if ``wide``."""
+    """Indices of a program's elements, 64-bit if ``wide``."""
     program = tl.program_id(0)
     if wide:
         program = program.to(tl.int64)
@@ -23,12 +23,12 @@ def _elements(wide: tl.constexpr, block: tl.constexpr):
 
 @triton.jit
 def _parameter_of(at, n0, n1, n2, dims: tl.constexpr, varies: tl.constexpr):
-    """Where the parameter of the element ``at`` is, if it varies along every second of the tensor's dimensions.
+    """Index of the parameter for the element ``at``; the parameter varies along every other dimension of the tensor.
 
     Args:
-        n0, n1, n2: sizes of the last dimension, and of those before it.
-        dims: how many dimensions there are, 1 to 4.
-        varies: whether the parameter varies along the last one.
+        n0, n1, n2: sizes of the last, the second last and the third last dimension.
+        dims: number of dimensions, 1 to 4.
+        varies: whether the parameter varies along the last dimension.
     """
     rest = at
     place, stride = at * 0, at * 0 + 1
@@ -44,14 +44,14 @@ def _parameter_of(at, n0, n1, n2, dims: tl.constexpr, varies: tl.constexpr):
         if varies:
             place, stride = place + rest % n2 * stride, stride * n2
         rest = rest // n2
-    if varies == (dims % 2 == 1):  # along the first one, too
+    if varies == (dims % 2 == 1):  # varies along the first dimension
         place += rest * stride
     return place
 
 
 @triton.jit
 def _load(x, clip, low, high, signed, offset, at, inside, n0, n1, n2, dims: tl.constexpr, varies: tl.constexpr):
-    """Values less the offset, clips, and the integer range."""
+    """Values minus the offset, clips, and the integer range."""
     value = tl.load(x + at, mask=inside).to(tl.float32)
     clip = tl.load(clip + _parameter_of(at, n0, n1, n2, dims, varies), mask=inside)
     if offset is not None:
@@ -101,7 +101,7 @@ def attenuate_outside(
     value, clips, lowest, _ = _load(x, clip, low, low, signed, offset, at, mask, n0, n1, n2, dims, varies)
     magnitude = tl.abs(value)
     factor = tl.where(magnitude > clips, tl.div_rn(clips, tl.where(magnitude == 0, 1.0, magnitude)), 1.0)
-    lowest_kept = tl.where(lowest == 0, 0.0, float("-inf"))  # an unsigned grid has nothing below zero
+    lowest_kept = tl.where(lowest == 0, 0.0, float("-inf"))  # an unsigned grid has no negative values
     factor = tl.where(value < lowest_kept, 0.0, factor)
     result_dtype: tl.constexpr = result.dtype.element_ty
     attenuated = factor * tl.load(grad + at, mask=mask).to(tl.float32)

@@ -1,1 +1,1 @@
-"""Attention modules whose matmuls run on quantized operands."""
+"""Attention modules with quantized operands of their matmuls."""

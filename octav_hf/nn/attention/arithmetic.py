@@ -11,17 +11,17 @@ from .scaled_dot_product_attention import quantized_scaled_dot_product_attention
 
 
 class AttentionArithmetic:
-    """In floating point, on values that lie on the grid; subclasses compute the same otherwise."""
+    """Floating-point matmuls of fake-quantized operands; subclasses compute the same by other means."""
 
     def __str__(self) -> str:
         return ""
 
     def matmul(self, quantizers: Sequence[Callable[..., Any]], matmul: Matmul) -> Any:
-        """The result of a call, whose left and right operand these quantize."""
+        """The result of a matmul; ``quantizers`` are those of its left and right operand."""
         return matmul.call(*map(quantize_operand, quantizers, matmul.operands, matmul.dims))
 
     def scaled_dot_product_attention(self, quantizers: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """``quantized_scaled_dot_product_attention``, whose arguments these are."""
+        """The result of ``quantized_scaled_dot_product_attention`` with these arguments."""
         return quantized_scaled_dot_product_attention(quantizers, *args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Recognizes calls of torch functions that are matmuls of two tensors."""
+"""Recognize calls of torch functions that are matmuls of two tensors."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ _MM = (0, "input"), (1, "mat2")
 _ADDMM = (1, "mat1"), (2, "mat2")
 _BADDBMM = (1, "batch1"), (2, "batch2")
 
-# Function -> places of the left and the right operand.
+# Function -> where it takes the left and the right operand.
 _PLACES: dict[Function, tuple[Place, Place]] = {
     torch.matmul: _MATMUL,
     torch.linalg.matmul: _MATMUL,
@@ -36,32 +36,32 @@ _PLACES: dict[Function, tuple[Place, Place]] = {
     **dict.fromkeys((torch.addbmm, Tensor.addbmm, Tensor.addbmm_), _BADDBMM),
 }
 
-# Functions that add a matmul to their first argument -> the matmul.
+# Functions that add a matmul to their first argument -> that matmul.
 _ADDING: dict[Function, Function] = {
     **dict.fromkeys((torch.addmm, Tensor.addmm, Tensor.addmm_), torch.mm),
     **dict.fromkeys((torch.baddbmm, Tensor.baddbmm, Tensor.baddbmm_), torch.bmm),
     **dict.fromkeys((torch.addbmm, Tensor.addbmm, Tensor.addbmm_), lambda left, right: torch.bmm(left, right).sum(0)),
 }
 
-# Other functions that multiply and sum.
+# Other functions that multiply and sum, which are not supported.
 _UNSUPPORTED: set[Function] = {
     *(torch.tensordot, torch.inner, Tensor.inner, torch.mv, Tensor.mv, torch.addmv, Tensor.addmv, Tensor.addmv_),
     *(torch.dot, Tensor.dot, torch.vdot, Tensor.vdot, torch.linalg.vecdot, torch.linalg.multi_dot, torch.chain_matmul),
     *(torch.cdist, torch.bilinear, F.multi_head_attention_forward),
 }
 
-# Functions of layers, whose second argument is the weight.
+# Layer functions, whose second argument is the weight.
 LAYER_FUNCTIONS: set[Function] = {
     *(LINEAR, F.conv1d, F.conv2d, F.conv3d, torch.conv_tbc),
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 }
 
-# Matmuls that sum over the batch too.
+# Matmuls that also sum over the batch.
 _SUMMING_BATCHES: set[Function] = {torch.addbmm, Tensor.addbmm, Tensor.addbmm_}
 
 
 class OperandDims(NamedTuple):
-    """Dimensions of an operand by their role in a matmul; the others, such as batch and heads, are shared by both."""
+    """Dimensions of an operand by their role in a matmul; all others are batch dimensions of both operands."""
 
     free: tuple[int, ...]  # only this operand contributes them to the result
     contracted: tuple[int, ...]  # summed over
@@ -72,7 +72,7 @@ COLUMNS = OperandDims(free=(-1,), contracted=(-2,))  # of a right operand
 
 
 class UnsupportedMatmul(ValueError):
-    """A call that multiplies and sums, but is not a matmul of two tensors; the message names it."""
+    """A call that multiplies and sums, but is not a matmul of two tensors; the message names the function."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ class Matmul:
 
     operands: tuple[Tensor, Tensor]  # left and right
     dims: tuple[OperandDims, OperandDims]
-    inner_size: int  # terms of each sum along the operands' last dimension
+    inner_size: int  # number of terms in each sum
     call: Callable[[Tensor, Tensor], Any]  # the same call with other operands
-    product: Callable[[Tensor, Tensor], Tensor]  # the sums alone, which ``finish`` makes the call's result of
-    finish: Callable[[Tensor], Any]
+    product: Callable[[Tensor, Tensor], Tensor]  # the matmul alone, without what is added to it
+    finish: Callable[[Tensor], Any]  # turns the result of ``product`` into that of ``call``
 
 
 def match_matmul(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Matmul | None:
-    """The matmul that a call computes, or ``None`` if it is not one; raises ``UnsupportedMatmul``."""
+    """The matmul that a call computes; ``None`` if it computes none. Raises ``UnsupportedMatmul``."""
     if function in _UNSUPPORTED:
         raise UnsupportedMatmul(getattr(function, "__name__", str(function)))
     if function is torch.einsum:
@@ -115,7 +115,7 @@ def match_matmul(function: Function, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _add(function: Function, x: Tensor, sums: Tensor, *, beta: float = 1, alpha: float = 1, **_: Any) -> Tensor:
-    """``beta * x + alpha * sums``, in the memory of ``x`` if this is what ``function`` does."""
+    """``beta * x + alpha * sums``, in place if ``function`` works in place."""
     sums = alpha * sums if beta == 0 else torch.add(beta * x, sums, alpha=alpha)
     return x.copy_(sums) if function.__name__.endswith("_") else sums
 
@@ -149,7 +149,7 @@ def _einsum(equation: str, *operands: Any) -> Matmul | None:
 
 
 def _indices(letters: str, dims: int) -> list[str | int]:
-    """The indices of an einsum operand: letters, and for ``...`` negative numbers, which align from the right."""
+    """The indices of an einsum operand: letters, and negative numbers for ``...``, which align from the right."""
     before, ellipsis, after = letters.partition("...")
     hidden = dims - len(before) - len(after) if ellipsis else 0
     return [*before, *range(-hidden, 0), *after]

@@ -1,4 +1,4 @@
-"""Finds the matmuls of an attention module while its forward runs, and quantizes their operands."""
+"""Find the matmuls of an attention module while its forward runs, and quantize their operands."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -18,28 +18,28 @@ from .scaled_dot_product_attention import OperandQuantizers
 
 
 class AttentionMatmuls(TorchFunctionMode):
-    """While active, every attention matmul and ``scaled_dot_product_attention`` runs on quantized operands.
+    """Function mode that quantizes the operands of every attention matmul and ``scaled_dot_product_attention``.
 
-    In each matmul before the softmax the left operand is the query and the right one the key. The softmax's output is
-    the probabilities, also after dropout and changes of dtype or shape, and the other operand of their matmul is the
-    value. Nothing else changes. Outer products, by which some models build masks, stay in float, and so do matmuls with
-    a parameter of a layer inside the attention module, which that layer quantizes, or with a view of one.
+    In a matmul before the softmax, the left operand is the query and the right operand the key. The output of the
+    softmax is the probabilities, also after dropout and changes of dtype or shape; the other operand of their matmul is
+    the value. Nothing else changes: outer products, with which some models build masks, stay in float, and so do
+    matmuls with a parameter (or a view of one) of a layer inside the attention module, which that layer quantizes.
 
-    ``torch.compile`` traces it. Modes do not see ``torch.nn.functional.pad`` there, after which probabilities are not
-    recognised (``check_complete`` raises), nor ``.data``.
+    ``torch.compile`` can trace the mode. While tracing, function modes do not see ``torch.nn.functional.pad`` and
+    ``.data``; probabilities that pass through them are not recognized, and ``check_complete`` raises an error.
 
-    Quantizers get the index of each call among those for their operand since the mode was made; each index has its own
-    frozen clip.
+    Quantizers get the index of each call among those for their operand since the mode was created; each index has its
+    own frozen clip.
 
     Args:
-        quantizers: modules named after ``ATTENTION_OPERANDS``. One with a ``dim`` gets its operand as
+        quantizers: modules named as in ``ATTENTION_OPERANDS``. A granular quantizer gets its operand as
             ``[batch dimensions, free, contracted]``, whichever function computes the matmul.
-        name: the attention module's name, for error messages; or a function that gives it, which is not called without
-            an error, since a compiler would compile for each name anew.
-        own_parameters: parameters of the attention module itself. Neither they nor views and copies of them may be
-            operands, or weights of ``torch.nn.functional.linear`` and convolutions. What is looked up in one by an
-            index tensor may be, as what is looked up in an embedding.
-        layer_parameters: those of the layers inside it.
+        name: name of the attention module for error messages, or a function that returns it, which is called only for
+            an error (a compiler would recompile for each name).
+        own_parameters: parameters of the attention module itself. Neither they nor views or copies of them may be
+            operands, or weights of ``torch.nn.functional.linear`` and convolutions. Rows that an index tensor selects
+            from one may be operands, like the rows of an embedding.
+        layer_parameters: parameters of the layers inside it.
         arithmetic: computes the matmuls.
     """
 
@@ -54,7 +54,7 @@ class AttentionMatmuls(TorchFunctionMode):
         super().__init__()
         self.quantizers = quantizers
         self._get_name = name
-        self._own = list(own_parameters)  # and copies of them
+        self._own = list(own_parameters)  # views and copies are added
         self._layer_parameters = layer_parameters
         self._arithmetic = arithmetic
         self._probabilities: list[Tensor] = []
@@ -72,7 +72,7 @@ class AttentionMatmuls(TorchFunctionMode):
             matmul = match_matmul(func, args, kwargs)
         except UnsupportedMatmul as error:
             raise self._unsupported(
-                f"multiplies with {error}, and only products of two tensors can be quantized"
+                f"multiplies with {error}, but only matmuls of two tensors can be quantized"
             ) from error
         if matmul is not None and self._is_attention(matmul):
             return self._quantized_matmul(matmul)
@@ -88,14 +88,14 @@ class AttentionMatmuls(TorchFunctionMode):
         return result
 
     def check_complete(self) -> None:
-        """Raise ``RuntimeError`` unless each operand was quantized, and as often as it has frozen clips."""
+        """Raise ``RuntimeError`` unless each operand was quantized, as many times as it has frozen clips."""
         missing = [operand for operand, calls in self._call_counts.items() if calls == 0]
         if missing:
             raise RuntimeError(
                 f"{self._name}: its forward ran without a matmul on the attention operand(s) {', '.join(missing)}, so "
                 "they were not quantized. If it uses a fused attention kernel, load the model with "
                 "attn_implementation='sdpa' or 'eager'. If its probabilities do not come from a softmax, or are "
-                f"changed before they are multiplied, they are not recognised: {self._remedy}"
+                f"changed before their matmul, they are not recognized: {self._remedy}"
             )
         for operand, calls in self._call_counts.items():
             expected = self._frozen_calls(operand)
@@ -103,7 +103,7 @@ class AttentionMatmuls(TorchFunctionMode):
                 raise self._wrong_call_count(operand, f"{calls}", expected)
 
     def _is_attention(self, matmul: Matmul) -> bool:
-        """Whether this is a matmul of activations, not with a layer's weight or for a mask."""
+        """Whether this is a matmul of activations: not with a layer's weight, and not an outer product for a mask."""
         self._refuse_own(matmul.operands)
         for operand in matmul.operands:
             if isinstance(operand, nn.Parameter) or not operand.is_floating_point():
@@ -116,8 +116,8 @@ class AttentionMatmuls(TorchFunctionMode):
         probabilities = [self._is_probabilities(operand) for operand in matmul.operands]
         if all(probabilities):
             raise self._unsupported(
-                f"multiplies probabilities with probabilities, of shapes {tuple(matmul.operands[0].shape)} and "
-                f"{tuple(matmul.operands[1].shape)}, so that its operands cannot be told apart"
+                f"multiplies probabilities of shape {tuple(matmul.operands[0].shape)} with probabilities of shape "
+                f"{tuple(matmul.operands[1].shape)}, so its operands cannot be told apart"
             )
         names = ("query", "key")
         if any(probabilities):
@@ -125,7 +125,7 @@ class AttentionMatmuls(TorchFunctionMode):
         return self._arithmetic.matmul([self._next_calls[name] for name in names], matmul)
 
     def next_index(self, operand: str) -> int:
-        """The index of the operand's next call, which is counted."""
+        """Count a call of the operand and return its index."""
         index, expected = self._call_counts[operand], self._frozen_calls(operand)
         if expected is not None and index >= expected:
             raise self._wrong_call_count(operand, f"more than {expected}", expected)
@@ -140,9 +140,9 @@ class AttentionMatmuls(TorchFunctionMode):
 
     def _wrong_call_count(self, operand: str, calls: str, expected: int) -> RuntimeError:
         return RuntimeError(
-            f"{self._name}: its forward multiplied the attention operand {operand} {calls} times, but {expected} "
-            "frozen clips were calibrated for it, one for each time; run it on batches of the kind it was calibrated "
-            f"with, calibrate it with batches of this kind, or leave it out: {self._remedy}"
+            f"{self._name}: its forward used the attention operand {operand} in {calls} matmul(s), but it has "
+            f"{expected} frozen clips, one per matmul; run it on batches like those of the calibration, calibrate it "
+            f"with batches like these, or leave its matmuls in float: {self._remedy}"
         )
 
     def _is_own(self, x: Any) -> bool:
@@ -157,7 +157,7 @@ class AttentionMatmuls(TorchFunctionMode):
                 )
 
     def _is_probabilities(self, tensor: Any) -> bool:
-        if torch.compiler.is_dynamo_compiling():  # which hides attributes such as mT from function modes
+        if torch.compiler.is_dynamo_compiling():  # function modes do not see attributes such as mT
             return isinstance(tensor, Tensor) and is_view_of(tensor, self._probabilities)
         return any(tensor is known for known in self._probabilities)
 
@@ -181,7 +181,7 @@ def _tensors(result: Any) -> Sequence[Tensor]:
 
 
 class _NextCall:
-    """The quantizer of an operand, called with the next index."""
+    """Calls the quantizer of an operand with the next index."""
 
     def __init__(self, matmuls: AttentionMatmuls, operand: str):
         self._matmuls = matmuls

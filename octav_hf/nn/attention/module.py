@@ -1,4 +1,4 @@
-"""Attention modules of any class with quantized operands."""
+"""Attention modules of any class, with quantized operands."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -20,10 +20,10 @@ from .scaled_dot_product_attention import OperandQuantizers
 
 
 class QuantizedAttention(HoldsFrozenClips):
-    """Mixin in front of an attention module's class, whose forward runs unchanged inside.
+    """Mixin placed before an attention module's class, whose forward runs unchanged.
 
     The submodules ``query_quantizer``, ``key_quantizer``, ``probabilities_quantizer`` and ``value_quantizer`` quantize
-    the operands. ``convert`` makes one from an existing module by changing its class in place.
+    the operands. ``convert`` changes the class of an existing module in place.
     """
 
     attention_name: str
@@ -44,7 +44,7 @@ class QuantizedAttention(HoldsFrozenClips):
         return {operand: getattr(self, f"{operand}_quantizer") for operand in ATTENTION_OPERANDS}
 
     def is_covered(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
-        """Whether the weights of all quantized layers inside are there, or, if there is none, all parameters."""
+        """Whether the state dict has the weights of all quantized layers inside or, without any, all parameters."""
         layers = [(name, module) for name, module in self.named_modules() if isinstance(module, QuantizedLayer)]
         if layers:
             return all(layer.is_covered(state_dict, f"{prefix}{name}.") for name, layer in layers)
@@ -62,17 +62,21 @@ class QuantizedAttention(HoldsFrozenClips):
         """The module's own forward, with quantized operands of the attention matmuls.
 
         Raises:
-            RuntimeError: an operand was not multiplied, or not as often as it has frozen clips; ``torch.export`` is in
-                strict mode; or ``torch.nn.functional.linear`` was replaced and a linear layer inside is in float.
+            RuntimeError: the number of matmuls of an operand is 0 or differs from that of its frozen clips;
+                ``torch.export`` is in strict mode; or ``torch.nn.functional.linear`` was replaced and a linear layer
+                inside is in float.
         """
         if not torch.compiler.is_dynamo_compiling():
             return self._attend_uncompiled(*args, **kwargs)
         if torch.compiler.is_exporting():
-            raise RuntimeError(f"{self.attention_name}: torch.export follows its matmuls only with strict=False")
+            raise RuntimeError(
+                f"{self.attention_name}: torch.export can trace its matmuls only with strict=False; write "
+                "torch.export.export(model, …, strict=False)"
+            )
         with self._quantized_operands():
             return super().forward(*args, **kwargs)
 
-    # After a graph break inside, too: parts that are compiled one by one would not count operands together.
+    # Disabled because, after a graph break inside, the compiled parts would not share the counts of operands.
     @torch.compiler.disable
     def _attend_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         with shared_inputs(), self._quantized_operands():
@@ -88,7 +92,7 @@ class QuantizedAttention(HoldsFrozenClips):
         matmuls.check_complete()
 
     def _check_float_layers(self) -> None:
-        """Refuse float layers that call a replaced ``linear``, whose matmuls would be taken for attention's."""
+        """Refuse float layers if ``linear`` was replaced, because its matmuls would be taken for those of attention."""
         replaced = nn.functional.linear
         if replaced is LINEAR:
             return
@@ -97,8 +101,9 @@ class QuantizedAttention(HoldsFrozenClips):
                 raise RuntimeError(
                     f"{self.attention_name}.{name}: this layer of shape {tuple(layer.weight.shape)} is in float, and "
                     f"torch.nn.functional.linear was replaced by {replaced.__module__}.{replaced.__qualname__}, whose "
-                    "matmuls would be taken for attention's. With DeepSpeed's ZeRO-3 set \"memory_efficient_linear\": "
-                    "false in zero_optimization; else restore the function, or quantize the layer"
+                    "matmuls would be taken for attention matmuls. With DeepSpeed's ZeRO-3, set "
+                    '"memory_efficient_linear": false in zero_optimization; otherwise restore the function, or '
+                    "quantize the layer"
                 )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""One layout for operands of all matmul functions, in which quantizers count dimensions."""
+"""A common layout for the operands of all matmul functions, so that granular quantizers know the dimensions."""
 
 import math
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from .match_matmul import OperandDims
 
 
 def quantize_operand(quantizer: Callable[..., Any], x: Tensor, dims: OperandDims, **codes: Any) -> Any:
-    """``quantizer(x, **codes)``, shape of ``x``; a granular quantizer is called on ``[batch dims, free, contracted]``.
+    """``quantizer(x, **codes)`` in the shape of ``x``; a granular quantizer gets ``[batch dims, free, contracted]``.
 
-    The free and contracted dimensions are flattened into one each, of size 1 if there is none.
+    The free dimensions are flattened into one, and so are the contracted ones; size 1 if there are none.
     """
     if not is_granular(quantizer):
         return quantizer(x, **codes)
@@ -25,7 +25,7 @@ def quantize_operand(quantizer: Callable[..., Any], x: Tensor, dims: OperandDims
     flat = [*permuted.shape[: len(batch)], *map(math.prod, parts)]
 
     def unflatten(y: Tensor) -> Tensor:
-        """``y``, of shape ``flat`` or with fewer or smaller dimensions that broadcast to it, in the form of ``x``."""
+        """Undo the layout for ``y``, whose shape is ``flat`` or broadcasts to it."""
         y = y[(None,) * (len(flat) - y.dim())]
         sizes = [part if size > 1 else [1] * len(part) for size, part in zip(y.shape[-2:], parts, strict=True)]
         return y.reshape([*y.shape[:-2], *sizes[0], *sizes[1]]).permute(sorted(range(x.dim()), key=order.__getitem__))
@@ -35,5 +35,5 @@ def quantize_operand(quantizer: Callable[..., Any], x: Tensor, dims: OperandDims
 
 
 def is_granular(quantizer: Any) -> bool:
-    """Whether ``quantizer`` has separate clips for parts of a tensor at its next call."""
+    """Whether the next call of ``quantizer`` has more than one clip per tensor."""
     return getattr(quantizer, "is_granular", False)

@@ -1,4 +1,4 @@
-"""The parameters of an attention module, and which tensors lie in their memory."""
+"""The parameters of an attention module, and which tensors share their memory."""
 
 from collections.abc import Collection
 
@@ -9,9 +9,9 @@ from ..._utils.torch_private import own_parameters, storage_id, view_base
 
 
 def split_parameters(attention: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The parameters that only the attention module's forward can multiply, and those of modules that it runs.
+    """The attention module's own parameters, and those of the modules that it calls.
 
-    The first are its own and those of containers without a forward, such as ``nn.ParameterList``.
+    Parameters of containers without a forward, such as ``nn.ParameterList``, count as its own.
     """
     own: list[Tensor] = []
     of_modules: list[Tensor] = []
@@ -26,9 +26,9 @@ def split_parameters(attention: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def overlaps(x: Tensor, others: Collection[Tensor]) -> bool:
-    """Whether ``x`` shares memory with one of ``others``, as their views do, also by ``.data``.
+    """Whether ``x`` shares memory with one of ``others``, as a view or through ``.data``.
 
-    In ``torch.compile``, where no tensor has memory, whether it is one of them or a view, not by ``.data``.
+    While ``torch.compile`` traces, tensors have no memory; then only ``others`` themselves and their views are found.
     """
     if not others:
         return False
@@ -37,9 +37,9 @@ def overlaps(x: Tensor, others: Collection[Tensor]) -> bool:
     try:
         storage = storage_id(x)
         near = [other for other in others if storage_id(other) == storage]
-    except NotImplementedError:  # tensors of some kinds, such as sparse ones, have no storage
+    except NotImplementedError:  # some tensors, such as sparse ones, have no storage
         return any(x is other for other in others)
-    # FSDP and ZeRO gather the parameters of several modules in one storage.
+    # With FSDP and ZeRO, parameters of several modules share one storage.
     return any(_begin(x) < _end(other) and _begin(other) < _end(x) for other in near)
 
 
@@ -54,6 +54,6 @@ def _begin(x: Tensor) -> int | torch.SymInt:
 
 
 def _end(x: Tensor) -> int | torch.SymInt:
-    """The byte after the last one, or ``_begin`` of an empty tensor."""
+    """Offset of the byte after the last one; ``_begin`` for an empty tensor."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return _begin(x) + (last + 1) * x.element_size() if x.numel() else _begin(x)

@@ -11,7 +11,7 @@ from .match_matmul import Function
 
 SOFTMAX: set[Function] = {torch.softmax, torch.special.softmax, Tensor.softmax, F.softmax}
 
-# Results that hold the values of the first argument, in another shape, place or dtype.
+# Functions whose result has the values of the first argument in another shape, order, device or dtype.
 _REARRANGING = (
     *("contiguous", "clone", "detach", "cpu", "cuda", "to", "type", "type_as", "float", "double", "half", "bfloat16"),
     *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"),
@@ -22,7 +22,7 @@ _REARRANGING = (
 
 
 def _functions(names: Iterable[str]) -> set[Function]:
-    """The methods and functions of these names."""
+    """The tensor methods and torch functions with these names."""
     owners: tuple[Any, ...] = (Tensor, torch)
     return {function for name in names for owner in owners if (function := getattr(owner, name, None))}
 
@@ -31,7 +31,7 @@ LOOKUPS = _functions(("__getitem__", "gather", "take_along_dim", "index_select",
 _KEEPING: set[Function] = {F.dropout, torch.dropout}
 _KEEPING |= LOOKUPS | _functions(_REARRANGING)
 _KEEPING |= {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")}
-# Functions that fill in or multiply with a number, which must not be negative -> where they take it.
+# Functions that fill in or multiply by a number, which must not be negative -> where they take it.
 _WITH_NUMBER: dict[Function, tuple[int, str]] = {
     **dict.fromkeys((torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_), (2, "value")),
     F.pad: (3, "value"),
@@ -44,7 +44,7 @@ _JOINING: set[Function] = {torch.cat, torch.concat, torch.stack}
 def keeps_values(
     function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], is_known: Callable[[Any], bool]
 ) -> bool:
-    """Whether a call's result has the values of known tensors, or zeros, or multiples by a number >= 0."""
+    """Whether a call's result has only values of known tensors, multiples of them by a number >= 0, and fill values."""
     if not args:
         return False
     if function in _JOINING:

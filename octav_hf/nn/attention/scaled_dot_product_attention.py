@@ -1,4 +1,4 @@
-"""Scaled dot-product attention with quantized operands of both matmuls."""
+"""Scaled dot-product attention whose matmuls have quantized operands."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,7 +32,7 @@ def quantized_scaled_dot_product_attention(
     Args:
         quantizers: functions or modules named ``query``, ``key``, ``probabilities`` and ``value``. Probabilities are
             quantized after dropout, as the operand of the second matmul. Granular quantizers get the contracted
-            dimension last, so the value as ``[..., heads, V, S]``.
+            dimension last, for example the value as ``[..., heads, V, S]``.
         query: ``[..., heads, L, E]``.
         key: ``[..., key heads, S, E]``.
         value: ``[..., key heads, S, V]``.
@@ -40,7 +40,7 @@ def quantized_scaled_dot_product_attention(
         dropout_p, is_causal, scale, enable_gqa: as in torch.
 
     Returns:
-        ``[..., heads, L, V]``; zero for a query that may attend to no key, as in torch.
+        ``[..., heads, L, V]``; zero for a query whose keys are all masked, as in torch.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     heads = query.shape[-3] if enable_gqa else None
@@ -56,8 +56,8 @@ def quantized_scaled_dot_product_attention(
 def attention_probabilities(
     scores: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout_p: float, dtype: torch.dtype
 ) -> Tensor:
-    """What the second matmul multiplies, in ``dtype``; the mask may be added to ``scores`` in place."""
-    mask = additive_mask(attn_mask, is_causal, scores)  # in place, which is safe for the backward pass
+    """The left operand of the second matmul, in ``dtype``; the mask may be added to ``scores`` in place."""
+    mask = additive_mask(attn_mask, is_causal, scores)
     probabilities = _softmax(scores) if mask is None else _masked_softmax(scores, mask)
     return nn.functional.dropout(probabilities.to(dtype), dropout_p)
 
@@ -67,27 +67,27 @@ def _softmax(scores: Tensor) -> Tensor:
 
 
 def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """The softmax of ``scores + mask``, with a row of zeros where the mask is minus infinity everywhere.
+    """The softmax of ``scores + mask``, with zeros in rows that are fully masked, where it would be NaN.
 
-    There the softmax would be NaN. In eager mode such a row may attend to its first key instead, so that it is 1 and
-    zeros, and the 1 is erased: without reading the mask's values on the host, and without another tensor of this size.
+    In eager mode, the mask of such a row is removed for its first key, so that the softmax is a 1 followed by zeros,
+    and the 1 is then overwritten. This needs neither a read on the host nor another tensor of this size.
     """
     if torch.compiler.is_compiling():
         return _fused_masked_softmax(scores, mask)
     blind = (mask == -torch.inf).all(dim=-1, keepdim=True)
     first = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.int64) == 0
     probabilities = _softmax(scores.add_(mask.masked_fill(blind & first, 0)))
-    # Hidden from autograd, which keeps this tensor: the gradient of 1 and zeros is zero, and so is that of zeros.
+    # .data hides the write from autograd, which has saved this tensor. Both rows have the gradient zero.
     if scores.shape[-1]:
         probabilities.data.narrow(-1, 0, 1).masked_fill_(blind, 0)
     return probabilities
 
 
 def _fused_masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """``_masked_softmax`` in the form of which a compiler makes the same loops as of a softmax without such rows.
+    """``_masked_softmax`` in a form that a compiler fuses like a plain softmax.
 
-    Their highest score, which the softmax needs anyway, tells them, where a flag with the shape of the mask would keep
-    the division from being fused with the sum. No gradient goes where nothing may be attended to, not even their NaN.
+    Fully masked rows are recognized by their highest score, which the softmax needs anyway; a flag computed from the
+    mask would prevent the fusion of division and sum. Masked positions get no gradient, not even the NaN of these rows.
     """
     scores = torch.where(mask == -torch.inf, -torch.inf, scores + mask)
     highest = scores.detach().amax(dim=-1, keepdim=True)
@@ -95,11 +95,11 @@ def _fused_masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def quantize_for_heads(quantizer: Quantize, x: Tensor, heads: int | None, dims: OperandDims, **codes: Any) -> Any:
-    """``x`` quantized, with its heads repeated to ``heads`` unless that is ``None``."""
+    """Quantize ``x``, and repeat its heads up to ``heads`` unless that is ``None``."""
     if heads is None:
         return quantize_operand(quantizer, x, dims, **codes)
     repeats = heads // x.shape[-3]
-    # Per-head clips are for repeated heads, because Transformers' models repeat them first if there is a mask.
+    # Clips per head are those of repeated heads, because Transformers' models repeat heads first if there is a mask.
     if is_granular(quantizer):
         return quantize_operand(quantizer, x.repeat_interleave(repeats, dim=-3), dims, **codes)
     quantized = quantizer(x, **codes)
@@ -109,7 +109,7 @@ def quantize_for_heads(quantizer: Quantize, x: Tensor, heads: int | None, dims: 
 
 
 def additive_mask(attn_mask: Tensor | None, is_causal: bool, like: Tensor) -> Tensor | None:
-    """The mask to add to ``like``, the scores, with minus infinity where nothing may be attended to."""
+    """The mask to add to the scores ``like``, with -inf at masked positions."""
     if is_causal:
         if attn_mask is not None:
             raise ValueError("scaled_dot_product_attention: pass either attn_mask or is_causal=True, not both")
