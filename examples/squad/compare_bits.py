@@ -1,12 +1,12 @@
 """Compare `octav_hf.suggest_bits` with one width for all modules, at equal bytes of the weights and equal operations.
 
-    python compare_bits.py --model_name_or_path runs/float --train_file data/train.json --validation_file data/choices.json \
-        --output_dir runs/bits --seeds 0 1 2
+    python compare_bits.py --model_name_or_path runs/float --train_file data/train.json \
+        --validation_file data/choices.json --output_dir runs/bits --seeds 0 1 2
 
-Each cell trains the same float model by `run_squad.py` with the clips and grids of `OctavConfig.accurate()`. Of the unit "bytes"
-weights alone are quantized, of "operations" activations too. The widths come from training batches. Each finished cell
-is a line of `results.jsonl`; started again, the script goes on with the cells that are missing. Arguments that it does
-not know go to `run_squad.py`.
+Each cell trains the same float model by `run_squad.py` with the clips and grids of `OctavConfig.accurate()`: of the
+unit "bytes" with quantized weights and float activations, of "operations" with both quantized. The suggested widths
+come from training batches. Each finished cell is a line of `results.jsonl`; started again, the script goes on with the
+cells that are missing. Arguments that it does not know go to `run_squad.py`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def run_cell(
     """Train and score one model."""
     begin = time.perf_counter()
     given = {argument.split("=")[0] for argument in passed_on}
-    recipe = [word for key, value in RECIPE_FROM_FLOAT.items() if f"--{key}" not in given for word in (f"--{key}", value)]
+    recipe = [
+        word for key, value in RECIPE_FROM_FLOAT.items() if f"--{key}" not in given for word in (f"--{key}", value)
+    ]
     config = octav_hf.OctavConfig.accurate(weight_bits=bits, activation_bits=bits if unit == "operations" else None)
     arguments = [*recipe, *passed_on, "--seed", str(seed), "--do_train", "--do_eval", *quantization(config)]
     arguments += ["--output_dir", str(options.output_dir / name)]
@@ -89,7 +91,14 @@ def run_cell(
     metrics = run_squad.main(arguments)
     cell = {"cell": name, "unit": unit, "bits": bits, "form": form, "seed": seed}
     seconds = time.perf_counter() - begin
-    return {**cell, "metrics": metrics, "suggestion": suggestion, "seconds": seconds, "arguments": arguments, **environment("1", 1)}
+    return {
+        **cell,
+        "metrics": metrics,
+        "suggestion": suggestion,
+        "seconds": seconds,
+        "arguments": arguments,
+        **environment("1", 1),
+    }
 
 
 def quantization(config: octav_hf.OctavConfig) -> list[str]:
@@ -125,10 +134,18 @@ def table(lines: list[Line]) -> str:
     rows = ["| equal | bits | seed | uniform F1 | suggested F1 | difference |", "|---|---:|---|---:|---:|---:|"]
     f1 = {(line["unit"], line["bits"], line["seed"], line["form"]): line["metrics"]["eval_f1"] for line in lines}
     for unit, bits in dict.fromkeys((unit, bits) for unit, bits, _, _ in f1):
-        seeds = [seed for seed in sorted({key[2] for key in f1}) if all((unit, bits, seed, form) in f1 for form in FORMS)]
+        seeds = [
+            seed for seed in sorted({key[2] for key in f1}) if all((unit, bits, seed, form) in f1 for form in FORMS)
+        ]
         pairs = [[f1[unit, bits, seed, form] for form in FORMS] for seed in seeds]
-        named = [*zip(seeds, pairs, strict=True), *([("mean", [statistics.mean(x) for x in zip(*pairs, strict=True)])] if pairs else [])]
-        rows += [f"| {unit} | {bits} | {seed} | {uniform:.2f} | {mixed:.2f} | {mixed - uniform:+.2f} |" for seed, (uniform, mixed) in named]
+        named = [
+            *zip(seeds, pairs, strict=True),
+            *([("mean", [statistics.mean(x) for x in zip(*pairs, strict=True)])] if pairs else []),
+        ]
+        rows += [
+            f"| {unit} | {bits} | {seed} | {uniform:.2f} | {mixed:.2f} | {mixed - uniform:+.2f} |"
+            for seed, (uniform, mixed) in named
+        ]
     return "\n".join(rows)
 
 

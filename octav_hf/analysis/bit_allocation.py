@@ -172,12 +172,10 @@ def suggest_bits(
 def _request_of(model: nn.Module) -> Request:
     kind = type(model).__name__
     if is_packed(model):
-        raise ValueError(f"suggest_bits: {kind} is packed, and its weights have their bits; call unpack_octav(model) first")
-    frozen = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, FakeQuantize) and module.is_frozen
-    ]
+        raise ValueError(
+            f"suggest_bits: {kind} is packed, and its weights have their bits; call unpack_octav(model) first"
+        )
+    frozen = [name for name, module in model.named_modules() if isinstance(module, FakeQuantize) and module.is_frozen]
     if frozen:
         raise ValueError(
             f"suggest_bits: clips of {kind} are frozen, which are for the bits that they were computed for "
@@ -186,7 +184,9 @@ def _request_of(model: nn.Module) -> Request:
         )
     config = model.__dict__.get("octav_config")
     if config is None:
-        raise ValueError(f"suggest_bits: apply_octav was not called on this {kind} but on a model inside; pass that one")
+        raise ValueError(
+            f"suggest_bits: apply_octav was not called on this {kind} but on a model inside; pass that one"
+        )
     return Request.of(model, config)
 
 
@@ -215,7 +215,9 @@ def _runs_of(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
 def _limit(blocks: Sequence[Block], budget: float, bits: Sequence[int], unit: str) -> int:
     """What the budget is in its unit."""
     if not isinstance(budget, int | float) or not bits[0] <= budget <= bits[-1]:
-        lowest, highest = (sum(_cost(block, [end] * len(block.widths)) for block in blocks) for end in (bits[0], bits[-1]))
+        lowest, highest = (
+            sum(_cost(block, [end] * len(block.widths)) for block in blocks) for end in (bits[0], bits[-1])
+        )
         raise ValueError(
             f"suggest_bits: budget is a number of bits from {bits[0]} ({lowest:,} {unit}) to {bits[-1]} ({highest:,} "
             f"{unit}), those to choose from; got {budget!r}"

@@ -47,7 +47,7 @@ def cheapest_errors(
             steps = -(-cost // step)
             totals[option, steps:] = best[: max(room + 1 - steps, 0)] + error[option]
         best, choice = totals.min(dim=0)
-        choices.append(choice.to(torch.uint8))  # kept for all blocks
+        choices.append(choice.to(torch.int16))  # kept for all blocks
     chosen = []
     for block, choice in zip(reversed(extra), reversed(choices), strict=True):
         option = int(choice[room])

@@ -42,9 +42,9 @@ class Divergence:
         with in_evaluation_mode(model), without_trace(model) as runnable:
             out = runnable(**batch)
         return {
-            n: v.double().masked_fill(batch["attention_mask"] == 0, -1e9).log_softmax(-1)
+            n: (v.double().masked_fill(batch["attention_mask"] == 0, -1e9) if n != "logits" else v.double()).log_softmax(-1)
             for n, v in out.items()
-            if n.endswith("_logits")
+            if n.endswith("_logits") or n == "logits"
         }
 
     def of_model(self) -> float:

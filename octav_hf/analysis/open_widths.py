@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -42,7 +43,9 @@ class Block:
 @contextmanager
 def with_bits(widths: Iterable[Width], bits: Iterable[int]) -> Iterator[None]:
     """Context in which the quantizers of ``widths`` have these ``bits``."""
-    quantizers = [(quantizer, number) for width, number in zip(widths, bits, strict=True) for quantizer in width.quantizers]
+    quantizers = [
+        (quantizer, number) for width, number in zip(widths, bits, strict=True) for quantizer in width.quantizers
+    ]
     before = [quantizer.num_bits for quantizer, _ in quantizers]
     try:
         for quantizer, number in quantizers:
@@ -66,7 +69,7 @@ class OpenWidths:
         for name, layer in self._layers():
             width = self._width([(name, layer)], "weight")
             if width is not None and layer not in shared:
-                yield Block((width,), lambda layer=layer: _packed_bytes(layer))
+                yield Block((width,), partial(_packed_bytes, layer))
 
     def of_operations(self, multiplications: Mapping[str, int]) -> Iterator[Block]:
         """A block for each layer and attention module that multiplied, with its bit operations.
@@ -85,7 +88,9 @@ class OpenWidths:
                 continue
             inputs = {name: self._width([(name, layer)], "input") for name, layer in running}
             open_inputs |= {name for name, width in inputs.items() if width is not None}
-            factors = [(multiplications[name], layer.weight_quantizer, layer.input_quantizer) for name, layer in running]
+            factors = [
+                (multiplications[name], layer.weight_quantizer, layer.input_quantizer) for name, layer in running
+            ]
             yield from _block([self._width(tied, "weight"), *inputs.values()], factors)
         for name, module in self._request.modules.items():
             inside = {
@@ -94,9 +99,10 @@ class OpenWidths:
                 if other.startswith(f"{name}.") and quantized_class_of(layer) and other not in self._request.left_out
             }
             if isinstance(module, QuantizedAttention) and multiplications.get(name) and inside <= open_inputs:
-                query, key = module.query_quantizer, module.key_quantizer
-                width = self._width([(name, module)], *module.operand_quantizers)
-                yield from _block([width], [(multiplications[name], query, key)])
+                # All four operands have the same bits.
+                quantizers = module.operand_quantizers
+                width = self._width([(name, module)], *quantizers)
+                yield from _block([width], [(multiplications[name], quantizers["query"], quantizers["key"])])
 
     def _layers(self) -> Iterator[tuple[str, Any]]:
         return ((name, module) for name, module in self._request.modules.items() if isinstance(module, QuantizedLayer))
