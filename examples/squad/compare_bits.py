@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before an installed octav_hf of another version
 
 import run_squad
+import torch
 from reporting.run_environment import environment
 from squad_study.record import Line, append_line, read_lines
 from squad_task.dataset import sample
@@ -41,11 +42,15 @@ def main(argv: list[str] | None = None) -> list[Line]:
     """Run what is missing, print the table, and return the lines of the results file."""
     options, passed_on = parse_arguments(argv)
     results = options.output_dir / "results.jsonl"
-    finished = {line["cell"] for line in read_lines(results)}
     for seed, unit, bits, form in itertools.product(options.seeds, options.units, options.bits, FORMS):
+        lines = read_lines(results)
         name = f"{unit}-{bits}-{form}-seed{seed}"
-        if name not in finished:
-            line = run_cell(options, passed_on, name, unit, bits, form, seed)
+        if name not in {line["cell"] for line in lines}:
+            # of the float model, which is the same for all seeds
+            known = [
+                line["suggestion"] for line in lines if (line["unit"], line["bits"], line["form"]) == (unit, bits, form)
+            ]
+            line = run_cell(options, passed_on, name, unit, bits, form, seed, known[0] if known else None)
             append_line(results, line)
             print(f"== {name}: F1 {line['metrics']['eval_f1']:.2f}, {line['seconds']:.0f} s", flush=True)
     lines = read_lines(results)
@@ -65,9 +70,16 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
 
 
 def run_cell(
-    options: argparse.Namespace, passed_on: list[str], name: str, unit: str, bits: int, form: str, seed: int
+    options: argparse.Namespace,
+    passed_on: list[str],
+    name: str,
+    unit: str,
+    bits: int,
+    form: str,
+    seed: int,
+    suggestion: dict[str, Any] | None,
 ) -> Line:
-    """Train and score one model."""
+    """Train and score one model, with the `suggestion` of another seed if there is one."""
     begin = time.perf_counter()
     given = {argument.split("=")[0] for argument in passed_on}
     recipe = [
@@ -76,28 +88,21 @@ def run_cell(
     config = octav_hf.OctavConfig.accurate(weight_bits=bits, activation_bits=bits if unit == "operations" else None)
     arguments = [*recipe, *passed_on, "--seed", str(seed), "--do_train", "--do_eval", *quantization(config)]
     arguments += ["--output_dir", str(options.output_dir / name)]
-    suggestion: dict[str, Any] = {}
     if form == "suggested":
-        suggested = suggest(arguments, config, options.batches, bits, unit)
-        print(suggested, flush=True)
-        arguments += ["--module_overrides", json.dumps(suggested)]
-        suggestion = {
-            "cost": suggested.cost,
-            "budget": suggested.budget,
-            "divergence": suggested.divergence,
-            "divergence_uniform": suggested.divergence_before,
-            "bits": {f"{module} {field}": number for (module, field), number in suggested.chosen.items()},
-        }
+        suggestion = suggestion or suggest(arguments, config, options.batches, bits, unit)
+        arguments += ["--module_overrides", json.dumps(suggestion["module_overrides"])]
     metrics = run_squad.main(arguments)
-    cell = {"cell": name, "unit": unit, "bits": bits, "form": form, "seed": seed}
-    seconds = time.perf_counter() - begin
     return {
-        **cell,
+        "cell": name,
+        "unit": unit,
+        "bits": bits,
+        "form": form,
+        "seed": seed,
         "metrics": metrics,
         "suggestion": suggestion,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - begin,
         "arguments": arguments,
-        **environment("1", 1),
+        **environment(torch.get_num_threads()),
     }
 
 
@@ -112,10 +117,8 @@ def quantization(config: octav_hf.OctavConfig) -> list[str]:
     return words
 
 
-def suggest(
-    arguments: list[str], config: octav_hf.OctavConfig, count: int, budget: int, unit: str
-) -> octav_hf.analysis.bit_allocation.BitSuggestion:
-    """The widths for the model that training starts from, by `count` batches of its training questions."""
+def suggest(arguments: list[str], config: octav_hf.OctavConfig, count: int, budget: int, unit: str) -> dict[str, Any]:
+    """What `suggest_bits` says of the model that training starts from, by `count` batches of its training questions."""
     model_args, data_args, _, _, training_args = run_squad.parse_arguments(arguments)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     questions = sample(data_args.load("train"), data_args.max_train_samples, training_args.seed)
@@ -126,7 +129,17 @@ def suggest(
     }
     model = AutoModelForQuestionAnswering.from_pretrained(model_args.model_name_or_path)
     octav_hf.apply_octav(model, config)
-    return octav_hf.suggest_bits(model, run_squad.random_batches(parts, count), budget=budget, unit=unit)
+    begin = time.perf_counter()
+    suggested = octav_hf.suggest_bits(model, run_squad.random_batches(parts, count), budget=budget, unit=unit)
+    print(suggested, flush=True)
+    return {
+        "module_overrides": suggested,
+        "cost": suggested.cost,
+        "budget": suggested.budget,
+        "divergence": suggested.divergence,
+        "divergence_uniform": suggested.divergence_before,
+        "seconds": time.perf_counter() - begin,
+    }
 
 
 def table(lines: list[Line]) -> str:
