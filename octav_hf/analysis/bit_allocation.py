@@ -7,18 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .._utils.forward_pass import Batch, check_batch, device_of, on_device
+from .._utils.forward_pass import Batch
 from .._utils.progress import progress
 from .._utils.text_table import aligned
-from ..conversion.record import check_quantized, is_packed
 from ..conversion.request import Request
 from ..functional.grid import MAX_BITS, MIN_BITS
 from ..nn import FakeQuantize
+from .divergence import FloatOutputs
 from .knapsack import cheapest_errors
-from .measure_tmp import Divergence, only
 from .open_widths import Block, OpenWidths, Width, multiplications, with_bits
+from .simulated import check_has_float_weights
+from .switching import in_float
 
 UNITS = ("bytes", "operations")
 
@@ -123,14 +124,16 @@ def suggest_bits(
         ValueError: the model is not quantized by ``apply_octav``, packed, or has frozen clips; an argument is
             impossible; or nothing is left to choose.
     """
-    check_quantized(model, "suggest_bits")
+    check_has_float_weights(model, "suggest_bits")
     request = _request_of(model)
     widths_allowed = _check_bits(bits)
     if unit not in UNITS:
         raise ValueError(f"suggest_bits: unit must be 'bytes' or 'operations', got {unit!r}")
-    runs = _runs_of(model, batches)
+    outputs = FloatOutputs(model, batches, teacher, "suggest_bits")
     choosable = OpenWidths(request)
-    found = choosable.of_bytes() if unit == "bytes" else choosable.of_operations(multiplications(model, runs))
+    found = (
+        choosable.of_bytes() if unit == "bytes" else choosable.of_operations(multiplications(model, outputs.batches))
+    )
     blocks = list(found)
     if not blocks:
         raise ValueError(
@@ -138,13 +141,17 @@ def suggest_bits(
             "by weight_bits and activation_bits rather than by module_overrides, which are kept"
         )
     limit = _limit(blocks, budget, widths_allowed, unit)
-    divergence = Divergence(model, runs, teacher)
-    before = divergence.of_model()
+    before = outputs.divergence_of(model)
     widths = [width for block in blocks for width in block.widths]
     measured: dict[Width, dict[int, float]] = {}
+
+    def divergence_at(widths: Iterable[Width], bits: Iterable[int]) -> float:
+        with with_bits(widths, bits):
+            return outputs.divergence_of(model)
+
     for width in progress(widths, "measuring sensitivity to bits"):
-        with only(model, width.quantizers):
-            measured[width] = {number: _at(divergence, [width], [number]) for number in widths_allowed}
+        with in_float(model, but=width.quantizers):
+            measured[width] = {number: divergence_at([width], [number]) for number in widths_allowed}
     options = [list(product(widths_allowed, repeat=len(block.widths))) for block in blocks]
     costs = [[_cost(block, option) for option in its] for block, its in zip(blocks, options, strict=True)]
     errors = [
@@ -162,7 +169,7 @@ def suggest_bits(
         unit=unit,
         cost=sum(its[index] for its, index in zip(costs, best, strict=True)),
         budget=limit,
-        divergence=_at(divergence, list(chosen), list(chosen.values())),
+        divergence=divergence_at(chosen.keys(), chosen.values()),
         divergence_before=before,
         sensitivity={setting: measured[width] for width in widths for setting in width.settings},
         chosen={setting: number for width, number in chosen.items() for setting in width.settings},
@@ -171,10 +178,6 @@ def suggest_bits(
 
 def _request_of(model: nn.Module) -> Request:
     kind = type(model).__name__
-    if is_packed(model):
-        raise ValueError(
-            f"suggest_bits: {kind} is packed, and its weights have their bits; call unpack_octav(model) first"
-        )
     frozen = [name for name, module in model.named_modules() if isinstance(module, FakeQuantize) and module.is_frozen]
     if frozen:
         raise ValueError(
@@ -197,21 +200,6 @@ def _check_bits(bits: Sequence[int]) -> list[int]:
     return numbers
 
 
-def _runs_of(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
-    if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"suggest_bits takes an iterable of batches, such as a list, got {type(batches).__name__}; write [batch] "
-            "for a single batch"
-        )
-    device, runs = device_of(model), []
-    for number, batch in enumerate(batches, 1):
-        check_batch(batch, f"suggest_bits takes a list of batches, and each (here number {number}) is")
-        runs.append(on_device(batch, device))
-    if not runs:
-        raise ValueError("suggest_bits got no batch, so there is nothing to measure with; pass at least one")
-    return runs
-
-
 def _limit(blocks: Sequence[Block], budget: float, bits: Sequence[int], unit: str) -> int:
     """What the budget is in its unit."""
     if not isinstance(budget, int | float) or not bits[0] <= budget <= bits[-1]:
@@ -232,11 +220,6 @@ def _limit(blocks: Sequence[Block], budget: float, bits: Sequence[int], unit: st
 def _cost(block: Block, bits: Sequence[int]) -> int:
     with with_bits(block.widths, bits):
         return block.cost()
-
-
-def _at(divergence: Divergence, widths: Sequence[Width], bits: Sequence[int]) -> float:
-    with with_bits(widths, bits):
-        return divergence.of_model()
 
 
 def _overrides(request: Request, chosen: Mapping[Width, int]) -> dict[str, dict[str, Any]]:

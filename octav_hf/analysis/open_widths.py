@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .._utils.forward_pass import Batch, run_batch, without_trace
+from .._utils.forward_pass import Batch, run_batches
 from .._utils.name_patterns import NamePatterns
 from .._utils.torch_private import own_parameters
 from ..conversion.modules import shared_weights
@@ -125,10 +125,9 @@ class OpenWidths:
 
 def multiplications(model: nn.Module, batches: Iterable[Batch]) -> dict[str, int]:
     """Full name -> multiply-accumulates of each layer and attention module in the forward passes of ``batches``."""
-    with without_trace(model) as runnable, FlopCounterMode(display=False) as counter:
-        for batch in batches:
-            run_batch(runnable, batch)
-    root = type(runnable).__name__
+    with FlopCounterMode(display=False) as counter:
+        run_batches(model, batches, "multiplications", None)
+    root = type(model).__name__
     counted = {
         name: sum(operations.values()) // 2  # a multiplication and an addition
         for name, operations in counter.get_flop_counts().items()

@@ -294,6 +294,6 @@ def test_impossible_models(bert: BertForQuestionAnswering, batch: dict[str, Tens
     refused(nn.ModuleDict({"inner": model}), "on a model inside; pass that one")
     frozen = octav_hf.calibrate_octav(copy.deepcopy(model), [batch])
     refused(frozen, r"frozen.*call uncalibrate_octav\(model\) first")
-    refused(octav_hf.pack_octav(model), r"packed.*call unpack_octav\(model\) first")
+    refused(octav_hf.pack_octav(model), "packed.*analyse the model before pack_octav")
     overridden = OctavConfig(module_overrides={name: {"weight_bits": 4} for name in LAYERS})
     refused(apply_octav(bert, overridden), "leaves no bits to choose for unit='bytes'")
