@@ -100,7 +100,7 @@ def squared_errors(x: torch.Tensor, clips: torch.Tensor, bits: int, signed: bool
 
 
 def speed(device: torch.device, quick: bool) -> Iterator[Row]:
-    """Time of clips, and their bandwidth (bytes read) as a share of the bandwidth of a copy (bytes read and written)."""
+    """Time of clips, and their bandwidth (bytes read) as a share of a copy's (bytes read and written)."""
     size = 48 if quick else 384
     cases = {
         "probabilities 8x12x384x384": ((8, 12, size, size), None, False, (torch.float32, torch.bfloat16)),

@@ -173,7 +173,7 @@ def test_every_allocation_names_its_device_and_dtype() -> None:
 @pytest.mark.parametrize("shape", [(), (64, 1)], ids=["one clip", "a clip per row"])
 def test_a_clip_on_another_device_is_refused(shape: tuple[int, ...]) -> None:
     x, clip = torch.randn(64, 1024), torch.ones(shape, device="meta")
-    with pytest.raises(ValueError, match=r"clip of shape .* is on meta, and x of shape \(64, 1024\) on cpu"):
+    with pytest.raises(ValueError, match=r"clip of shape .* is on meta, but x of shape \(64, 1024\) is on cpu"):
         fake_quantize(x, clip, 4)
 
 

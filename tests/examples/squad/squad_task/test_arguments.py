@@ -144,10 +144,12 @@ def test_folder_in_use_is_reported_before_anything_is_loaded(tmp_path: Path) -> 
 def test_a_checkpoint_that_is_not_whole_is_reported_before_anything_is_loaded(tmp_path: Path) -> None:
     words = ["--model_name_or_path", "nowhere", "--train_file", "none", "--output_dir", str(tmp_path), "--do_train"]
     folder = tmp_path / "checkpoint-2"
-    with pytest.raises(ValueError, match="checkpoint-2 is no checkpoint: there is no such folder.*last"):
+    with pytest.raises(ValueError, match="checkpoint-2 is not a checkpoint: there is no such folder.*last"):
         main([*words, "--resume_from_checkpoint", str(folder)])
     folder.mkdir()
-    with pytest.raises(ValueError, match="checkpoint-2 is not a whole checkpoint: trainer_state.json is missing.*last"):
+    with pytest.raises(
+        ValueError, match="checkpoint-2 is not a complete checkpoint: trainer_state.json is missing.*last"
+    ):
         main([*words, "--resume_from_checkpoint", str(folder)])
 
 
