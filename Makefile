@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo study test test-fast versions
+.PHONY: setup demo study docs test test-fast versions
 
 setup: $(VENV)/ready
 
@@ -24,10 +24,15 @@ study: setup
 		--cells fp32 dynamic-octav:4 dynamic-max:4 static-octav:4 static-percentile99.9:4 dynamic-octav-ste:4 \
 		--max_train_samples 96 --max_eval_samples 48 --num_train_epochs 1 --logging_steps 2
 
+# The documentation as HTML: docs/_build/index.html. Warnings, such as a link that leads nowhere, are errors.
+docs: setup
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build
+
 # A file goes to one worker, which makes once what its tests share; conftest.py sorts files with long tests to the front.
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Lint, format, types, tests; and which of these were the slowest.
+# Lint, format, types, tests, and which of these were the slowest. The documentation with its code, the notebook and the
+# wheel are tests.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -14,7 +14,7 @@ from .coverage.report import CoverageReport, coverage_report
 from .hub.model_card import model_card
 from .hub.training_run import TrainingRun
 from .inference.convert import convert_octav
-from .integrations import OctavQuantizer
+from .integrations import OctavCallback, OctavQuantizer
 from .packing.pack import pack_octav, unpack_octav
 from .static_clips.activations import calibrating
 from .static_clips.calibrate import calibrate_octav, uncalibrate_octav
@@ -28,6 +28,7 @@ __all__ = [
     "CoverageReport",
     "FloatOperand",
     "LayerError",
+    "OctavCallback",
     "OctavConfig",
     "OctavQuantizer",
     "TrainingRun",

@@ -1,8 +1,10 @@
 """What several tests share: small random models, the real SQuAD files, and an environment without network."""
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # For the processes that tests start; ``one_thread`` says why. OpenMP reads it when it is loaded.
@@ -25,8 +27,12 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
 ROOT = Path(__file__).parent.parent
 SHARED_SQUAD = ROOT.parent / "shared" / "squad"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def pytest_report_header() -> str:
@@ -35,16 +41,22 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs the real SQuAD files where they are not there, and put files with slow tests first.
+    """Skip what needs the real SQuAD files or Chromium where they are missing, and put files with slow tests first.
 
-    So no worker is left with a long one when the other is done.
+    So no worker is left with a long one when the other is done. With ``CI`` in the environment a missing browser is
+    not a reason to skip: the tests fail.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    missing = {}
     if not SHARED_SQUAD.is_dir():
-        for item in items:
-            if item.get_closest_marker("needs_shared"):
-                item.add_marker(pytest.mark.skip(reason=f"the real SQuAD files are not at {SHARED_SQUAD}"))
+        missing["needs_shared"] = f"the real SQuAD files are not at {SHARED_SQUAD}"
+    if CHROMIUM is None and "CI" not in os.environ:
+        missing["needs_browser"] = "Chromium is not installed (Debian: apt-get install chromium)"
+    for item in items:
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,6 +69,21 @@ def one_thread() -> None:
 def shared_squad() -> Path:
     """The folder of the real SQuAD files; for tests marked ``needs_shared``."""
     return SHARED_SQUAD
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """A headless Chromium without network services of its own; for tests marked ``needs_browser``."""
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM, "tests marked needs_browser need Chromium where CI is set (Debian: apt-get install chromium)"
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, chromium_sandbox=False, args=[*quiet, "--disable-gpu", "--disable-quic"]
+        )
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

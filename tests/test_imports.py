@@ -23,6 +23,7 @@ LAYERS = (
     ("coverage",),
     ("inference",),
     ("training", "hub"),
+    ("analysis",),
     ("export",),
     ("integrations", "cli"),
     ("__init__",),

@@ -1,12 +1,13 @@
-"""Run a model on a batch without changing the model."""
+"""Run a model on batches without changing the model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .progress import progress
 from .torch_private import tree_map, uncompiled
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
@@ -39,11 +40,48 @@ def on_device(batch: Batch, device: torch.device | None) -> Batch:
     return tree_map(move, batch)
 
 
-def run_batch(model: nn.Module, batch: Batch) -> None:
+def run_batch(model: nn.Module, batch: Batch) -> Any:
+    """The output of ``model`` for ``batch``."""
     if isinstance(batch, Mapping):
-        model(**batch)
-    else:
-        model(*((batch,) if isinstance(batch, Tensor) else batch))
+        return model(**batch)
+    return model(*((batch,) if isinstance(batch, Tensor) else batch))
+
+
+def run_batches(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    function: str,
+    description: str | None,
+    take: Callable[[Batch, Any], None] | None = None,
+) -> None:
+    """Run the model on each batch, moved to its device, in evaluation mode, without gradients and compilation.
+
+    Mode, buffers and random state are restored.
+
+    Args:
+        function: name of the public function that this is for, with which errors begin.
+        description: for the progress bar; ``None`` for none.
+        take: gets each batch, on the model's device, and the output.
+
+    Raises:
+        TypeError: ``batches`` is no iterable of ``Batch``.
+        ValueError: there is no batch.
+    """
+    if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{function} takes an iterable of batches, such as a DataLoader, got {type(batches).__name__}; write "
+            "[batch] for a single batch"
+        )
+    device, number = device_of(model), 0
+    with in_evaluation_mode(model), without_trace(model) as runnable:
+        for number, batch in enumerate(batches if description is None else progress(batches, description), 1):
+            check_batch(batch, f"{function} takes a list of batches, and each (here number {number}) is")
+            moved = on_device(batch, device)
+            output = run_batch(runnable, moved)
+            if take is not None:
+                take(moved, output)
+    if number == 0:
+        raise ValueError(f"{function} got no batch, so there is nothing to measure; pass at least one")
 
 
 @contextmanager

@@ -109,3 +109,18 @@ def add_trainer_callback(callback: type[TrainerCallback]) -> None:
         initialize(self, [*callbacks, callback], *args, **kwargs)
 
     CallbackHandler.__init__ = __init__  # type: ignore[method-assign]
+
+
+def call_before_others(callback: type[TrainerCallback]) -> None:
+    """Have Trainer call callbacks of a class before all others, such as those that report what it adds to the logs.
+
+    Trainer puts a user's callbacks behind its own, and documents no way to add to the logs but a subclass of it.
+    """
+    add_callback = CallbackHandler.add_callback
+
+    @functools.wraps(add_callback)
+    def add_in_order(self: CallbackHandler, added: Any) -> None:
+        add_callback(self, added)
+        self.callbacks.sort(key=lambda each: not isinstance(each, callback))
+
+    CallbackHandler.add_callback = add_in_order  # type: ignore[method-assign]

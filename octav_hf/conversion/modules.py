@@ -31,29 +31,26 @@ def transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
         yield from transformers_models(child)
 
 
-def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]]:
-    """Full name of the module, operand and quantizer, for every quantized activation."""
+def operand_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]]:
+    """Full name of the module, operand and quantizer, for every quantized operand."""
     for path, module in model.named_modules():
-        if isinstance(module, QuantizedAttention):
-            quantizers = module.operand_quantizers
-        elif isinstance(module, QuantizedLayer):
-            operands = [operand for operand in module.operands if operand != "weight"]
-            quantizers = {operand: getattr(module, f"{operand}_quantizer") for operand in operands}
-        else:
-            continue
-        for operand, quantizer in quantizers.items():
-            if isinstance(quantizer, FakeQuantize):
-                yield path, operand, quantizer
+        if isinstance(module, QuantizedLayer | QuantizedAttention):
+            for operand, quantizer in module.operand_quantizers.items():
+                if isinstance(quantizer, FakeQuantize):
+                    yield path, operand, quantizer
+
+
+def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]]:
+    """The same for every quantized activation."""
+    return (found for found in operand_quantizers(model) if found[1] != "weight")
 
 
 def check_no_groups(model: nn.Module, operation: str) -> None:
     """Raise ``NotImplementedError`` if an operand has clips for groups, which ``operation`` does not support."""
     found = [
         f"{path} {operand}"
-        for path, module in model.named_modules()
-        if isinstance(module, QuantizedAttention | QuantizedLayer)
-        for operand, quantizer in module.operand_quantizers.items()
-        if isinstance(quantizer, FakeQuantize) and quantizer.active_groups is not None
+        for path, operand, quantizer in operand_quantizers(model)
+        if quantizer.active_groups is not None
     ]
     if found:
         names = ", ".join(found[:_MAX_NAMES]) + (f" and {len(found) - _MAX_NAMES} more" * (len(found) > _MAX_NAMES))

@@ -47,8 +47,10 @@ class RecordedQuantizer(FakeQuantize):
         quantizer.steps = steps.tolist() if steps.dim() == 1 else []
         quantizer.start = 0.0 if frozen.offset is None else float(frozen.offset)
 
-    def forward(self, x: Tensor, call_index: int = 0, codes: torch.dtype | None = None) -> Any:
+    def forward(self, x: Tensor, call_index: int = 0, codes: torch.dtype | None = None, known: Any = None) -> Any:
         """As ``FakeQuantize.forward``; codes are int8, or uint8 counted from the lowest integer."""
+        if known is not None:
+            return known
         quantized = self._quantize(x - self.start if self.start else x, call_index)
         if codes is not None:
             return quantized

@@ -2,7 +2,8 @@
 
 from .feature_steps import FeatureSteps
 from .saving import save_pretrained
+from .trainer_callback import OctavCallback
 from .transformers_conv1d import QuantizedTransformersConv1D
 from .transformers_quantizer import OctavQuantizer
 
-__all__ = ["FeatureSteps", "OctavQuantizer", "QuantizedTransformersConv1D", "save_pretrained"]
+__all__ = ["FeatureSteps", "OctavCallback", "OctavQuantizer", "QuantizedTransformersConv1D", "save_pretrained"]

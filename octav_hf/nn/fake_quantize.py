@@ -258,6 +258,11 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
             dim = tuple(range(1 if x.dim() > 2 else 0, x.dim()))
         return Groups(size, dim).clips(x, rule)
 
+    def grid_of(self, x: Tensor, call_index: int = 0) -> Grid:
+        """The grid that ``forward`` rounds ``x`` to; arguments and errors are those of ``forward``."""
+        frozen = self.active_frozen_clips
+        return self.dynamic_grid(x) if frozen is None else self._frozen_grid(frozen, x, call_index)
+
     @outside_function_modes
     def dynamic_grid(self, x: Tensor) -> Grid:
         """The grid for ``x``, computed from its values without reading them on the host."""
@@ -279,7 +284,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         clip_from_offset = self.compute_clip(minus_offset(x, offset, skip), False, skip=skip)
         return Grid(negative & stays, torch.where(shifted, clip_from_offset, clip), offset)
 
-    def forward(self, x: Tensor, call_index: int = 0, codes: torch.dtype | None = None) -> Any:
+    def forward(self, x: Tensor, call_index: int = 0, codes: torch.dtype | None = None, known: Any = None) -> Any:
         """Quantize and dequantize ``x``; the result has the same shape and dtype.
 
         Args:
@@ -287,20 +292,21 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
             call_index: index of this matmul of the operand in one forward pass of its module. Each has its own frozen
                 clip.
             codes: if given, return ``Codes`` of this dtype instead.
+            known: the result, if a quantizer with the same ``cache_key`` has already computed it for ``x``; it is
+                returned as it is, and forward hooks run as usual.
 
         Raises:
             ValueError: ``x`` has no clip, or needs frozen clips of another shape; the message contains ``name``.
             RuntimeError: the call is recorded by ``torch.jit.trace`` or ``torch.fx``, or by ``torch.export`` with a
                 dynamic clip; or codes are requested for an ``x`` that requires a gradient.
         """
+        if known is not None:
+            return known
         frozen = self.active_frozen_clips
         refuse_recording(self, x, dynamic=frozen is None)
-        if frozen is not None:
-            grid = self._frozen_grid(frozen, x, call_index)
-        else:
-            grid = self.dynamic_grid(x)
-            if self.observer is not None:
-                self.observer.observe(x, call_index, grid)
+        grid = self.grid_of(x, call_index)
+        if self.observer is not None:
+            self.observer.observe(x, call_index, grid)
         if codes is None:
             return self._round(x, grid, learns=frozen is not None and grid.clip.requires_grad)
         if self.active_groups is not None:

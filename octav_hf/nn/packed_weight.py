@@ -101,7 +101,7 @@ class PackedWeight(FakeQuantize):
         like = torch.empty(self.shape, dtype=self.dtype, device="meta")
         self.register_parameter(_GUARD, PackedGuard.of(self.name, like, self.packed_data.device))
 
-    def forward(self, x: Tensor, call_index: int = 0, codes: torch.dtype | None = None) -> Tensor:
+    def forward(self, x: Tensor, call_index: int = 0, codes: torch.dtype | None = None, known: Any = None) -> Any:
         """The weight if ``x`` is ``tensor``; its rows if ``x`` holds indices. ``RuntimeError`` while being traced."""
         refuse_recording(self, x, dynamic=False)
         if not x.is_floating_point():

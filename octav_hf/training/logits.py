@@ -14,6 +14,16 @@ from .padding import decoder_mask, has_decoder, mask_of
 TOKEN_LOGITS = ("start_logits", "end_logits")
 
 
+_OTHER_PROBLEMS = ("regression", "multi_label_classification")
+
+
+def class_logits(model: nn.Module, output: Any) -> dict[str, Tensor]:
+    """The logits by field of an output, of two or more classes of which one is right; empty if it has no such."""
+    if not isinstance(output, ModelOutput) or _problem_type(model) in _OTHER_PROBLEMS:
+        return {}
+    return {field: values for field, values in _by_field(output).items() if _is_of_classes(field, values)}
+
+
 def logits_of(model: nn.Module, output: Any, name: str) -> dict[str, Tensor]:
     """The logits of an output by field; errors call the model ``name``.
 
@@ -26,15 +36,13 @@ def logits_of(model: nn.Module, output: Any, name: str) -> dict[str, Tensor]:
             f"distill needs the logits by name: {name} must return a ModelOutput, not {type(output).__name__}; remove "
             "return_dict=False from the call and the config"
         )
-    fields_of_logits = (field for field in output if field == "logits" or field.endswith("_logits"))
-    found = {field: output[field] for field in fields_of_logits if isinstance(output[field], Tensor)}
+    found = _by_field(output)
     if not found:
         raise ValueError(f"distill needs logits, but the output of {name} has only: {', '.join(output)}")
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    if problem in ("regression", "multi_label_classification"):
-        raise ValueError(f"distill compares probabilities of classes, but {name} is for {problem}")
+    if _problem_type(model) in _OTHER_PROBLEMS:
+        raise ValueError(f"distill compares probabilities of classes, but {name} is for {_problem_type(model)}")
     for field, values in found.items():
-        if values.ndim < 2 or (values.shape[-1] < 2 and field not in TOKEN_LOGITS):
+        if not _is_of_classes(field, values):
             raise ValueError(
                 f"distill compares probabilities of classes, but {field} of {name}, of shape {tuple(values.shape)}, "
                 "have fewer than two classes"
@@ -59,6 +67,19 @@ def logit_loss(
         mask = mask_of(mask, (*values.shape[:1], *tokens), values)
         losses.append(_divergence(targets[field].to(values.device), values, temperature, over_tokens, mask))
     return torch.stack(losses).mean()
+
+
+def _by_field(output: ModelOutput) -> dict[str, Tensor]:
+    fields = (field for field in output if field == "logits" or field.endswith("_logits"))
+    return {field: output[field] for field in fields if isinstance(output[field], Tensor)}
+
+
+def _is_of_classes(field: str, values: Tensor) -> bool:
+    return values.ndim >= 2 and (values.shape[-1] >= 2 or field in TOKEN_LOGITS)
+
+
+def _problem_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "problem_type", None)
 
 
 def _divergence(teacher: Tensor, student: Tensor, temperature: float, over_tokens: bool, mask: Tensor | None) -> Tensor:

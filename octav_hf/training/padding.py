@@ -15,7 +15,7 @@ def inputs_by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     parameters = inspect.signature(model.forward).parameters.values()
     names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     if len(args) > len(names):
-        raise TypeError(f"{type(model).__name__} is distilled: pass its inputs by keyword, such as input_ids=ids")
+        raise TypeError(f"{type(model).__name__}.forward names no such inputs: pass them by keyword: input_ids=ids")
     return dict(zip(names, args, strict=False)) | kwargs
 
 

@@ -69,14 +69,18 @@ def test_inference_mode() -> None:
 def test_query_key_and_value_of_a_model_share(small_bert, padded_batch: dict) -> None:
     """Seven operands a layer are quantized instead of nine; gradients are those of the model without sharing."""
     model = apply_octav(small_bert(), OctavConfig())
-    calls: list[str] = []
+    calls: list[tuple[str, bool]] = []
     inputs = [(n, m) for n, m in model.named_modules() if isinstance(m, FakeQuantize) and n.endswith("input_quantizer")]
     for name, quantizer in inputs:
-        quantizer.register_forward_hook(lambda module, args, output, name=name: calls.append(name))
+        quantizer.register_forward_hook(
+            lambda module, args, kwargs, output, name=name: calls.append((name, "known" in kwargs)), with_kwargs=True
+        )
     output = model(**padded_batch)
     (output.start_logits.sum() + output.end_logits.square().sum()).backward()
-    assert len([name for name in calls if ".attention.self." in name]) == 2
-    assert len(calls) == 2 * 4 + 1
+    assert len(calls) == len(inputs) == 2 * 6 + 1  # hooks run for all of them
+    computed = [name for name, is_known in calls if not is_known]
+    assert len([name for name in computed if ".attention.self." in name]) == 2
+    assert len(computed) == 2 * 4 + 1
 
     alone = apply_octav(small_bert(), OctavConfig())
     for module in alone.modules():

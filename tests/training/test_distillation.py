@@ -459,5 +459,5 @@ def test_replicas_and_unnamed_inputs_are_refused(padded_batch: dict) -> None:
             return self.inside(*inputs)
 
     distill(wrapped := Wrapped(), make(TOKENS, seed=1))
-    with pytest.raises(TypeError, match="Wrapped is distilled: pass its inputs by keyword"):
+    with pytest.raises(TypeError, match="Wrapped.forward names no such inputs: pass them by keyword"):
         wrapped(padded_batch["input_ids"])

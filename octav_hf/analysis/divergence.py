@@ -1,0 +1,100 @@
+"""How far a model's outputs are from the float model's."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.forward_pass import Batch, run_batches
+from .._utils.torch_private import tree_leaves
+from ..training.logits import class_logits, logit_loss
+from ..training.padding import inputs_by_name, mask_of
+from .simulated import check_has_float_weights
+from .switching import in_float
+
+_OTHER = "output"  # in the place of logits
+
+
+class FloatOutputs:
+    """The float model's outputs for some batches, to compare a quantized model's with.
+
+    The divergence of logits (fields ``logits``, ``start_logits``, …) is ``KL(float || quantized)`` in nats, over their
+    last dimension: the mean over the batches' sequences, of each of these the mean over its other dimensions and the
+    fields. Padding is left out as in ``distill``. KL measures what the softmax, and so the answer, makes of the error:
+    the same error in a logit counts where the class has a chance, and not where it has none. It needs no labels. Models
+    without such logits (a base model, regression, several labels) have the relative squared error
+    ``sum((y - f)²) / sum(f²)`` of their first output instead, without padding tokens.
+
+    Args:
+        model: quantized, and neither packed nor converted to multiply integers.
+        batches: as for ``calibrate_octav``; they are kept.
+        teacher: the float model; ``None``: ``model`` with all its quantizers turned off.
+        function: the public function that this is for, with whose name errors begin.
+
+    Raises:
+        TypeError, ValueError: the model or the batches are none of these.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Batch], teacher: nn.Module | None, function: str):
+        check_has_float_weights(model, function)
+        is_list = isinstance(batches, Iterable) and not isinstance(batches, Mapping | Tensor)
+        self._batches: Any = list(batches) if is_list else batches  # run_batches refuses what is none
+        self._function = function
+        self._outputs: list[dict[str, Tensor]] = []
+        source = model if teacher is None else teacher
+
+        def keep(_: Batch, output: Any) -> None:
+            self._outputs.append(_compared(source, output))
+
+        with in_float(model) if teacher is None else nullcontext():
+            run_batches(source, self._batches, function, None, keep)
+
+    def divergence_of(self, model: nn.Module) -> float:
+        """The divergence of ``model``, whatever of it is quantized, over the batches.
+
+        Raises:
+            ValueError: its outputs have other names or shapes than the float model's.
+        """
+        found: list[Tensor] = []
+        rows: list[int] = []
+
+        def compare(batch: Batch, output: Any) -> None:
+            outputs, targets = _compared(model, output), self._outputs[len(found)]
+            ours, theirs = ({name: tuple(x.shape) for name, x in each.items()} for each in (outputs, targets))
+            if ours != theirs:
+                raise ValueError(
+                    f"{self._function}: the model's outputs have the shapes {ours}, and the float model's {theirs}; "
+                    "pass a teacher with the same head"
+                )
+            found.append(_divergence(model, batch, outputs, targets).double())
+            rows.append(next(iter(ours.values()))[0])
+
+        run_batches(model, self._batches, self._function, None, compare)
+        weights = torch.tensor(rows, dtype=torch.float64, device=found[0].device)
+        return float((torch.stack(found) * weights).sum() / weights.sum())
+
+
+def _compared(model: nn.Module, output: Any) -> dict[str, Tensor]:
+    """The outputs that are compared, by name: logits of classes, or else the first tensor that is no number."""
+    logits = class_logits(model, output)
+    if logits:
+        return {name: values.detach() for name, values in logits.items()}
+    tensors = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+    found = next((x for x in tensors if x.is_floating_point() and x.dim()), None)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} returns no floating-point tensor, so there are no outputs to compare")
+    return {_OTHER: found.detach()}
+
+
+def _divergence(model: nn.Module, batch: Batch, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+    args = (batch,) if isinstance(batch, Tensor) else () if isinstance(batch, Mapping) else tuple(batch)
+    inputs = inputs_by_name(model, args, dict(batch) if isinstance(batch, Mapping) else {})
+    if _OTHER not in outputs:
+        return logit_loss(model, outputs, targets, 1.0, inputs)
+    output, target = outputs[_OTHER], targets[_OTHER].to(outputs[_OTHER].device)
+    mask = mask_of(inputs.get("attention_mask"), tuple(output.shape[:2]), output)
+    if mask is not None:
+        output, target = output[mask], target[mask]
+    return (output - target).float().square().sum() / target.float().square().sum()

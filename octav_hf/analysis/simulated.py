@@ -1,0 +1,32 @@
+"""Which models can be analysed."""
+
+from torch import nn
+
+from ..conversion.record import check_quantized, is_packed
+from ..nn import PackedLayer, QuantizedAttention
+
+
+def check_simulated(model: nn.Module, function: str) -> None:
+    """Check the argument of a public ``function``, whose name errors begin with.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: it is not quantized, or ``convert_octav`` made it multiply integers.
+    """
+    check_quantized(model, function)
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLayer | QuantizedAttention) and str(module.arithmetic or ""):
+            raise ValueError(
+                f"{function}: {name} multiplies {module.arithmetic} (convert_octav), so there are no values to compare "
+                "with; analyse the model before convert_octav, or call unpack_octav(model) first"
+            )
+
+
+def check_has_float_weights(model: nn.Module, function: str) -> None:
+    """The same, and ``ValueError`` if the model is packed."""
+    check_simulated(model, function)
+    if is_packed(model):
+        raise ValueError(
+            f"{function}: {type(model).__name__} is packed, and its float weights, which it is to be compared with, "
+            "are gone; analyse the model before pack_octav"
+        )
