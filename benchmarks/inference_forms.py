@@ -36,7 +36,7 @@ class Form:
 
 
 def has_vnni() -> bool:
-    """Whether the processor adds four products of 8-bit integers to a sum at once."""
+    """Whether the processor has VNNI, which adds four products of 8-bit integers to a sum in one instruction."""
     return "vnni" in Path("/proc/cpuinfo").read_text()
 
 

@@ -166,11 +166,13 @@ def test_last_starts_from_the_beginning_unless_a_model_is_there(tmp_path: Path) 
     (tmp_path / "runs").mkdir()
     resume(tmp_path)
     (tmp_path / "config.json").touch()
-    with pytest.raises(FileExistsError, match="holds a model but no whole checkpoint"):
+    with pytest.raises(FileExistsError, match="contains a model but no complete checkpoint"):
         resume(tmp_path)
 
 
 def test_help_explains_how_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
-    assert "--resume_from_checkpoint last takes the newest whole one" in " ".join(capsys.readouterr().out.split())
+    assert "--resume_from_checkpoint last uses the newest complete checkpoint" in " ".join(
+        capsys.readouterr().out.split()
+    )
