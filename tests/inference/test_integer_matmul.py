@@ -105,7 +105,7 @@ def test_a_processor_whose_sums_are_wrong_gets_floats_and_one_warning(monkeypatc
     monkeypatch.setattr(integer_matmul, "OneDNN", Wrong)
     monkeypatch.setattr(integer_matmul, "FBGEMM", Wrong)
     codes, weight = integers((8, 8))
-    with pytest.warns(UserWarning, match="no exact kernel") as caught:
+    with pytest.warns(UserWarning, match="no exact integer kernel") as caught:
         kernels = [kernel_for(nn.Linear(1, 1), weight.to(torch.int8), (8, 8), torch.float32) for _ in range(2)]
     assert len(caught) == 1
     assert [type(kernel) for kernel in kernels] == [Float, Float]

@@ -66,7 +66,7 @@ def by_hand(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return (sums * step + offset * integers.sum(1)) * scale + (0 if layer.bias is None else layer.bias.double())
 
 
-@pytest.mark.filterwarnings("ignore:Integer products are computed in floating point")
+@pytest.mark.filterwarnings("ignore:Integer matmuls are computed in floating point")
 @pytest.mark.parametrize("frozen", [False, True], ids=["dynamic", "frozen"])
 @pytest.mark.parametrize(("name", "grid"), CASES)
 def test_output_is_that_of_integers(name: str, grid: str, frozen: bool) -> None:
@@ -84,7 +84,7 @@ def test_output_is_that_of_integers(name: str, grid: str, frozen: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "padded to the same size"])
-@pytest.mark.filterwarnings("ignore:Integer products are computed in floating point")
+@pytest.mark.filterwarnings("ignore:Integer matmuls are computed in floating point")
 def test_empty_and_single_inputs(name: str) -> None:
     model, x = model_and_input(name, {})
     layer = convert_octav(calibrate_octav(model, [(x,)], weights=True))[0]
@@ -102,7 +102,7 @@ def test_a_sign_that_the_data_decide() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.filterwarnings("ignore:Integer products are computed in floating point")
+@pytest.mark.filterwarnings("ignore:Integer matmuls are computed in floating point")
 def test_other_dtypes(dtype: torch.dtype) -> None:
     model, x = model_and_input("linear", {"weight_bits": 4, "activation_bits": 8})
     model, x = model.to(dtype), x.to(dtype)

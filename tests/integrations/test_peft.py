@@ -162,7 +162,7 @@ def test_freezing_under_adapters_warns(
         base.add_adapter(lora(["query"]))
     calibrate_octav(model, None if weights else [padded_batch], weights=weights, progress_bar=False)
     (record,) = caplog.records
-    assert "checkpoints have no frozen clips of the base model" in record.getMessage()
+    assert "checkpoints do not contain the frozen clips of the base model" in record.getMessage()
 
 
 @pytest.mark.parametrize("modules_to_save", [None, ["qa_outputs"]])
@@ -172,7 +172,7 @@ def test_a_base_model_with_adapters_around_its_layers_is_not_saved(
     model = apply_octav(small_bert(), OctavConfig())
     config = peft.LoraConfig(target_modules=["query"], modules_to_save=modules_to_save, r=2)
     adapted = peft.get_peft_model(model, config)
-    with pytest.raises(ValueError, match=r"self\.query.*save adapters by their own save_pretrained, or merge"):
+    with pytest.raises(ValueError, match=r"self\.query.*save adapters with their own save_pretrained, or merge"):
         model.save_pretrained(tmp_path / "base")
     assert not (tmp_path / "base").exists()
     adapted.unload().save_pretrained(tmp_path / "base")

@@ -74,5 +74,5 @@ def test_packed_files_have_their_own_record_of_the_clips(tmp_path: Path) -> None
     folder = copy_of(
         "packed_3bit_bfloat16_frozen", tmp_path / "v1", qa_outputs={"input": {"signed": True, "clips": [9.0]}}
     )
-    with pytest.raises(ValueError, match="was written with activation_clips=.*bring back the config.json"):
+    with pytest.raises(ValueError, match="was written with activation_clips=.*restore the config.json"):
         BertForQuestionAnswering.from_pretrained(folder)

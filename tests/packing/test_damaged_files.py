@@ -61,7 +61,7 @@ def error_of(folder: Path) -> str:
 def test_cut_off(copy: Path, seed: int) -> None:
     content = (copy / FILE).read_bytes()
     (copy / FILE).write_bytes(content[: random.Random(seed).randrange(len(content))])
-    assert "cut off or altered" in error_of(copy)
+    assert "truncated or altered" in error_of(copy)
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -201,7 +201,7 @@ def test_a_record_of_another_form_with_its_hash(copy: Path, record: str) -> None
     tensors, metadata = read(copy)
     digest = hashlib.sha256(record.encode()).hexdigest()
     save_file(tensors, copy / FILE, metadata=metadata | {"octav_hf": record, "octav_hf_sha256": digest})
-    assert "the record of its tensors in the metadata is none" in error_of(copy)
+    assert "the record of its tensors in the metadata is invalid" in error_of(copy)
 
 
 def test_names_of_tensors_are_no_commands_to_a_terminal(copy: Path) -> None:
@@ -221,7 +221,7 @@ def test_files_of_two_models(whole: Path, tmp_path: Path) -> None:
     files = sorted((tmp_path / "first").glob("*.safetensors"))
     assert len(files) > 2
     shutil.copy(tmp_path / "second" / files[1].name, files[1])
-    with pytest.raises(ValueError, match=rf"{re.escape(str(files[1]))}: its record is not that of"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(files[1]))}: its record differs from that of"):
         AutoModelForQuestionAnswering.from_pretrained(tmp_path / "first")
 
 

@@ -156,7 +156,7 @@ def test_what_is_not_a_quantized_model_is_refused(small_bert: MakeBert) -> None:
         pack_octav("bert")
     with pytest.raises(ValueError, match="has no module quantized by apply_octav"):
         pack_octav(small_bert())
-    with pytest.raises(ValueError, match="no quantized weight of its own"):
+    with pytest.raises(ValueError, match="no quantized weight that is not shared"):
         pack_octav(apply_octav(small_bert(), OctavConfig(weight_bits=None)))
     packed = pack_octav(apply_octav(small_bert(), OctavConfig()))
     with pytest.raises(ValueError, match="packed already"):

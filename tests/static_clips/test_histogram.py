@@ -92,7 +92,7 @@ def test_an_own_loop(small_bert: MakeBert) -> None:
     model.qa_outputs.input_quantizer.clips.add_(1)  # no inference tensor
 
     net = relu_net(asymmetric_activations=True)
-    message = r'0: the histogram of .* takes two passes .*calibrate_octav\(model, batches, observer="histogram"\), or'
+    message = r'0: the histogram of .* needs two passes .*calibrate_octav\(model, batches, observer="histogram"\), or'
     with pytest.raises(ValueError, match=message), calibrating(net, observer="histogram"):
         raise AssertionError
     net = relu_net(asymmetric_activations=True, activation_clip="max")  # which needs but the range
@@ -111,7 +111,7 @@ def test_an_own_loop(small_bert: MakeBert) -> None:
             "0 input: the clip 'mse_sw",
         ),
         ({}, [GOOD], {"observer": "median"}, 'observer must be "mean" or "histogram", got \'median\''),
-        ({}, None, {"weights": True}, "observer='histogram' is for the clips of activations; pass batches too"),
+        ({}, None, {"weights": True}, "observer='histogram' is for clips of activations; pass batches too"),
         ({}, [], {}, "got no batch"),
         ({"asymmetric_activations": True}, iter([]), {}, "got no batch"),
         ({}, [torch.empty(0, 8)], {}, "no activation of Sequential was quantized.*not empty"),

@@ -325,14 +325,16 @@ def test_trainer_resumes_exactly(tmp_path: Path, calibrated_again: bool) -> None
 
 def test_what_cannot_learn(small_bert: MakeBert, padded_batch: dict) -> None:
     peft = pytest.importorskip("peft")
-    with pytest.raises(ValueError, match="learned=True is for the clips of activations; pass batches too"):
+    with pytest.raises(ValueError, match="learned=True is for clips of activations; pass batches too"):
         calibrate_octav(apply_octav(small_bert(), OctavConfig()), weights=True, learned=True)
     model = apply_octav(small_bert(), OctavConfig())
     with pytest.raises(ValueError, match="BertForQuestionAnswering is packed, .* call unpack_octav"):
         learned(pack_octav(model), padded_batch)
     model = apply_octav(small_bert(), OctavConfig())
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], r=2))
-    with pytest.raises(ValueError, match=r"has adapters, whose checkpoints have no clips .* leave learned=True out"):
+    with pytest.raises(
+        ValueError, match=r"has adapters, whose checkpoints do not contain clips .* leave learned=True out"
+    ):
         learned(adapted, padded_batch)
     assert not frozen_activations(model)
 
@@ -360,7 +362,7 @@ def test_a_wrapped_model_is_refused(small_bert: MakeBert, padded_batch: dict, tm
 @pytest.mark.parametrize(
     ("correction", "problem"),
     [
-        (torch.zeros(2), r"of shape \(1,\) have a clip_correction of shape \(2,\)"),
+        (torch.zeros(2), r"have the shape \(1,\), and their clip_correction \(2,\)"),
         (torch.tensor([torch.nan]), "contain a negative value, NaN or Inf"),
         (torch.tensor([100.0]), "contain a negative value, NaN or Inf"),
     ],

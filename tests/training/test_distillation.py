@@ -266,7 +266,7 @@ def test_adapters(small_bert: MakeBert, padded_batch: dict, distilled: str) -> N
     assert torch.equal(loss, expected)
     loss.backward()
     assert any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
-    with pytest.raises(ValueError, match="is distilled already"):
+    with pytest.raises(ValueError, match="is already distilled"):
         distill(model, small_bert(seed=1))
 
 
@@ -392,7 +392,7 @@ def test_models_that_are_refused(small_bert: MakeBert) -> None:
             distill(student, shared)
     assert not student._forward_hooks
     handle = distill(student, teacher)
-    with pytest.raises(ValueError, match=r"BertForQuestionAnswering is distilled already; call remove\(\)"):
+    with pytest.raises(ValueError, match=r"BertForQuestionAnswering is already distilled; call remove\(\)"):
         distill(student, teacher)
     handle.remove()
     distill(student, teacher)
@@ -414,12 +414,12 @@ CLASSIFIER, TOKENS = BertForSequenceClassification, BertForTokenClassification
             r"its logits have shape \(2, 16, 4\), those of the teacher BertForTokenClass.* are \(2, 16, 3\)",
         ),
         (make(BertForQuestionAnswering), make(TOKENS), {}, r"start_logits have shape \(2, 16\), .* are missing"),
-        (make(CLASSIFIER, num_labels=1), make(CLASSIFIER), {}, r"logits of Bert.* shape \(2, 1\), are not of two"),
+        (make(CLASSIFIER, num_labels=1), make(CLASSIFIER), {}, r"logits of Bert.* shape \(2, 1\), have fewer than two"),
         (
             make(CLASSIFIER, problem_type="multi_label_classification"),
             make(CLASSIFIER),
             {},
-            "compares probabilities of classes, and BertForSequenceClassification is for multi_label_classification",
+            "compares probabilities of classes, but BertForSequenceClassification is for multi_label_classification",
         ),
         (
             BertModel(BertConfig(**SIZES)).train(),
@@ -446,7 +446,9 @@ def test_replicas_and_unnamed_inputs_are_refused(padded_batch: dict) -> None:
         for name, child in module._modules.items():
             replica._modules[name] = None if child is None else replicas[child]
         replica._parameters, replica._buffers = dict(module._parameters), dict(module._buffers)
-    with pytest.raises(RuntimeError, match="nn.DataParallel has one teacher for several devices; start a process"):
+    with pytest.raises(
+        RuntimeError, match="nn.DataParallel would share one teacher between several devices; start one process"
+    ):
         replicas[student](**padded_batch)
 
     class Wrapped(nn.Module):

@@ -120,7 +120,7 @@ def test_a_file_that_is_cut_off(copy: Path, file: str, seed: int, caplog: pytest
     length = len(content.rstrip()) if path.suffix == ".json" else len(content)
     lengths = [0, length - 1, *(random.Random(seed).randrange(length) for seed in range(2, 10))]
     path.write_bytes(content[: lengths[seed]])
-    assert f"{file} is cut off" in passed_over(copy, caplog)
+    assert f"{file} is truncated" in passed_over(copy, caplog)
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != "config.json"])
@@ -146,7 +146,7 @@ def test_a_file_of_zeros_and_one_of_another_kind(copy: Path, caplog: pytest.LogC
     for damaged in (bytes(len(content)), bytes(half) + content[half:], b"no archive"):
         caplog.clear()
         path.write_bytes(damaged)
-        assert "optimizer.pt is cut off or no file by torch.save" in passed_over(copy, caplog)
+        assert "optimizer.pt is truncated or not a torch.save file" in passed_over(copy, caplog)
 
 
 @pytest.mark.parametrize(("field", "value"), [("compression method", 99), ("version", 99), ("encrypted", 1)])
@@ -161,7 +161,7 @@ def test_an_archive_whose_directory_is_damaged(
         content = bytearray(path.read_bytes())
         content[content.rindex(b"PK\x01\x02") + offset] = value
         path.write_bytes(content)
-        assert f"{name} is cut off or no file by torch.save" in passed_over(copy, caplog)
+        assert f"{name} is truncated or not a torch.save file" in passed_over(copy, caplog)
         shutil.copy(copy / "checkpoint-4" / name, path)
 
 
@@ -189,7 +189,7 @@ def test_a_loss_scaler(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save({"scale": 65536.0}, path)
     assert last_whole_checkpoint(copy) == str(copy / "checkpoint-6")
     path.write_bytes(path.read_bytes()[:-1])
-    assert "scaler.pt is cut off" in passed_over(copy, caplog)
+    assert "scaler.pt is truncated" in passed_over(copy, caplog)
 
 
 def test_the_newest_is_that_of_the_most_steps(copy: Path) -> None:
@@ -230,7 +230,7 @@ def test_shards(sharded: Path, caplog: pytest.LogCaptureFixture) -> None:
         for length in [0, len(content.rstrip()) - 1, *random.Random(0).sample(range(len(content) - 1), 3)]:
             caplog.clear()
             path.write_bytes(content[:length])
-            assert f"{path.name} is cut off" in passed_over(sharded, caplog)
+            assert f"{path.name} is truncated" in passed_over(sharded, caplog)
         caplog.clear()
         path.unlink()
         problem = "there are no weights" if path == index else f"{path.name} is missing"
@@ -253,7 +253,7 @@ def test_an_index_of_other_shards(sharded: Path, caplog: pytest.LogCaptureFixtur
         assert "has no weight_map" in passed_over(sharded, caplog)
     caplog.clear()
     (folder / "model.safetensors.index.json").write_text("[" * 100_000)
-    assert "is cut off or no JSON" in passed_over(sharded, caplog)
+    assert "is truncated or not JSON" in passed_over(sharded, caplog)
 
 
 def test_two_processes(runs: Path, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_two_processes(runs: Path, tmp_path: Path) -> None:
         assert last_whole_checkpoint(copy) == str(copy / "checkpoint-1")
         path.unlink()
         with pytest.raises(
-            ValueError, match=rf"checkpoint-2 is not a whole checkpoint: rng_state_{rank}.pth is missing"
+            ValueError, match=rf"checkpoint-2 is not a complete checkpoint: rng_state_{rank}.pth is missing"
         ):
             check_checkpoint(copy / "checkpoint-2")
         assert last_whole_checkpoint(copy) == str(copy / "checkpoint-1")
@@ -294,7 +294,7 @@ def test_random_states_of_another_number_of_processes(runs: Path, tmp_path: Path
         shutil.copy(folder / "rng_state_0.pth", folder / other)
     check_checkpoint(folder)
     (folder / name).write_bytes((folder / name).read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"{name} is cut off"):
+    with pytest.raises(ValueError, match=f"{name} is truncated"):
         check_checkpoint(folder)
 
 
@@ -333,7 +333,7 @@ def test_adapters(tmp_path: Path) -> None:
             assert last_whole_checkpoint(tmp_path) == str(folder)
             content = (adapter / name).read_bytes()
             (adapter / name).write_bytes(content[:-2])
-            with pytest.raises(ValueError, match=f"{name} is cut off"):
+            with pytest.raises(ValueError, match=f"{name} is truncated"):
                 check_checkpoint(folder)
             (adapter / name).write_bytes(content)
     (folder / "adapter_config.json").unlink()

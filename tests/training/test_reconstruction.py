@@ -223,7 +223,7 @@ def test_layers_that_are_left(small_bert: MakeBert, caplog: pytest.LogCaptureFix
         f"{left}.query (it is frozen: requires_grad is False)",
         f"{left}.key (it is frozen: requires_grad is False)",
         f"{left}.value (its weight is parametrized)",
-        "bert.encoder.layer.1.attention.self.key (its weight is another module's too)",
+        "bert.encoder.layer.1.attention.self.key (its weight is shared with another module)",
         "5 linear layers were not reconstructed",
     ):
         assert text in caplog.text
@@ -264,16 +264,18 @@ def test_what_is_refused(small_bert: MakeBert) -> None:
         ValueError, match=r"bert\.encoder\.layer\.1\..*: the teacher BertForQuestionAnswering has no layer"
     ):
         reconstruct(model, small_bert(num_hidden_layers=1), data)
-    with pytest.raises(ValueError, match=r"query: the teacher's layer gave \(96, 64\), where this one gave \(96, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"query: the teacher's layer returned .*\(96, 64\), but this one .*\(96, 32\)"
+    ):
         reconstruct(model, small_bert(hidden_size=64), data)
     packed = pack_octav(apply_octav(copy.deepcopy(teacher), CONFIG))
-    with pytest.raises(ValueError, match=r"is packed, and packed weights are fixed; call unpack_octav"):
+    with pytest.raises(ValueError, match=r"is packed, but packed weights cannot be changed; call unpack_octav"):
         reconstruct(packed, teacher, data)
     frozen = copy.deepcopy(model).requires_grad_(False)
-    with pytest.raises(ValueError, match="has no layer that could be"):
+    with pytest.raises(ValueError, match="no layer of .* can be reconstructed"):
         reconstruct(frozen, teacher, data, progress_bar=False)
     with pytest.raises(
-        ValueError, match="query: its inputs, or the outputs of the teacher's layer, are of padding only"
+        ValueError, match="query: its inputs, or the outputs of the teacher's layer, consist of padding only"
     ):
         reconstruct(model, teacher, [batch | {"attention_mask": batch["attention_mask"] * 0} for batch in data[:1]])
 
