@@ -1,4 +1,4 @@
-"""The README's table of the config's fields, from the fields themselves.
+"""The README's table of the config's fields, generated from the fields.
 
 ``python -m tests.config_table`` writes it into the README; a test compares the two.
 """
@@ -18,7 +18,7 @@ BEGIN, END = "<!-- table of the config: begin -->\n", "<!-- table of the config:
 
 
 def default_of(field: Field[Any]) -> str:
-    """The default as it is written in Python."""
+    """The default as Python code."""
     value = field.default if field.default_factory is MISSING else field.default_factory()
     if isinstance(value, str):
         return f'"{value.value if isinstance(value, StrEnum) else value}"'

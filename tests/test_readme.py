@@ -1,4 +1,4 @@
-"""The README's code runs as it stands, and its links lead somewhere."""
+"""The README's code runs unchanged, and its links exist."""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The README's compatibility table, from what the tests of the architectures ran.
+"""The README's compatibility table, from the results of the architecture tests.
 
 ``python -m tests.architectures.compatibility`` runs those tests, writes what passed to ``compatibility.json``
 beside this file, and the table into the README. Nothing is written if a test fails.
@@ -36,7 +36,7 @@ COLUMNS = {
 
 
 class Recorder:
-    """Pytest plugin: which test passed for which architecture, and the properties it recorded."""
+    """Pytest plugin that records which test passed for which architecture, and its recorded properties."""
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
@@ -53,7 +53,7 @@ class Recorder:
 
 
 def run() -> dict[str, Any]:
-    """Run the tests of the architectures, and give what passed. A failure ends the program."""
+    """Run the architecture tests and return what passed; a failure ends the program."""
     recorder = Recorder()
     code = pytest.main([str(HERE / "test_architectures.py"), "-q", "-p", "no:cacheprovider"], plugins=[recorder])
     if code != 0:
