@@ -19,7 +19,7 @@ FIRST, PARTS = 20, 10
 @pytest.mark.parametrize(
     "numbers",
     [
-        pytest.param(range(FIRST), marks=pytest.mark.versions, id="first"),
+        pytest.param(range(FIRST), marks=[pytest.mark.slow, pytest.mark.versions], id="first"),
         *(pytest.param(range(FIRST + i, COUNT, PARTS), marks=pytest.mark.slow, id=str(i)) for i in range(PARTS)),
     ],
 )

@@ -29,6 +29,7 @@ def counts(request: pytest.FixtureRequest) -> dict[str, HostReads]:
         return {recipe: count_step(recipe, request.param, (2, 64)) for recipe in RECIPES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", QUANTIZED)
 def test_reads_no_value_more_than_float(counts: dict[str, HostReads], recipe: str) -> None:
     more = counts[recipe].reads - counts["float"].reads
@@ -36,6 +37,7 @@ def test_reads_no_value_more_than_float(counts: dict[str, HostReads], recipe: st
     assert not more, f"{more.total()} host reads more than float, of {counts[recipe].operations} operations:\n{places}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", QUANTIZED)
 def test_dispatches_few_operations(counts: dict[str, HostReads], recipe: str) -> None:
     """Nearly as many operations for small tensors as for large ones; each is a kernel launch on a GPU."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._utils.torch_private import uncompiled
 from ..conversion.modules import layers_to_freeze
 from ..functional.grid import step_size
 from ..nn import WeightFakeQuantize
@@ -27,7 +28,7 @@ class CodeChanges:
     """
 
     def __init__(self, model: nn.Module):
-        self._layers = layers_to_freeze(model)
+        self._layers = layers_to_freeze(uncompiled(model))
         self._codes: dict[str, Tensor] = {}
         self._changed: dict[str, Tensor] = {}  # [], share of the weights, float64
         self._entered = ExitStack()

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from .operand_statistics import OperandStatistics
 
 _MAX_NAMES = 8  # of operands in one warning
+_EXPECTED = 10  # changed codes of a layer; if they come independently, none at all has the probability exp(-10)
 
 
 class TrainingWarnings:
@@ -17,7 +18,7 @@ class TrainingWarnings:
     def __init__(self, clip_factor: float, dead_sqnr_db: float, still_logs: int):
         self._clip_factor, self._dead_sqnr_db, self._still_logs = clip_factor, dead_sqnr_db, still_logs
         self.first_clips: dict[tuple[str, str], float] = {}
-        self._still: dict[str, int] = {}  # layer -> measurements since a code of it changed
+        self._still: dict[str, tuple[int, float]] = {}  # layer -> logs without a changed code, codes expected to change
         self._known: set[tuple[str, str, str]] = set()
 
     def look(
@@ -34,13 +35,30 @@ class TrainingWarnings:
         for operand in statistics:
             for problem, facts in self._problems(operand):
                 self._note(found, problem, operand.module, operand.operand, facts)
-        for module, share in changed_codes.items():
-            self._still[module] = 0 if share or module not in trained else self._still.get(module, 0) + 1
-            if self._still[module] >= self._still_logs:
-                self._note(found, "still", module, "weight", f"{self._still[module]} logs")
+        weights = {each.module: each.elements for each in statistics if each.operand == "weight"}
+        of_trained = {name: share for name, share in changed_codes.items() if name in trained}
+        for module, logs in self._still_layers(of_trained, weights):
+            self._note(found, "still", module, "weight", f"{logs} logs")
         for problem, names in found.items():
             more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
             yield f"{_ADVICE[problem][0]}: {', '.join(names[:_MAX_NAMES])}{more}. {_ADVICE[problem][1]}"
+
+    def _still_layers(
+        self, changed_codes: Mapping[str, float], weights: Mapping[str, int]
+    ) -> Iterator[tuple[str, int]]:
+        """Layers that are still, although codes would have changed at the share of all layers, and for how many logs.
+
+        Of a small layer, or between two steps, no code may change in a healthy run.
+        """
+        total = sum(weights[module] for module in changed_codes)
+        share_of_all = sum(weights[module] * share for module, share in changed_codes.items()) / max(total, 1)
+        before, self._still = self._still, {}
+        for module, share in changed_codes.items():
+            if not share:
+                logs, expected = before.get(module, (0, 0.0))
+                self._still[module] = logs, expected = logs + 1, expected + weights[module] * share_of_all
+                if logs >= self._still_logs and (expected >= _EXPECTED or not share_of_all):
+                    yield module, logs
 
     def _note(self, found: dict[str, list[str]], problem: str, module: str, operand: str, facts: str) -> None:
         if (problem, module, operand) not in self._known:

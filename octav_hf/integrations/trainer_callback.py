@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .._utils.torch_private import own_parameters
+from .._utils.torch_private import own_parameters, uncompiled
 from .._utils.transformers_compat import call_before_others
 from ..analysis.code_changes import CodeChanges
 from ..analysis.operand_statistics import OperandStatisticsHooks
@@ -50,7 +50,8 @@ class OctavCallback(TrainerCallback):
       ``clip_factor`` times it.
     - An operand is **dead**: all its values are the same, or its SQNR is below ``dead_sqnr_db``.
     - The codes of a layer are **still**: its weight has a gradient and a learning rate above 0, and no code of it
-      changed in ``still_logs`` logs in a row.
+      changed in ``still_logs`` logs in a row, although at the share of all layers 10 or more would have, or none in the
+      whole model.
 
     Args:
         per_layer: also log each operand's ``octav/<module>/<operand>/sqnr_db``, ``/clip`` and ``/clipped_share``, and
@@ -179,7 +180,7 @@ def _trained_layers(model: nn.Module, optimizer: Any) -> Set[str]:
     """
     rates = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
     highest = max(group["lr"] for group in optimizer.param_groups)
-    weights = {name: own_parameters(layer).get("weight") for name, layer in layers_to_freeze(model).items()}
+    weights = {name: own_parameters(layer).get("weight") for name, layer in layers_to_freeze(uncompiled(model)).items()}
     return {
         name
         for name, weight in weights.items()

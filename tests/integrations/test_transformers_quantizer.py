@@ -155,6 +155,7 @@ def trainer(model: nn.Module, output_dir: Path, **arguments: object) -> Trainer:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 def test_trainer_trains_saves_and_resumes_exactly(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     straight = trainer(apply_octav(small_bert(), OctavConfig()), tmp_path / "straight")
@@ -171,6 +172,7 @@ def test_trainer_trains_saves_and_resumes_exactly(small_bert: MakeBert, padded_b
     assert torch.equal(logits(loaded, padded_batch), logits(straight.model.eval(), padded_batch))
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 @pytest.mark.parametrize("applied_after_loading", [True, False])
 def test_training_that_started_from_berts_old_names_resumes_exactly(
@@ -194,6 +196,7 @@ def test_training_that_started_from_berts_old_names_resumes_exactly(
         assert torch.equal(value, straight.state_dict()[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 def test_frozen_clips_are_saved_loaded_and_trained_on(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     other = {"input_ids": padded_batch["input_ids"][:, :7]}
@@ -234,6 +237,7 @@ class Freeze(TrainerCallback):
             calibrate_octav(model, [self.batch], weights=True, progress_bar=False)
 
 
+@pytest.mark.slow
 def test_clips_frozen_during_training_are_resumed(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     models = [apply_octav(small_bert(), OctavConfig()) for _ in range(2)]
     trainers = [trainer(model, tmp_path) for model in models]

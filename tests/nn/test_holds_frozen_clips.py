@@ -225,6 +225,7 @@ class HostWork(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("granularity", [{}, HEADS], ids=["tensor", "heads"])
 @pytest.mark.parametrize("form", ["training", "packed"])

@@ -190,6 +190,7 @@ def test_changed_configs(forms: Path, form: str, changes: list[tuple[list[float]
     path.write_text(text)
 
 
+@pytest.mark.slow
 @few
 @given(changes=changes)
 def test_changed_indexes(forms: Path, changes: list[tuple[list[float], str, Any]]) -> None:
@@ -203,6 +204,7 @@ def test_changed_indexes(forms: Path, changes: list[tuple[list[float], str, Any]
     path.write_text(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @few
 @given(changes=changes, where=st.sampled_from(["header", "metadata", "record"]))

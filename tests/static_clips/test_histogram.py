@@ -43,6 +43,7 @@ def test_it_is_the_clip_of_all_values_that_an_operand_had(small_bert: MakeBert) 
         torch.testing.assert_close(clips.flatten(), expected, rtol=3e-4, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", ["octav", "mse", "max", "percentile"])
 @pytest.mark.parametrize("more", [{}, {"activation_granularity": HEADS}, {"asymmetric_activations": True}], ids=str)
 def test_the_order_of_the_batches_changes_nothing(small_bert: MakeBert, clip: str, more: dict[str, Any]) -> None:

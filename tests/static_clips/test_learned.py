@@ -285,6 +285,7 @@ def test_a_step_is_one_graph(small_bert: MakeBert, padded_batch: dict) -> None:
         torch.testing.assert_close(correction.grad, expected[name], rtol=1e-2, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
 def test_a_graph_serves_all_lengths(gradient: str) -> None:
     torch.compiler.reset()
@@ -307,6 +308,7 @@ def trainer(folder: Path, **arguments: Any) -> Any:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibrated_again", [True, False])
 def test_trainer_resumes_exactly(tmp_path: Path, calibrated_again: bool) -> None:
     """Also without another calibration, because the checkpoint contains everything."""

@@ -239,6 +239,7 @@ def test_under_autocast_the_loss_is_in_float32(padded_batch: dict) -> None:
     assert output.loss.item() == pytest.approx(2 * sum(parts), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_compiled_student(padded_batch: dict) -> None:
     student, teacher = (make(BertForQuestionAnswering, seed) for seed in range(2))
     distill(student, teacher)

@@ -232,6 +232,7 @@ def test_a_quantized_student_has_features_of_quantized_layers(bert: Any, padded_
     assert student.bert.encoder.layer[0].attention.self.query.weight.grad.any()
 
 
+@pytest.mark.slow
 def test_a_compiled_student(bert: Any, padded_batch: dict) -> None:
     """In a step with features, and in one without."""
     student, teacher = bert(0), bert(1)

@@ -137,6 +137,7 @@ def test_clips_of_tables(name: str, signed: bool, num_bits: int) -> None:
         assert octav.item() == pytest.approx(twins.octav_root_twin(x, num_bits, signed), rel=2e-4)
 
 
+@pytest.mark.slow
 @every_kind
 @both_signs
 def test_what_moments_leave_out_changes_no_clip(name: str, signed: bool) -> None:
@@ -211,6 +212,7 @@ def test_rows_of_every_length(length: int) -> None:
     assert got.tolist() == pytest.approx([twins.octav_root_twin(row, 4) for row in rows], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_long_rows_have_tables_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_TABLES", 2)
     rows = random(3, SIZE) * torch.tensor([[1.0], [0.0], [30.0]])
@@ -224,6 +226,7 @@ def test_long_rows_have_tables_of_their_own(monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(got, torch.stack([of_table(table, 4, flag(True)) for table in tables]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clips", [cuda.octav_of_rows, cuda.mse_of_rows])
 @pytest.mark.parametrize("length", [100, SIZE])
 def test_what_is_skipped_is_not_read(clips: Callable[..., Tensor], length: int) -> None:
