@@ -1,4 +1,4 @@
-"""The console command: what it writes is whole and the same model, and what it refuses it says in one line."""
+"""The console command: outputs are complete and equal models, and errors are one line."""
 
 import importlib.metadata
 import json
@@ -29,7 +29,7 @@ MakeBert = Callable[..., BertForQuestionAnswering]
 
 @pytest.fixture
 def trained(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> Path:
-    """A folder as a training leaves it, with a tokenizer's file, the run's facts, and what nobody should copy."""
+    """A folder as after training, with a tokenizer file, facts about the run, and files that must not be copied."""
     model = calibrate_octav(apply_octav(small_bert(), OctavConfig()), [padded_batch], progress_bar=False)
     model.save_pretrained(tmp_path / "trained")
     (tmp_path / "trained" / "vocab.txt").write_text("a\nb\n")
@@ -321,7 +321,7 @@ def test_a_transformer_in_a_subfolder_is_found(trained: Path, tmp_path: Path, ca
 def test_outputs_that_are_not_plain_new_folders(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
-    """An empty folder stays the folder that it is, and what is written has the permissions of any other."""
+    """An empty folder stays the same folder, and new files have default permissions."""
     (tmp_path / "there").mkdir(mode=0o750)
     (tmp_path / "link").symlink_to("there")
     (tmp_path / "plain").mkdir()

@@ -1,4 +1,4 @@
-"""Random histories of models: after each step the model is as before, or is saved and comes back as it is."""
+"""Random histories of models: after each step the model is unchanged, or is saved and restored correctly."""
 
 from __future__ import annotations
 

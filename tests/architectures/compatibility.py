@@ -1,4 +1,4 @@
-"""The compatibility table of the documentation, from what the tests of the architectures ran.
+"""The compatibility table of the documentation, from the results of the architecture tests.
 
 ``python -m tests.architectures.compatibility`` runs those tests, writes what passed to ``compatibility.json``
 beside this file, and the table into its page. Nothing is written if a test fails.
@@ -35,7 +35,7 @@ COLUMNS = {
 
 
 class Recorder:
-    """Pytest plugin: which test passed for which architecture, and the properties it recorded."""
+    """Pytest plugin that records which test passed for which architecture, and its recorded properties."""
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
@@ -52,7 +52,7 @@ class Recorder:
 
 
 def run() -> dict[str, Any]:
-    """Run the tests of the architectures, and give what passed. A failure ends the program."""
+    """Run the architecture tests and return what passed; a failure ends the program."""
     recorder = Recorder()
     code = pytest.main([str(HERE / "test_architectures.py"), "-q", "-p", "no:cacheprovider"], plugins=[recorder])
     if code != 0:

@@ -1,4 +1,4 @@
-"""The page shows what the script renders from the recorded results, and these are of the tests as they are."""
+"""The page shows the table of the recorded results, and these belong to the current tests."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def test_every_architecture_and_every_test_is_recorded() -> None:
 
 
 class Report:
-    """What pytest tells a plugin of a test."""
+    """Stands for pytest's report of a test."""
 
     def __init__(self, case: str, passed: bool = True, when: str = "call"):
         self.nodeid = f"tests/architectures/test_architectures.py::test_covered[{case}]"

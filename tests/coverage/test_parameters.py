@@ -1,4 +1,4 @@
-"""Parameters outside of layers: those that run in float are in the report, and explain nothing else."""
+"""Parameters outside of layers: the report lists those in float, and they explain no other operands."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ROUTERS = {"Mixtral": "*.gate", "Qwen3-MoE": "*.gate", "GPT-OSS": "*.router"}
 
 
 def in_report(row: FloatOperand, model: nn.Module, report: CoverageReport) -> bool:
-    """Whether the report lists a parameter of the module that may be this operand as left in float."""
+    """Whether the report lists a parameter in float that may be this operand."""
     module = model.get_submodule(row.module)
     sizes = [
         module.get_parameter(listed.operand).numel()
@@ -98,7 +98,7 @@ def test_a_routers_weight_is_refused_as_before() -> None:
 
 
 class Mixer(nn.Module):
-    """Multiplies with parameters of its own under several names, and holds others that it adds."""
+    """Multiplies with its own parameters under several names, and adds others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Mixer(nn.Module):
 
 
 class Square(nn.Module):
-    """A product of activations, in a module that is no attention."""
+    """A matmul of activations in a module that is not an attention module."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ x.mT
@@ -140,7 +140,7 @@ def test_parameters_are_listed_by_the_module_that_runs(caplog: pytest.LogCapture
 
 
 class TableAttention(nn.Module):
-    """Attention that multiplies nothing with parameters of its own."""
+    """Attention that does not multiply with its own parameters."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The table of the config's fields in the documentation, from the fields themselves.
+"""The table of the config's fields in the documentation, generated from the fields.
 
 ``python -m tests.docs.config_table`` writes it into the page; a test compares the two.
 """
@@ -15,7 +15,7 @@ from .table_in_page import ROOT, TableInPage
 
 
 def default_of(field: Field[Any]) -> str:
-    """The default as it is written in Python."""
+    """The default as Python code."""
     value = field.default if field.default_factory is MISSING else field.default_factory()
     if isinstance(value, str):
         return f'"{value.value if isinstance(value, StrEnum) else value}"'

@@ -1,4 +1,4 @@
-"""Folders that are damaged, put together of two, or of other versions are refused, with what to do."""
+"""Folders that are damaged, mixed from two exports or of other versions are refused with advice."""
 
 import importlib.metadata
 import json

@@ -1,4 +1,4 @@
-"""What ``to_onnx`` writes runs in ONNX Runtime on integers, with the model's results."""
+"""Exports of ``to_onnx`` run with integers in ONNX Runtime and give the model's results."""
 
 import json
 from dataclasses import replace
@@ -162,7 +162,7 @@ def test_a_tied_head(padded_batch: Batch, tmp_path: Path, small_bert: MakeBert) 
 
 
 class Convolutions(nn.Module):
-    """Convolutions with what a layer can have: padding of each kind, strides, groups, dilation, one dimension."""
+    """Convolutions with all options: each kind of padding, strides, groups, dilation, one dimension."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The card says what the config, the modules and the run say, and its example loads the model."""
+"""The card matches the config, the modules and the run, and its example loads the model."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""``convert_octav`` on a model: its answers, and what else can be done with the model then."""
+"""``convert_octav`` on a model: its outputs, and what can be done with the model afterwards."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def model(small_bert: MakeBert) -> BertForQuestionAnswering:
 
 
 def codes_of(model: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """The integers that each quantizer gives in a forward pass, whether values or codes are asked for."""
+    """The integers of each quantizer in a forward pass, whether it returns values or codes."""
     found: dict[str, list[torch.Tensor]] = {}
 
     def take(name: str, quantizer: FakeQuantize, output: object) -> None:

@@ -1,4 +1,4 @@
-"""Products with integer weights: equal to int64 sums, or clearly computed otherwise."""
+"""Matmuls with integer weights equal int64 sums, or the kernel reports that it cannot be exact."""
 
 import warnings
 
@@ -60,7 +60,7 @@ def test_scales_and_bias(kernel: type[Kernel]) -> None:
 
 
 def vpmaddubsw(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Sums as by this instruction: pairs of products in 16 bits, which saturate; int64."""
+    """Sums as computed by this instruction: pairs of products in 16 bits, which saturate; int64."""
     products = codes[:, None] * weight
     return products.unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1).sum(-1)
 

@@ -1,4 +1,4 @@
-"""Converted layers against int64 sums of the integers that their quantizers and packed weights stand for."""
+"""Converted layers against int64 sums of the integers of their quantizers and packed weights."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def model_and_input(name: str, config: dict[str, Any]) -> tuple[nn.Module, torch
 
 
 def by_hand(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """The layer's output by int64 sums, in float64, from the values that the quantizers return."""
+    """The layer's output in float64, computed by int64 sums from the quantizers' results."""
     quantizer, packed = layer.input_quantizer, layer.weight_quantizer
     frozen = quantizer.frozen
     grid = quantizer.dynamic_grid(x) if frozen is None else Grid(frozen.signed, frozen.clips[0], frozen.offset)

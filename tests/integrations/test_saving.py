@@ -1,4 +1,4 @@
-"""What is saved is what the modules of the saved model are, whatever ``apply_octav`` was called on."""
+"""Saved files describe the modules of the saved model, whatever ``apply_octav`` was called on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed files damaged in 370 ways: each is refused with an error that names the file and what is wrong in it."""
+"""Packed files damaged in 370 ways: each error names the file and the damage."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ FILE = "model.safetensors"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a packed model that nothing is wrong with."""
+    """A folder with an undamaged packed model."""
     from transformers import BertConfig
 
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def error_of(folder: Path) -> str:
-    """What loading the model says; that it loads is a failure."""
+    """The error of loading the model; success is a failure."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the caller matches the message
         AutoModelForQuestionAnswering.from_pretrained(folder)
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""Packed models on disk: they come back bit for bit, say what they are, and Transformers alone stops at them."""
+"""Packed models on disk are restored bit for bit, and Transformers without this package refuses them."""
 
 import json
 import subprocess

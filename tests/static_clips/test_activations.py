@@ -1,4 +1,4 @@
-"""``calibrate_octav``: the clips it freezes, where they are kept, what runs on them, and what it refuses."""
+"""``calibrate_octav``: frozen clips, their storage, running with them, and refusals."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def token_batches(count: int = 3) -> list[dict[str, Tensor]]:
 
 
 def activations_met(model: nn.Module, batches: list[dict[str, Tensor]]) -> Inputs:
-    """(module, operand) -> the tensors that the layer, or the attention operand's quantizer, was called on."""
+    """(module, operand) -> inputs of the layer or of the attention operand's quantizer."""
     met: Inputs = {}
     handles = []
 
@@ -73,7 +73,7 @@ def activations_met(model: nn.Module, batches: list[dict[str, Tensor]]) -> Input
 
 
 def frozen_single_clips(model: nn.Module) -> dict[tuple[str, str], tuple[bool, float]]:
-    """(module, operand) -> sign and clip, of a model whose operands have one each."""
+    """(module, operand) -> sign and clip, for a model with one clip per operand."""
     found = {}
     for name, operands in frozen_activations(model).items():
         for operand, frozen in operands.items():
@@ -83,7 +83,7 @@ def frozen_single_clips(model: nn.Module) -> dict[tuple[str, str], tuple[bool, f
 
 
 def state(model: nn.Module) -> list[object]:
-    """All that a calibration may change."""
+    """Everything that a calibration may change."""
     quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
     modes = [module.training for module in model.modules()]
     config = model.__dict__.get("octav_config")
@@ -387,7 +387,7 @@ def test_clips_of_generation_with_a_cache(name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 @pytest.mark.parametrize("own_loop", [False, True])
 def test_a_compiled_model(own_loop: bool) -> None:
-    """Nothing is compiled for the calibration of it, and what is compiled afterwards takes the frozen clips."""
+    """Calibration compiles nothing, and the model compiled afterwards uses the frozen clips."""
     torch.compiler.reset()
     x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
     net, plain = (relu_net(OctavConfig(weight_bits=None)) for _ in range(2))
@@ -502,7 +502,7 @@ GOOD = torch.ones(2, 8)
 
 
 class Raising:
-    """Batches, the second of which cannot be had."""
+    """Batches whose iterator fails at the second one."""
 
     def __iter__(self) -> Iterator[Tensor]:
         yield GOOD

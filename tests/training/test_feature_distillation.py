@@ -1,4 +1,4 @@
-"""Distilled hidden states and attention maps: the losses written out in float64, when they are learned, and errors."""
+"""Distilled hidden states and attention maps: losses against float64, the steps in which they are learned, errors."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def by_hand(
 
 
 def added(student: Any, teacher: Any, batch: dict[str, Tensor], **settings: Any) -> float:
-    """What features add to the loss."""
+    """The part of the loss that is due to features."""
     losses = []
     for arguments in ({}, settings):
         handle = distill(student, teacher, **arguments)
@@ -234,7 +234,7 @@ def test_a_quantized_student_has_features_of_quantized_layers(bert: Any, padded_
 
 @pytest.mark.slow
 def test_a_compiled_student(bert: Any, padded_batch: dict) -> None:
-    """In a step with features, and in one after them."""
+    """In a step with features, and in one without."""
     student, teacher = bert(0), bert(1)
     distill(student, teacher, hidden_states=1.0, attentions=1.0, feature_steps=0.5)
     (distillation,) = distillations(student)
@@ -324,7 +324,7 @@ def train(student: Any, teacher: Any, folder: Path, stop: int | None = None, res
 
 @pytest.mark.slow
 def test_features_are_learned_in_the_first_steps(bert: Any, padded_batch: dict, tmp_path: Path) -> None:
-    """Of those of the optimizer, with evaluation between them, and in a resumed run as in a whole one."""
+    """Counted in optimizer steps, with evaluation in between, and equal in a resumed run."""
     expected = [(step, step < 3) for step in range(5) for _ in range(2)]
     students, teacher = [bert(0), bert(0)], bert(1)
     for student in students:
@@ -345,8 +345,8 @@ def test_features_are_learned_in_the_first_steps(bert: Any, padded_batch: dict, 
     ("settings", "message"),
     [
         ({"hidden_states": -1}, "hidden_states is the weight of a loss and must be a finite number >= 0, got -1"),
-        ({"hidden_states": True}, "hidden_states must be .* got True"),
-        ({"attentions": float("inf")}, "attentions must be .* got inf"),
+        ({"hidden_states": True}, "hidden_states is .* must be .* got True"),
+        ({"attentions": float("inf")}, "attentions is .* must be .* got inf"),
         ({"hidden_states": 1, "feature_steps": 0}, "feature_steps must be a fraction above 0 and at most 1, got 0"),
         ({"hidden_states": 1, "feature_steps": 60}, "feature_steps must be a fraction .* got 60"),
         ({"hidden_states": 1, "layers": []}, r"layers must be a list of indices, such as \[0, -1\], or None, got \[\]"),
@@ -421,7 +421,7 @@ def test_a_forward_that_takes_no_such_argument(bert: Any) -> None:
 
 @pytest.mark.slow
 def test_students_come_closer_to_the_features_that_they_learn(bert: Any, padded_batch: dict) -> None:
-    """Of each kind alone, by the loss of that kind."""
+    """The loss of each kind of feature."""
     teacher = bert(1)
     theirs = outputs_of(teacher, padded_batch)
     mask = padded_batch["attention_mask"].bool()

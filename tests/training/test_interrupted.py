@@ -1,4 +1,4 @@
-"""Trainer is killed in training and in saving; resumed from the last whole checkpoint, it ends in the same weights."""
+"""Trainer is killed while training or saving; resumed from the last complete checkpoint, it ends with equal weights."""
 
 import json
 import logging
@@ -93,7 +93,7 @@ def test_a_killed_run_ends_in_the_weights_of_an_uninterrupted_one(runs: Path, na
 
 @pytest.mark.parametrize("missing", [None, "optimizer.pt", "rng_state.pth"])
 def test_trainer_goes_on_differently_from_what_is_left(runs: Path, copy: Path, missing: str | None) -> None:
-    """What the check is for: Trainer itself takes a checkpoint without these files, and says nothing."""
+    """Why the check exists: Trainer silently accepts a checkpoint without these files."""
     shutil.rmtree(copy / "checkpoint-6")
     if missing:
         (copy / "checkpoint-4" / missing).unlink()
@@ -103,7 +103,7 @@ def test_trainer_goes_on_differently_from_what_is_left(runs: Path, copy: Path, m
 
 
 def passed_over(output_dir: Path, log: pytest.LogCaptureFixture) -> str:
-    """The one warning about checkpoint-6, instead of which checkpoint-4 has to be found."""
+    """The only warning, which is about checkpoint-6; checkpoint-4 must be found instead."""
     with log.at_level(logging.WARNING, "octav_hf"):
         assert last_whole_checkpoint(output_dir) == str(output_dir / "checkpoint-4")
     (message,) = [record.getMessage() for record in log.records if record.name.startswith("octav_hf")]
@@ -139,7 +139,7 @@ def test_a_missing_config_changes_nothing_for_training(runs: Path, copy: Path) -
 
 
 def test_a_file_of_zeros_and_one_of_another_kind(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What a power cut leaves: the right length, nothing in it."""
+    """A file as after a power cut: the right length, but zeros."""
     path = copy / "checkpoint-6" / "optimizer.pt"
     content = path.read_bytes()
     half = len(content) // 2
@@ -153,7 +153,7 @@ def test_a_file_of_zeros_and_one_of_another_kind(copy: Path, caplog: pytest.LogC
 def test_an_archive_whose_directory_is_damaged(
     copy: Path, field: str, value: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """zipfile has an error of another kind for what it takes for an archive that it cannot read."""
+    """zipfile raises other errors for archives that seem to be in a form that it cannot read."""
     offset = {"version": 6, "encrypted": 8, "compression method": 10}[field]  # in an entry of the zip directory
     for name in ("training_args.bin", "optimizer.pt"):
         caplog.clear()
@@ -212,7 +212,7 @@ def test_folders_without_checkpoints(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sharded(copy: Path) -> Path:
-    """The run, its last checkpoint in several files."""
+    """The run with its last checkpoint in several files."""
     folder = copy / "checkpoint-6"
     model = AutoModelForQuestionAnswering.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
@@ -257,7 +257,7 @@ def test_an_index_of_other_shards(sharded: Path, caplog: pytest.LogCaptureFixtur
 
 
 def test_two_processes(runs: Path, tmp_path: Path) -> None:
-    """Each process saves its own random state, and waits for no other: that of one may be missing at the end."""
+    """Each process saves its random state independently, so that of one process may be missing."""
     assert json.loads((runs / "outcomes.json").read_text())["distributed"] == {"codes": [0, 0]}
     copy = Path(shutil.copytree(runs / "distributed", tmp_path / "copy"))
     assert last_whole_checkpoint(copy) == str(copy / "checkpoint-2")

@@ -69,7 +69,7 @@ def test_resume_gives_the_uninterrupted_weights(tiny_model: str, tmp_path: Path)
 def test_last_goes_on_from_the_newest_whole_checkpoint(
     tiny_model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The same command, launched three times: at first, after a kill in the save of step 4, and when all is done."""
+    """The same command launched three times: first, after a kill while saving step 4, and after the end."""
     folder = tmp_path / "out"
     words = ["--do_train", "--max_steps", "4", "--save_steps", "1", "--resume_from_checkpoint", "last", "--quantize"]
     main(arguments(tiny_model, folder, *words))
@@ -218,7 +218,7 @@ def test_static_clips_come_from_before_training(tiny_model: str, tmp_path: Path)
 
 
 def test_static_clips_leave_the_order_of_questions_alone(tiny_model: str, tmp_path: Path) -> None:
-    """At a rate of 0 the losses of the first steps tell which questions were met; 8 bits hardly change them."""
+    """At learning rate 0, the losses of the first steps identify the questions; 8 bits hardly change them."""
     words = ["--do_train", "--quantize", "--weight_bits", "8", "--activation_bits", "8", "--learning_rate", "0"]
     words += ["--max_steps", "4", "--logging_steps", "1"]
     losses = []
@@ -256,7 +256,7 @@ def test_output_without_a_quantized_model_is_refused(tiny_model: str, tmp_path: 
 
 
 def test_distilled_from_itself_a_float_model_does_not_change(tiny_model: str, tmp_path: Path) -> None:
-    """Where the answers would move it; quantized it does learn, and the card names the teacher."""
+    """Labels would change the float model; a quantized model does learn, and its card names the teacher."""
     config = json.loads((Path(tiny_model) / "config.json").read_text())
     without_dropout = tmp_path / "start"
     shutil.copytree(tiny_model, without_dropout)
@@ -283,7 +283,7 @@ def test_distilled_from_itself_a_float_model_does_not_change(tiny_model: str, tm
 
 
 def test_features_groups_and_least_squares_in_one_run(tiny_model: str, tmp_path: Path) -> None:
-    """What it says of the size of the checkpoint is what the packed form has."""
+    """The reported checkpoint size is that of the packed form."""
     groups = json.dumps({"input": "group", "probabilities": "group", "value": "group"})
     words = ["--do_train", "--do_eval", "--max_steps", "2", "--quantize", "--pack", "--reconstruct_batches", "2"]
     words += ["--weight_granularity", "group", "--group_size", "32", "--activation_granularity", groups]
@@ -325,7 +325,7 @@ def test_parts_of_a_recipe_that_do_not_go_together(
 def test_windows_longer_than_the_positions_are_refused_before_any_work(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of models whose tokenizer knows no limit."""
+    """For models whose tokenizer has no limit."""
     monkeypatch.setattr("squad_task.data_arguments.DataArguments.load", lambda *args: pytest.fail("the data were read"))
     for name, positions in (("long", 128), ("short", 64)):
         config = AutoConfig.from_pretrained(tiny_model, max_position_embeddings=positions)

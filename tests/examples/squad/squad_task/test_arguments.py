@@ -1,4 +1,4 @@
-"""What the command line accepts, and what it refuses."""
+"""Accepted and refused command-line arguments."""
 
 from __future__ import annotations
 
