@@ -541,6 +541,7 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.Cap
     assert "usage: octav-hf" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_export(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["export", "--format", "onnx", str(trained), str(tmp_path / "onnx"), "--verify"]) == 0
     assert "17 integer matmuls, all sums exact; 0 in float" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """What stands in several of the project's files is the same in all of them, and the guide for contributors works."""
 
+import importlib.util
 import re
 import textwrap
 import tomllib
@@ -67,6 +68,13 @@ def test_hooks_run_what_make_test_runs() -> None:
         for line in of_make[1].splitlines()
         if "PYTEST" not in line
     }
+
+
+def test_the_guide_names_files_that_exist() -> None:
+    for path in set(re.findall(r"`((?:octav_hf|tests|examples)/[\w/.]+)", CONTRIBUTING)):
+        assert (ROOT / path).exists() or path == "octav_hf/functional/rms.py", path
+    for module in re.findall(r"python -m (tests[\w.]+)", CONTRIBUTING):
+        assert importlib.util.find_spec(module), module
 
 
 def test_the_clip_rule_of_the_guide(monkeypatch: pytest.MonkeyPatch) -> None:

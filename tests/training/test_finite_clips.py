@@ -79,6 +79,7 @@ def test_with_gradient_accumulation(tmp_path: Path) -> None:
         trainer(tmp_path, samples(THIRD_STEP), gradient_accumulation_steps=2).train()
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 @pytest.mark.parametrize(
     ("settings", "message"),
