@@ -115,21 +115,13 @@ class OctavCallback(TrainerCallback):
     ) -> None:
         self._entered.close()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
-        if "loss" not in logs:  # of an evaluation, or at the end
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if "loss" not in kwargs["logs"]:  # of an evaluation, or at the end
             return
-        measured = self._measured
+        measured, self._measured = self._measured, {}
         if state.global_step not in measured:
             self._warn_of_log(state.global_step)
             return
-        self._measured = {}
         if not state.is_world_process_zero:
             return
         trained = _trained_layers(kwargs["model"], kwargs["optimizer"])
@@ -142,8 +134,9 @@ class OctavCallback(TrainerCallback):
         figures, operands = summary(statistics, changed, self._warnings.first_clips)
         if self._per_layer:
             figures |= per_layer(statistics, changed)
-        logs.update(figures)
-        state.log_history[-1].update(figures | operands)
+        kwargs["logs"].update(figures)
+        entry: dict[str, Any] = state.log_history[-1]  # a copy of the logs
+        entry.update(figures | operands)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -329,6 +329,17 @@ def train_with_trainer(folder: Path, config: dict[str, Any], per_device: int, **
     return {"logits": logits, "written": [str(Path(path).relative_to(folder)) for path in written]}
 
 
+def train_with_callback(folder: Path, config: dict[str, Any], per_device: int) -> list[dict[str, Any]]:
+    """The logs of three steps by Trainer with ``OctavCallback``."""
+    distributed = {"ddp_backend": "gloo"} if dist.is_initialized() else {}
+    logging = {"logging_strategy": "steps", "logging_steps": 1, "save_strategy": "no"}
+    training = training_arguments(folder, per_device, use_cpu=True, **(distributed | logging))
+    trainer = trainer_of(apply_octav(bert(), OctavConfig(**config)), training)
+    trainer.add_callback(octav_hf.OctavCallback())
+    trainer.train()
+    return trainer.state.log_history
+
+
 def take_cpus_for_accelerators() -> None:
     """Make Accelerate, which runs FSDP and DeepSpeed only on accelerators, accept the CPU of this process."""
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}

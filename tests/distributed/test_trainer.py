@@ -36,3 +36,19 @@ def test_two_processes_end_as_one(succeed: Run, tmp_path: Path) -> None:
     weights = BertForQuestionAnswering.from_pretrained(checkpoint, dtype="auto").state_dict()
     expected = BertForQuestionAnswering.from_pretrained(tmp_path / "two" / "trained", dtype="auto").state_dict()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_the_callback_logs_what_the_first_process_measures(succeed: Run, tmp_path: Path, synchronized: bool) -> None:
+    config = {"sync_activation_clips": synchronized}
+    (alone,) = succeed("train_with_callback", 1, tmp_path / "one", config=config, per_device=8)
+    first, second = succeed("train_with_callback", 2, tmp_path / "two", config=config, per_device=4)
+    assert not [log for log in second if any(name.startswith("octav/") for name in log)]
+    for step in range(3):
+        assert first[step].keys() == alone[step].keys()
+        assert first[step]["octav/activation_sqnr_db_mean"] == pytest.approx(
+            alone[step]["octav/activation_sqnr_db_mean"],
+            abs=0.5,  # of half of the batch
+        )
+    before_training = "octav/weight_sqnr_db_mean", "octav/weight_clipped_share_mean"
+    assert {name: first[0][name] for name in before_training} == {name: alone[0][name] for name in before_training}

@@ -388,7 +388,7 @@ def test_a_healthy_run_is_not_warned_of(
 
 @pytest.mark.parametrize(
     ("correction", "problem"),
-    [(-0.02, "Clips that collapsed"), (0.02, "Clips that exploded"), (0.01, None), (-0.01, None)],
+    [(-0.03, "Clips that collapsed"), (0.03, "Clips that exploded"), (0.01, None), (-0.01, None)],
 )
 def test_a_clip_that_leaves_its_first_value(
     small_bert: MakeBert,
@@ -400,7 +400,7 @@ def test_a_clip_that_leaves_its_first_value(
 ) -> None:
     model = calibrate_octav(apply_octav(small_bert(), OctavConfig()), [padded_batch], learned=True)
     quantizer = model.get_submodule(f"{WEIGHT}.input_quantizer")
-    sabotage = Sabotage(4, lambda model: quantizer.clip_correction.add_(correction))  # exp(2.56) = 13, exp(1.28) = 3.6
+    sabotage = Sabotage(4, lambda model: quantizer.clip_correction.add_(correction))  # exp(3.84) = 47, exp(1.28) = 3.6
     messages = warnings_of(caplog, model, tmp_path, OctavCallback(), sabotage)
     if problem is None:
         assert messages == []
@@ -439,10 +439,9 @@ def test_an_operand_that_quantization_loses(
 ) -> None:
     model = calibrate_octav(apply_octav(small_bert(), OctavConfig()), [padded_batch])
     model.get_submodule(f"{WEIGHT}.input_quantizer").clips.mul_(1000)
-    (message,) = warnings_of(caplog, model, tmp_path, OctavCallback(), max_steps=2)
-    assert message.startswith(
-        f"Step 1: Operands that quantization loses: the error is about as large as the signal: {WEIGHT} input"
-    )
+    messages = warnings_of(caplog, model, tmp_path, OctavCallback(), max_steps=2)
+    (message,) = (each for each in messages if f"{WEIGHT} input (" in each)
+    assert message.startswith("Step 1: Operands that quantization loses: the error is about as large as the signal: ")
     assert "SQNR 0.0 dB, 100% rounded to 0" in message
     assert "module_overrides" in message
 
