@@ -11,7 +11,7 @@ from .simulated import check_has_float_weights
 
 @contextmanager
 def in_float(
-    model: nn.Module, modules: Collection[str] | None = None, *, but: Collection[nn.Module] = ()
+    model: nn.Module, modules: Collection[str] | None = None, but: Collection[nn.Module] = ()
 ) -> Iterator[None]:
     """Context in which the operands of some quantized modules are not quantized.
 
@@ -21,7 +21,7 @@ def in_float(
     Args:
         model: quantized by ``apply_octav``, and neither packed nor converted to multiply integers.
         modules: full names; ``None``: all that are quantized.
-        but: quantizers that stay.
+        but: quantizers, such as ``layer.weight_quantizer``, that stay on.
 
     Raises:
         ValueError: the model is none of these, or has no quantized module of such a name.
