@@ -1,4 +1,4 @@
-"""The plots of the README's performance section, from the JSON files that the benchmarks write.
+"""The plots of the documentation's benchmarks, from the JSON files that the benchmarks write.
 
 python benchmarks/plot.py --clip clip.json --step step.json --inference inference.json --output_dir benchmarks/plots
 """
