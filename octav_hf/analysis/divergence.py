@@ -34,7 +34,7 @@ class FloatOutputs:
         function: the public function that this is for, with whose name errors begin.
 
     Attributes:
-        batches: a list of them.
+        batches: as a list.
 
     Raises:
         TypeError, ValueError: the model or the batches are none of these.
@@ -53,6 +53,12 @@ class FloatOutputs:
 
         with in_float(model) if teacher is None else nullcontext():
             run_batches(source, self.batches, function, None, keep)
+
+    @property
+    def measure(self) -> str:
+        """What the divergence is, in words."""
+        is_other = _OTHER in self._outputs[0]
+        return "relative squared error of the output" if is_other else "KL divergence of the logits (nats)"
 
     def divergence_of(self, model: nn.Module) -> float:
         """The divergence of ``model``, whatever of it is quantized, over the batches.
