@@ -65,7 +65,7 @@ def test_experts_stay_in_float_with_a_reason_and_a_warning(name: str, caplog: py
     caplog.set_level(logging.WARNING, "octav_hf")
     architecture = EXPERTS[name]
     model = apply_octav(architecture.make(), OctavConfig(exclude_modules=[ROUTERS[name]]))
-    (warning,) = (record.getMessage() for record in caplog.records)
+    (warning,) = (record.getMessage() for record in caplog.records if record.name.startswith("octav_hf"))
     experts = {f"model.layers.{i}.mlp.experts": "gate_up_proj, down_proj" for i in (0, 1)}
     assert all(f"{module} ({parameters})" in warning for module, parameters in experts.items())
     assert f"exclude_modules={list(experts)}" in warning

@@ -83,7 +83,7 @@ def test_a_runtime_that_is_too_old_or_missing(
     model, folder, batch = exported
     problem = "is not installed" if found is None else "1.31.9 is too old"
     with pytest.raises(
-        ImportError, match=rf"onnxruntime>=1.32, and onnxruntime {problem}: pip install 'octav-hf\[onnx\]"
+        ImportError, match=rf"onnxruntime>=1.32, but onnxruntime {problem}: pip install 'octav-hf\[onnx\]"
     ):
         verify_onnx(model, folder, batch)
     with pytest.raises(ImportError, match="too old|not installed"):

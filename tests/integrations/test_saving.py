@@ -293,7 +293,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "other labels than in the config": (
         lambda model: setattr(model, "classifier", nn.Linear(16, 5)),
-        r"classifier: its weight has shape \(5, 16\), and \(2, 16\) by the model's config; .*num_labels",
+        r"classifier: its weight has shape \(5, 16\), but \(2, 16\) according to the model's config; .*num_labels",
     ),
     "a quantizer of another class": (
         lambda model: setattr(model.classifier, "input_quantizer", nn.Dropout()),

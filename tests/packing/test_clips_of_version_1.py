@@ -51,8 +51,8 @@ def test_clips_have_the_dtype_of_statistics(tmp_path: Path, dtype: str, kept: st
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({LAYER: {"query": {"signed": True, "clips": [1.0]}}}, r"\['query'\] is no quantized activation of Bert"),
-        ({"bert.encoder": {"input": {"signed": True, "clips": [1.0]}}}, "is no quantized activation of Bert"),
+        ({LAYER: {"query": {"signed": True, "clips": [1.0]}}}, r"\['query'\] is not a quantized activation of Bert"),
+        ({"bert.encoder": {"input": {"signed": True, "clips": [1.0]}}}, "is not a quantized activation of Bert"),
         (
             {LAYER: {"input": {"signed": False, "lowest": -0.1, "clips": [1.0]}}},
             rf"\['{LAYER}'\]\['input'\] have an offset.*calibrate_octav",

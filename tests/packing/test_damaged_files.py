@@ -232,7 +232,7 @@ def test_a_tensor_in_two_shards(whole: Path, tmp_path: Path) -> None:
     with safe_open(second, framework="pt") as file:
         metadata = file.metadata()
     save_file(load_file(second) | {name: tensor}, second, metadata=metadata)
-    with pytest.raises(ValueError, match=rf"{re.escape(str(second))}: {re.escape(name)} is in .*{first.name} too"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(second))}: {re.escape(name)} is also in .*{first.name}"):
         AutoModelForQuestionAnswering.from_pretrained(tmp_path)
 
 
