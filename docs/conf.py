@@ -39,15 +39,20 @@ html_math_renderer = "mathml"
 html_copy_source = False
 
 
+def mathml(formula: str, as_block: bool) -> str:
+    """MathML, in which a bar stands close to what it encloses."""
+    return re.sub(r"<mo[^>]*>\|</mo>", '<mo lspace="0" rspace="0">|</mo>', tex2mathml(formula, as_block=as_block))
+
+
 def inline_math(writer: Any, node: nodes.math) -> None:
     """Write a formula as MathML, which browsers display by themselves: no script from another host."""
-    writer.body.append(tex2mathml(node.astext(), as_block=False))
+    writer.body.append(mathml(node.astext(), as_block=False))
     raise nodes.SkipNode
 
 
 def block_math(writer: Any, node: nodes.math_block) -> None:
     """Write a displayed formula as MathML."""
-    writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    writer.body.append(f'<div class="math">{mathml(node.astext(), as_block=True)}</div>')
     raise nodes.SkipNode
 
 
