@@ -1,0 +1,121 @@
+"""Suggested changes: measured on copies, sorted, and with code that makes the config that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertForQuestionAnswering
+
+from octav_hf import OctavConfig, apply_octav, calibrate_octav, pack_octav, remove_octav
+from octav_hf.analysis.config_changes import changes, packed_bits, written
+from octav_hf.analysis.divergence import FloatOutputs
+from octav_hf.analysis.sensitivity import ModuleSensitivity, sensitivity
+from octav_hf.analysis.suggestions import Suggestion, suggestions
+
+from .test_operand_statistics import batches
+
+MakeBert = Callable[..., BertForQuestionAnswering]
+LINEAR = "bert.encoder.layer.0.output.dense"
+SENSITIVITIES = [ModuleSensitivity("qa_outputs", 0.1, 0.1), ModuleSensitivity(LINEAR, 0.3, 0.3)]
+
+
+def config_of(suggestion: Suggestion, model: Any) -> OctavConfig:
+    """What the code makes of a float model."""
+    names: dict[str, Any] = {"model": model}
+    exec(suggestion.code, names)
+    assert names["model"].octav_config == names["config"]
+    return names["config"]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["dynamic", "frozen"])
+def test_the_gain_is_that_of_a_model_quantized_by_the_code(small_bert: MakeBert, frozen: bool) -> None:
+    model = apply_octav(small_bert(num_hidden_layers=1), OctavConfig(activation_bits=3))
+    with torch.no_grad():  # outliers, as trained models have
+        model.bert.embeddings.LayerNorm.weight[3] *= 20
+    if frozen:
+        calibrate_octav(model, batches(1))
+    before, state = str(model), {name: x.clone() for name, x in model.state_dict().items()}
+    found = suggestions(model, batches(1), sensitivities=SENSITIVITIES)
+    assert str(model) == before
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    assert 1 <= len(found) <= 3
+    outputs = FloatOutputs(model, batches(1), None, "test")
+    for each in found:
+        other = small_bert(num_hidden_layers=1)
+        other.load_state_dict({name: x for name, x in state.items() if "quantizer" not in name})
+        config_of(each, other)
+        if frozen:
+            calibrate_octav(other, batches(1))
+        assert each.gain == pytest.approx(1 - outputs.divergence_of(other) / outputs.divergence_of(model), abs=1e-4)
+        assert each.gain >= 0.02
+        assert "KL divergence of the logits" in each.reason
+    if not frozen:  # as frozen clips are one per tensor
+        assert "token" in found[0].title
+
+
+def test_changes_differ_from_the_config_and_name_what_they_ask(small_bert: MakeBert) -> None:
+    overrides = {"*.output.dense": {"activation_clip": "max"}, LINEAR: {"weight_clip": "max"}}
+    for config in (
+        OctavConfig(),
+        OctavConfig(module_overrides=overrides),
+        OctavConfig.accurate(),
+        OctavConfig.groups(),
+    ):
+        model = apply_octav(small_bert(num_hidden_layers=1), config)
+        found = list(changes(model, config, SENSITIVITIES))
+        assert all(change.config != config for change in found)
+        assert {change.asks for change in found} >= {"more bits"}
+        more_bits = found[-1].config.module_overrides
+        assert more_bits[LINEAR] == config.module_overrides.get(LINEAR, {}) | {"weight_bits": 8, "activation_bits": 8}
+        if not config.module_overrides:
+            assert list(more_bits) == [LINEAR]  # which has half of all sensitivity
+        else:
+            assert more_bits["*.output.dense"] == {"activation_clip": "max"}
+    assert len(list(changes(model, OctavConfig(), []))) == 4 + 7 + 2
+
+
+@pytest.mark.parametrize(
+    ("config", "begin"),
+    [
+        (OctavConfig(), "OctavConfig(\n    weight_bits=4,\n    activation_bits=4,\n)"),
+        (OctavConfig.accurate(weight_bits=3), "OctavConfig.accurate(\n    weight_bits=3,\n    activation_bits=4,\n)"),
+        (
+            OctavConfig.groups(group_size=32),
+            "OctavConfig.groups(\n    weight_bits=4,\n    activation_bits=4,\n    group_size=32",
+        ),
+        (OctavConfig(module_overrides={LINEAR: {"weight_gradient_estimator": "ste"}}), "OctavConfig(\n"),
+    ],
+)
+def test_the_code_is_short_and_makes_the_config(small_bert: MakeBert, config: OctavConfig, begin: str) -> None:
+    assert f"config = {begin}" in written(config)
+    model = small_bert(num_hidden_layers=1)
+    assert config_of(Suggestion("", "", 0.0, "", written(config)), model) == config
+
+
+def test_bytes_are_those_of_the_packed_weights(small_bert: MakeBert) -> None:
+    for config in (OctavConfig(embedding_bits=8), OctavConfig.groups(group_size=32)):
+        model = apply_octav(small_bert(), config)
+        bits = packed_bits(model)
+        buffers = pack_octav(model).named_buffers()
+        packed = [x for name, x in buffers if name.endswith(("weight_quantizer.packed_data", "weight_quantizer.scale"))]
+        assert bits == 8 * sum(x.nbytes for x in packed)
+
+
+def test_nothing_is_suggested_for_a_model_without_error(small_bert: MakeBert) -> None:
+    model = apply_octav(small_bert(num_hidden_layers=1), OctavConfig(activation_bits=None, weight_bits=2))
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "weight_quantizer"):
+                module.weight.zero_()
+    assert suggestions(model, batches(), sensitivities=sensitivity(model, batches()[:1])) == []
+
+
+def test_a_packed_model_is_refused(small_bert: MakeBert) -> None:
+    model = pack_octav(apply_octav(small_bert(), OctavConfig()))
+    with pytest.raises(ValueError, match="suggestions: BertForQuestionAnswering is packed"):
+        suggestions(model, batches())
+    with pytest.raises(ValueError, match="no module quantized"):
+        suggestions(remove_octav(model), batches())
