@@ -98,7 +98,7 @@ _ConfigArguments = make_dataclass("_ConfigArguments", map(_config_argument, _CON
 class OctavArguments(_ConfigArguments):  # type: ignore[misc, valid-type]  # made of the config's fields
     """The fields of `octav_hf.OctavConfig`; only those that are given are passed on, so its defaults hold for the rest.
 
-    And whether to quantize at all, and with static clips.
+    And whether to quantize at all, with static clips, and with what logs.
     """
 
     quantize: bool = field(default=False, metadata={"help": "Fine-tune with quantized matmuls."})
@@ -120,6 +120,14 @@ class OctavArguments(_ConfigArguments):  # type: ignore[misc, valid-type]  # mad
         metadata={
             "help": "Before training, fit each layer's weights to the float model by least squares on this many random "
             "training batches: to --distill_from, else to the model that training starts from. Not given: no."
+        },
+    )
+
+    log_quantization: Optional[bool] = field(
+        default=None,
+        metadata={
+            "help": "Add errors, clips and changed codes of the quantized operands to the training logs, and warn of "
+            "quantizers that go wrong (octav_hf.OctavCallback). Not given: yes."
         },
     )
 
