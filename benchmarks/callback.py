@@ -11,6 +11,7 @@ turn; a run's first step is measured too.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -99,7 +100,7 @@ def seconds_of_steps(options: argparse.Namespace, logging_steps: int, measured: 
         trainer = TimedTrainer(model=model, args=arguments, train_dataset=rows, callbacks=callbacks)
         trainer.train()
     begins: list[float] = trainer.__dict__["begins"]
-    return [after - before for before, after in zip(begins, begins[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(begins)]
 
 
 if __name__ == "__main__":
