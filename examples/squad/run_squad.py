@@ -36,6 +36,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     HfArgumentParser,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -139,7 +140,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         octav_hf.reconstruct(model.to(training_args.device), start, list(batches))
     if teacher:
         octav_hf.distill(model, load(teacher, **model_args.loading()), **model_args.distillation())
-    trainer = QuestionAnsweringTrainer(model=model, callbacks=[timer], **parts)
+    callbacks: list[TrainerCallback] = [timer]
+    if octav_args.quantize and octav_args.log_quantization is not False:
+        callbacks.append(octav_hf.OctavCallback())
+    trainer = QuestionAnsweringTrainer(model=model, callbacks=callbacks, **parts)
 
     def calibrate(batches: int, **more: bool) -> None:
         unwrapped = trainer.accelerator.unwrap_model(trainer.model)

