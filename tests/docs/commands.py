@@ -29,9 +29,18 @@ def run_commands(code: str) -> None:
 
 def _octav_hf(arguments: list[str]) -> None:
     if arguments[0] in ("push", "export"):  # tests/hub and tests/test_cli.py run them: one uploads, one takes long
-        cli._parser().parse_args(arguments)
+        _check_options(arguments, lambda: cli.main([arguments[0], "--help"]))
     else:
         assert cli.main(arguments) == 0, arguments
+
+
+def _check_options(words: list[str], show_help: Callable[[], object]) -> None:
+    """All options in ``words`` are in the help text that the function prints."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        show_help()
+    for option in (word for word in words if word.startswith("--")):
+        assert option in text.getvalue(), f"no {option}: {' '.join(words)}"
 
 
 def _make(arguments: list[str]) -> None:
@@ -60,11 +69,8 @@ def _python(arguments: list[str]) -> None:
         with _arguments([script, *options]):
             runpy.run_path(str(ROOT / script))["parse_arguments"](None)
         return
-    help_text = io.StringIO()
-    with _arguments([script, "--help"]), contextlib.redirect_stdout(help_text), contextlib.suppress(SystemExit):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    for option in (word for word in options if word.startswith("--")):
-        assert option in help_text.getvalue(), f"{script} has no {option}"
+    with _arguments([script, "--help"]):
+        _check_options(arguments, lambda: runpy.run_path(str(ROOT / script), run_name="__main__"))
 
 
 def _torchrun(arguments: list[str]) -> None:
