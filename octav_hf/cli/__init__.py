@@ -1,4 +1,4 @@
-"""The console command ``octav-hf``: pack, unpack, export, inspect and push checkpoints, and write their cards."""
+"""The console command ``octav-hf``: convert, export, inspect, analyse and push checkpoints, and write their cards."""
 
 from .command import main
 

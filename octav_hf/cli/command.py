@@ -10,6 +10,7 @@ from .._utils.escaping import escaped
 from .convert import add_export, add_pack, add_unpack
 from .inspect import add_inspect
 from .publish import add_card, add_push
+from .report import add_report
 
 # HTTPError covers errors of the Hub and failed connections; huggingface_hub exports the client that it uses.
 _EXPECTED_ERRORS = (ValueError, OSError, NotImplementedError, ImportError, httpx.HTTPError)
@@ -39,6 +40,6 @@ def parser() -> argparse.ArgumentParser:
     """The parser of the command line; ``run`` of what it parses carries the command out."""
     made = argparse.ArgumentParser(prog="octav-hf", description="Checkpoints of models quantized with octav_hf.")
     commands = made.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_pack, add_unpack, add_export, add_inspect, add_card, add_push):
+    for add in (add_pack, add_unpack, add_export, add_inspect, add_report, add_card, add_push):
         add(commands)
     return made
