@@ -7,6 +7,8 @@ model.
 from . import export
 from ._version import __version__
 from .analysis.bit_allocation import BitSuggestion, suggest_bits
+from .analysis.report import report
+from .analysis.report_data import Report
 from .config import OctavConfig
 from .conversion.convert import apply_octav, remove_octav
 from .coverage.check import CoverageCheck, check_coverage
@@ -33,6 +35,7 @@ __all__ = [
     "OctavCallback",
     "OctavConfig",
     "OctavQuantizer",
+    "Report",
     "TrainingRun",
     "__version__",
     "apply_octav",
@@ -49,6 +52,7 @@ __all__ = [
     "pack_octav",
     "reconstruct",
     "remove_octav",
+    "report",
     "suggest_bits",
     "uncalibrate_octav",
     "unpack_octav",

@@ -64,7 +64,7 @@ def room(name: str) -> str:
 
 def test_only_the_front_door_stands_outside_the_packages() -> None:
     modules = {path.stem for path in PACKAGE.glob("*.py")}
-    assert modules == {"__init__", "_version", "config", "cli"}
+    assert modules == {"__init__", "_version", "config"}
     rooms = [name for layer in LAYERS for name in layer]
     assert sorted(rooms) == sorted({room(name) for name in MODULES})
 

@@ -9,8 +9,8 @@ import tqdm.std
 from torch import distributed
 from transformers.utils import logging
 
-from octav_hf import cli
 from octav_hf._utils.progress import progress
+from octav_hf.cli import main, publish
 
 
 class Clock:
@@ -99,7 +99,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("stderr", [io.StringIO(), Terminal()], ids=["file", "terminal"])
 def test_commands_show_it_in_a_terminal(clock: Clock, monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO) -> None:
     monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr(cli, "_card", lambda options: work(clock))
-    assert cli.main(["card", "folder"]) == 0
+    monkeypatch.setattr(publish, "_card", lambda options: work(clock))
+    assert main(["card", "folder"]) == 0
     assert ("working: 100%" in stderr.getvalue()) is stderr.isatty()
     assert logging.is_progress_bar_enabled()
