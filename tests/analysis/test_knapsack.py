@@ -47,10 +47,10 @@ def test_rounded_costs_keep_the_limit_and_lose_little(seed: int) -> None:
     costs, errors, limit = problem(seed, 10007)
     costs = [[cost + random.Random(seed).randint(0, 999) for cost in block] for block in costs]
     limit = max(limit, sum(map(min, costs)))
-    cost, error = totals(costs, errors, cheapest_errors(costs, errors, limit, resolution=1000))
+    cost, error = totals(costs, errors, cheapest_errors(costs, errors, limit, resolution=20))
     assert cost <= limit
     spare = limit - sum(map(min, costs))
-    less = limit - len(costs) * (spare // 1000 + 1)  # each cost is rounded up by less than a step
+    less = limit - len(costs) * (spare // 20 + 1)  # each cost is rounded up by less than a step
     if less >= sum(map(min, costs)):
         assert error <= least_error(costs, errors, less) + 1e-12
 
