@@ -30,7 +30,7 @@ def test_the_notebook_runs(notebook: NotebookNode, tmp_path: Path, monkeypatch: 
     client.execute()  # raises for a cell that does
 
     written = {path.name for path in (tmp_path / "runs" / "quickstart").iterdir()}
-    assert {"packed", "onnx"} <= written
+    assert {"report.html", "report.json", "packed", "onnx"} <= written
     losses = result(notebook, "make_trainer(model, steps=20")
     assert losses["quantized and trained"] < losses["quantized"]
     assert 0 < result(notebook, "convert_octav") < 0.5  # logits; float rounding decides some of the 8-bit roundings
