@@ -1,4 +1,4 @@
-"""Time of `octav_clip` and `mse_clip` against reads of the same tensor, and Eq. 6 as it is written, in one run.
+"""Time of `octav_clip` and `mse_clip`, compared with reads of the same tensor and with plain iterations of Eq. 6.
 
     python benchmarks/clip.py                      # 10^4 to 10^8 elements, 4 and 8 bits, per tensor and per row
     python benchmarks/clip.py --output clip.json
@@ -91,14 +91,14 @@ def measure(x: torch.Tensor, bits: int, signed: bool, dim: int | None, rounds: i
         "mse_clip": lambda: mse_clip(x, bits, signed=signed, dim=dim),
         "eq6": lambda: plain_recursion(x, bits, signed, dim),
     }
-    repeats = max(1, min(200, 10**7 // x.numel()))  # of what takes microseconds, many at a time
+    repeats = max(1, min(200, 10**7 // x.numel()))  # functions that take microseconds are timed many at once
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round_number in range(rounds):
         for name, function in functions.items():
             if name == "eq6" and round_number >= 3:
-                continue  # it is not what is measured
+                continue  # slow, and only for comparison
             begin = time.perf_counter()
             for _ in range(repeats):
                 function()

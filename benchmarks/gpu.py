@@ -1,10 +1,11 @@
-"""All that has to be said about a GPU, by one command: clips, steps, host reads, memory, CUDA graphs, other libraries.
+"""All measurements on a GPU in one command: clips, steps, host reads, memory, CUDA graphs, other libraries.
 
     python benchmarks/gpu.py --output gpu.json                             # at most nine minutes
     python benchmarks/gpu.py --device cpu --quick --parts clip_accuracy    # the same code on small tensors, as a test
 
-Each part runs in a process of its own, in order of importance: what fails, hangs or breaks the device is recorded, and
-the rest goes on. What there was no time for is named. Needs nothing but the package: models are random, of their shape.
+Each part runs in its own process, in order of importance. A part that fails, hangs or breaks the device is recorded,
+and the next one runs. Parts for which there was no time are listed. It needs only the package: models have random
+weights.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Row = dict[str, Any]
 
 
 class Part(NamedTuple):
-    """What one process measures: a generator of rows, and the seconds after which it is stopped."""
+    """A part that runs in one process: a generator of rows, and its time limit in seconds."""
 
     rows: Callable[[torch.device, bool], Iterator[Row]]
     limit: float
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def machine(device: str) -> Row:
-    """What the figures depend on."""
+    """Facts about the machine."""
     found: Row = {"torch": torch.__version__, "cuda": torch.version.cuda, "device": device, "cpu_cores": os.cpu_count()}
     try:
         import triton
@@ -103,7 +104,7 @@ def machine(device: str) -> Row:
 
 
 def driver() -> str:
-    """The version of the driver, as `nvidia-smi` has it."""
+    """The driver version according to `nvidia-smi`."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split("\n")[0]
@@ -112,11 +113,11 @@ def driver() -> str:
 
 
 def in_a_process(name: str, options: argparse.Namespace, limit: float) -> dict[str, Any]:
-    """The rows of a part, those before it failed or was stopped included, and why it ended if it did."""
+    """The rows of a part, including those before a failure or timeout, and the reason for one."""
     command = [sys.executable, __file__, "--part", name, "--device", options.device]
     command += ["--quick"] if options.quick else []
     begin = time.monotonic()
-    # Files, since a pipe would have to be read until the last process of a compiler has closed it.
+    # Files, because a pipe would have to be read until the last compiler process has closed it.
     with tempfile.TemporaryFile("w+") as rows, tempfile.TemporaryFile("w+") as errors:
         try:
             code = subprocess.run(command, stdout=rows, stderr=errors, timeout=limit).returncode
@@ -132,7 +133,7 @@ def in_a_process(name: str, options: argparse.Namespace, limit: float) -> dict[s
 
 
 def table(name: str, part: dict[str, Any]) -> str:
-    """A part as Markdown: a column for each key of its rows."""
+    """A part as a Markdown table with a column per key of its rows."""
     columns = list(dict.fromkeys(key for row in part["rows"] for key in row))
     lines = [f"\n{name}, {part['seconds']} s{', ' * bool(part.get('ended'))}{part.get('ended', '')}\n"]
     if columns:

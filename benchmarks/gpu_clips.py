@@ -1,4 +1,4 @@
-"""Clips on a device: against float64 on the same values, and their time against a copy of the tensor."""
+"""Clips on a device: their accuracy against float64, and their time against a copy of the tensor."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ RULES = {"octav": octav_clip, "mse": mse_clip, "max": max_clip}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = (2, 4, 8)
 JUDGED_ROWS = 16
-CANDIDATES = 1000  # of which the best is what mse is compared with
-COLD_BYTES = 2**28  # that a cache does not hold
+CANDIDATES = 1000  # clips in the sweep with which mse is compared
+COLD_BYTES = 2**28  # exceeds the cache
 
 
 def accuracy(device: torch.device, quick: bool) -> Iterator[Row]:
@@ -27,7 +27,7 @@ def accuracy(device: torch.device, quick: bool) -> Iterator[Row]:
 
 
 def worst(rule: str, parts: str, dtype: torch.dtype, device: torch.device, quick: bool) -> Row:
-    """How far clips are from the best, where they are farthest, and how far from the same rule's on the CPU."""
+    """The largest deviation from the reference, where it occurs, and the largest deviation from the CPU's clips."""
     dim = None if parts == "tensor" else 1
     found, apart = [], []
     for signed, bits in itertools.product((True, False), BITS):
@@ -39,21 +39,21 @@ def worst(rule: str, parts: str, dtype: torch.dtype, device: torch.device, quick
         for line, clip in zip(x.double().reshape(len(clips), -1)[: 2 if quick else JUDGED_ROWS], clips, strict=False):
             found.append((distance(rule, line, clip, bits, signed), f"{bits} bits {'' if signed else 'un'}signed"))
     distances, places = zip(*found, strict=True)
-    largest = torch.tensor(distances, dtype=torch.float64).argmax()  # a NaN is the largest
+    largest = torch.tensor(distances, dtype=torch.float64).argmax()  # NaN counts as the largest
     measure = "error over the best" if rule == "mse" else "relative to float64"
     from_cpu = float(torch.stack(apart).max())
     return {"worst": distances[largest], "at": places[largest], "is": measure, "from the CPU's clip": from_cpu}
 
 
 def values(signed: bool, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Long tails on both sides, or probabilities."""
+    """Random values: with long tails on both sides if `signed`, otherwise probabilities."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator)
     return (x * torch.randn(shape, generator=generator).exp() if signed else torch.softmax(3 * x, dim=-1)).to(dtype)
 
 
 def distance(rule: str, x: torch.Tensor, clip: torch.Tensor, bits: int, signed: bool) -> float:
-    """The clip's error minus the best one's over the latter (mse), or its relative difference from float64's clip.
+    """For mse, the relative excess of the clip's error over the best one; otherwise its relative difference to float64.
 
     Args:
         x: float64 `[n]`.
@@ -76,11 +76,11 @@ def octav_fixed_point(x: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
     magnitudes = (x.abs() if signed else x.clamp(min=0)).sort(descending=True).values
     magnitudes = magnitudes[magnitudes > 0]
     noise = 4.0**-bits / (3 if signed else 12)
-    # Of those before each, equal ones add nothing to the sum of differences.
+    # Equal values before each element add nothing to the sum of differences.
     above = torch.arange(len(magnitudes), dtype=torch.float64, device=x.device)
     sums = magnitudes.cumsum(0) - magnitudes
     slope = noise * magnitudes * (len(magnitudes) - above) - (sums - above * magnitudes)
-    last = int((slope >= 0).sum())  # the sign changes between the last of these and the next one below
+    last = int((slope >= 0).sum())  # the sign changes between the last of these and the next magnitude
     total, count = magnitudes[:last].sum(), last
     fixed_point = total / (noise * (len(magnitudes) - count) + count)
     below = magnitudes[last] if last < len(magnitudes) else torch.zeros_like(total)
@@ -88,7 +88,7 @@ def octav_fixed_point(x: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
 
 
 def squared_errors(x: torch.Tensor, clips: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
-    """Error of sorted `x`, float64 `[n]`, at each of `clips`, `[k]`, from sums between the borders of rounding."""
+    """Squared error of sorted `x`, float64 `[n]`, for each of `clips`, `[k]`, from sums between rounding thresholds."""
     levels = 2 ** (bits - 1) if signed else 2**bits
     integers = torch.arange(-levels if signed else 0, levels, dtype=torch.float64, device=x.device)
     grid = integers * (clips / levels)[:, None]
@@ -100,7 +100,7 @@ def squared_errors(x: torch.Tensor, clips: torch.Tensor, bits: int, signed: bool
 
 
 def speed(device: torch.device, quick: bool) -> Iterator[Row]:
-    """Share: bytes that a clip has to read over its time, against the bytes that a copy reads and writes over its."""
+    """Time of clips, and their bandwidth (bytes read) as a share of a copy's (bytes read and written)."""
     size = 48 if quick else 384
     cases = {
         "probabilities 8x12x384x384": ((8, 12, size, size), None, False, (torch.float32, torch.bfloat16)),
@@ -119,7 +119,7 @@ def speed(device: torch.device, quick: bool) -> Iterator[Row]:
 def times_of_clips(
     shape: tuple[int, ...], dim: int | None, signed: bool, dtype: torch.dtype, device: torch.device, quick: bool
 ) -> Row:
-    """Milliseconds of a copy and of each rule at 4 bits, and the rules' shares of the copy's bandwidth."""
+    """Milliseconds of a copy and of each rule at 4 bits, and the rules' shares of the bandwidth of the copy."""
     x = torch.randn(shape, device=device, dtype=torch.float32)
     x = (x if signed else torch.softmax(3 * x, dim=-1)).to(dtype)
     count = 2 if quick else min(64, 1 + COLD_BYTES // (x.numel() * x.element_size()))

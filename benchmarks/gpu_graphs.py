@@ -1,4 +1,4 @@
-"""Whether a training step on a GPU waits for the host, and whether it can be recorded as a CUDA graph and replayed."""
+"""Check whether a training step on a GPU synchronizes with the host, and whether it can be replayed as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gpu_measure import Row, milliseconds, row
 from gpu_steps import Step, make_batch, make_model, training_step
 
 VARIANTS = ("float sdpa", "paper", "accurate", "paper, eager attention", "max")
-STEPS = 5  # whose losses are compared
+STEPS = 5  # number of losses that are compared
 
 
 def host_reads(device: torch.device, quick: bool) -> Iterator[Row]:
-    """Operations that make the host wait, of a step of MiniLM's shape, by the line that asks for them.
+    """Synchronizing operations in a step of a model with MiniLM's shape, by source line.
 
-    Without a mask, for Transformers reads the mask; and with one, to compare with the float model's.
+    Without a mask, because Transformers itself reads the mask; and with a mask, to compare with the float model.
     """
     if device.type != "cuda":
         yield {"name": "host reads", "skipped": f"counted on CUDA devices, not on {device}"}
@@ -32,7 +32,7 @@ def host_reads(device: torch.device, quick: bool) -> Iterator[Row]:
 
 
 def reads_of_a_step(variant: str, with_mask: bool, device: torch.device, quick: bool) -> Row:
-    """Whether a step runs where such an operation is an error, and how many there are where it is a warning."""
+    """Whether a step passes in the sync debug mode "error", and the number of warnings in the mode "warn"."""
     batch = make_batch(device, quick)
     if not with_mask:
         del batch["attention_mask"]
@@ -63,7 +63,7 @@ def place(warning: Any) -> str:
 
 
 def cuda_graphs(device: torch.device, quick: bool) -> Iterator[Row]:
-    """A whole step (forward, backward, AdamW) as a CUDA graph, without dropout, against the same steps one by one."""
+    """A step (forward, backward, AdamW) without dropout as a CUDA graph, compared with the same eager steps."""
     if device.type != "cuda":
         yield {"name": "CUDA graphs", "skipped": f"recorded on CUDA devices, not on {device}"}
         return
@@ -72,7 +72,7 @@ def cuda_graphs(device: torch.device, quick: bool) -> Iterator[Row]:
 
 
 def replayed_step(variant: str, device: torch.device, quick: bool) -> Row:
-    """The largest relative difference of the losses, and the time of a step either way."""
+    """The largest relative difference of the losses, and the time of a step eagerly and as a graph."""
     batch = make_batch(device, quick)
     del batch["attention_mask"]
     steps = [
@@ -101,7 +101,7 @@ def replayed_step(variant: str, device: torch.device, quick: bool) -> Row:
 
 
 def warm_up_on_a_stream(step: Step) -> None:
-    """Three steps on another stream, as recording needs; the last leaves no gradients."""
+    """Run three steps on another stream, as recording requires; the last one leaves no gradients."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""Rows of figures, and time and memory on a device."""
+"""Measure time and memory on a device, as rows of figures."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ Row = dict[str, Any]
 
 
 def row(name: str, measure: Callable[[], Row]) -> Row:
-    """What `measure` returns under a name, or its error."""
+    """The result of `measure` with a name, or its error."""
     try:
         return {"name": name, **measure()}
     except Exception as error:
         return {"name": name, "error": f"{type(error).__name__}: {str(error)[:500]}"}
     finally:
-        gc.collect()  # models that quantizers' and compilers' cycles hold
+        gc.collect()  # models in reference cycles of quantizers and compilers
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
 
 def milliseconds(function: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
-    """Time of one call from start to end on the device, averaged over `repeats`."""
+    """Milliseconds of one call on the device, averaged over `repeats`."""
     if device.type != "cuda":
         begin = time.perf_counter()
         for _ in range(repeats):
@@ -43,7 +43,7 @@ def milliseconds(function: Callable[[], Any], device: torch.device, repeats: int
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], device: torch.device, rounds: int, repeats: int = 1) -> Row:
-    """Median milliseconds of each function, a call of each in every round, after two that warm up."""
+    """Median milliseconds of each function over interleaved rounds, after two rounds of warm-up."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round_number in range(rounds + 2):
         for name, function in functions.items():
@@ -54,7 +54,7 @@ def interleaved(functions: dict[str, Callable[[], Any]], device: torch.device, r
 
 
 def allocated(device: torch.device, peak: bool = False) -> int:
-    """Bytes of tensors on the device now, or at their highest since the peak was reset; 0 on a CPU."""
+    """Bytes of tensors on the device, now or at the peak since it was reset; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize(device)

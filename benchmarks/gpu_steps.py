@@ -1,7 +1,8 @@
 """Training steps in bfloat16 on a device, of random models of known shapes: quantized against float.
 
-Autocast over float32 parameters, as Trainer has it with `bf16=True`, unless a row says otherwise; 32 x 384 tokens
-without padding, fused AdamW. Float is `eager` too: `sdpa` keeps no probabilities, and quantized attention has to.
+Autocast over float32 parameters, as in Trainer with `bf16=True`, unless a row tells otherwise; 32 x 384 tokens without
+padding, fused AdamW. The float model also runs with `eager` attention, because quantized attention has to store
+probabilities, which `sdpa` does not.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     dropout: float = 0.1,
 ) -> nn.Module:
-    """A random model in training mode, the same at every call."""
+    """A random model in training mode; the same in every call."""
     attention, config = VARIANTS[variant]
     settings = QUICK if quick else SHAPES[shape]
     bert = BertConfig(**settings, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
@@ -67,7 +68,7 @@ def training_step(model: nn.Module, batch: dict[str, torch.Tensor], autocast: bo
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True, **adamw)
 
     def step() -> torch.Tensor:
-        # Without the cache of cast weights, which must not outlive a recording as a CUDA graph.
+        # Without the cache of cast weights, which must not outlive the capture of a CUDA graph.
         with torch.autocast(device_type, torch.bfloat16, enabled=autocast, cache_enabled=False):
             loss = model(**batch).loss
         loss.backward()
@@ -101,7 +102,7 @@ def bert_base_compiled(device: torch.device, quick: bool) -> Iterator[Row]:
 def times_of_variants(
     shape: str, device: torch.device, quick: bool, *, compiled: bool = False, dtype: torch.dtype = torch.float32
 ) -> Iterator[Row]:
-    """A row for each variant: time and memory, and both over float, which comes first."""
+    """A row per variant: time and memory, and both relative to float, which comes first."""
     float_rows: dict[str, Row] = {}
     for variant in VARIANTS:
         make = partial(make_model, shape, variant, device, quick, dtype)
@@ -114,7 +115,7 @@ def times_of_variants(
 
 
 def over_float(measured: Row, float_rows: dict[str, Row]) -> Row:
-    """The figures of a row over those of float."""
+    """The figures of a row relative to those of float."""
     return {
         f"{key} / {name}": round(measured[key] / other[key], 3)
         for name, other in float_rows.items()
@@ -126,7 +127,7 @@ def over_float(measured: Row, float_rows: dict[str, Row]) -> Row:
 def time_of_steps(
     make: Callable[[], nn.Module], device: torch.device, quick: bool, compiled: bool = False, autocast: bool = True
 ) -> Row:
-    """Median milliseconds of a step, seconds of the first one, and memory at its highest, parameters included."""
+    """Median milliseconds of a step, seconds of the first step, and peak memory including parameters."""
     torch.compiler.reset()
     counters.clear()
     before = allocated(device)
@@ -146,7 +147,7 @@ def time_of_steps(
 
 
 def other_libraries(device: torch.device, quick: bool) -> Iterator[Row]:
-    """What is installed of `peers.py`, beside this package."""
+    """The libraries of `peers.py` that are installed, and this package."""
     for name, (package, _, attention, prepare) in peers.LIBRARIES.items():
         version = peers.installed(package)
         if version is None:

@@ -1,11 +1,11 @@
-"""Time, peak memory and file size of a question-answering model in float and by integer arithmetic, in one run.
+"""Time, peak memory and file size of a question-answering model in float and with integer arithmetic.
 
     python benchmarks/inference.py --output inference.json        # MiniLM and BERT-Base's shape, 1 and 2 threads
     python benchmarks/inference.py --models MiniLM --sizes 8x128 --threads 2 --rounds 21
 
-Every round runs each form once, and medians are compared with PyTorch in FP32. Peak memory is that of a process of its
-own, which loads the form's files and runs it three times. A form whose packages are not installed is left out. With
-`--answers` (what `examples/squad/compare_answers.py` wrote) the table has F1 of the fine-tuned MiniLM, too.
+Every round runs each form once, and medians are compared with PyTorch in FP32. Peak memory is measured in a separate
+process, which loads the form's files and runs it three times. A form whose packages are not installed is left out. With
+`--answers` (a file written by `examples/squad/compare_answers.py`), the table also has the F1 of the fine-tuned MiniLM.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def is_installed(name: str) -> bool:
-    """Whether a form's packages are there; says so where they are not."""
+    """Whether the packages of a form are installed; prints a line if not."""
     missing = [package for package in FORMS[name].packages if importlib.util.find_spec(package) is None]
     if missing:
         print(f"{name}: left out, {', '.join(missing)} not installed")
@@ -78,7 +78,7 @@ def is_installed(name: str) -> bool:
 
 
 def measure(model: str, forms: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each form: bytes on disk, peak memory, and seconds for each number of threads and size."""
+    """A row per form: bytes on disk, peak memory, and seconds for each number of threads and size."""
     with tempfile.TemporaryDirectory() as temporary:
         folders = {}
         for files in dict.fromkeys(FORMS[form].files for form in forms):
@@ -106,7 +106,7 @@ def measure(model: str, forms: list[str], options: argparse.Namespace) -> list[d
                     for turn in range(options.rounds + 2):
                         for form, forward in loaded.items():
                             spent = seconds(partial(forward, batch))
-                            if turn >= 2:  # what is prepared at the first calls does not count
+                            if turn >= 2:  # the first two rounds are warm-up
                                 times[form].append(spent)
                 for form, values in times.items():
                     rows[form]["seconds"][f"{size}, {threads} threads"] = statistics.median(values)
@@ -114,7 +114,7 @@ def measure(model: str, forms: list[str], options: argparse.Namespace) -> list[d
 
 
 def bytes_of_weights(folder: Path) -> int:
-    """Size of the files that hold weights."""
+    """Size of the files with weights."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".json")
 
 
@@ -125,10 +125,10 @@ def measured_in_a_process(form: str, folder: Path) -> int:
 
 
 def peak_memory(form: str, folder: Path) -> int:
-    """Bytes of resident memory at their highest while a form is loaded and runs three times, less those before."""
+    """Peak resident bytes while a form is loaded and runs three times, minus those before."""
     torch.set_num_threads(MEMORY_THREADS)
     for package in FORMS[form].packages:
-        if package not in ("onnx", "onnxscript"):  # which the files were made with
+        if package not in ("onnx", "onnxscript"):  # these only created the files
             importlib.import_module(package)
     batch = random_batch(MEMORY_SIZE)
     before = resident_memory("VmRSS")
@@ -140,7 +140,7 @@ def peak_memory(form: str, folder: Path) -> int:
 
 
 def processor() -> str:
-    """Name of the processor and what decides how fast it multiplies integers."""
+    """Name of the processor, and whether it has VNNI, which decides how fast it multiplies integers."""
     name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return f"{name and name[1]}, {torch.backends.cpu.get_cpu_capability()}, {'VNNI' if has_vnni() else 'no VNNI'}"
 

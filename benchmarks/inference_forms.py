@@ -1,4 +1,4 @@
-"""The forms of a model that `inference.py` compares: which files each is written to, and how it is loaded from them."""
+"""The forms of a model that `inference.py` compares, and how each is written to files and loaded."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Form:
 
     Attributes:
         files: key of `FILES`.
-        load: makes a function of the batch, from the folder of these files and a number of threads.
-        packages: that it needs besides this one's.
-        answers: run and form in the record of `compare_answers.py` that has F1 of the fine-tuned model.
+        load: returns a function of a batch for a folder with these files and a number of threads.
+        packages: packages that it needs besides this one.
+        answers: run and form in the record of `compare_answers.py` with the F1 of the fine-tuned model.
     """
 
     files: str
@@ -36,7 +36,7 @@ class Form:
 
 
 def has_vnni() -> bool:
-    """Whether the processor adds four products of 8-bit integers to a sum at once."""
+    """Whether the processor has VNNI, which adds four products of 8-bit integers to a sum in one instruction."""
     return "vnni" in Path("/proc/cpuinfo").read_text()
 
 
@@ -124,9 +124,9 @@ def load_onnxruntime(folder: Path, threads: int) -> Forward:
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
     if not has_vnni():
-        # without it uint8 times int8 saturates on AVX2; where there is VNNI it would only cost time
+        # without it, uint8 times int8 saturates on AVX2; with VNNI it is not needed and slower
         settings.add_session_config_entry("session.x64quantprecision", "1")
-    settings.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads would slow the next form down
+    settings.add_session_config_entry("session.force_spinning_stop", "1")  # spinning threads would slow the next form
     session = onnxruntime.InferenceSession(folder / ONNX, settings, providers=["CPUExecutionProvider"])
     return lambda batch: session.run(None, {name: value.numpy() for name, value in batch.items()})
 
@@ -134,7 +134,7 @@ def load_onnxruntime(folder: Path, threads: int) -> Forward:
 def load_openvino(folder: Path, threads: int) -> Forward:
     import openvino
 
-    # its default would compute in bfloat16 on some processors
+    # by default, some processors would compute in bfloat16
     settings = {
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",

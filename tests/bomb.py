@@ -1,4 +1,4 @@
-"""A pickle that shows whether somebody has unpickled it."""
+"""A pickle that shows whether it has been unpickled."""
 
 from __future__ import annotations
 

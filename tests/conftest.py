@@ -1,4 +1,4 @@
-"""What several tests share: small random models, the real SQuAD files, and an environment without network."""
+"""Shared fixtures: small random models, the real SQuAD files, and an environment without network."""
 
 import os
 import shutil
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """One thread: where another process holds a core, OpenMP's waiting makes small operations 100 times slower."""
+    """One thread: if another process uses a core, OpenMP's waiting makes small operations 100 times slower."""
     torch.set_num_threads(1)
 
 
@@ -102,7 +102,7 @@ def small_bert() -> Callable[..., BertForQuestionAnswering]:
 
 @pytest.fixture
 def padded_batch() -> dict[str, torch.Tensor]:
-    """Token ids and the mask of two sequences, the second of which is padded."""
+    """Token ids and mask of two sequences; the second one is padded."""
     ids = torch.randint(0, 100, (2, 16), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 10:] = 0

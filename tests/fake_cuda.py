@@ -60,7 +60,7 @@ def results() -> Iterator[tuple[str, str]]:
 
 
 class References(TorchDispatchMode):
-    """Runs the package's operations as they are written in torch, as a GPU without Triton does."""
+    """Context without kernels, as on a GPU without Triton."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if not hasattr(func, "reference"):

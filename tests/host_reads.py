@@ -1,4 +1,4 @@
-"""What a training step costs the host: operations dispatched, and values that it waits for.
+"""The host cost of a training step: dispatched operations, and synchronizing reads.
 
     python -m tests.host_reads                              # MiniLM's shape, the paper's recipe and the accurate one
 
@@ -76,7 +76,7 @@ class HostReads(TorchDispatchMode):
 
 
 def _asking_line() -> str:
-    """The innermost line of what is neither PyTorch nor this file."""
+    """The innermost line that is neither in PyTorch nor in this file."""
     # A mode only passes on what was asked for further out.
     modes = ("__torch_function__", "__torch_dispatch__")
     frames = [frame for frame in traceback.extract_stack() if frame.name not in modes]

@@ -1,4 +1,4 @@
-"""What tests of question-answering models share: made-up data to train on, and the logits."""
+"""Shared by tests of question-answering models: random training data, and the logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A residual network as written outside Transformers: in-place ReLUs, grouped convolutions, channel gates."""
+"""A residual network in plain PyTorch: in-place ReLUs, grouped convolutions, channel gates."""
 
 from __future__ import annotations
 

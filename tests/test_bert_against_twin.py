@@ -1,4 +1,4 @@
-"""Acceptance: BertForQuestionAnswering under apply_octav equals a separately written float64 BERT, gradients too."""
+"""Acceptance: BertForQuestionAnswering with apply_octav equals an independent float64 BERT, including gradients."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def twin(setting: str, seed: int) -> Result:
 
 
 def library(setting: str, seed: int, implementation: str, training: bool, dtype: torch.dtype) -> Result:
-    """The pass of a Transformers model under apply_octav."""
+    """The pass of a Transformers model with apply_octav."""
     weight_bits, activation_bits, exclude = SETTINGS[setting]
     model = float_model(seed, implementation, dtype)
     config = OctavConfig(
@@ -135,7 +135,7 @@ def library(setting: str, seed: int, implementation: str, training: bool, dtype:
 
 
 def assert_close(got: Result, expected: Result, tolerance: float, gradient_tolerance: float) -> None:
-    """Logits, loss and every parameter's gradient, each to its tolerance times the largest of its own tensor."""
+    """Logits, loss and gradients are equal up to a tolerance times the largest value of the tensor."""
     assert got.gradients.keys() == expected.gradients.keys()
     for name in ("start", "end", "loss"):
         g, e = getattr(got, name), getattr(expected, name)
@@ -151,7 +151,7 @@ def assert_close(got: Result, expected: Result, tolerance: float, gradient_toler
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_float64_model_equals_the_twin(setting: str, implementation: str, training: bool) -> None:
-    """In float64 nothing but the order of a sum differs, so no rounding decision does: equal to 1e-9."""
+    """In float64 only the order of sums differs, so no value is rounded differently: equal to 1e-9."""
     expected = twin(setting, seed=0)
     assert min(expected.midpoint_margin, expected.clip_margin, expected.zero_margin) > 1e-8
     got = library(setting, 0, implementation, training, torch.float64)
@@ -167,7 +167,7 @@ FLOAT32_SEEDS: dict[str, int] = {"w4a4": 2, "w8a8": 25, "w4_only": 0, "a4_only":
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("setting", FLOAT32_SEEDS)
 def test_float32_model_equals_the_twin(setting: str, implementation: str, training: bool) -> None:
-    """In float32, where no rounding decision can tip, equal to float32's accuracy."""
+    """In float32, with data that cannot be rounded differently, equal to float32 accuracy."""
     seed = FLOAT32_SEEDS[setting]
     expected = twin(setting, seed)
     assert expected.midpoint_margin > (1e-4 if setting == "w8a8" else 5e-5)
@@ -178,7 +178,7 @@ def test_float32_model_equals_the_twin(setting: str, implementation: str, traini
 
 @pytest.mark.parametrize("setting", ["w4a4", "w8a8"])
 def test_quantization_is_felt(setting: str) -> None:
-    """What the comparison compares is far from the float model: the tolerance could not hide a missing quantizer."""
+    """The results are far from the float model, so the tolerance cannot hide a missing quantizer."""
     expected, model = twin(setting, 0), float_model(0)
     with torch.no_grad():
         start = model(**batch(0)).start_logits

@@ -1,4 +1,4 @@
-"""The console command: what it writes is whole and the same model, and what it refuses it says in one line."""
+"""The console command: outputs are complete and equal models, and errors are one line."""
 
 import importlib.metadata
 import json
@@ -29,7 +29,7 @@ MakeBert = Callable[..., BertForQuestionAnswering]
 
 @pytest.fixture
 def trained(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> Path:
-    """A folder as a training leaves it, with a tokenizer's file, the run's facts, and what nobody should copy."""
+    """A folder as after training, with a tokenizer file, facts about the run, and files that must not be copied."""
     model = calibrate_octav(apply_octav(small_bert(), OctavConfig()), [padded_batch], progress_bar=False)
     model.save_pretrained(tmp_path / "trained")
     (tmp_path / "trained" / "vocab.txt").write_text("a\nb\n")
@@ -160,8 +160,8 @@ def test_a_damaged_training_form_is_named(trained: Path, tmp_path: Path, capsys:
         name: tensor for name, tensor in tensors.items() if not name.endswith("0.attention.self.query.weight")
     }
     damaged = {
-        "cut off": lambda: file.write_bytes(content[:-1]),
-        "of another shape": lambda: save_file(tensors | {"qa_outputs.bias": torch.zeros(3)}, file),
+        "truncated": lambda: file.write_bytes(content[:-1]),
+        "other shapes": lambda: save_file(tensors | {"qa_outputs.bias": torch.zeros(3)}, file),
         "query.weight missing": lambda: save_file(without_one, file),
         "is missing (1 in all)": file.unlink,
     }
@@ -200,7 +200,7 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(
     assert not output.exists()
     assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
 
-    assert "exists already" in error_of(capsys, "pack", trained, trained)
+    assert "already exists" in error_of(capsys, "pack", trained, trained)
     config = json.loads((trained / "config.json").read_text())
     for architecture in ("NoSuchModel", None):
         (trained / "config.json").write_text(
@@ -277,10 +277,10 @@ def test_subfolders_of_modules_are_copied(trained: Path, tmp_path: Path, capsys:
     (trained / "2_Dense" / "loop").symlink_to(".")
     (trained / "alias.txt").symlink_to("vocab.txt")
     assert main(["pack", str(trained), str(tmp_path / "packed")]) == 0
+    link = "a link to outside of the checkpoint, or not a file"
     assert capsys.readouterr().out.splitlines()[0] == (
-        "left out: 2_Dense/loop (a link to elsewhere, or no file), 2_Dense/pytorch_model.bin (a pickle), "
-        "2_Dense/secret (a link to elsewhere, or no file), broken.txt (a link to elsewhere, or no file), "
-        "checkpoint-1/ (modules.json does not name it), secret.txt (a link to elsewhere, or no file)"
+        f"left out: 2_Dense/loop ({link}), 2_Dense/pytorch_model.bin (a pickle), 2_Dense/secret ({link}), "
+        f"broken.txt ({link}), checkpoint-1/ (modules.json does not list it), secret.txt ({link})"
     )
     assert main(["unpack", str(tmp_path / "packed"), str(tmp_path / "unpacked")]) == 0
     assert "left out" not in capsys.readouterr().out
@@ -297,7 +297,9 @@ def test_subfolders_of_modules_are_copied(trained: Path, tmp_path: Path, capsys:
 def test_modules_elsewhere_are_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for path in ("..", "../trained", "/etc", "a/b", "a\\b", ".git", "a\x1b[2J", 3, None, ["a"]):
         write_modules(trained, "", path)
-        with pytest.raises(ValueError, match=r"modules.json names the folder .*; it must be one beside it") as caught:
+        with pytest.raises(
+            ValueError, match=r"modules.json lists the folder .*; it must be the name of a subfolder"
+        ) as caught:
             CheckpointFolder(str(trained)).copy_companions(tmp_path)
         assert f"{path!r}; it must" in str(caught.value)
     (trained / "modules.json").write_text("[[]]")
@@ -312,14 +314,14 @@ def test_a_transformer_in_a_subfolder_is_found(trained: Path, tmp_path: Path, ca
     trained.rename(whole / "0_Transformer")
     write_modules(whole, "0_Transformer", "1_Pooling")
     error = error_of(capsys, "pack", whole, tmp_path / "packed")
-    assert f"modules.json says that it is in 0_Transformer/: give {whole}/0_Transformer instead" in error
+    assert f"according to modules.json, the model is in 0_Transformer/: pass {whole}/0_Transformer instead" in error
 
 
 @pytest.mark.parametrize("output", [".", "link/", "~/home"])
 def test_outputs_that_are_not_plain_new_folders(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
-    """An empty folder stays the folder that it is, and what is written has the permissions of any other."""
+    """An empty folder stays the same folder, and new files have default permissions."""
     (tmp_path / "there").mkdir(mode=0o750)
     (tmp_path / "link").symlink_to("there")
     (tmp_path / "plain").mkdir()
@@ -391,7 +393,7 @@ def test_of_two_runs_the_first_to_finish_stays(
         looks = iter([lambda *_: None])
         check = output_dir._check_empty
         monkeypatch.setattr(output_dir, "_check_empty", lambda *where: next(looks, check)(*where))
-    with pytest.raises(FileExistsError, match=f"{output} exists already; choose another output"):
+    with pytest.raises(FileExistsError, match=f"{output} already exists; choose another output"):
         second.__exit__(None, None, None)
     assert {name: content for name, (_, content) in listing(tmp_path / output).items()} == {
         "config.json": b"first",
@@ -406,7 +408,7 @@ def test_outputs_in_and_around_the_source(trained: Path, tmp_path: Path, capsys:
     (tmp_path / "a file").write_text("")
     before = listing(tmp_path)
     for refused in (trained, tmp_path, tmp_path / "trained" / "..", tmp_path / "a file"):
-        assert f"{refused} exists already" in error_of(capsys, "pack", trained, refused)
+        assert f"{refused} already exists" in error_of(capsys, "pack", trained, refused)
     error_of(capsys, "pack", trained, tmp_path / "a file" / "below")
     assert listing(tmp_path) == before
     assert main(["pack", str(trained), str(trained / "packed")]) == 0
@@ -539,12 +541,13 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.Cap
     assert "usage: octav-hf" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_export(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["export", "--format", "onnx", str(trained), str(tmp_path / "onnx"), "--verify"]) == 0
-    assert "17 products of integers, all sums exact; 0 in float" in capsys.readouterr().out
+    assert "17 integer matmuls, all sums exact; 0 in float" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "onnx").iterdir()}
     assert names == {"model.onnx", "config.json", "octav_export.json", "vocab.txt"}
-    assert "exists already" in error_of(capsys, "export", "--format", "onnx", trained, tmp_path / "onnx")
+    assert "already exists" in error_of(capsys, "export", "--format", "onnx", trained, tmp_path / "onnx")
 
 
 def test_export_of_dynamic_clips(small_bert: MakeBert, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""torch.compile of a quantized model: the whole step is one graph, and its result that of the model as it is."""
+"""torch.compile of a quantized model: the step is one graph with the same result as the eager model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def step(run: Callable[..., object], model: nn.Module, batch: dict[str, Tensor])
 
 
 def assert_same_step(model: nn.Module, compiled: nn.Module, batch: dict[str, Tensor]) -> None:
-    """Sums may be rounded differently, and now and then a value to the neighbouring level for it."""
+    """Sums may be rounded differently, which occasionally moves a value to the next level."""
     expected, gradients = step(model, model, batch)
     got, compiled_gradients = step(compiled, model, batch)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -120,7 +120,7 @@ def test_other_models_are_one_graph(
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_checkpointing(small_bert: MakeBert, padded_batch: dict, whole: bool) -> None:
-    """Entering a function mode is a side effect, which torch.compile refuses in a checkpoint unless told otherwise."""
+    """Entering a function mode is a side effect, which torch.compile by default refuses in checkpointing."""
     settings = {"num_hidden_layers": 1, "use_cache": False, **NO_DROPOUT}
     model = apply_octav(small_bert(**settings), OctavConfig()).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -132,7 +132,7 @@ def test_checkpointing(small_bert: MakeBert, padded_batch: dict, whole: bool) ->
 def test_new_sizes_and_layers_are_compiled_as_often_as_in_float(
     small_bert: MakeBert, padded_batch: dict, frozen: bool
 ) -> None:
-    """Torch compiles a size of 1 apart, and gives a size up as a constant when it changes for the first time."""
+    """Torch specializes size 1, and makes a size dynamic when it changes for the first time."""
 
     def graphs(model: nn.Module, by_layer: bool, sizes: tuple[tuple[int, int], ...]) -> list[int]:
         torch.compiler.reset()
@@ -161,7 +161,7 @@ def test_new_sizes_and_layers_are_compiled_as_often_as_in_float(
 
 @pytest.mark.parametrize(("implementation", "masked"), [("eager", True), ("sdpa", False)])
 def test_frozen_clips(small_bert: MakeBert, padded_batch: dict, implementation: str, masked: bool) -> None:
-    """Each operand of attention is counted once, for it has as many clips as uses."""
+    """Each attention operand is counted once, because it has one clip per matmul."""
     batch = padded_batch if masked else {"input_ids": padded_batch["input_ids"]}
     model = apply_octav(small_bert(attn_implementation=implementation), OctavConfig())
     calibrate_octav(model, [batch], progress_bar=False)
@@ -171,7 +171,7 @@ def test_frozen_clips(small_bert: MakeBert, padded_batch: dict, implementation: 
 
 @pytest.mark.parametrize("boolean", [True, False])
 def test_queries_that_attend_to_nothing(boolean: bool) -> None:
-    """Their probabilities are zeros, and no gradient is NaN, as in torch's own attention."""
+    """The probabilities are zeros and no gradient is NaN, as in torch's own attention."""
     may_attend = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
     may_attend[1, :, 2:4] = False
     mask = may_attend if boolean else torch.zeros(may_attend.shape).masked_fill(~may_attend, -torch.inf)
@@ -185,7 +185,7 @@ def test_queries_that_attend_to_nothing(boolean: bool) -> None:
 
 
 def test_a_clip_needs_no_copy() -> None:
-    """The operation takes a transposed tensor as it is; a contiguous one would be another pass over memory."""
+    """The operation takes a transposed tensor without a copy, which would be another pass over memory."""
     seen: list[object] = []
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
@@ -201,7 +201,7 @@ def test_a_clip_needs_no_copy() -> None:
 
 
 class Calls(nn.Module):
-    """An attention module that calls a function."""
+    """An attention module that calls a given function."""
 
     def __init__(self, attention: Callable[..., Tensor]):
         super().__init__()
@@ -247,7 +247,10 @@ def test_parameters_of_layers_are_left_to_them(multiply: Callable[[Attention, Te
 def test_errors_of_attention_are_raised() -> None:
     missed, miscounted = quantized(lambda query, key, value: query + value), quantized(with_sdpa)
     miscounted.value_quantizer.freeze(FrozenClips(True, torch.tensor([0.5, 2.0])))
-    for module, problem in ((missed, "query, key, probabilities, value"), (miscounted, "value 1 times, but 2 frozen")):
+    for module, problem in (
+        (missed, "query, key, probabilities, value"),
+        (miscounted, "value in 1 matmul.* has 2 frozen"),
+    ):
         with pytest.raises(RuntimeError, match=f"^encoder.self: .*{problem}"):
             torch.compile(module, backend="eager")(*operands())
         torch.compiler.reset()

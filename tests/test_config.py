@@ -1,4 +1,4 @@
-"""``OctavConfig``: JSON in and out, refusals with a remedy, and which settings a module gets."""
+"""``OctavConfig``: JSON, errors with advice, and the settings of a module."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""Torch's default device and default dtype change nothing: every allocation says where it is, and of which dtype."""
+"""Torch's default device and dtype have no effect: every allocation names device and dtype."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def values(shape: tuple[int, ...]) -> Tensor:
 
 
 def of_clips(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Every rule on signed and unsigned grids, for a tensor and for rows, and the error of each clip."""
+    """Every rule on signed and unsigned grids, per tensor and per row, and the error of each clip."""
     x = values(shape).to(dtype)
     for name in sorted(set(CLIP_RULES) - {"tests"}):
         for dim in (None, 1):
@@ -73,7 +73,7 @@ def of_packed_bits() -> Iterator[Tensor]:
 
 
 def of_a_model(float_model: nn.Module, batch: dict) -> Iterator[Tensor | str | None]:
-    """What a model goes through: training with a teacher, calibration, both reports, packing, and back."""
+    """The life of a model: training with a teacher, calibration, both reports, packing and unpacking."""
     labelled = batch | {"labels": batch["input_ids"] % 3, "num_items_in_batch": batch["attention_mask"].sum()}
     model = apply_octav(
         copy.deepcopy(float_model),

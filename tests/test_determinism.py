@@ -66,7 +66,7 @@ def trainer_weights(model: nn.Module, folder: Path, **arguments: object) -> dict
 def test_two_trainer_runs_get_the_same_weights(
     small_bert: Callable[..., BertForQuestionAnswering], tmp_path: Path, arguments: dict
 ) -> None:
-    """In one process: what the first run left behind (kept clips, compiled functions) does not show in the second."""
+    """In one process, leftovers of the first run (cached clips, compiled functions) do not affect the second."""
     sizes = {"hidden_size": 96, "num_hidden_layers": 1, "intermediate_size": 128}
     probabilities = torch.zeros(8 * 4 * 48 * 48)
     assert fused.fuses(probabilities)
@@ -91,7 +91,7 @@ def test_two_trainer_runs_get_the_same_weights(
 def test_a_forward_pass_takes_no_random_numbers(
     small_bert: Callable[..., BertForQuestionAnswering], padded_batch: dict
 ) -> None:
-    """Nor does converting: an experiment's random state is as it would be without quantization."""
+    """Converting does not change the random state of an experiment."""
     model = small_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
     before = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
     apply_octav(model, OctavConfig(embedding_bits=4))

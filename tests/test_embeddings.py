@@ -1,4 +1,4 @@
-"""Embedding tables of whole models: positions too, tied heads, resized vocabularies, checkpoints."""
+"""Embedding tables of whole models: positions, tied heads, resized vocabularies, checkpoints."""
 
 from __future__ import annotations
 

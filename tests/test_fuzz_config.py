@@ -1,4 +1,4 @@
-"""Hypothesis against the parser of the config: any JSON gives a config that comes back, or an error with the field."""
+"""Hypothesis tests of the config parser: any JSON gives a config that round-trips, or an error with the field."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ PLAUSIBLE = {
 
 
 def parse(values: dict) -> OctavConfig | ValueError:
-    """The config, or the error; any other exception is the test's."""
+    """The config or the error; other exceptions fail the test."""
     try:
         return OctavConfig.from_dict(values)
     except ValueError as error:
@@ -94,7 +94,7 @@ def parse(values: dict) -> OctavConfig | ValueError:
 
 
 def check(values: dict) -> None:
-    """A config that is accepted comes back the same, from JSON too."""
+    """An accepted config round-trips, also through JSON."""
     config = parse(values)
     if not isinstance(config, OctavConfig):
         return

@@ -1,4 +1,4 @@
-"""Random histories of models: after each step the model is as before, or is saved and comes back as it is."""
+"""Random histories of models: after each step the model is unchanged, or is saved and restored correctly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIRST, PARTS = 20, 10
 @pytest.mark.parametrize(
     "numbers",
     [
-        pytest.param(range(FIRST), marks=pytest.mark.versions, id="first"),
+        pytest.param(range(FIRST), marks=[pytest.mark.slow, pytest.mark.versions], id="first"),
         *(pytest.param(range(FIRST + i, COUNT, PARTS), marks=pytest.mark.slow, id=str(i)) for i in range(PARTS)),
     ],
 )

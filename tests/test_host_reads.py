@@ -1,4 +1,4 @@
-"""A training step never waits for the host: no value is read, and few operations are dispatched."""
+"""A training step reads no values on the host and dispatches few operations."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ MAX_OPERATIONS = 4000  # of a step of MiniLM's shape; the float model dispatches
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
 def counts(request: pytest.FixtureRequest) -> dict[str, HostReads]:
-    """What steps of MiniLM's shape cost without compiled code, by recipe."""
+    """The host cost of steps of MiniLM's shape without compiled code, by recipe."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OCTAV_HF_COMPILE", "0")
         return {recipe: count_step(recipe, request.param, (2, 64)) for recipe in RECIPES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", QUANTIZED)
 def test_reads_no_value_more_than_float(counts: dict[str, HostReads], recipe: str) -> None:
     more = counts[recipe].reads - counts["float"].reads
@@ -36,9 +37,10 @@ def test_reads_no_value_more_than_float(counts: dict[str, HostReads], recipe: st
     assert not more, f"{more.total()} host reads more than float, of {counts[recipe].operations} operations:\n{places}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", QUANTIZED)
 def test_dispatches_few_operations(counts: dict[str, HostReads], recipe: str) -> None:
-    """Nearly as many for small tensors as for large ones, and each is a kernel to start on a GPU."""
+    """Nearly as many operations for small tensors as for large ones; each is a kernel launch on a GPU."""
     operations = {name: count.operations for name, count in counts.items()}
     assert operations[recipe] <= MAX_OPERATIONS, operations
 
@@ -88,7 +90,7 @@ def compile_fake_cuda(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_step_on_tensors_without_values(fake_steps: dict[str, str]) -> None:
-    """The float model shows that the rest of a step reads nothing."""
+    """The float model shows that the rest of a step reads no values."""
     assert [error for case, error in fake_steps.items() if case.startswith("float")] == [""] * 8
     errors = "\n".join(f"{case}: {error}" for case, error in fake_steps.items() if error)
     assert len(fake_steps) == 32

@@ -1,4 +1,4 @@
-"""ResNets and MobileNets: every operand on the grid, trained by Trainer, saved, reloaded and given back."""
+"""ResNets and MobileNets: all operands on the grid, Trainer, saving, loading and restoring."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packages depend on each other in one direction, no module on itself, and the numerics on nothing but torch.
+"""Packages depend on each other in one direction, without cycles, and the numerics depend only on torch.
 
 What is private to torch and Transformers is used in one file for each.
 """
@@ -22,6 +22,7 @@ LAYERS = (
     ("static_clips", "packing"),
     ("coverage",),
     ("inference",),
+    ("analysis",),
     ("training", "hub"),
     ("analysis",),
     ("export",),

@@ -1,4 +1,4 @@
-"""What a training step keeps for its backward pass: as much as when signs and offsets were numbers of the host."""
+"""Memory for the backward pass of a training step, as small as with signs and offsets on the host."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_of_bert(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("gradient", "per_element"), [("ste", 0), ("pwl", 1), ("mad", None)])
 def test_of_a_quantizer(gradient: str, per_element: int | None, dtype: torch.dtype, asymmetric: bool) -> None:
-    """Nothing, a byte for each element, or the operand as it is, which is there anyway; and a few numbers."""
+    """Nothing, a byte per element, or the existing operand; and a few numbers."""
     x = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     quantizer = FakeQuantize(4, signed=None, asymmetric=asymmetric, gradient_estimator=gradient)
     kept = kept_bytes(lambda: quantizer(x).sum(), quantizer)

@@ -1,4 +1,4 @@
-"""Under autocast, and in a half-precision model, every matmul runs in the low precision."""
+"""With autocast, and in a half-precision model, every matmul runs in low precision."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_autocast_of_convolutions(small_resnet: Callable[..., ResNetForImageClas
 
 
 class FloatMatmuls(TorchDispatchMode):
-    """Collects, by module, the dtypes of all that is multiplied outside quantizers: a look at every operation."""
+    """Collects the dtypes of all matmul operands outside quantizers, by module."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def test_nothing_multiplies_in_float32(
     autocast: bool,
     frozen: bool,
 ) -> None:
-    """Of all products that PyTorch knows, forward and backward."""
+    """Over all matmul operations of PyTorch, forward and backward."""
     model = apply_octav(small_bert(attn_implementation=implementation), OctavConfig(embedding_bits=8))
     if frozen:
         calibrate_octav(model, [padded_batch], progress_bar=False)
@@ -137,7 +137,7 @@ def test_nothing_multiplies_in_float32(
 
 @pytest.mark.parametrize("mode", ["autocast_bfloat16", "autocast_float16", "bfloat16", "float16"])
 def test_clips_are_those_of_the_same_tensor_in_float64(small_bert: MakeBert, padded_batch: dict, mode: str) -> None:
-    """Every clip of a pass, against the recursion written out in float64, on the very values."""
+    """Every clip of a pass against the float64 recursion on the same values."""
     dtype = getattr(torch, mode.removeprefix("autocast_"))
     model = apply_octav(small_bert(), OctavConfig())
     if not mode.startswith("autocast"):
@@ -189,7 +189,7 @@ def test_a_step_that_overflows_is_skipped_and_training_goes_on(
 
 
 def test_a_scale_that_is_too_large_comes_down_by_itself(small_bert: MakeBert, padded_batch: dict) -> None:
-    """Gradients overflow in float16, not by hand; activations do not depend on the scale."""
+    """Gradients overflow in float16 without manipulation; activations do not depend on the loss scale."""
     model = apply_octav(small_bert(), OctavConfig()).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
@@ -212,6 +212,6 @@ def test_a_scale_that_is_too_large_comes_down_by_itself(small_bert: MakeBert, pa
 def test_an_overflowing_activation_names_its_module(small_bert: MakeBert, padded_batch: dict) -> None:
     model = apply_octav(small_bert(), OctavConfig()).train()
     model.bert.encoder.layer[0].intermediate.dense.bias.data.fill_(1e5)  # beyond float16's 65504
-    message = r"^bert\.encoder\.layer\.0\.output\.dense input: .* Inf, .*an overflow in float16"
+    message = r"^bert\.encoder\.layer\.0\.output\.dense input: .* Inf, .*float16 overflow"
     with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ValueError, match=message):
         model(**padded_batch)

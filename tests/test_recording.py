@@ -1,4 +1,4 @@
-"""What records a model instead of running it: a quantized one is exported exactly, or refused with what to do."""
+"""Tracing and export: a quantized model is exported exactly, or refused with advice."""
 
 from __future__ import annotations
 

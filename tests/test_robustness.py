@@ -1,4 +1,4 @@
-"""Bad and unusual input: either the right result, or an error that names the module and says what to do."""
+"""Bad and unusual input gives the right result, or an error that names the module and tells what to do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.twins import octav_clip_twin, quantize_twin
 
 MakeBert = Callable[..., BertForQuestionAnswering]
 Tensor = torch.Tensor
-LARGE = 1 << 16  # elements, for which the fast kernels serve
+LARGE = 1 << 16  # elements, enough for the fast kernels
 
 
 def layers(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -33,7 +33,7 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 
 def assert_quantized_as_by_the_twin(quantizer: FakeQuantize, x: Tensor) -> None:
-    """The quantizer's output is that of the float64 reference, but for values next to a border of two levels."""
+    """The quantizer's output equals the float64 reference, except for values next to a rounding boundary."""
     signed = bool(quantizer.is_signed(x))
     clip = octav_clip_twin(x, quantizer.num_bits, signed)
     expected = torch.as_tensor(quantize_twin(x, clip, quantizer.num_bits, signed))
@@ -70,7 +70,9 @@ def test_a_weight_that_is_not_finite_names_the_layer(value: float) -> None:
     with torch.no_grad():
         model[2].weight[1, 2] = value
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"^2 weight: .* shape \(4, 8\) .*a learning rate too high, a bad checkp"):
+        with pytest.raises(
+            ValueError, match=r"^2 weight: .* shape \(4, 8\) .*too high a learning rate, a damaged checkp"
+        ):
             model(x)
     with torch.no_grad():
         model[2].weight.copy_(good)
@@ -97,7 +99,7 @@ def trainer(model: nn.Module, folder: Path, **arguments: object) -> Trainer:
 
 @pytest.mark.slow
 def test_trainer_stops_at_a_diverged_model_with_the_reason(small_bert: MakeBert, tmp_path: Path) -> None:
-    """A float model would train on with a loss of NaN, to the last step."""
+    """A float model would continue training with a loss of NaN."""
     run = trainer(apply_octav(small_bert(), OctavConfig()), tmp_path, learning_rate=1e38, max_grad_norm=0.0)
     with pytest.raises(ValueError, match=r"^(bert|qa_outputs)\S* (input|weight|query|key|value|probabilities): .*NaN"):
         run.train()
@@ -109,13 +111,13 @@ def test_trainer_stops_at_a_bad_checkpoint_before_a_step(small_bert: MakeBert, t
     model = apply_octav(small_bert(), OctavConfig())
     model.bert.encoder.layer[0].output.dense.weight.data[3, 3] = math.nan
     run = trainer(model, tmp_path)
-    with pytest.raises(ValueError, match=r"^bert\.encoder\.layer\.0\.output\.dense weight: .*a bad checkpoint"):
+    with pytest.raises(ValueError, match=r"^bert\.encoder\.layer\.0\.output\.dense weight: .*a damaged checkpoint"):
         run.train()
     assert run.state.global_step == 0
 
 
 def test_gradients_that_are_not_finite_do_not_stop_a_step(small_bert: MakeBert, padded_batch: dict) -> None:
-    """They are the optimizer's or the scaler's business: the backward pass hands them on."""
+    """The backward pass passes them on; the optimizer or the scaler has to handle them."""
     model = apply_octav(small_bert(), OctavConfig()).train()
     (model(**padded_batch).start_logits.sum() * math.inf).backward()
     assert not model.bert.encoder.layer[0].attention.self.query.weight.grad.isfinite().all()
@@ -132,7 +134,7 @@ def test_gradients_that_are_not_finite_do_not_stop_a_step(small_bert: MakeBert, 
 @pytest.mark.parametrize("size", [12, LARGE], ids=["small", "with the fast kernels"])
 @pytest.mark.parametrize("constant", [0.0, 0.7, -0.7, 1e-30, 1e30], ids=str)
 def test_a_constant_tensor(constant: float, size: int) -> None:
-    """Its one magnitude is the clip: the highest level is a step below it, the lowest at it."""
+    """The clip is the only magnitude: the highest level is one step below it, the lowest at -clip."""
     quantizer = FakeQuantize(4, signed=None)
     x = torch.full((size,), constant, requires_grad=True)
     y = quantizer(x)
@@ -180,7 +182,7 @@ def test_sums_that_overflow_float32() -> None:
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_one_token(small_bert: MakeBert, implementation: str) -> None:
-    """It attends to itself alone, with probability 1, whose level on the grid is 15/16."""
+    """It attends only to itself, with probability 1, which the grid represents as 15/16."""
     model = apply_octav(small_bert(attn_implementation=implementation), OctavConfig())
     attention, seen = model.bert.encoder.layer[0].attention.self, {}
     attention.value.register_forward_hook(lambda *call: seen.update(value=call[2].detach()))
@@ -241,7 +243,7 @@ def test_what_transformers_refuses_it_refuses_in_its_own_words(
 
 
 def test_a_float64_model(small_bert: MakeBert, padded_batch: dict) -> None:
-    """Its arithmetic is float64 throughout, and what comes out is near what float32 gives."""
+    """All arithmetic is float64, and the result is close to that of float32."""
     model = apply_octav(small_bert().double(), OctavConfig(weight_bits=8, activation_bits=8))
     clips = []
     for module in model.modules():
@@ -350,7 +352,7 @@ def test_only_the_input_requires_a_gradient() -> None:
 
 @pytest.mark.parametrize("clip", ["octav", "max", "mse", "percentile", "mse_sweep"])
 def test_inference_mode_and_then_training(small_bert: MakeBert, padded_batch: dict, clip: str) -> None:
-    """Kept clips come from inference mode, and the backward pass saves them."""
+    """Clips cached in inference mode are saved by the backward pass."""
     options = {"percentile": 99.9} if clip == "percentile" else {}
     config = OctavConfig(
         weight_clip=clip, activation_clip=clip, weight_clip_options=options, activation_clip_options=options

@@ -39,7 +39,7 @@ def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_checkpointing_gives_the_same_gradients_with_dropout(
     small_bert: MakeBert, padded_batch: dict, use_reentrant: bool, implementation: str
 ) -> None:
-    """The second forward pass meets the same dropout, the same clips, and the weight's kept ones."""
+    """The second forward pass has the same dropout and clips, and the cached clips of the weight."""
     found = []
     for checkpointing in (False, True):
         model = apply_octav(small_bert(attn_implementation=implementation, **DROPOUT), OctavConfig()).train()
@@ -87,7 +87,7 @@ def test_checkpointing_under_autocast(small_bert: MakeBert, padded_batch: dict) 
 def test_accumulated_gradients_are_the_sum_of_those_of_the_micro_batches(
     small_bert: MakeBert, padded_batch: dict, frozen: bool
 ) -> None:
-    """Each alone in a model of its own, without anything that a pass before it left behind."""
+    """Each in a new model, without leftovers of earlier passes."""
     ids = torch.randint(0, 100, (4, 2, 12), generator=torch.Generator().manual_seed(1))
     batches = [{"input_ids": part} for part in ids] + [padded_batch]
 
@@ -106,7 +106,7 @@ def test_accumulated_gradients_are_the_sum_of_those_of_the_micro_batches(
 
 
 def test_micro_batches_add_up_to_the_batch_where_clips_are_frozen(small_bert: MakeBert) -> None:
-    """Dynamic clips are those of each micro-batch; frozen ones leave nothing that depends on how a batch is split."""
+    """Dynamic clips depend on the micro-batch; with frozen clips, nothing depends on how a batch is split."""
     ids = torch.randint(0, 100, (6, 12), generator=torch.Generator().manual_seed(1))
     found = []
     for parts in (1, 3):
@@ -166,7 +166,7 @@ def test_channels_last_gradients(settings: dict, frozen: bool) -> None:
 
 
 def test_channels_last_with_the_fast_kernels() -> None:
-    """A layer that is large enough for them: the same levels, clips and gradients in float32."""
+    """A layer that is large enough for the kernels: equal levels, clips and gradients in float32."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     weight = torch.randn(64, 64, 3, 3, generator=generator) / 24
@@ -197,7 +197,7 @@ def test_data_parallel_without_devices(small_bert: MakeBert, padded_batch: dict)
 
 
 def test_threads_do_not_disturb_each_other(small_bert: MakeBert) -> None:
-    """As ``nn.DataParallel`` runs replicas: one forward pass in each thread, here of one and the same model."""
+    """One forward pass per thread, as in ``nn.DataParallel``, here of the same model."""
     model = apply_octav(small_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), OctavConfig()).train()
     ids = torch.randint(0, 100, (8, 2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -213,7 +213,7 @@ def test_threads_do_not_disturb_each_other(small_bert: MakeBert) -> None:
 
 
 def test_replicas_compute_as_the_model_does(small_bert: MakeBert, padded_batch: dict) -> None:
-    """What ``nn.DataParallel`` copies modules by; with the parameters shared, which on one device they may be."""
+    """The replication of ``nn.DataParallel``, with shared parameters, which is possible on one device."""
     model = apply_octav(small_bert(), OctavConfig())
     replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, replica in replicas.items():

@@ -1,4 +1,4 @@
-"""The references judged by themselves: what a test against them is worth depends on these."""
+"""Tests of the references themselves, on which all other tests rely."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_grid_ends_and_ties() -> None:
 
 
 def test_percentile_is_numpys_inverted_cdf() -> None:
-    """On sizes where NumPy's own arithmetic does not tip over a rank; and exact where it does."""
+    """Equal at sizes where NumPy's arithmetic is exact, and exact where it is not."""
     x = twins.samples("laplace", 3001, seed=5)
     for percentile in (1, 50, 90, 99.9, 99.99, 99.999, 100):
         expected = np.percentile(np.abs(x).astype(np.float64), percentile, method="inverted_cdf")

@@ -1,4 +1,4 @@
-"""Slow, obvious float64 references ("twins") for what octav_hf.functional computes.
+"""Slow, obvious float64 references ("twins") for octav_hf.functional.
 
 Everything here is written from the paper alone (Sakr et al., ICML 2022, arXiv 2206.06501) in float64 NumPy, without a
 look at octav_hf, and nothing here imports it. Equation numbers are the paper's.

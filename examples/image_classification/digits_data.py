@@ -1,4 +1,4 @@
-"""The handwritten digits that ship with scikit-learn, as images for a `Trainer`, in fixed parts."""
+"""The handwritten digits that ship with scikit-learn, as images for a `Trainer`, in fixed splits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SPLIT_SEED = 0
 
 
 class Images(Dataset):
-    """Images `[N, 1, 32, 32]`, float32, with labels `[N]`, as a model of Transformers takes them."""
+    """Images `[N, 1, 32, 32]`, float32, with labels `[N]`, in the form that Transformers models take."""
 
     def __init__(self, pixel_values: torch.Tensor, labels: torch.Tensor):
         self.pixel_values = pixel_values
@@ -31,7 +31,7 @@ class Images(Dataset):
 
 
 class Digits(NamedTuple):
-    """`train` and `test` of a final run; `fit` and `held_out` are parts of `train`, for choosing a recipe."""
+    """`train` and `test` are for final runs; `fit` and `held_out` are parts of `train`, for choosing a recipe."""
 
     train: Images
     test: Images
@@ -40,10 +40,10 @@ class Digits(NamedTuple):
 
 
 def digits() -> Digits:
-    """The 1,797 images of 8 x 8 pixels, always in the same parts with all digits in equal shares.
+    """The 1,797 images of 8 x 8 pixels, always in the same splits, stratified by digit.
 
-    1,200 train images, 200 of them held out, and 597 test images; enlarged to 32 x 32 (bilinear), with the mean and the
-    standard deviation of the train images taken to 0 and 1.
+    1,200 train images, 200 of them held out, and 597 test images; resized to 32 x 32 (bilinear), and normalized with
+    mean and standard deviation of the train images.
     """
     raw = load_digits()
     everything = np.arange(len(raw.target))
@@ -57,5 +57,5 @@ def digits() -> Digits:
 
 
 def _split(indices: np.ndarray, labels: np.ndarray, second: int) -> list[np.ndarray]:
-    """`indices` in two parts, the second with `second` of them, each digit in proportion."""
+    """Split `indices` into two parts, stratified by digit; the second part has `second` of them."""
     return train_test_split(indices, test_size=second, stratify=labels[indices], random_state=_SPLIT_SEED)

@@ -1,4 +1,4 @@
-"""A small ResNet and a small MobileNetV2 of Transformers, with random weights."""
+"""A small ResNet and a small MobileNetV2 from Transformers, with random weights."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def resnet() -> PreTrainedModel:
 def mobilenet() -> PreTrainedModel:
     """MobileNetV2 at a quarter of its width, 162 thousand parameters.
 
-    Batch norms average over batches with momentum 0.1: Transformers' 0.997 is TensorFlow's way to write 0.003, and in
-    torch leaves an evaluation with the statistics of the last batch alone.
+    Batch norms have momentum 0.1. Transformers' default 0.997 is in TensorFlow's notation, where it means 0.003; in
+    torch, evaluation would use the statistics of the last batch only.
     """
     model = MobileNetV2ForImageClassification(
         MobileNetV2Config(

@@ -1,5 +1,5 @@
-"""Table 1 of the paper at test size: image classifiers from scratch in FP32, with max-scaling, and with OCTAV and each
-gradient estimator, at 4 bits with first and last layer at 8.
+"""Table 1 of the paper at small scale: image classifiers trained from scratch in FP32, with max-scaling, and with OCTAV
+and each gradient estimator, at 4 bits with 8 bits in the first and the last layer.
 
     python digits_study.py
     python digits_study.py --models resnet --methods fp32 mph --seeds 0 1 2 3 4
@@ -31,7 +31,7 @@ from transformers import EvalPrediction, PrinterCallback, Trainer, TrainingArgum
 
 import octav_hf
 
-# What differs between the methods; None: not quantized.
+# Settings in which the methods differ; None: not quantized.
 METHODS: dict[str, dict[str, Any] | None] = {
     "fp32": None,
     "max": {"weight_clip": "max", "activation_clip": "max"},
@@ -40,12 +40,12 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "mad": {"weight_gradient_estimator": "mad", "activation_gradient_estimator": "mad"},
     "mph": {"weight_gradient_estimator": "mad", "activation_gradient_estimator": "pwl"},
 }
-# Appendix E.2: first and last layer at 8 bits, one scalar for the weight of a linear layer.
+# Appendix E.2: 8 bits in the first and the last layer, one clip for the weight of a linear layer.
 CONFIG: dict[str, Any] = {
     "first_last_bits": 8,
     "module_overrides": {"classifier": {"weight_granularity": "tensor"}},
 }
-# found with FP32 alone on the held-out images
+# chosen with FP32 on the held-out images
 RECIPE: dict[str, Any] = {
     "num_train_epochs": 20,
     "per_device_train_batch_size": 64,
@@ -59,9 +59,9 @@ PACKAGES = ("torch", "transformers", "scikit-learn", "numpy")
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    """Train and evaluate everything that is asked for; returns one row per run and prints the table.
+    """Train and evaluate all requested runs, print the table, and return one row per run.
 
-    `results.json` in `--output_dir` is written anew after every run, `results.md` at the end.
+    `results.json` in `--output_dir` is rewritten after every run, `results.md` at the end.
     """
     options = parse_arguments(argv)
     recipe = RECIPE | {"num_train_epochs": options.epochs, "learning_rate": options.learning_rate}
@@ -107,7 +107,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--part",
         choices=["test", "held_out"],
         default="test",
-        help="images that are scored; held_out, for choosing a recipe, is a part of the train images left out then",
+        help="images to score; held_out, for choosing a recipe, are train images that are then left out of training",
     )
     parser.add_argument("--output_dir", type=Path, default=Path("digits_study"))
     return parser.parse_args(argv)
@@ -155,7 +155,7 @@ def run(
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Percent of the images whose largest logit is that of their label."""
+    """Percentage of images whose largest logit is at their label."""
     right = np.asarray(prediction.predictions).argmax(axis=-1) == prediction.label_ids
     return {"accuracy": 100 * float(right.mean())}
 

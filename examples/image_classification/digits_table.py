@@ -1,4 +1,4 @@
-"""The study as a Markdown table, a row per model as in the paper's Table 1."""
+"""The results as a Markdown table with a row per model, as in the paper's Table 1."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NAMES = {"fp32": "FP32", "max": "max", "ste": "OCTAV, STE", "pwl": "PWL", "mad":
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Mean accuracy and, from two seeds on, the sample standard deviation over them.
+    """Mean accuracy and, with at least two seeds, the sample standard deviation over them.
 
     Args:
         rows: one per run: `model`, `method` and `accuracy` in percent.

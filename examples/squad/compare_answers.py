@@ -1,14 +1,14 @@
-"""Put the answers of one model side by side: simulated, by integer arithmetic, and by onnxruntime.
+"""Compare the answers of one model in several forms: simulated, with integer arithmetic, and in onnxruntime.
 
     python run_squad.py --model_name_or_path runs/w4a8/packed --do_eval --also_evaluate float64 integer \\
         --output_dir runs/check …
     python evaluate_onnx.py --model_folder runs/w4a8/onnx --output_dir runs/check …
     python compare_answers.py --runs runs/check --output_dir results
 
-A run is a folder that holds what these scripts wrote. Forms are compared question by question. A value next to the
-border of two levels falls on either side by the rounding of floats, and each such code moves those of all later layers.
-How far that goes shows the simulation in float64, which differs from that in float32 by rounding alone. Writes
-`answers.json` and `answers.md`.
+A run is the output folder of these scripts. Forms are compared question by question. Floating-point rounding decides to
+which integer a value halfway between two levels is rounded, and each such difference changes codes in all later layers.
+The simulation in float64, which differs from the one in float32 only by rounding, shows how large this effect is. The
+script writes `answers.json` and `answers.md`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", nargs="+", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--threads", type=int, default=1, help="that the runs had, for the record")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the runs, for the record")
     options = parser.parse_args(argv)
     rows = [row for run in options.runs for row in rows_of(run)]
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
-    """A row for each form in which `run` was evaluated: scores, and `differences` from the simulated forms, by name."""
+    """A row per form in which `run` was evaluated: scores, and `differences` from the simulated forms by name."""
     present = {form: prefix for form, prefix in FORMS.items() if (run / f"{prefix}_results.json").is_file()}
     if SIMULATED not in present:
         raise FileNotFoundError(f"{run} has no eval_results.json. Evaluate the run first: run_squad.py --do_eval.")
@@ -78,12 +78,12 @@ def differences(base: NBest, other: NBest, rounding: float = 0.0) -> dict[str, A
     """How the n-best lists of two forms differ.
 
     Args:
-        rounding: by how much a score moves by rounding alone, at most.
+        rounding: maximum change of a score by rounding alone.
 
     Returns:
-        `moved_median`, `moved_max`: over the questions, the largest change of the score of a span that both lists have;
-        `changed`: questions whose best span is another one; `ties`: those of them where `base` prefers its own span to
-        the other's by at most twice `rounding`, as each of the two scores may have moved by that much.
+        `moved_median`, `moved_max`: median and maximum over the questions of the largest change of the score of a span
+        in both lists; `changed`: number of questions with another best span; `ties`: number of these questions where
+        `base` prefers its own span by at most twice `rounding`, because each of the two scores may change by that much.
     """
     if base.keys() != other.keys():
         raise ValueError("The forms were evaluated on different questions. Give all of them the same data arguments.")
@@ -119,7 +119,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _scores(candidates: list[dict[str, Any]]) -> dict[tuple[int, int], float]:
-    """{(first, last character): score}, the best first."""
+    """{(first, last character): score}, best first."""
     return {tuple(candidate["offsets"]): candidate["score"] for candidate in candidates}
 
 

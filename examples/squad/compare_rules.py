@@ -1,12 +1,12 @@
-"""Compare the errors of the clips "octav" and "mse" with the lowest: on a fine-tuned model's tensors, and on made ones.
+"""Compare the errors of the clips "octav" and "mse" with the lowest error, on tensors of a model and synthetic ones.
 
     python compare_rules.py --model_name_or_path MODEL --train_file train.json --output_dir runs/rules
     python compare_rules.py --render runs/rules/rules.json
 
-The lowest error is that of the best of 1000 clips, k / 1000 of the largest magnitude. One training batch goes through
-the model, quantized at each number of bits, and every tensor that a quantizer sees is measured, a weight row by row and
-an activation as a whole; without a model only the made tensors are. The first command writes `rules.json`, and both
-write `rules.md` from it.
+The lowest error is that of the best of 1000 clips, k / 1000 times the largest magnitude. The model, quantized at each
+number of bits, runs on one training batch, and the input of every quantizer is measured: weights per row, activations
+per tensor. Without a model, only synthetic tensors are measured. The first command writes `rules.json`, and both write
+`rules.md` from it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from octav_hf.functional.grid import MAX_BITS, MIN_BITS
 
 RULES = ("octav", "mse")
 BITS = range(MIN_BITS, MAX_BITS + 1)
-MADE = 10**6  # elements of a made tensor
-_ROWS = 64  # at a time, so that they stay in cache
+MADE = 10**6  # elements of a synthetic tensor
+_ROWS = 64  # rows processed at a time, so that they stay in cache
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measure, or read what was measured, write and print the tables, and return what `rules.json` holds."""
+    """Measure or read the measurements, write and print the tables, and return the content of `rules.json`."""
     options = parse_arguments(argv)
     if options.render is None:
         record = run(options, sys.argv[1:] if argv is None else argv)
@@ -57,17 +57,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The options; refuses combinations in which one would be ignored."""
+    """Parse the options; refuse combinations in which an option would be ignored."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--render", type=Path, help="rules.json to write the tables from; measures nothing")
+    parser.add_argument("--render", type=Path, help="rules.json from which to write the tables, without measuring")
     parser.add_argument("--output_dir", type=Path, help="where to write")
-    parser.add_argument("--model_name_or_path", help="folder or name of a float model; left out: made tensors only")
-    parser.add_argument("--train_file", help="SQuAD JSON file that the batch is drawn from")
+    parser.add_argument("--model_name_or_path", help="folder or name of a float model; default: synthetic tensors only")
+    parser.add_argument("--train_file", help="SQuAD JSON file from which the batch is drawn")
     parser.add_argument("--bits", nargs="+", type=int, choices=BITS, metavar="BITS", help="default: 2 to 8")
     parser.add_argument("--max_samples", type=int, help="windows in the batch; default: 8")
     parser.add_argument("--max_seq_length", type=int, help="tokens of a window; default: 192")
     parser.add_argument("--doc_stride", type=int, help="tokens that neighbouring windows share; default: 64")
-    parser.add_argument("--made_elements", type=int, help=f"elements of a made tensor; default: {MADE}")
+    parser.add_argument("--made_elements", type=int, help=f"elements of a synthetic tensor; default: {MADE}")
     parser.add_argument("--seed", type=int, help="default: 0")
     options = parser.parse_args(argv)
     of_model = {"max_samples": 8, "max_seq_length": 192, "doc_stride": 64}
@@ -87,7 +87,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
-    """Everything that `rules.json` holds."""
+    """The content of `rules.json`."""
     about = environment(torch.get_num_threads())
     measured = []
     for bits in sorted(set(options.bits)):
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
 
 
 def model_tensors(options: argparse.Namespace, bits: int) -> list[SeenTensor]:
-    """What the quantizers of the model see of a training batch, at that number of bits."""
+    """The inputs of the model's quantizers for a training batch, at this number of bits."""
     if options.model_name_or_path is None:
         return []
     set_seed(options.seed)
@@ -115,7 +115,7 @@ def model_tensors(options: argparse.Namespace, bits: int) -> list[SeenTensor]:
 
 
 def made_tensors(size: int, seed: int) -> Iterator[SeenTensor]:
-    """Tensors of about `size` elements of one distribution each, for one clip."""
+    """Synthetic tensors of about `size` elements with one clip, each from another distribution."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -161,12 +161,12 @@ def _channels(x: Tensor) -> Tensor:
 
 
 def error(seen: SeenTensor, rule: Callable[..., Tensor], bits: int) -> float:
-    """Mean squared error of the rule's clips, over the squared largest magnitude of their own rows, added up."""
+    """Mean squared error of the rule's clips, relative to the squared largest magnitude of a row, summed over rows."""
     return sum(_error(part, rule(part.values, bits, signed=part.signed, dim=part.dim), bits) for part in _parts(seen))
 
 
 def lowest_error(seen: SeenTensor, bits: int) -> float:
-    """That of the best clips of the sweep."""
+    """The same error for the best clips of the sweep."""
     if seen.dim is None:
         peak = float(seen.values.abs().max() if seen.signed else seen.values.max())
         clips = peak * torch.arange(1, REFERENCE_POINTS + 1, dtype=torch.float64) / REFERENCE_POINTS
@@ -176,21 +176,21 @@ def lowest_error(seen: SeenTensor, bits: int) -> float:
 
 
 def _error(part: SeenTensor, clips: Tensor, bits: int) -> float:
-    """Mean squared error of one row; sum of those of several."""
+    """Mean squared error of a row, summed over rows."""
     if part.dim is None:
         return float(ErrorsOfClips(part.values, bits, part.signed)(clips.reshape(1)))
     return float(row_errors(part.values.double(), clips[:, 0].double(), bits, part.signed).sum())
 
 
 def _parts(seen: SeenTensor) -> Iterable[SeenTensor]:
-    """The tensor itself, or a weight some rows at a time."""
+    """The tensor itself; a weight in chunks of rows."""
     if seen.dim is None:
         return [seen]
     return [SeenTensor(seen.name, seen.kind, rows, seen.signed, seen.dim) for rows in seen.values.split(_ROWS)]
 
 
 def markdown_report(record: dict[str, Any]) -> str:
-    """Tables of the errors over the lowest: of the model's tensors by kind, and of each made one."""
+    """Tables of the errors relative to the lowest: the model's tensors by kind, and each synthetic tensor."""
     ratios: dict[tuple[str, int], dict[str, list[float]]] = {}
     for row in record["measured"]:
         group = row["tensor"] if row["kind"] == "made" else f"{row['kind']} (model)"

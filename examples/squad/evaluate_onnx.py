@@ -1,10 +1,10 @@
-"""Evaluate an exported model on SQuAD questions with onnxruntime: neither torch nor octav_hf is imported.
+"""Evaluate an exported model on SQuAD questions with onnxruntime, without importing torch or octav_hf.
 
     python evaluate_onnx.py --model_folder exported --validation_file dev.json --output_dir out
 
-The folder, with `model.onnx` and the tokenizer, is what `octav-hf export --format onnx` or `run_squad.py --export_onnx`
-wrote. Questions, windows and answers are those of `run_squad.py --do_eval` with the same arguments. Writes
-`onnx_results.json`, `onnx_predictions.json` and `onnx_nbest_predictions.json`.
+The folder, with `model.onnx` and the tokenizer, was written by `octav-hf export --format onnx` or
+`run_squad.py --export_onnx`. Questions, windows and answers are the same as in `run_squad.py --do_eval` with the same
+arguments. The script writes `onnx_results.json`, `onnx_predictions.json` and `onnx_nbest_predictions.json`.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ OUTPUTS = ("start_logits", "end_logits")
 
 @dataclass
 class SessionArguments:
-    """What is evaluated, and how."""
+    """The model to evaluate, and how."""
 
     model_folder: str = field(metadata={"help": "Folder with model.onnx and the tokenizer's files."})
     output_dir: str = field(metadata={"help": "Where to write scores and answers."})
-    batch_size: int = field(default=32, metadata={"help": "Windows at a time."})
-    threads: int = field(default=0, metadata={"help": "Of onnxruntime; 0 leaves the choice to it."})
+    batch_size: int = field(default=32, metadata={"help": "Windows per batch."})
+    threads: int = field(default=0, metadata={"help": "Threads of onnxruntime; 0 for its default."})
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Answer the questions, write and return the scores.
 
     Raises:
-        ValueError: an argument that would be ignored, data that cannot be used, or a graph that is not of a
+        ValueError: an argument would be ignored, the data cannot be used, or the graph is not that of a
             question-answering model.
         FileNotFoundError: the folder has no `model.onnx`.
     """
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         raise ValueError("--train_file and --max_train_samples would be ignored: leave them out.")
     session = open_session(Path(options.model_folder) / "model.onnx", options.threads)
     names = [each.name for each in session.get_inputs()]
-    # the tokenizer's own class, which knows the model's inputs, would import torch
+    # AutoTokenizer would import torch
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.model_folder, model_input_names=names)
     examples = data_args.evaluation_examples()
     features = evaluation_features(examples, tokenizer, data_args.windows())
@@ -72,14 +72,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """A session on the CPU in which 8-bit products are exact on every processor."""
+    """A CPU session in which sums of 8-bit products are exact on every processor."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}. Give a folder that `octav-hf export --format onnx` wrote.")
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file() or "vnni" not in cpuinfo.read_text():
-        # without it uint8 times int8 saturates on AVX2; where there is VNNI it would only cost time
+        # without it, uint8 times int8 saturates on AVX2; with VNNI it is not needed and slower
         settings.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
@@ -91,7 +91,7 @@ def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
 def run(
     session: onnxruntime.InferenceSession, features: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Start and end logits, float32, both (F, T): a row for each of F features, 0 beyond its batch's longest."""
+    """Start and end logits, float32 (F, T): a row per feature, 0 beyond the longest feature of its batch."""
     inputs = features.select_columns(tokenizer.model_input_names)
     logits = np.zeros((2, len(features), max(map(len, features["input_ids"]))), np.float32)
     for first in range(0, len(features), batch_size):

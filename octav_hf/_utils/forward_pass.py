@@ -59,12 +59,12 @@ def run_batches(
     Mode, buffers and random state are restored.
 
     Args:
-        function: name of the public function that this is for, with which errors begin.
+        function: name of the public function that calls this; errors begin with it.
         description: for the progress bar; ``None`` for none.
         take: gets each batch, on the model's device, and the output.
 
     Raises:
-        TypeError: ``batches`` is no iterable of ``Batch``.
+        TypeError: ``batches`` is not an iterable of ``Batch``.
         ValueError: there is no batch.
     """
     if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):

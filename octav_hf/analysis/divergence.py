@@ -33,6 +33,9 @@ class FloatOutputs:
         teacher: the float model; ``None``: ``model`` with all its quantizers turned off.
         function: the public function that this is for, with whose name errors begin.
 
+    Attributes:
+        batches: as a list.
+
     Raises:
         TypeError, ValueError: the model or the batches are none of these.
     """
@@ -40,7 +43,7 @@ class FloatOutputs:
     def __init__(self, model: nn.Module, batches: Iterable[Batch], teacher: nn.Module | None, function: str):
         check_has_float_weights(model, function)
         is_list = isinstance(batches, Iterable) and not isinstance(batches, Mapping | Tensor)
-        self._batches: Any = list(batches) if is_list else batches  # run_batches refuses what is none
+        self.batches: Any = list(batches) if is_list else batches  # run_batches refuses what is none
         self._function = function
         self._outputs: list[dict[str, Tensor]] = []
         source = model if teacher is None else teacher
@@ -49,7 +52,13 @@ class FloatOutputs:
             self._outputs.append(_compared(source, output))
 
         with in_float(model) if teacher is None else nullcontext():
-            run_batches(source, self._batches, function, None, keep)
+            run_batches(source, self.batches, function, None, keep)
+
+    @property
+    def measure(self) -> str:
+        """What the divergence is, in words."""
+        is_other = _OTHER in self._outputs[0]
+        return "relative squared error of the output" if is_other else "KL divergence of the logits (nats)"
 
     def divergence_of(self, model: nn.Module) -> float:
         """The divergence of ``model``, whatever of it is quantized, over the batches.
@@ -71,7 +80,7 @@ class FloatOutputs:
             found.append(_divergence(model, batch, outputs, targets).double())
             rows.append(next(iter(ours.values()))[0])
 
-        run_batches(model, self._batches, self._function, None, compare)
+        run_batches(model, self.batches, self._function, None, compare)
         weights = torch.tensor(rows, dtype=torch.float64, device=found[0].device)
         return float((torch.stack(found) * weights).sum() / weights.sum())
 
@@ -92,6 +101,8 @@ def _divergence(model: nn.Module, batch: Batch, outputs: dict[str, Tensor], targ
     args = (batch,) if isinstance(batch, Tensor) else () if isinstance(batch, Mapping) else tuple(batch)
     inputs = inputs_by_name(model, args, dict(batch) if isinstance(batch, Mapping) else {})
     if _OTHER not in outputs:
+        # In float64: the divergence of one module at 8 bits is near the rounding of a sum in float32.
+        outputs, targets = ({name: x.double() for name, x in each.items()} for each in (outputs, targets))
         return logit_loss(model, outputs, targets, 1.0, inputs)
     output, target = outputs[_OTHER], targets[_OTHER].to(outputs[_OTHER].device)
     mask = mask_of(inputs.get("attention_mask"), tuple(output.shape[:2]), output)

@@ -17,7 +17,7 @@ from ..functional.grid import integer_range
 from ..nn import FakeQuantize, PackedWeight, WeightFakeQuantize
 from ..nn.codes import Grid
 from ..nn.function_modes import outside_function_modes
-from .operand_sums import OperandSums, Sums, read
+from .operand_sums import OperandSums, Sums, decibels, read
 from .simulated import check_simulated
 from .value_histogram import Histogram, ValueHistogram
 
@@ -199,7 +199,7 @@ class _Collector:
             _if_equal(sums.signed_calls, calls),
             _if_equal(sums.asymmetric_calls, calls),
             elements,
-            _decibels(sums.signal, sums.noise),
+            decibels(sums.signal, sums.noise),
             sums.clipped / elements,
             sums.zeroed / max(sums.nonzero, 1),
             sums.clip / self.sums.clips,
@@ -215,12 +215,6 @@ class _Collector:
 def _if_equal(number: float, calls: int) -> bool | None:
     """Whether something was so in all calls; ``None`` if in some."""
     return bool(number) if number in (0, calls) else None
-
-
-def _decibels(signal: float, noise: float) -> float | None:
-    if not signal:
-        return None
-    return 10 * math.log10(signal / noise) if noise else math.inf
 
 
 def _weight_of(teacher: nn.Module, module: str, packed: PackedWeight) -> Tensor:

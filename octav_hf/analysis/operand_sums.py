@@ -1,5 +1,6 @@
 """Sums over the calls of one quantizer, which stay on the device."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -53,8 +54,8 @@ class OperandSums:
         value = x if grid.offset is None else x - offset
         nonzero = torch.count_nonzero(x)
         sums = [
-            _energy(x),
-            _energy(x - quantized),
+            energy(x),
+            energy(x - quantized),
             torch.count_nonzero(value - value.clamp(-clip * signed, clip)),
             nonzero,
             nonzero - _nonzero_after(quantizer, quantized, clip, grid),
@@ -84,9 +85,16 @@ def read(sums: list[OperandSums]) -> list[Sums | None]:
     return found
 
 
-def _energy(x: Tensor) -> Tensor:
+def energy(x: Tensor) -> Tensor:
     """``sum(x²)``, float64 ``[]``: of rows in the dtype of ``x``, which is faster, and of these in float64."""
     return torch.linalg.vector_norm(x, dim=-1).double().square().sum()
+
+
+def decibels(signal: float, noise: float) -> float | None:
+    """``10 log10(signal / noise)``; ``inf`` without noise, ``None`` without a signal."""
+    if not signal:
+        return None
+    return 10 * math.log10(signal / noise) if noise else math.inf
 
 
 def _nonzero_after(quantizer: FakeQuantize, quantized: Tensor, clip: Tensor, grid: Grid) -> Tensor:

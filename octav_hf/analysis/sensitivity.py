@@ -52,7 +52,7 @@ def sensitivity(
     outputs = FloatOutputs(model, batches, teacher, "sensitivity")
     modules = list(dict.fromkeys(module for module, _, _ in operand_quantizers(model)))
     with in_float(model):
-        nothing = outputs.divergence_of(model)
+        nothing = 0.0 if teacher is None else outputs.divergence_of(model)
     everything = outputs.divergence_of(model)
     found = []
     for module in progress(modules, "measuring sensitivity"):

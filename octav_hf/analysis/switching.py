@@ -10,7 +10,9 @@ from .simulated import check_has_float_weights
 
 
 @contextmanager
-def in_float(model: nn.Module, modules: Collection[str] | None = None) -> Iterator[None]:
+def in_float(
+    model: nn.Module, modules: Collection[str] | None = None, but: Collection[nn.Module] = ()
+) -> Iterator[None]:
     """Context in which the operands of some quantized modules are not quantized.
 
     Each of their quantizers is replaced by an ``nn.Identity``, as for an operand that the config leaves in float, and
@@ -19,6 +21,7 @@ def in_float(model: nn.Module, modules: Collection[str] | None = None) -> Iterat
     Args:
         model: quantized by ``apply_octav``, and neither packed nor converted to multiply integers.
         modules: full names; ``None``: all that are quantized.
+        but: quantizers, such as ``layer.weight_quantizer``, that stay on.
 
     Raises:
         ValueError: the model is none of these, or has no quantized module of such a name.
@@ -31,7 +34,7 @@ def in_float(model: nn.Module, modules: Collection[str] | None = None) -> Iterat
             f"in_float: {type(model).__name__} has no quantized module {', '.join(map(repr, sorted(unknown)))}; "
             "print(octav_hf.coverage_report(model)) lists those that it has"
         )
-    switched = [each for each in found if modules is None or each[0] in modules]
+    switched = [each for each in found if (modules is None or each[0] in modules) and each[2] not in but]
     try:
         for module, operand, quantizer in switched:
             setattr(model.get_submodule(module), f"{operand}_quantizer", nn.Identity().train(quantizer.training))

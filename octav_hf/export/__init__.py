@@ -1,4 +1,4 @@
-"""Models for other runtimes: ONNX files whose quantized matmuls multiply integers."""
+"""Export to other runtimes: ONNX files with integer matmuls."""
 
 from .to_onnx import to_onnx
 from .verify import OnnxCheck, verify_onnx

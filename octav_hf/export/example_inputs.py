@@ -1,4 +1,4 @@
-"""A batch of random values for a model whose inputs are tokens or images."""
+"""A random batch for models whose inputs are tokens or images."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ _LENGTH, _IMAGE_SIZE = 16, 224
 
 
 def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Two sequences of tokens, the second of which is padded, or two images; the same for every call.
+    """Two sequences of tokens, the second one padded, or two images; the same in every call.
 
     Raises:
         ValueError: the model's main input is neither ``input_ids`` nor ``pixel_values``.
@@ -21,7 +21,7 @@ def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         return {"pixel_values": torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")}
     if model.main_input_name != "input_ids":
         raise ValueError(
-            f"{type(model).__name__} takes {model.main_input_name}, of which no batch can be made up; call "
+            f"{type(model).__name__} takes {model.main_input_name}, for which no random batch can be generated; call "
             "octav_hf.export.to_onnx(model, folder, example_inputs) in Python"
         )
     ids = torch.randint(config.vocab_size, (2, _LENGTH), generator=generator, dtype=torch.int64, device="cpu")

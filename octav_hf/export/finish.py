@@ -1,4 +1,4 @@
-"""What is done to a recorded graph: weights, names, and one operator that ONNX Runtime fuses to its cost."""
+"""Post-process a recorded graph: store weights, name nodes, and avoid one slow fusion of ONNX Runtime."""
 
 import ast
 from typing import Any
@@ -14,13 +14,13 @@ def finish(model: Any) -> None:
     _separate_weights(model.graph)
     _keep_layer_norms(model.graph)
     _name_by_module(model.graph)
-    # What the recording noted has paths of files on this machine.
+    # The recorded metadata contains file paths of this machine.
     ClearMetadataAndDocStringPass()(model)
     model.graph.metadata_props.clear()
 
 
 def _store_as_int4(graph: Any) -> None:
-    """Give weights that fit it the type INT4, with a Cast to INT8, which runtimes compute once when they load."""
+    """Store weights of at most 4 bits as INT4, followed by a Cast to INT8, which runtimes compute once when loading."""
     import ml_dtypes
     import onnx_ir as ir
 
@@ -38,7 +38,7 @@ def _store_as_int4(graph: Any) -> None:
 
 
 def _separate_weights(graph: Any) -> None:
-    """Give each matmul its own copy of a weight in INT8: ``session.x64quantprecision=1`` fails where two share one."""
+    """Give each matmul its own copy of an INT8 weight: ``session.x64quantprecision=1`` fails for shared weights."""
     import onnx_ir as ir
 
     for node in list(graph):
@@ -59,10 +59,10 @@ def _separate_weights(graph: Any) -> None:
 
 
 def _keep_layer_norms(graph: Any) -> None:
-    """Write the sum before a LayerNormalization as Sum instead of Add.
+    """Replace the Add before a LayerNormalization with Sum.
 
-    ONNX Runtime 1.32 fuses the two into SkipLayerNormalization, which takes ten times as long as both on a CPU: a
-    third of MiniLM's time.
+    ONNX Runtime 1.32 fuses Add and LayerNormalization into SkipLayerNormalization, which on a CPU takes ten times as
+    long as both: a third of MiniLM's time.
     """
     for node in graph:
         before = node.inputs[0].producer() if node.op_type == "LayerNormalization" else None
@@ -71,7 +71,7 @@ def _keep_layer_norms(graph: Any) -> None:
 
 
 def _name_by_module(graph: Any) -> None:
-    """Name nodes after the modules that they are in."""
+    """Name nodes after their modules."""
     counts: dict[str, int] = {}
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))

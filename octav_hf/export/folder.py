@@ -1,4 +1,4 @@
-"""What is beside ``model.onnx`` in an exported folder, and whether all of it belongs together."""
+"""The record of an exported folder, which tells whether its files belong together."""
 
 import hashlib
 import json
@@ -23,34 +23,36 @@ def read_model(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The ``onnx.ModelProto`` in ``folder``, and its record.
 
     Raises:
-        ValueError: a file is missing, cut off, altered or of another export; or the opset is another one.
+        ValueError: a file is missing, truncated, altered or from another export; or the opset differs.
     """
     import onnx
 
     path = folder / MODEL_FILE
     for needed in (path, folder / RECORD_FILE):
         if not needed.is_file():
-            raise ValueError(f"{needed} is missing; write the folder by octav_hf.export.to_onnx or octav-hf export")
+            raise ValueError(f"{needed} is missing; write the folder with octav_hf.export.to_onnx or octav-hf export")
     try:
         model = onnx.load(path)
-    except Exception as error:  # of the protobuf library, of files
-        raise ValueError(f"{path} is cut off or damaged, or a file beside it is ({error}); export it anew") from error
+    except Exception as error:  # from the protobuf library, or about files
+        raise ValueError(
+            f"{path} or a file next to it is truncated or damaged ({error}); export the model again"
+        ) from error
     opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
     if opsets.get("ai.onnx") != OPSET:
         raise ValueError(
-            f"{path} is of opset {opsets.get('ai.onnx')}, and only {OPSET}, which to_onnx writes, is known to run on "
-            "integers; export it anew"
+            f"{path} has opset {opsets.get('ai.onnx')}, but only {OPSET}, which to_onnx writes, is known to run with "
+            "integers; export the model again"
         )
     record = read_json(folder / RECORD_FILE)
     is_record = isinstance(record, dict) and record.get("format_version") == _FORMAT_VERSION
     if not is_record or not all(isinstance(record.get(field), dict) for field in ("sha256", "session_options")):
-        raise ValueError(f"{folder / RECORD_FILE} has another form than octav_hf writes; export the model anew")
+        raise ValueError(f"{folder / RECORD_FILE} is not a record that octav_hf wrote; export the model again")
     hashes, present = record["sha256"], {each.name: _sha256(each) for each in folder.iterdir() if _is_recorded(each)}
     wrong = sorted(name for name in hashes.keys() | present.keys() if hashes.get(name) != present.get(name))
     if wrong:
         raise ValueError(
-            f"{folder}: {', '.join(wrong)} missing, altered or of another export (SHA-256 in {RECORD_FILE}); export "
-            "the model anew"
+            f"{folder}: {', '.join(wrong)} missing, altered or from another export (SHA-256 in {RECORD_FILE}); export "
+            "the model again"
         )
     return model, record
 

@@ -1,4 +1,4 @@
-"""The products of the graph that ONNX Runtime runs: which are of integers, and whether their sums are exact."""
+"""Check the matmuls in the graph that ONNX Runtime runs: which ones use integers, and whether their sums are exact."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .._utils.progress import progress
 
-# Operator -> positions of its two operands, their zero points and, if it scales the sums, their scales.
+# Operator -> positions of its two operands, of their zero points and, if it scales the sums, of their scales.
 _INTEGER_OPERATORS: dict[str, tuple[tuple[int, ...], ...]] = {
     "MatMulIntegerToFloat": ((0, 1), (4, 5), (2, 3)),
     "QLinearMatMul": ((0, 3), (2, 5), (1, 4)),
@@ -26,23 +26,23 @@ Array = np.ndarray[Any, Any]
 
 
 def integer_products(model: Any) -> list[Any]:
-    """The nodes of an ``onnx.ModelProto`` that multiply integers."""
+    """The nodes of an ``onnx.ModelProto`` with integer matmuls or convolutions."""
     return [node for node in model.graph.node if node.op_type in _INTEGER_OPERATORS]
 
 
 def float_products(model: Any) -> list[Any]:
-    """The nodes that multiply floats, or that multiply integers after they have quantized floats by themselves."""
+    """The nodes with floating-point matmuls, or that quantize floats themselves."""
     return [node for node in model.graph.node if node.op_type in _FLOAT_OPERATORS]
 
 
 def wrong_products(model: Any, run: Callable[[list[str]], Mapping[str, Array]]) -> Iterator[str]:
-    """The integer products of ``model`` whose result is not that of exact sums, as lines of text.
+    """The integer matmuls of ``model`` whose sums are not exact, as lines of text.
 
-    The sums are recomputed in float64, in which they are exact as in int64, from the operands that the runtime had.
+    The sums are recomputed from the operands of the runtime in float64, where they are exact.
 
     Args:
         model: the optimized ``onnx.ModelProto``.
-        run: runs it on a batch and returns the values of the names.
+        run: runs it on a batch and returns the values with the given names.
     """
     import onnx
 
@@ -57,7 +57,7 @@ def wrong_products(model: Any, run: Callable[[list[str]], Mapping[str, Array]]) 
 
 
 def _difference(node: Any, values: Mapping[str, Array]) -> str:
-    """How a node's result differs from exact sums, empty if it does not."""
+    """How a node's result differs from exact sums; empty if it does not."""
     given = [values[name].astype(np.float64) if name else np.zeros(()) for name in node.input]
     operands, zero_points, scales = (
         [given[place] if place < len(given) else np.zeros(()) for place in places]
@@ -71,9 +71,9 @@ def _difference(node: Any, values: Mapping[str, Array]) -> str:
     if node.op_type == "QLinearMatMul":
         limits = np.iinfo(result.dtype)
         exact = np.clip(sums * scale / given[6] + given[7], limits.min, limits.max)
-        error, allowed = np.abs(result - exact), 0.501  # a tie may go either way
+        error, allowed = np.abs(result - exact), 0.501  # a tie may be rounded either way
     else:
-        # Of large sums float32 does not hold every integer.
+        # float32 cannot represent every large integer.
         error, allowed = np.abs(result / np.where(scale == 0, 1, scale) - sums), 1e-3 + np.abs(sums) * 2**-21
         error = np.where(scale == 0, np.abs(result), error)
     wrong = int((error > allowed).sum())

@@ -1,4 +1,4 @@
-"""Quantized layers that ``torch.onnx.export`` records as ONNX's operators for integers."""
+"""Quantized layers that ``torch.onnx.export`` records as ONNX operators for integers."""
 
 import functools
 from typing import Any
@@ -11,11 +11,11 @@ from ..nn import FakeQuantize, PackedLayer, PackedWeight, QuantizedAttention, Qu
 from .recorded_operands import RecordedAttention, RecordedQuantizer, dequantized, onnx, zero_point
 
 INT4, INT8 = "int4_weight", "int8_weight"
-"""Names of the buffers with a weight's integers, and of the initializers, by how these are to be stored."""
+"""Names of the buffers (and initializers) with a weight's integers, by the type in which they are stored."""
 
 
 def record_modules(model: nn.Module) -> None:
-    """Have the forward of every quantized module of ``model`` record ONNX's operators, in place and for good."""
+    """Make the forward of every quantized module of ``model`` record ONNX operators; in place, cannot be undone."""
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
             _record_layer(module)
@@ -23,8 +23,8 @@ def record_modules(model: nn.Module) -> None:
             module.arithmetic = RecordedAttention(reference=False)
             for quantizer in module.operand_quantizers.values():
                 assert isinstance(quantizer, FakeQuantize)
-                # Codes that two matmuls share, as in DeBERTa, ONNX Runtime does not convert. Others have no zero point
-                # here, since OpenVINO leaves attention in float where they have one.
+                # ONNX Runtime does not convert int8 codes that two matmuls share, as in DeBERTa. Other codes have no
+                # zero point, because OpenVINO would leave the attention matmul in float.
                 is_shared = quantizer.frozen is not None and len(quantizer.frozen.clips) > 1
                 RecordedQuantizer.record(quantizer, counts_from_lowest=is_shared)
 
@@ -34,51 +34,53 @@ def _record_layer(layer: Any) -> None:
     if isinstance(inputs, FakeQuantize):
         RecordedQuantizer.record(inputs, counts_from_lowest=True)  # layers such as query and key share codes
     if not isinstance(quantizer, FakeQuantize):
-        return  # the product is in float
+        return  # the matmul is in float
     packed = quantizer if isinstance(quantizer, PackedWeight) else PackedWeight.pack(quantizer, layer.weight)
     if isinstance(layer, PackedLayer):
-        layer.unpack()  # a model may read the weight's dtype, at which a packed one is dequantized
+        layer.unpack()  # a model may read the weight's dtype, which would record a dequantization
     if isinstance(inputs, nn.Identity):
-        # In float as well: seeing the weight's integers, ONNX Runtime would quantize the input by itself.
+        # The matmul is in float too. If the weight were stored as integers, ONNX Runtime would quantize the input.
         layer.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
         layer.restore()
         return
     if layer.kind not in _FORWARDS:
-        raise NotImplementedError(f"{packed.name}: {layer.float_class.__name__} has no form in ONNX; leave it in float")
+        raise NotImplementedError(
+            f"{packed.name}: {layer.float_class.__name__} cannot be exported to ONNX; add it to exclude_modules"
+        )
     integers = packed.integers()
     if layer.kind == "linear" and isinstance(layer, nn.Linear):
-        integers = integers.t().contiguous()  # [in, out], as Transformers' Conv1D has it
+        integers = integers.t().contiguous()  # [in, out], as in Transformers' Conv1D
     layer.register_buffer(INT4 if packed.num_bits <= 4 else INT8, integers)
     layer.register_buffer("weight_scale", packed.scale.float() if len(packed.scale) > 1 else packed.scale.float()[0])
     if isinstance(inputs, RecordedQuantizer) and inputs.start:
-        # The offset adds the same to each row of the result.
+        # The offset adds the same vector to each row of the result.
         sums = inputs.start * packed.scale.double() * integers.sum(0, dtype=torch.float64)
         layer.bias = nn.Parameter((sums if layer.bias is None else sums + layer.bias).float(), requires_grad=False)
     layer.forward = functools.partial(_FORWARDS[layer.kind], layer)
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
-    """``nn.Linear.forward``, and that of Transformers' ``Conv1D``."""
-    is_matrix = x.dim() == 2  # of which ONNX Runtime makes one float operator with the bias
+    """``nn.Linear.forward``, also for Transformers' ``Conv1D``."""
+    is_matrix = x.dim() == 2  # ONNX Runtime would fuse a 2-dim matmul and the bias into a float operator
     x = dequantized(layer.input_quantizer(x.unsqueeze(0) if is_matrix else x, codes=torch.uint8))
     integers = _integers(layer)
     attributes = {"axis": 1} if layer.weight_scale.dim() else {}
     weight = onnx("DequantizeLinear", (integers, layer.weight_scale), torch.float32, integers.shape, attributes)
-    # Not torch.matmul, which an attention module around it would take for its own.
+    # Not torch.matmul, which an enclosing attention module would take for an attention matmul.
     result = onnx("MatMul", (x, weight), torch.float32, (*x.shape[:-1], integers.shape[1]))
     result = result.squeeze(0) if is_matrix else result
     if layer.bias is None:
         return result
-    # So it does of what has the same shape in every batch, unless the bias is no vector.
+    # It also fuses matmuls with a static shape, unless the bias has more than one dimension.
     is_static = all(isinstance(size, int) for size in x.shape)
     return result + (layer.bias[(None,) * (result.dim() - 1)] if is_static else layer.bias)
 
 
 def _convolution(layer: Any, x: Tensor) -> Tensor:
-    """``nn.Conv1d.forward``, ``nn.Conv2d.forward``; with DequantizeLinear they would run in float."""
+    """``nn.Conv1d.forward`` and ``nn.Conv2d.forward`` as ConvInteger; with DequantizeLinear they would run in float."""
     integers = _integers(layer)
     shape = layer._conv_forward(x, integers.float(), None).shape
-    padding = layer._reversed_padding_repeated_twice  # of the last dimension first, before and after
+    padding = layer._reversed_padding_repeated_twice  # last dimension first; before and after
     if layer.padding_mode != "zeros":
         x, padding = F.pad(x, padding, layer.padding_mode), [0] * len(padding)
     codes = layer.input_quantizer(x, codes=torch.uint8)

@@ -1,7 +1,7 @@
-"""Quantizers and attention that ``torch.onnx.export`` records as ONNX's operators for integers.
+"""Quantizers and attention that ``torch.onnx.export`` records as ONNX operators for integers.
 
-ONNX Runtime fuses QuantizeLinear → DequantizeLinear → MatMul, with a weight's DequantizeLinear on the other side, into
-one integer matmul. It takes codes without a sign on the left; it makes them of int8 codes that one matmul has.
+ONNX Runtime fuses QuantizeLinear → DequantizeLinear → MatMul, with a DequantizeLinear for the other operand, into one
+integer matmul. Its left operand must be uint8; ONNX Runtime converts int8 codes if only one matmul uses them.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,12 +23,12 @@ OPSET = 21
 class RecordedQuantizer(FakeQuantize):
     """A quantizer with frozen clips, recorded as Clip (below 8 bits), QuantizeLinear and DequantizeLinear.
 
-    ``record`` makes one from an existing quantizer by changing its class in place.
+    ``record`` changes the class of an existing quantizer in place.
 
     Attributes:
-        counts_from_lowest: whether the codes of a signed grid are uint8, counted from the lowest integer, and not int8.
-        steps: of the grid at each call; empty if parts have clips of their own.
-        start: where an asymmetric grid begins, or 0.
+        counts_from_lowest: whether the codes of a signed grid are uint8, counted from the lowest integer, or int8.
+        steps: step of the grid for each call index; empty if clips are granular.
+        start: lowest value of an asymmetric grid, otherwise 0.
     """
 
     counts_from_lowest: bool
@@ -48,7 +48,7 @@ class RecordedQuantizer(FakeQuantize):
         quantizer.start = 0.0 if frozen.offset is None else float(frozen.offset)
 
     def forward(self, x: Tensor, call_index: int = 0, codes: torch.dtype | None = None, known: Any = None) -> Any:
-        """As ``FakeQuantize.forward``; codes are int8, or uint8, counted from the lowest integer."""
+        """As ``FakeQuantize.forward``; codes are int8, or uint8 counted from the lowest integer."""
         if known is not None:
             return known
         quantized = self._quantize(x - self.start if self.start else x, call_index)
@@ -67,7 +67,7 @@ class RecordedQuantizer(FakeQuantize):
             step = self.steps[call_index]
             scale = value_of_1 = constant(step or 1.0, torch.float32)
             bounds = step * low, step * high
-        else:  # the product of the codes is scaled
+        else:  # the result of the matmul is scaled
             scale = step_size(self._frozen_grid(frozen, x, call_index).clip, self.num_bits, frozen.signed)
             value_of_1, bounds = constant(1.0, torch.float32), (float(low), float(high))
             x = x / (scale + (scale == 0))
@@ -80,19 +80,19 @@ class RecordedQuantizer(FakeQuantize):
 
 
 def dequantized(codes: Codes) -> Tensor:
-    """The values of codes, of the integers themselves if parts have scales of their own."""
+    """The dequantized values of codes; if scales are granular, the integers as floats."""
     scale = constant(1.0, torch.float32) if codes.is_granular else codes.scale
     inputs = codes.integers, scale, zero_point(codes)
     return onnx("DequantizeLinear", inputs, torch.float32, codes.integers.shape)
 
 
 def zero_point(codes: Codes) -> Tensor:
-    """``[]``, the code of the integer 0."""
+    """The code of the integer 0, ``[]``."""
     return constant(-codes.lowest if codes.integers.dtype == torch.uint8 else 0, codes.integers.dtype)
 
 
 class RecordedAttention(IntegerAttentionArithmetic):
-    """Attention's matmuls, of dequantized operands. Scales of parts are multiplied with afterwards."""
+    """Attention matmuls of dequantized operands; granular scales are applied to the result."""
 
     def _multiply(
         self,
@@ -106,15 +106,15 @@ class RecordedAttention(IntegerAttentionArithmetic):
         for codes in (left, right):
             if codes.is_granular and dims != (ROWS, COLUMNS):
                 raise NotImplementedError(
-                    "to_onnx: attention that multiplies by another function than torch.matmul has no form in ONNX with "
-                    "static clips for parts of a tensor; leave activation_granularity out"
+                    "to_onnx: with static clips per head or channel, only attention that uses torch.matmul can be "
+                    "exported to ONNX; leave activation_granularity out"
                 )
             result = result * codes.scale if codes.is_granular else result
         return result if factor == 1.0 else result * factor
 
 
 def constant(value: float, dtype: torch.dtype) -> Tensor:
-    """``[]``."""
+    """A constant, ``[]``."""
     return torch.tensor(value, dtype=dtype, device="cpu")
 
 
@@ -125,5 +125,5 @@ def onnx(
     shape: Sequence[Any],
     attributes: dict[str, Any] | None = None,
 ) -> Tensor:
-    """Record an operator of ONNX whose result has this dtype and shape."""
+    """Record an ONNX operator whose result has this dtype and shape."""
     return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, version=OPSET)

@@ -1,4 +1,4 @@
-"""``to_onnx``: a folder with a model's ONNX file, its config and its tokenizer."""
+"""``to_onnx``: write a folder with a model's ONNX file, config and tokenizer."""
 
 import copy
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ from .folder import MODEL_FILE, write_record
 from .recorded_modules import INT8, record_modules
 from .recorded_operands import OPSET
 
-_MAX_NAMES = 3  # of operands in an error's message
-# Without it sums of two products of uint8 and int8 saturate on processors without VNNI, if weights have 8 bits.
+_MAX_NAMES = 3  # operands listed in a message
+# On processors without VNNI and with 8-bit weights, the sum of two uint8 * int8 products would saturate without it.
 _EXACT_AT_8_BITS = {"session.x64quantprecision": "1"}
 
 
@@ -34,36 +34,36 @@ def to_onnx(
     tokenizer: Any = None,
     dynamic_shapes: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a quantized model, in training form or packed, as ONNX of opset 21 whose quantized matmuls are of integers.
+    """Export a quantized model, in training form or packed, to ONNX (opset 21) with integer matmuls.
 
-    An activation becomes Clip (below 8 bits) → QuantizeLinear → DequantizeLinear with its static clip, a weight
-    becomes integers (INT4 at 4 bits and less, else INT8) → DequantizeLinear with its scales. Between the two a runtime
-    multiplies integers: ``sum(a * b) * scale_a * scale_b``. A convolution is a ConvInteger that is scaled, since
-    runtimes fuse the other form only with a quantized result. The offset of an asymmetric grid becomes part of the
-    bias. What is in float in ``model`` stays so; a product with one quantized operand is computed in float from the
-    values on this operand's grid. The arithmetic around is float32, without dropout.
+    An activation becomes Clip (below 8 bits) → QuantizeLinear → DequantizeLinear with its static clip. A weight is
+    stored as integers (INT4 up to 4 bits, otherwise INT8), followed by DequantizeLinear with its scales. Runtimes fuse
+    these with the matmul into an integer matmul: ``sum(a * b) * scale_a * scale_b``. A convolution becomes ConvInteger
+    followed by scaling, because runtimes fuse the other form only if the result is quantized too. The offset of an
+    asymmetric grid is added to the bias. Operands in float stay in float, and a matmul with one quantized operand is
+    computed in float with the dequantized values. All other arithmetic is float32, without dropout.
 
-    The folder holds ``model.onnx`` (with a file of weights beside it above 2 GB), ``config.json``, as of a float model,
-    the tokenizer and ``octav_export.json``, which says what it is and has the files' SHA-256.
+    The folder contains ``model.onnx`` (above 2 GB with weights in a separate file), the ``config.json`` of the float
+    model, the tokenizer, and ``octav_export.json`` with facts about the export and the SHA-256 of the files.
 
     Args:
-        model: with static clips of activations (``calibrate_octav``). It is not changed. Attention runs in its eager
-            implementation, since others scale the query between quantization and multiplication.
-        folder: new or empty. It appears with all its files at once.
-        example_inputs: a batch as keyword arguments of the model's forward, without labels. Its names become those of
-            the inputs; the outputs get the names of the model's outputs, such as ``start_logits``.
-        tokenizer: or a processor: anything with ``save_pretrained``.
-        dynamic_shapes: input -> dimension -> name, of the sizes that may differ from the example's. ``None``: the
-            first dimension of all, ``"batch"``, and the second of matrices, ``"length"``.
+        model: with static clips of activations (``calibrate_octav``). It is not changed. The export uses the eager
+            attention implementation, because others scale the query between quantization and matmul.
+        folder: new or empty. All files appear in it at once.
+        example_inputs: a batch as keyword arguments of the model's forward, without labels. The ONNX inputs get its
+            names, the ONNX outputs the names of the model's outputs, such as ``start_logits``.
+        tokenizer: a tokenizer or processor: anything with ``save_pretrained``.
+        dynamic_shapes: input -> dimension -> name, for the sizes that may differ from the example. ``None``: the first
+            dimension of all inputs (``"batch"``), and the second dimension of matrices (``"length"``).
 
     Returns:
         The path of ``model.onnx``.
 
     Raises:
         ImportError: the extra ``onnx`` is not installed.
-        TypeError: ``model`` is not an ``nn.Module``, or ``example_inputs`` is no mapping of tensors.
+        TypeError: ``model`` is not an ``nn.Module``, or ``example_inputs`` is not a mapping of tensors.
         ValueError: ``model`` is not quantized, or has dynamic clips of activations; or the batch has labels.
-        NotImplementedError: a layer or a clip has no form in ONNX; the message says which and what to do.
+        NotImplementedError: a layer or a clip cannot be exported; the message tells which and what to do.
         FileExistsError: ``folder`` exists and is not empty.
     """
     require_extra()
@@ -74,11 +74,11 @@ def to_onnx(
     if not isinstance(example_inputs, Mapping) or not all(isinstance(x, Tensor) for x in example_inputs.values()):
         raise TypeError("to_onnx takes example_inputs as a mapping of the forward's argument names to tensors")
     config, bits = getattr(model, "config", None), recorded_config(model)
-    # A size of 1 would be taken for a constant.
+    # torch.export would take a size of 1 for a constant.
     inputs = {name: torch.cat([x, x])[: max(2, len(x))].cpu() for name, x in example_inputs.items()}
     if dynamic_shapes is None:
         dynamic_shapes = {name: {0: "batch"} | ({1: "length"} if x.dim() == 2 else {}) for name, x in inputs.items()}
-    recorded = nn.Module.float(copy.deepcopy(model).cpu()).eval()  # that of Transformers refuses
+    recorded = nn.Module.float(copy.deepcopy(model).cpu()).eval()  # Transformers' own float() refuses
     for part in transformers_models(recorded):
         if attn_implementation(part.config) != "eager":
             part.set_attn_implementation("eager")
@@ -118,7 +118,7 @@ def to_onnx(
 
 
 def _has_8_bits(recorded: nn.Module) -> bool:
-    """Whether a weight's integers need more than 7 bits."""
+    """Whether the integers of any weight need more than 7 bits."""
     weights = (x for name, x in recorded.named_buffers() if name.rpartition(".")[2] == INT8)
     return any(x.numel() and int(x.short().abs().max()) > 2**6 for x in weights)
 
@@ -130,13 +130,13 @@ def _check_static(model: nn.Module) -> None:
             f" and {len(dynamic) - _MAX_NAMES} more" * (len(dynamic) > _MAX_NAMES)
         )
         raise ValueError(
-            f"to_onnx: the clips of {names} follow the data, which no runtime computes; call "
-            "octav_hf.calibrate_octav(model, batches) first, or better before the last part of the training"
+            f"to_onnx: the clips of {names} are dynamic, which no runtime supports; call "
+            "octav_hf.calibrate_octav(model, batches) first, preferably before the last part of the training"
         )
 
 
 def _output_names(outputs: Any) -> list[str]:
-    """The names of a model's outputs, those of tensors in a tuple numbered."""
+    """The names of a model's outputs; tensors in a tuple are numbered."""
     if isinstance(outputs, Tensor):
         return ["output"]
     named = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)

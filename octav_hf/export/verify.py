@@ -1,4 +1,4 @@
-"""``verify_onnx``: whether an exported folder multiplies integers where the model is quantized, with its results."""
+"""``verify_onnx``: check that an exported model uses integer matmuls and gives the results of the original."""
 
 import tempfile
 from collections.abc import Mapping
@@ -19,21 +19,21 @@ from .folder import MODEL_FILE, read_model
 from .integer_products import Array, float_products, integer_products, wrong_products
 
 _MAX_NAMES = 3
-_MAX_DIFFERENCE = 0.5  # of two models that have nothing in common it is 1.4
+_MAX_DIFFERENCE = 0.5  # two unrelated models differ by 1.4
 
 
 @dataclass(frozen=True)
 class OnnxCheck:
-    """What ``verify_onnx`` found, for ``print``.
+    """The result of ``verify_onnx``; can be printed.
 
     Attributes:
-        integer_products: number of matmuls and convolutions that ONNX Runtime computes on integers.
-        float_products: the names of those in float, which the coverage report lists as such.
-        difference: root mean square of the outputs' difference from the model's, over that of the outputs about their
-            mean. It is not zero: floats are rounded in another way, which moves values across the boundary between two
-            integers, and these move others.
-        same_choices, choices: number of vectors, along the outputs' last dimension, with the same largest element, and
-            of all.
+        integer_products: number of matmuls and convolutions that ONNX Runtime computes with integers.
+        float_products: names of those in float, all of which the coverage report lists as float.
+        difference: root mean square difference between the outputs and the model's, divided by their standard
+            deviation. It is not zero, because floating-point rounding differs, which moves some values to another
+            integer.
+        same_choices, choices: number of vectors along the outputs' last dimension whose largest element is at the same
+            position, and number of all such vectors.
     """
 
     integer_products: int
@@ -44,28 +44,28 @@ class OnnxCheck:
 
     def __str__(self) -> str:
         return (
-            f"{self.integer_products} products of integers, all sums exact; {len(self.float_products)} in float, as in "
-            f"the coverage report; outputs differ by {self.difference:.1e} of their spread, and the largest element is "
-            f"the same in {self.same_choices} of {self.choices}"
+            f"{self.integer_products} integer matmuls, all sums exact; {len(self.float_products)} in float, as in the "
+            f"coverage report; outputs differ by {self.difference:.1e} of their standard deviation, and the largest "
+            f"element is the same in {self.same_choices} of {self.choices}"
         )
 
 
 def verify_onnx(model: nn.Module, folder: str | Path, example_inputs: Mapping[str, Tensor]) -> OnnxCheck:
-    """Run what ``to_onnx`` wrote in ONNX Runtime on a batch and compare it with ``model``, product by product.
+    """Run an export of ``to_onnx`` in ONNX Runtime on a batch, check every matmul, and compare outputs with ``model``.
 
-    Weights of 8 bits need the session option ``session.x64quantprecision=1``, which is set here: on x86 processors
-    without VNNI sums of two products would otherwise saturate, and be wrong. Set it wherever you run the file: what is
-    needed is in ``octav_export.json``, field ``session_options``.
+    8-bit weights need the session option ``session.x64quantprecision=1``, which is set here: on x86 processors without
+    VNNI, sums of two products would otherwise saturate. Set it wherever you run the file; the field
+    ``session_options`` of ``octav_export.json`` contains the options that are needed.
 
     Args:
-        model: what was exported, in training form or packed.
-        folder: what ``to_onnx`` wrote.
+        model: the exported model, in training form or packed.
+        folder: the folder that ``to_onnx`` wrote.
         example_inputs: a batch as keyword arguments; its sizes may differ from those in the export.
 
     Raises:
         ImportError: a package is missing or too old.
-        ValueError: a file is missing, damaged or of another export or opset; a quantized matmul runs in float; a sum is
-            not exact; or the outputs are not the model's.
+        ValueError: a file is missing, damaged or from another export or opset; a quantized matmul runs in float; a sum
+            is not exact; or the outputs differ from those of the model.
     """
     require_extra()
     import onnx
@@ -81,7 +81,7 @@ def verify_onnx(model: nn.Module, folder: str | Path, example_inputs: Mapping[st
         optimized = onnx.load(optimized_file)
 
         def run(names: list[str]) -> Mapping[str, Array]:
-            """Values inside the optimized graph, which is run as it is."""
+            """Run the optimized graph without further optimization; returns inner values by name."""
             observed = onnx.ModelProto()
             observed.CopyFrom(optimized)
             shown = {output.name for output in observed.graph.output}
@@ -92,16 +92,16 @@ def verify_onnx(model: nn.Module, folder: str | Path, example_inputs: Mapping[st
         wrong = list(wrong_products(optimized, run))
     in_float = [node.name for node in float_products(optimized)]
     listed = {row.module for row in report.left_in_float()}
-    # A name is that of the module, a slash and what follows.
+    # The name of a node begins with the name of its module and a slash.
     unlisted = [name for name in in_float if not any(_is_in(name.partition("/")[0], module) for module in listed)]
     count = len(integer_products(optimized))
     if unlisted or count != check.quantized_matmuls:
         raise ValueError(
-            f"{folder}: ONNX Runtime multiplies integers in {count} places, and {type(model).__name__} has "
-            f"{check.quantized_matmuls} quantized matmuls and convolutions; in float are {_names(unlisted) or 'none'}"
+            f"{folder}: ONNX Runtime computes {count} integer matmuls and convolutions, but {type(model).__name__} has "
+            f"{check.quantized_matmuls} quantized ones; unexpectedly in float: {_names(unlisted) or 'none'}"
         )
     if wrong:
-        raise ValueError(f"{folder}: {_names(wrong)}, so ONNX Runtime saturates on this processor")
+        raise ValueError(f"{folder}: {_names(wrong)}; ONNX Runtime saturates on this processor")
     return _compare(model, folder, example_inputs, outputs, count, in_float)
 
 
@@ -118,13 +118,14 @@ def _compare(
     difference, same, choices = 0.0, 0, 0
     for x, (name, y) in zip(expected, outputs.items(), strict=True):
         if x.shape != y.shape:
-            raise ValueError(f"{folder}: its output {name} has the shape {y.shape}, and the model's has {x.shape}")
+            raise ValueError(f"{folder}: its output {name} has the shape {y.shape}, but the model's has {x.shape}")
         difference = max(difference, float(np.sqrt(np.mean((x - y) ** 2)) / (x.std() or 1)))
         same += int((x.argmax(-1) == y.argmax(-1)).sum())
         choices += x[..., 0].size
     if not difference < _MAX_DIFFERENCE:
         raise ValueError(
-            f"{folder}: its outputs differ from the model's by {difference:.2g} of their spread; it is another model's"
+            f"{folder}: its outputs differ from the model's by {difference:.2g} of their standard deviation; it is the "
+            "export of another model"
         )
     return OnnxCheck(count, in_float, difference, same, choices)
 
@@ -132,11 +133,11 @@ def _compare(
 def _run(
     path: Path, inputs: Mapping[str, Array], session_options: Mapping[str, str], optimized: Path | None
 ) -> dict[str, Array]:
-    """The outputs by name; with ``optimized``, the optimized graph is written there, otherwise none is optimized."""
+    """The outputs by name. With ``optimized``, write the optimized graph there; without, do not optimize."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; what is written is for this machine alone, which is warned of
+    options.log_severity_level = 3  # only errors; it would warn that the optimized graph is for this machine only
     for name, value in session_options.items():
         options.add_session_config_entry(name, value)
     if optimized is None:

@@ -1,4 +1,4 @@
-"""``pack_octav`` and ``unpack_octav``: converting weights to integers and scales, and back."""
+"""``pack_octav`` and ``unpack_octav``: convert weights to integers and scales, and back."""
 
 import logging
 from collections.abc import Container
@@ -25,36 +25,36 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
-    """Store the quantized weights as integers of their bit width and one scale per row or group, in place.
+    """Store the quantized weights as packed integers and one scale per row or group, in place.
 
-    The outputs stay bitwise the same: a packed layer dequantizes its weight whenever it is used. Only a quantized
-    embedding table that the model reads by its ``weight``, without calling it, was in float there and is quantized now.
-    For a Transformers model ``save_pretrained`` and ``push_to_hub`` then write the packed form, which
-    ``from_pretrained`` loads. Packed weights are read-only: writing to one, replacing it or making it trainable is a
-    ``RuntimeError``. Other parameters are frozen (``requires_grad`` False). To continue training call ``unpack_octav``;
-    adapters on the packed model can be trained without it.
+    The outputs stay the same, bit for bit: a packed layer dequantizes its weight whenever it is used. The only
+    exception is a quantized embedding whose ``weight`` the model reads without calling the module; it was in float and
+    is quantized now. ``save_pretrained`` and ``push_to_hub`` of a Transformers model then write the packed form, which
+    ``from_pretrained`` loads. Packed weights are read-only: writing to one, replacing it or making it trainable raises
+    ``RuntimeError``. Other parameters are frozen (``requires_grad=False``). To continue training, call
+    ``unpack_octav``; adapters on the packed model can be trained without it.
 
     A weight that several modules share, such as a language-model head and the token embeddings, stays in floating point
-    and is quantized when used, as in training; a warning names it. Static clips of activations that were learned become
-    static ones that do not learn, also after ``unpack_octav``.
+    and is quantized when used, as in training; a warning names it. Learned clips of activations become static and are
+    no longer learned, also after ``unpack_octav``.
 
     Args:
         model: quantized by ``apply_octav``.
         embedding_bits: 2 to 8 also quantizes and packs the embedding tables of a model that was trained without
-            ``OctavConfig.embedding_bits``, one scale per row. This changes the outputs a little.
+            ``OctavConfig.embedding_bits``, with one scale per row. This changes the outputs slightly.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: the model is not quantized by ``apply_octav``, or packed already; a weight holds NaN or Inf, or is
+        ValueError: the model is not quantized by ``apply_octav``, or already packed; a weight holds NaN or Inf, or is
             sharded; ``embedding_bits`` contradicts the config, or a table is shared. The model is then unchanged.
     """
     check_quantized(model, "pack_octav")
     requantize_output_embeddings(model)
     if is_packed(model):
-        raise ValueError(f"{type(model).__name__} is packed already; save it as it is")
+        raise ValueError(f"{type(model).__name__} is already packed; save it as it is")
     tables: list[Any] = []  # plans of embeddings
     if embedding_bits is not None:
         config = recorded_config(model)
@@ -75,13 +75,13 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
     for table in tables:
         if table.module in shared:
             raise ValueError(
-                f"{table.name}: other modules share this table of {table.module.num_embeddings} rows, which has to "
-                "stay in floating point for them; leave embedding_bits out"
+                f"{table.name}: other modules share this table of {table.module.num_embeddings} rows, so it must stay "
+                "in floating point; leave embedding_bits out"
             )
     unshared = progress([pair for pair in quantized.values() if pair[0] not in shared], "packing weights")
     packed = [(layer, PackedWeight.pack(quantizer, layer.weight)) for layer, quantizer in unshared]
     if not packed:
-        raise ValueError(f"{type(model).__name__} has no quantized weight of its own, so there is nothing to pack")
+        raise ValueError(f"{type(model).__name__} has no quantized weight that is not shared, so nothing can be packed")
     for table in tables:
         table.convert()
     if tables and "octav_config" in model.__dict__:
@@ -90,23 +90,24 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
         PackedLayer.pack(layer, weight)
     for _, _, quantizer in activation_quantizers(model):
         if quantizer.frozen is not None:
-            quantizer.freeze(quantizer.frozen)  # learned clips as they are now
+            quantizer.freeze(quantizer.frozen)  # makes learned clips static
     freeze_packed(model)
     left = [name for name, (layer, _) in quantized.items() if layer in shared]
     if left:
         logger.warning(
-            "Stored in floating point, since several modules share the weight, and quantized when used: %s",
+            "Several modules share these weights, so they are stored in floating point and quantized when used: %s",
             ", ".join(left),
         )
     return model
 
 
 def unpack_octav(model: Model) -> Model:
-    """Undo ``pack_octav`` in place, for training: weights are parameters with the packed values.
+    """Undo ``pack_octav`` in place, for training: weights become parameters with the dequantized values.
 
-    Unless ``calibrate_octav`` froze them, clips are recomputed from these values. They differ slightly from those
-    before packing, and so do the outputs. What packing froze gets ``requires_grad`` True again; what the user had
-    frozen stays so. A packed checkpoint does not tell, so after loading one all parameters get ``requires_grad`` True.
+    Unless ``calibrate_octav`` froze the clips, they are recomputed from these values, so clips and outputs differ
+    slightly from those before packing. Parameters that packing froze get ``requires_grad=True`` again; parameters that
+    the user had frozen stay frozen. A packed checkpoint does not record this, so after loading one, all parameters get
+    ``requires_grad=True``.
 
     Returns:
         ``model``.
@@ -128,9 +129,10 @@ def unpack_octav(model: Model) -> Model:
 
 
 def packed_to_load(model: nn.Module, frozen: Container[str]) -> dict[str, PackedWeight]:
-    """Name -> empty packed weight of each layer of a converted model with a quantized weight, to load into.
+    """Name -> empty packed weight to load into, for each layer of a converted model with a quantized weight.
 
-    ``frozen``: the layers whose clips are frozen.
+    Args:
+        frozen: names of the layers whose clips are frozen.
     """
     return {
         name: PackedWeight(quantizer, layer.weight, is_frozen=name in frozen)
@@ -139,7 +141,7 @@ def packed_to_load(model: nn.Module, frozen: Container[str]) -> dict[str, Packed
 
 
 def quantized_weights(model: nn.Module) -> dict[str, tuple[Any, FakeQuantize]]:
-    """Name -> layer with a quantized float weight, and its quantizer."""
+    """Name -> layer and weight quantizer, for layers with a quantized weight that is not packed."""
     return {
         name: (layer, layer.weight_quantizer)
         for name, layer in layers_by_quantizer(model, FakeQuantize).items()
@@ -154,11 +156,14 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
 def _check_packable(name: str, layer: nn.Module) -> None:
     weight = own_parameters(layer).get("weight")
     if weight is None:
-        raise ValueError(f"{name}: its weight is not a parameter (it is parametrized?); make it one before packing")
+        raise ValueError(
+            f"{name}: its weight is not a parameter (is it parametrized?); remove the parametrization before packing"
+        )
     shape = sharded_shape(weight)
     if shape is not None:
-        raise ValueError(f"{name}: its weight of shape {shape} is sharded; save the model, and pack what is saved")
+        raise ValueError(f"{name}: its weight of shape {shape} is sharded; save the model, then load and pack it")
     if weight.is_meta:
         raise ValueError(
-            f"{name}: its weight of shape {tuple(weight.shape)} is offloaded; load the whole model before packing it"
+            f"{name}: its weight of shape {tuple(weight.shape)} is offloaded; load the model without a device_map "
+            "before packing it"
         )

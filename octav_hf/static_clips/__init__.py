@@ -1,1 +1,1 @@
-"""Clips that no longer follow the data, of activations and of weights."""
+"""Static clips of activations and weights."""

@@ -1,4 +1,4 @@
-"""Observing the clips of activations, and freezing them at what was found."""
+"""Observe the clips of activations, and freeze them."""
 
 import logging
 from collections.abc import Iterator
@@ -18,32 +18,32 @@ logger = logging.getLogger(__name__)
 
 
 OBSERVERS: dict[str, type[ClipObserver]] = {"mean": MeanObserver, "histogram": HistogramObserver}
-"""How static clips are found: as the mean of dynamic ones, or from the histogram of all calls."""
+"""Name -> observer: static clips are the mean of dynamic clips, or are computed from the histogram of all calls."""
 
 
 @contextmanager
 def calibrating(model: nn.Module, *, observer: str = "mean", learned: bool = False) -> Iterator[None]:
-    """``calibrate_octav`` around an evaluation loop of your own::
+    """``calibrate_octav`` as a context around your own evaluation loop::
 
         model.eval()
         with torch.no_grad(), octav_hf.calibrating(model):
             for batch in batches:
                 model.generate(**batch)
 
-    Clips are dynamic inside and frozen at the end; after an error the model is as it was. Mode, gradients and random
-    state are up to the loop.
+    Clips are dynamic inside the context and frozen at its end; after an error the model is unchanged. Set mode,
+    gradients and random state yourself.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: as ``calibrate_octav``; or nothing ran, or the model is being calibrated already; or ``observer`` is
+        ValueError: as ``calibrate_octav``; or nothing ran, or the model is already being calibrated; or ``observer`` is
             ``"histogram"`` and an operand may be on an asymmetric grid, for which the loop would have to run twice.
     """
     calibration = Calibration(model, observer, learned)
     for operand, found in calibration.observers.items():
         if found.may_need_another_pass:
             raise ValueError(
-                f"{operand.path}: the histogram of an operand that may be on an asymmetric grid takes two passes over "
-                "the batches, and calibrating(model) sees one; write calibrate_octav(model, batches, "
+                f"{operand.path}: the histogram of an operand that may be on an asymmetric grid needs two passes over "
+                "the batches, but calibrating(model) sees one; write calibrate_octav(model, batches, "
                 'observer="histogram"), or observer="mean"'
             )
     with calibration.observing():
@@ -64,22 +64,24 @@ class Calibration:
         if learned:
             _check_trainable(model)
         if any(operand.quantizer.observer for operand in operands):
-            raise ValueError(f"{type(model).__name__} is being calibrated already; end that before you begin anew")
+            raise ValueError(
+                f"{type(model).__name__} is already being calibrated; finish that calibration before you start another"
+            )
         self.observers = {operand: OBSERVERS[observer](operand.quantizer) for operand in operands}
 
     @property
     def may_need_another_pass(self) -> bool:
-        """Whether ``needs_another_pass`` may be true later."""
+        """Whether ``needs_another_pass`` may turn out true."""
         return any(observer.may_need_another_pass for observer in self.observers.values())
 
     def needs_another_pass(self) -> bool:
-        """Whether the model has to run on the same batches once more."""
-        answers = [observer.needs_another_pass() for observer in self.observers.values()]  # each one is to be asked
+        """Whether the model has to run on the same batches again."""
+        answers = [observer.needs_another_pass() for observer in self.observers.values()]  # asking prepares the pass
         return any(answers)
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Within it, clips are dynamic and observed."""
+        """Context in which clips are dynamic and observed."""
         for operand, observer in self.observers.items():
             operand.quantizer.observer = observer
         try:
@@ -91,14 +93,14 @@ class Calibration:
 
     @torch.inference_mode(False)
     def freeze(self) -> None:
-        """Freeze the clips that were found, of all operands or of none."""
+        """Freeze the clips of all operands; after an error, of none."""
         for operand, observer in self.observers.items():
             _check_call_counts(operand, observer.call_counts)
         frozen = {operand: _frozen(operand, observer) for operand, observer in self.observers.items()}
         if all(clips is None for clips in frozen.values()):
             raise ValueError(
                 f"no activation of {type(self._model).__name__} was quantized during the calibration, so there are no "
-                "clips to freeze; run this model in it, on batches that are not empty"
+                "clips to freeze; run this model during the calibration, on batches that are not empty"
             )
         dynamic = []
         for operand, clips in frozen.items():
@@ -109,7 +111,7 @@ class Calibration:
                 operand.quantizer.freeze(clips.learning if self._learned else clips)
         if dynamic:
             logger.warning(
-                "%d of %d activations were not reached by the calibration, and their clips stay dynamic: %s",
+                "%d of %d activations were not reached by the calibration, so their clips stay dynamic: %s",
                 *(len(dynamic), len(frozen), ", ".join(dynamic)),
             )
         warn_of_adapters(self._model)
@@ -123,12 +125,12 @@ def check_observer(observer: str) -> None:
 
 
 def warn_of_adapters(model: nn.Module) -> None:
-    """Warn if ``model``, frozen now, has PEFT's adapters, which are saved without the model around them."""
+    """Warn if ``model``, whose clips have been frozen, has PEFT adapters, which are saved without the base model."""
     if _has_adapters(model):
         logger.warning(
-            "%s has adapters, whose checkpoints have no frozen clips of the base model: resumed or loaded, it has "
-            "those of the base model then. Freeze clips before adding adapters, and save the base model so; or merge "
-            "the adapters, and save the result.",
+            "%s has adapters, and their checkpoints do not contain the frozen clips of the base model, so loading or "
+            "resuming one restores the base model's old clips. Freeze clips and save the base model before you add "
+            "adapters; or merge the adapters and save the result.",
             type(model).__name__,
         )
 
@@ -138,19 +140,19 @@ def _has_adapters(model: nn.Module) -> bool:
 
 
 def _check_trainable(model: nn.Module) -> None:
-    """Raise ``ValueError`` if new parameters of ``model`` would not be trained, or not be saved."""
+    """Raise ``ValueError`` if new parameters of ``model`` would not be trained or saved."""
     kind = f"learned=True: {type(model).__name__}"
     if is_packed(model):
-        raise ValueError(f"{kind} is packed, and a packed model is not trained; call unpack_octav(model) first")
+        raise ValueError(f"{kind} is packed, but a packed model cannot be trained; call unpack_octav(model) first")
     if _has_adapters(model):
         raise ValueError(
-            f"{kind} has adapters, whose checkpoints have no clips of the base model, so that what is learned would "
-            "be lost; leave learned=True out, or train the whole model before you add adapters"
+            f"{kind} has adapters, whose checkpoints do not contain clips of the base model, so learned clips would be "
+            "lost; leave learned=True out, or train the whole model before you add adapters"
         )
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
-            f"{kind} is wrapped in DistributedDataParallel, which does not average the gradients of parameters that "
-            "come later; calibrate the model before it is wrapped"
+            f"{kind} is wrapped in DistributedDataParallel, which does not average the gradients of parameters added "
+            "later; calibrate the model before you wrap it"
         )
 
 
@@ -164,7 +166,7 @@ class _Activation:
 
 
 def _activations(model: nn.Module) -> list[_Activation]:
-    """The quantized activations of ``model``; the errors of ``calibrate_octav`` without one."""
+    """The quantized activations of ``model``; raises the errors of ``calibrate_octav`` if there are none."""
     check_quantized(model, "calibrate_octav")
     found = {quantizer: _Activation(path, name, quantizer) for path, name, quantizer in activation_quantizers(model)}
     if not found:
@@ -179,9 +181,9 @@ def _check_call_counts(operand: _Activation, counts: set[int]) -> None:
     if len(counts) > 1:
         name = operand.quantizer.name.removesuffix(f" {operand.name}")
         raise ValueError(
-            f"{operand.path}: its forward multiplied the attention operand {operand.name} {min(counts)} times in one "
-            f"pass and {max(counts)} times in another, so that clips cannot be frozen for each time; calibrate with "
-            f"batches of one kind, or leave it out when you call apply_octav: module_overrides={{{name!r}: "
+            f"{operand.path}: its forward used the attention operand {operand.name} in {min(counts)} matmul(s) in one "
+            f"pass and in {max(counts)} in another, so there is no fixed number of clips to freeze; calibrate with "
+            f"batches of one kind, or leave its matmuls in float in apply_octav: module_overrides={{{name!r}: "
             "{'quantize_attention': False}}"
         )
 
@@ -191,8 +193,8 @@ def _frozen(operand: _Activation, observer: ClipObserver) -> FrozenClips | None:
         frozen = observer.frozen()
     except ValueError as error:
         raise ValueError(
-            f"{operand.path}: the attention operand {operand.name} has {error}, which cannot be frozen together; give "
-            'it activation_granularity "tensor"'
+            f"{operand.path}: the attention operand {operand.name} has {error}; these cannot be frozen together, so "
+            'set its activation_granularity to "tensor"'
         ) from error
     if frozen is not None and not bool(frozen.clips.isfinite().all()):
         raise ValueError(f"{operand.path}: {operand.name} held NaN or Inf in the calibration, so it has no clip")

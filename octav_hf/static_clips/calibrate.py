@@ -1,4 +1,4 @@
-"""``calibrate_octav`` and ``uncalibrate_octav``: static clips, and clips that follow the data again."""
+"""``calibrate_octav`` and ``uncalibrate_octav``: make clips static, and dynamic again."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -26,70 +26,72 @@ def calibrate_octav(
     learned: bool = False,
     progress_bar: bool = True,
 ) -> Model:
-    """Freeze the clips of activations by what ``batches`` show, those of ``weights`` as they are, or both.
+    """Freeze the clips of activations at values computed from ``batches``, the current clips of ``weights``, or both.
 
-    From then on, in training too, no statistics of them are computed. Both before training are the paper's static
-    quantization (Appendix E.3). Called again, it freezes clips anew. Without ``batches`` activations, and without
-    ``weights=True`` weights, stay as they are.
+    Frozen clips need no statistics, also in training. Freezing both before training gives the paper's static
+    quantization (Appendix E.3). Another call freezes new clips. Without ``batches``, activations are unchanged; without
+    ``weights=True``, weights are.
 
     **Activations** (layer inputs and attention operands). The model runs on each batch in evaluation mode, with dynamic
-    clips of activations. With ``observer="mean"`` a frozen clip is the mean, in float64, of the dynamic clips of all
-    calls on tensors that are not empty, as in the paper. With ``"histogram"`` it is the clip of the values of all calls
-    together, bit for bit the same in whatever order and sizes they come: what the rule minimises is then minimal over
-    the calibration data as a whole, to which a batch with large values contributes as much as they weigh. An attention
-    operand has one clip for each matmul that it is in within one forward pass of its module: DeBERTa multiplies content
-    and positions in turn. An activation that may be signed or unsigned gets the unsigned grid if no tensor had a
-    negative value. With ``activation_granularity``, clips per attention head or channel are shared by all calls and
-    batch elements (and heads, where a module merges them with the batch, as DeBERTa does). Tokens have no identity
-    across batches, so an operand with a clip per token gets one for the whole tensor. A layer's input in groups has one
-    for each group of channels, attention operands in groups are frozen without: the value per channel, the others per
-    tensor.
+    clips of activations.
 
-    The histogram is for the clipping rules of ``sync_activation_clips``. It takes 30 to 150 kB for each clip. With
-    ``asymmetric_activations`` the model runs twice on each batch, and the batches are kept for that: an offset, the
-    lowest value of all, is not known before the last batch.
+    - With ``observer="mean"``, as in the paper, a frozen clip is the mean, in float64, of the dynamic clips of all
+      calls on tensors that are not empty. With ``"histogram"``, it is the clip of the values of all calls together, bit
+      for bit the same whatever their order and the batch sizes. The rule then minimizes the error over the calibration
+      data as a whole, where batches with large values count more.
+    - An attention operand has one clip per matmul in one forward pass of its module; DeBERTa, for example, multiplies
+      content and positions separately.
+    - An activation that may be signed or unsigned gets the unsigned grid if no tensor had a negative value.
+    - With ``activation_granularity``, all calls and samples share the clips per attention head or channel (and all
+      heads do if the module merges them with the batch, as DeBERTa does). Tokens have no identity across batches, so an
+      operand with a clip per token gets one clip for the whole tensor. A layer's input in groups has one clip per group
+      of channels; of the attention operands in groups, the value gets one clip per channel, the others one per tensor.
 
-    **Learned clips.** With ``learned=True`` training goes on from the clips of activations that were found. Each is
-    multiplied by ``exp(128 c)`` with a parameter c, ``<operand>_quantizer.clip_correction``, which begins at 0, so that
-    the outputs are the same as without, and gets the gradient of LSQ (``functional.fake_quantize_learned_clip``); the
-    gradients of inputs stay those of the config's estimator. c is a parameter of the model like any other: an optimizer
-    that is made after this call trains it, state dicts and checkpoints have it, and weight decay draws the clip to what
-    was calibrated. ``pack_octav`` and the exports store the learned clips as static ones under the names below.
+    The histogram supports the clipping rules of ``sync_activation_clips`` and takes 30 to 150 kB per clip. With
+    ``asymmetric_activations``, the model runs twice on each batch, and all batches are kept in memory, because the
+    offset (the lowest value of all) is known only after the last batch.
 
-    **Weights.** Embedding tables, whose rows are quantized when they are looked up, keep dynamic clips, and so do
-    weights that several modules share, such as a head tied to the token embeddings; a warning names those.
+    **Learned clips.** With ``learned=True``, training continues from the calibrated clips of activations. Each clip is
+    multiplied by ``exp(128 c)`` with a parameter c, ``<operand>_quantizer.clip_correction``. It starts at 0, which does
+    not change the outputs, and gets the gradient of LSQ (``functional.fake_quantize_learned_clip``); inputs keep the
+    gradient estimator of the config. c is an ordinary parameter of the model: an optimizer created after this call
+    trains it, state dicts and checkpoints contain it, and weight decay pulls the clip towards its calibrated value.
+    ``pack_octav`` and the exports store learned clips as static clips.
 
-    The clips are buffers of the quantizers, ``<module>.<operand>_quantizer.clips`` (on the unsigned grid
-    ``.unsigned_clips``, with an ``.offset`` if it is asymmetric), ``[calls, *parts]``, and of weights
-    ``[rows, 1, ...]`` or 0-dim; float32, or float64 where the data are, whatever dtype the model gets. So they are
-    saved, loaded, copied and moved with the weights. Loading a state dict freezes the clips that it has, and makes
-    those dynamic that it lacks. ``coverage_report`` shows what each operand has.
+    **Weights.** Embedding tables keep dynamic clips, because their rows are quantized when they are looked up. So do
+    weights that several modules share, such as a head tied to the token embeddings; a warning names these.
 
-    Where several processes train one model, give each the same batches, or, with ``sync_activation_clips``, each its
-    own batches, as many as the others; the clips are then equal in all processes.
+    Clips are stored in buffers of the quantizers: ``<module>.<operand>_quantizer.clips`` (on the unsigned grid
+    ``.unsigned_clips``, with an ``.offset`` if it is asymmetric), ``[calls, *parts]``, for weights ``[rows, 1, ...]``
+    or ``[]``; float32, or float64 for float64 data, whatever the dtype of the model. They are saved, loaded, copied and
+    moved with the weights. Loading a state dict freezes the clips that it contains and unfreezes the others.
+    ``coverage_report`` shows which clips are frozen.
+
+    If several processes train one model, pass all of them the same batches, or, with ``sync_activation_clips``, each of
+    them the same number of its own batches; the clips are then equal in all processes.
 
     Args:
-        model: one that ``apply_octav`` quantized, or that contains such a model, or a part of one. Its mode, buffers
-            and the random state are restored.
+        model: quantized by ``apply_octav``, or containing such a model, or a part of one. Its mode, its buffers and the
+            random state are restored.
         batches: any iterable, such as a DataLoader. Each batch is a mapping of the forward's keyword arguments, a tuple
-            or list of positional ones, or a single tensor; its tensors are moved to the model's device. ``None``:
-            activations are left as they are.
+            or list of positional arguments, or a single tensor; its tensors are moved to the model's device. ``None``
+            leaves activations unchanged.
         observer: ``"mean"`` or ``"histogram"``; only with ``batches``.
-        learned: whether the clips of activations are to be trained with the weights. Call it before the optimizer is
-            made and before the model is wrapped for several processes. The model must not be packed or have adapters.
-        weights: whether to freeze the clips of weights too. The model must then be neither packed nor sharded.
-        progress_bar: whether to show one after two seconds, where ``transformers.utils.logging`` allows it.
+        learned: whether to train the clips of activations with the weights. Call this before you create the optimizer
+            and before you wrap the model for several processes. The model must not be packed or have adapters.
+        weights: whether to freeze the clips of weights too. The model must not be packed or sharded.
+        progress_bar: whether to show one after two seconds, if ``transformers.utils.logging`` allows it.
 
     Returns:
-        ``model``. Activations that no batch reached get dynamic clips, and a warning names them.
+        ``model``. Activations that no batch reached get dynamic clips; a warning names them.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``, or ``batches`` or a batch has another type.
-        ValueError: nothing is asked for; ``observer`` is unknown, or not for a clipping rule of the model; it or
-            ``learned`` is given without batches, or the latter for a model that cannot learn clips; there is no batch
-            or no quantized activation or weight; an attention module multiplied an operand more often in one forward
-            pass than in another, or with another number of heads or channels; a weight holds NaN or Inf, or is packed
-            or sharded. The model is then as it was.
+        ValueError: there is nothing to freeze; ``observer`` is unknown or does not support a clipping rule of the
+            model; ``observer`` or ``learned`` is given without batches; the model cannot learn clips; there is no batch
+            or no quantized activation or weight; the number of matmuls, heads or channels of an attention operand
+            differs between forward passes; a weight holds NaN or Inf, or is packed or sharded. The model is then
+            unchanged.
     """
     if batches is None and not weights:
         raise ValueError(
@@ -103,9 +105,9 @@ def calibrate_octav(
         )
     check_observer(observer)
     if batches is None and observer != "mean":
-        raise ValueError(f"calibrate_octav: observer={observer!r} is for the clips of activations; pass batches too")
+        raise ValueError(f"calibrate_octav: observer={observer!r} is for clips of activations; pass batches too")
     if batches is None and learned:
-        raise ValueError("calibrate_octav: learned=True is for the clips of activations; pass batches too")
+        raise ValueError("calibrate_octav: learned=True is for clips of activations; pass batches too")
     with frozen_weights(model) if weights else nullcontext():
         if batches is not None:
             _calibrate_activations(model, batches, observer, learned, progress_bar)
@@ -119,7 +121,7 @@ def _calibrate_activations(
 ) -> None:
     calibration = Calibration(model, observer, learned)
     if calibration.may_need_another_pass:
-        batches = list(batches)  # in a second iteration a DataLoader may shuffle them anew
+        batches = list(batches)  # a DataLoader may shuffle differently in a second iteration
     _observe(calibration, model, batches, progress_bar)
     if calibration.needs_another_pass():
         _observe(calibration, model, batches, progress_bar)
@@ -134,20 +136,20 @@ def _observe(calibration: Calibration, model: nn.Module, batches: Iterable[Batch
             run_batch(runnable, on_device(batch, device))
         if number == 0:
             raise ValueError(
-                "calibrate_octav got no batch, so there is nothing to compute clips from; pass at least one"
+                "calibrate_octav got no batches, so there is nothing to compute clips from; pass at least one"
             )
 
 
 def uncalibrate_octav(model: Model, *, activations: bool = True, weights: bool = True) -> Model:
-    """Undo ``calibrate_octav``, for activations, weights or both: clips follow the data again.
+    """Undo ``calibrate_octav`` for activations, weights or both: clips become dynamic again.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: the model is not quantized, or no such clip of it is frozen; or those of weights were, and it has
-            been packed since.
+        ValueError: the model is not quantized, or none of these clips is frozen; or weights with frozen clips have been
+            packed.
     """
     check_quantized(model, "uncalibrate_octav")
     kind = type(model).__name__
@@ -158,7 +160,7 @@ def uncalibrate_octav(model: Model, *, activations: bool = True, weights: bool =
         packed = (module for module in model.modules() if isinstance(module, PackedLayer))
         if any(layer.weight_quantizer.is_frozen for layer in packed):
             raise ValueError(
-                f"uncalibrate_octav: {kind} is packed, and frozen clips of its weights with it; write weights=False, "
+                f"uncalibrate_octav: {kind} is packed, including the frozen clips of its weights; write weights=False, "
                 "or call unpack_octav(model) first"
             )
         quantizers += [layer.weight_quantizer for layer in layers_to_freeze(model).values()]

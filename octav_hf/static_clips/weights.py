@@ -1,4 +1,4 @@
-"""Freezing the clips of weights at their present values."""
+"""Freeze the clips of weights at their current values."""
 
 import logging
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def frozen_weights(model: nn.Module) -> Iterator[None]:
-    """Freeze the clips of all weights at their present values; after an error inside they are as they were.
+    """Context that freezes the clips of all weights at their current values; an error inside restores them.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -39,12 +39,12 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    """Full name -> layer whose weight's clips are to be frozen."""
+    """Full name -> layer, for the layers whose weight clips to freeze."""
     check_quantized(model, "calibrate_octav")
     kind = type(model).__name__
     if is_packed(model):
         raise ValueError(
-            f"calibrate_octav: {kind} is packed, and clips of its weights with it; leave weights=True out, or call "
+            f"calibrate_octav: {kind} is packed, including the clips of its weights; leave weights=True out, or call "
             "unpack_octav(model) first"
         )
     requantize_output_embeddings(model)
@@ -63,5 +63,5 @@ def _layers(model: nn.Module) -> dict[str, Any]:
             )
     dynamic = [name for name in found if name not in layers]
     if dynamic:
-        logger.warning("Several modules share these weights, and their clips stay dynamic: %s", ", ".join(dynamic))
+        logger.warning("Several modules share these weights, so their clips stay dynamic: %s", ", ".join(dynamic))
     return layers

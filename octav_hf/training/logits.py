@@ -18,7 +18,7 @@ _OTHER_PROBLEMS = ("regression", "multi_label_classification")
 
 
 def class_logits(model: nn.Module, output: Any) -> dict[str, Tensor]:
-    """The logits by field of an output, of two or more classes of which one is right; empty if it has no such."""
+    """Logits of single-label classification in an output, by field; empty if there are none."""
     if not isinstance(output, ModelOutput) or _problem_type(model) in _OTHER_PROBLEMS:
         return {}
     return {field: values for field, values in _by_field(output).items() if _is_of_classes(field, values)}

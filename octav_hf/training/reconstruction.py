@@ -1,4 +1,4 @@
-"""A closed-form start: weights of linear layers that give the teacher's outputs on quantized inputs."""
+"""Closed-form reconstruction: weights of linear layers that reproduce the teacher's outputs on quantized inputs."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class LayerError(NamedTuple):
-    """A layer's squared error against the teacher's outputs, over the sum of their squares."""
+    """A layer's squared error against the teacher's outputs, divided by the sum of their squares."""
 
     before: float
     after: float
@@ -39,43 +39,43 @@ def reconstruct(
     ridge: float = 0.1,
     progress_bar: bool = True,
 ) -> dict[str, LayerError]:
-    """Give quantized linear layers the weights that come closest to the teacher's outputs, without training.
+    """Set the weights of quantized linear layers to those that best reproduce the teacher's outputs, without training.
 
-    Layer by layer, in the order in which they run, with the layers before them reconstructed already. With the layer's
-    quantized inputs ``X`` in the quantized model, the outputs ``Y`` of the teacher's layer of the same name, both
-    ``[tokens, features]`` over all batches, and the present weight ``W``,
+    Layers are reconstructed one by one in the order in which they run. Let ``X`` be the layer's quantized inputs in the
+    quantized model, with the layers before it already reconstructed, and ``Y`` the outputs of the teacher's layer of
+    the same name, both ``[tokens, features]`` over all batches. With the current weight ``W``, the new weight is
 
         W* = (Yᵀ X + λ W)(Xᵀ X + λ I)⁻¹,   λ = ridge * mean(diag(Xᵀ X)),
 
-    which minimises ``‖Y - X W*ᵀ‖² + λ ‖W* - W‖²``. With a bias, ``X`` and ``Y`` are without their means, and the bias
-    is then the mean of ``Y - X Q(W*)ᵀ``. As training and inference quantize ``W*``, it is taken only if its error,
-    quantized, is lower than that of ``W``, quantized, with its own best bias. Padding that an attention mask shows does
-    not count.
+    which minimizes ``‖Y - X W*ᵀ‖² + λ ‖W* - W‖²``. With a bias, the means of ``X`` and ``Y`` are subtracted first, and
+    the new bias is the mean of ``Y - X Q(W*)ᵀ``. Because ``W*`` will be quantized, it is used only if its error after
+    quantization is lower than that of ``W`` after quantization with its best bias. Padding marked by an attention mask
+    is left out.
 
-    Where training follows, it starts from here. Clips of activations that are to be static are calibrated afterwards.
+    Training can continue from here. Calibrate static clips of activations afterwards.
 
-    Both models run each batch about twice in all: a module whose layers are done gives its output of the pass before.
-    That takes memory for one output of each block and batch, and for one matrix ``Xᵀ X`` in float64.
+    Both models run each batch about twice in total, because a module whose layers are finished returns its stored
+    output. This takes memory for one output per block and batch, and for one matrix ``Xᵀ X`` in float64.
 
     Args:
-        model: one that ``apply_octav`` quantized, changed in place. Its mode, buffers and the random state are
-            restored.
-        teacher: a model with the same layers by the same names, such as the float model that ``model`` was made from; a
-            copy, since ``apply_octav`` works in place. It moves to the model's device.
+        model: quantized by ``apply_octav``; changed in place. Its mode, its buffers and the random state are restored.
+        teacher: a model with the same layer names, such as a copy of the float model from before ``apply_octav``, which
+            works in place. It is moved to the model's device.
         batches: as for ``calibrate_octav``; all are kept in memory. About 200 sequences are enough.
-        ridge: above 0; a higher one stays closer to the present weights, as it should with fewer batches.
+        ridge: above 0; a higher value stays closer to the current weights, as is better with fewer batches.
         progress_bar: whether to show one after two seconds, where ``transformers.utils.logging`` allows it.
 
     Returns:
-        For each layer, in that order, its relative squared error before, with the layers before it reconstructed, and
-        after. A warning names the quantized linear layers that were left as they are: with a weight that is frozen,
-        parametrized or another module's too, called several times in a pass, or not reached by the first batch.
+        For each layer, in the order in which they run, its relative squared error before (with the layers before it
+        reconstructed) and after. A warning names the quantized linear layers that were not changed: those whose weight
+        is frozen, parametrized or shared, that are called several times in a pass, or that the first batch did not
+        reach.
 
     Raises:
         TypeError: ``model`` or ``teacher`` is not an ``nn.Module``, or ``batches`` or a batch has another type.
-        ValueError: ``ridge`` is out of range; there is no batch; the model is not quantized, or packed, sharded or
-            offloaded, or none of its layers can be reconstructed; the teacher lacks a layer, or its layer has another
-            output or NaN. The model is then as it was.
+        ValueError: ``ridge`` is out of range; there is no batch; the model is not quantized, or is packed, sharded or
+            offloaded; no layer can be reconstructed; the teacher lacks a layer, or its layer has outputs of another
+            shape or with NaN. The model is then unchanged.
     """
     check_quantized(model, "reconstruct")
     if not isinstance(teacher, nn.Module):
@@ -112,7 +112,7 @@ def reconstruct(
         reasons = ", ".join(f"{name} ({reason})" for name, reason in left.items())
         logger.warning("%d linear layers were not reconstructed: %s", len(left), reasons)
     if not errors:
-        raise ValueError(f"reconstruct: {type(student).__name__} has no layer that could be; the warning says why")
+        raise ValueError(f"reconstruct: no layer of {type(student).__name__} can be reconstructed; see the warning")
     return errors
 
 
@@ -127,7 +127,7 @@ def _kept_batches(batches: Any, model: nn.Module) -> list[Batch]:
         check_batch(batch, f"reconstruct takes a list of batches, and each (here number {number}) is")
         kept.append(on_device(batch, device_of(model)))
     if not kept:
-        raise ValueError("reconstruct got no batch, so there is nothing to learn from; pass at least one")
+        raise ValueError("reconstruct got no batches, so there is nothing to learn from; pass at least one")
     return kept
 
 
@@ -135,7 +135,9 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     """Full name -> quantized linear layer."""
     kind = type(model).__name__
     if is_packed(model):
-        raise ValueError(f"reconstruct: {kind} is packed, and packed weights are fixed; call unpack_octav(model) first")
+        raise ValueError(
+            f"reconstruct: {kind} is packed, but packed weights cannot be changed; call unpack_octav(model) first"
+        )
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -148,20 +150,20 @@ def _layers(model: nn.Module) -> dict[str, Any]:
         if weight is not None and (weight.is_meta or sharded_shape(weight) is not None):
             raise ValueError(
                 f"{name}: its weight of shape {tuple(sharded_shape(weight) or weight.shape)} is sharded or offloaded; "
-                "reconstruct the whole model before"
+                "reconstruct the model before sharding or offloading it"
             )
     return layers
 
 
 def _left(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Full name -> why this layer keeps its weight."""
+    """Full name -> why the layer cannot be reconstructed."""
     shared, left = shared_weights(model), {}
     for name, layer in layers.items():
         parameters = own_parameters(layer)
         if parameters.get("weight") is None:
             left[name] = "its weight is parametrized"
         elif layer in shared:
-            left[name] = "its weight is another module's too"
+            left[name] = "its weight is shared with another module"
         elif not all(parameter is None or parameter.requires_grad for parameter in parameters.values()):
             left[name] = "it is frozen: requires_grad is False"
     return left
@@ -172,8 +174,8 @@ def _teachers_layers(teacher: nn.Module, layers: Iterable[str]) -> dict[str, nn.
     missing = [name for name in layers if name not in modules]
     if missing:
         raise ValueError(
-            f"{missing[0]}: the teacher {type(teacher).__name__} has no layer of this name; take the float model that "
-            "the quantized one was made from"
+            f"{missing[0]}: the teacher {type(teacher).__name__} has no layer of this name; use the float model from "
+            "which the quantized model was made"
         )
     return {name: modules[name] for name in layers}
 
@@ -192,7 +194,7 @@ def _restored_after_error(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _groups(layers: Iterable[str], calls: Sequence[tuple[str, Tensor]]) -> tuple[list[list[str]], dict[str, str]]:
-    """The layers' names in the order of their calls, neighbours with one input together; and why others are left."""
+    """Names of layers in the order of their calls, grouped by common input; and why the other layers are left out."""
     names = [name for name, _ in calls]
     left = {name: "the first batch did not reach it" for name in layers if name not in names}
     left |= {name: "it was called several times" for name in layers if names.count(name) > 1}
@@ -212,7 +214,7 @@ def _groups(layers: Iterable[str], calls: Sequence[tuple[str, Tensor]]) -> tuple
 def _sums(
     ours: LayerOutputs, theirs: LayerOutputs, group: Sequence[str], masks: Sequence[Sequence[Tensor]]
 ) -> dict[str, LeastSquares]:
-    """By name of the layer, over the tokens of all batches for which no mask of their number is false."""
+    """The sums for each layer of a group, over the tokens of all batches that no mask of equal size excludes."""
     found: dict[str, LeastSquares] = {}
     for number, known in enumerate(masks):
         targets = theirs.take(number, group, lambda layer, x, output: _rows(output))
@@ -220,10 +222,10 @@ def _sums(
         for name, (x, width) in inputs.items():
             y = targets.get(name)
             if y is None or y.shape != (len(x), width):
-                given = "was not called" if y is None else f"gave {tuple(y.shape)}"
+                given = "was not called" if y is None else f"returned outputs of shape {tuple(y.shape)}"
                 raise ValueError(
-                    f"{name}: the teacher's layer {given}, where this one gave {(len(x), width)}, tokens and features; "
-                    "take the float model that the quantized one was made from"
+                    f"{name}: the teacher's layer {given}, but this one outputs of shape {(len(x), width)} (tokens, "
+                    "features); use the float model from which the quantized model was made"
                 )
             kept = torch.ones(len(x), dtype=torch.bool, device=x.device)
             for mask in known:
@@ -235,12 +237,12 @@ def _sums(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A copy, ``[tokens, features]``, in float64."""
+    """A float64 copy of ``x``, ``[tokens, features]``."""
     return x.reshape(-1, x.shape[-1]).to(torch.float64, copy=True)
 
 
 def _masks(model: nn.Module, batch: Batch) -> list[Tensor]:
-    """The known masks, flat; a layer of an encoder-decoder model may see the tokens of either."""
+    """The known masks, flattened; a layer of an encoder-decoder model may see tokens of the encoder or the decoder."""
     if isinstance(batch, Mapping):
         inputs = dict(batch)
     else:
@@ -250,10 +252,12 @@ def _masks(model: nn.Module, batch: Batch) -> list[Tensor]:
 
 
 def _improve(name: str, layer: Any, sums: LeastSquares, ridge: float) -> LayerError:
-    """Give ``layer`` the better of the present and the solved weight, and the bias that goes with it."""
+    """Set ``layer`` to the better of the current and the solved weight, with its best bias."""
     if not sums.rows or not sums.is_finite():
-        problem = "hold NaN or Inf" if sums.rows else "are of padding only"
-        raise ValueError(f"{name}: its inputs, or the outputs of the teacher's layer, {problem} in these batches")
+        problem = "hold NaN or Inf" if sums.rows else "consist of padding only"
+        raise ValueError(
+            f"{name}: its inputs, or the outputs of the teacher's layer, {problem} in these batches; pass others"
+        )
     weight, bias = layer.weight, layer.bias
 
     def as_rows(weight: Tensor) -> Tensor:

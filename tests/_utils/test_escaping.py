@@ -1,4 +1,4 @@
-"""What others wrote stays on its line, and is no command to a terminal, no Markdown and no HTML."""
+"""Untrusted text stays on one line, without terminal control sequences, Markdown or HTML."""
 
 import pytest
 

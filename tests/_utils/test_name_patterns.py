@@ -1,4 +1,4 @@
-"""Patterns match what a plain reference says, and those that a matching could not take are refused."""
+"""Patterns match like a plain reference; patterns that would take too long are refused."""
 
 import re
 
@@ -73,5 +73,5 @@ def test_bounds(field: str) -> None:
 
 
 def test_a_name_that_backtracking_would_not_finish() -> None:
-    """Each ``*`` may take any part of the name, which backtracking would try all; the regexes are atomic."""
+    """With backtracking, many ``*`` would take exponential time; the regexes are atomic."""
     assert not matches("*a" * 32 + "*b", "a" * 200)

@@ -1,7 +1,7 @@
-"""The README's compatibility table, from what the tests of the architectures ran.
+"""The compatibility table of the documentation, from the results of the architecture tests.
 
 ``python -m tests.architectures.compatibility`` runs those tests, writes what passed to ``compatibility.json``
-beside this file, and the table into the README. Nothing is written if a test fails.
+beside this file, and the table into its page. Nothing is written if a test fails.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 
+from ..docs.table_in_page import ROOT, TableInPage
 from .models import ARCHITECTURES
 from .test_architectures import KINDS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "compatibility.json"
-README = HERE.parent.parent / "README.md"
-BEGIN, END = "<!-- compatibility table: begin -->\n", "<!-- compatibility table: end -->"
 
 # Test -> heading of its column.
 COLUMNS = {
@@ -36,7 +35,7 @@ COLUMNS = {
 
 
 class Recorder:
-    """Pytest plugin: which test passed for which architecture, and the properties it recorded."""
+    """Pytest plugin that records which test passed for which architecture, and its recorded properties."""
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
@@ -53,7 +52,7 @@ class Recorder:
 
 
 def run() -> dict[str, Any]:
-    """Run the tests of the architectures, and give what passed. A failure ends the program."""
+    """Run the architecture tests and return what passed; a failure ends the program."""
     recorder = Recorder()
     code = pytest.main([str(HERE / "test_architectures.py"), "-q", "-p", "no:cacheprovider"], plugins=[recorder])
     if code != 0:
@@ -90,13 +89,18 @@ def render(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note, ""])
 
 
+def recorded() -> str:
+    """The table of the recorded results."""
+    return render(json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
+TABLE = TableInPage(ROOT / "docs/compatibility.md", "compatibility table", recorded)
+
+
 def main() -> None:
     """Run, record and render."""
-    results = run()
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(before + BEGIN + render(results) + END + after, encoding="utf-8")
+    RESULTS.write_text(json.dumps(run(), indent=1) + "\n", encoding="utf-8")
+    TABLE.write()
 
 
 if __name__ == "__main__":

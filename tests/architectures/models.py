@@ -22,7 +22,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 
 
 def text_batch(length: int = 16, padding: int = 6, labels: bool = True) -> Batch:
-    """Two sequences of tokens, the second of which is padded at its end, with a class each."""
+    """Two sequences of tokens with a class each; the second sequence is padded at its end."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, VOCABULARY, (2, length), generator=generator)
     mask = torch.ones_like(ids)
@@ -37,7 +37,7 @@ def image_batch() -> Batch:
 
 
 def causal_batch() -> Batch:
-    """Two unpadded sequences of tokens, to be predicted from what comes before."""
+    """Two unpadded sequences of tokens for a causal language model."""
     batch = text_batch(padding=0)
     return batch | {"labels": batch["input_ids"]}
 
@@ -55,7 +55,7 @@ def translation_batch() -> Batch:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to make a small random model of one architecture, and what to feed it.
+    """How to create a small random model of an architecture, and a batch for it.
 
     Args:
         model_class, config_class: of Transformers.
@@ -78,7 +78,7 @@ class Architecture:
         return {"eager", "sdpa"} <= set(self.implementations)
 
     def make(self, implementation: str | None = None, seed: int = 0) -> PreTrainedModel:
-        """The model in evaluation mode, always the same one for a seed."""
+        """The model in evaluation mode; the same for the same seed."""
         torch.manual_seed(seed)
         config = self.config_class(vocab_size=VOCABULARY, **self.config)
         config._attn_implementation = implementation or self.implementations[-1]
@@ -87,7 +87,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class PretrainedArchitecture(Architecture):
-    """Real weights, out of a package that carries them.
+    """Real weights from a package that contains them.
 
     Args:
         path: the folder of the weights; ``ImportError`` where the package is not installed.
@@ -99,11 +99,11 @@ class PretrainedArchitecture(Architecture):
 
     @property
     def implementations_agree(self) -> bool:
-        """They do not: in many layers a difference of 1e-7 decides a rounding, which decides others."""
+        """They cannot: over many layers, a difference of 1e-7 changes a rounding, which changes others."""
         return False
 
     def make(self, implementation: str | None = None, seed: int = 0) -> PreTrainedModel:
-        """The model in evaluation mode, its head random, the same one for a seed. Skips where there are no weights."""
+        """The model in evaluation mode with a random head, the same for a seed. Skips if the weights are missing."""
         try:
             path = self.path()
         except ImportError:

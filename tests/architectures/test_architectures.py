@@ -1,4 +1,4 @@
-"""Each architecture, small and random: covered whole, trains, comes back from disk and from quantization, generates."""
+"""Each architecture with a small random model: full coverage, training, saving, restoring, generation."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_covered(architecture: Architecture, implementation: str, record_propert
 
 @each_implementation
 def test_probabilities_are_told_from_other_operands(architecture: Architecture, implementation: str) -> None:
-    """All that a softmax made, and nothing else, goes to the quantizer of the probabilities: the rest has two signs."""
+    """Exactly the outputs of softmaxes are quantized as probabilities; other operands have negative values."""
     model = apply_octav(architecture.make(implementation), OctavConfig())
     signs: dict[str, list[bool]] = {operand: [] for operand in ATTENTION_OPERANDS}
     attention = [module for module in model.modules() if isinstance(module, QuantizedAttention)]
@@ -99,7 +99,7 @@ def test_probabilities_are_told_from_other_operands(architecture: Architecture, 
 
 
 class Repeated(torch.utils.data.Dataset):
-    """The rows of a batch, over and over."""
+    """The rows of a batch, repeated."""
 
     def __init__(self, batch: Batch):
         self.batch = batch
@@ -138,7 +138,7 @@ def test_trains(architecture: Architecture, tmp_path: Path) -> None:
 
 
 def weights_without_gradient(architecture: Architecture) -> set[str]:
-    """Those that the float model's loss does not depend on, such as a pooler that the head does not read."""
+    """Parameters on which the float model's loss does not depend, such as a pooler that the head does not use."""
     model = architecture.make()
     model(**architecture.batch()).loss.backward()
     return {name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()}
@@ -174,7 +174,7 @@ def test_packed(architecture: Architecture, tmp_path: Path, frozen: bool) -> Non
 
 
 def quantized_values(model: PreTrainedModel, batch: Batch) -> list[torch.Tensor]:
-    """What each quantizer gives, in the order of the forward pass, and the logits."""
+    """The outputs of all quantizers in the order of the forward pass, and the logits."""
     values: list[torch.Tensor] = []
     quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
     handles = [q.register_forward_hook(lambda module, args, output: values.append(output)) for q in quantizers]
@@ -190,7 +190,7 @@ CALLED_AGAIN = ("Albert (shared layers)", "DebertaV2")
 
 @each
 def test_frozen(architecture: Architecture, tmp_path: Path) -> None:
-    """Clips of one batch are those of the dynamic model on it; they come back from disk, and it generates with them."""
+    """Clips calibrated on one batch equal the dynamic clips; they survive saving, and the model generates with them."""
     model, dynamic = (apply_octav(architecture.make(), OctavConfig()) for _ in range(2))
     batch = architecture.batch()
     report = coverage_report(calibrate_octav(model, [batch], progress_bar=False))
@@ -212,7 +212,7 @@ def test_frozen(architecture: Architecture, tmp_path: Path) -> None:
 
 @each_implementation
 def test_integer(architecture: Architecture, implementation: str) -> None:
-    """Converted, every layer and attention module multiplies integers, to the outputs of the reference in float64."""
+    """After conversion all layers and attention modules use integers and match the float64 reference."""
     model, batch = apply_octav(architecture.make(implementation), OctavConfig()), architecture.batch()
     expected = logits(pack_octav(calibrate_octav(model, [batch], progress_bar=False)), batch)
     reference = logits(convert_octav(model, reference=True), batch)
@@ -242,7 +242,7 @@ def test_eager_and_sdpa_agree(architecture: Architecture) -> None:
 
 
 class Generation(nn.Module):
-    """Generating text as a forward pass, so that it can be checked."""
+    """Text generation as a forward pass, for the coverage check."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()

@@ -1,18 +1,16 @@
-"""The README shows what the script renders from the recorded results, and these are of the tests as they are."""
+"""The page shows the table of the recorded results, and these belong to the current tests."""
 
 import json
 import re
 
-from .compatibility import BEGIN, COLUMNS, END, README, RESULTS, Recorder, render
+from .compatibility import COLUMNS, RESULTS, TABLE, Recorder
 from .models import ARCHITECTURES
 
 RECORDED = json.loads(RESULTS.read_text(encoding="utf-8"))
 
 
-def test_the_readme_shows_the_recorded_results() -> None:
-    readme = README.read_text(encoding="utf-8")
-    assert readme.count(BEGIN) == readme.count(END) == 1
-    assert readme.partition(BEGIN)[2].partition(END)[0] == render(RECORDED)
+def test_the_page_shows_the_recorded_results() -> None:
+    assert TABLE.parts()[1] == TABLE.render()
 
 
 def test_every_architecture_and_every_test_is_recorded() -> None:
@@ -33,7 +31,7 @@ def test_every_architecture_and_every_test_is_recorded() -> None:
 
 
 class Report:
-    """What pytest tells a plugin of a test."""
+    """Stands for pytest's report of a test."""
 
     def __init__(self, case: str, passed: bool = True, when: str = "call"):
         self.nodeid = f"tests/architectures/test_architectures.py::test_covered[{case}]"

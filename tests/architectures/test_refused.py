@@ -1,4 +1,4 @@
-"""Models that cannot be covered: refused with the module's name and what to set, after which they run."""
+"""Models that cannot be quantized completely are refused with the module's name and the setting with which they run."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def changed_probabilities(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def two_softmaxes(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """As in linear attention: neither operand of the first product is the value."""
+    """Linear attention, where neither operand of the first matmul is the value."""
     return query.softmax(-1) @ (key.softmax(-2).mT @ value).softmax(-1)
 
 
 class CustomAttention(nn.Module):
-    """Attention of one head by a function of the caller's."""
+    """Single-head attention with a function given by the caller."""
 
     def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]):
         super().__init__()
@@ -111,7 +111,7 @@ def test_xlnet_multiplies_with_parameters_of_its_attention() -> None:
 
 
 def test_a_weight_multiplied_outside_its_layer_is_shown() -> None:
-    """MobileBert's language-model head joins two layers' weights and multiplies with that."""
+    """MobileBert's language-model head multiplies with the concatenated weights of two layers."""
     config = hf.MobileBertConfig(
         vocab_size=VOCABULARY, **SIZES | {"embedding_size": 16, "intra_bottleneck_size": 16, "num_hidden_layers": 1}
     )

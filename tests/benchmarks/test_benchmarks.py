@@ -1,4 +1,4 @@
-"""The benchmarks run and report what they say, on sizes too small to say anything."""
+"""The benchmarks run and report all rows, at sizes that are too small for meaningful figures."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_gpu_without_a_device(tmp_path: Path, capsys: pytest.CaptureFixture, mon
 
 
 def test_gpu_in_processes(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part that is stopped keeps what it wrote, and parts that there is no time for are named."""
+    """The rows of a stopped part are kept, and parts without time left are listed."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
     names = run("gpu.py", "--device", "cpu", "--quick", "--parts", "host_reads", "--output", str(tmp_path / "gpu.json"))
@@ -136,7 +136,7 @@ def test_gpu_in_processes(tmp_path: Path, capsys: pytest.CaptureFixture, monkeyp
 
 
 def test_gpu_parts(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clips agree with float64, the float64 judge with the twin, and steps run."""
+    """The clips agree with float64, the float64 reference agrees with the twin, and steps run."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
     def rows(part: str) -> dict[str, dict]:

@@ -1,4 +1,4 @@
-"""``activation_granularity`` on whole models: what is quantized how, reported, frozen, stored, exported and refused."""
+"""``activation_granularity`` on whole models: grids, reports, frozen clips, checkpoints, export and refusals."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def octav(model: nn.Module, granularity: dict[str, str], **fields: object) -> nn
 
 
 def cells(model: nn.Module) -> dict[str, set[str]]:
-    """Operand -> what the report says of its clips."""
+    """Operand -> granularity in the report."""
     found: dict[str, set[str]] = {}
     for row in coverage_report(model):
         if row.bits is not None and row.operand != "weight":
@@ -55,7 +55,7 @@ def cells(model: nn.Module) -> dict[str, set[str]]:
 @pytest.mark.parametrize("granularity", [FINEST, HEADS], ids=["finest", "heads"])
 @pytest.mark.parametrize("name", ["Bert", "GPT-2", "DebertaV2", "Llama (grouped keys and values)", "T5", "Longformer"])
 def test_every_operand_is_quantized_as_asked(name: str, granularity: dict[str, str]) -> None:
-    """Whatever functions the attention is written with: nothing in float, and eager and sdpa the same."""
+    """Nothing stays in float, whichever functions attention uses, and eager and sdpa agree."""
     architecture, losses = ARCHITECTURES[name], []
     for implementation in architecture.implementations:
         model, batch = octav(architecture.make(implementation), granularity), architecture.batch()
@@ -71,7 +71,7 @@ def test_every_operand_is_quantized_as_asked(name: str, granularity: dict[str, s
 
 
 def test_a_sentence_does_not_depend_on_those_beside_it(small_bert: MakeBert, padded_batch: dict) -> None:
-    """Nor a token on its sentence's clips: with one clip per tensor they all do."""
+    """With clips per token, head or channel, a sentence is independent of the batch; with one per tensor, it is not."""
     for granularity, alike in ((FINEST, True), ({}, False)):
         model = octav(small_bert(), granularity)
         with torch.no_grad():
@@ -145,7 +145,7 @@ def batches() -> list[dict[str, Tensor]]:
 
 
 def operands_met(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Operand -> what the quantizers of ``ATTENTION`` are called on from now on."""
+    """Operand -> list that collects the inputs of the quantizers of ``ATTENTION``."""
     met: dict[str, list[Tensor]] = {}
     attention = model.get_submodule(ATTENTION)
     assert isinstance(attention, QuantizedAttention)
@@ -157,7 +157,7 @@ def operands_met(model: nn.Module) -> dict[str, list[Tensor]]:
 
 
 def test_what_is_frozen_is_the_mean_of_what_was_computed(small_bert: MakeBert) -> None:
-    """For heads and channels over all sentences, for tokens as if there were one clip per tensor."""
+    """Frozen clips of heads and channels are means over all sentences; tokens get one clip per tensor."""
     granularity = {
         "input": "token",
         "query": "attn_head",
@@ -191,7 +191,7 @@ def test_what_is_frozen_is_the_mean_of_what_was_computed(small_bert: MakeBert) -
 
 
 def test_frozen_tokens_are_those_of_one_clip_per_tensor(small_bert: MakeBert, padded_batch: dict) -> None:
-    """While calibrating too, all that runs is as with one clip per tensor."""
+    """Calibration runs with one clip per tensor, too."""
     tokens = dict.fromkeys(("input", "query", "key", "probabilities"), "token")
     models = [octav(small_bert(), granularity) for granularity in (tokens, {})]
     for model in models:

@@ -1,4 +1,4 @@
-"""``asymmetric_activations``: the unsigned grid from a tensor's lowest value on, for inputs with few negatives."""
+"""``asymmetric_activations``: the unsigned grid that begins at a tensor's lowest value."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_which_grid_a_tensor_gets(x: Tensor, grid: str) -> None:
 
 
 def test_clips_decide_on_average() -> None:
-    """One quiet token, whose own clip is below the lowest value of the others, does not make the tensor signed."""
+    """A token with small values, whose clip is below the lowest value of others, does not make the tensor signed."""
     x = gelu_output(10, 200)
     x[3] *= 0.01
     assert -x.min() > twins.octav_clip_twin(x[3], 4)
@@ -121,7 +121,7 @@ def test_nothing_and_nan() -> None:
 
 
 def test_the_shift_factors_out_of_the_product() -> None:
-    """Integers times integers, scaled, and one number for each output feature: what an integer kernel would compute."""
+    """The result equals a scaled integer matmul plus a constant per output feature, as in an integer kernel."""
     torch.manual_seed(0)
     layer = apply_octav(nn.Sequential(nn.Linear(64, 8)), OctavConfig(asymmetric_activations=True)).double()[0]
     x = gelu_output(10, 64).double()

@@ -1,4 +1,4 @@
-"""Attention modules are found by their class or by what they call, or named in the config; nothing else is one."""
+"""Attention modules are found by class, by the functions they call, or by the config; no other modules are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Tensor = torch.Tensor
 
 
 class Projections(nn.Module):
-    """The layers of attention over the last but one dimension, with one head."""
+    """The layers of single-head attention over the second last dimension."""
 
     def __init__(self, **inner: nn.Module) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Mixer(Projections):
-    """Attention by operators, under another name: only the config can tell."""
+    """Attention with operators in a class with another name, which only the config can identify."""
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.query(x) @ self.key(x).mT
@@ -41,14 +41,14 @@ class Mixer(Projections):
 
 
 class SelfAttention(Projections):
-    """Attention by its name."""
+    """Attention, identified by the class name."""
 
     def forward(self, x: Tensor) -> Tensor:
         return sdpa(self.query(x), self.key(x), self.value(x))
 
 
 class NamedByItsBase(SelfAttention):
-    """Attention by what it derives from."""
+    """Attention, identified by a base class."""
 
 
 NamedByItsBase.__name__ = "Block"
@@ -85,14 +85,14 @@ class Router(nn.Module):
 
 
 class Matcher(nn.Module):
-    """Part of a loss: a softmax and a matmul, without parameters."""
+    """Part of a loss: softmax and matmul, without parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.matmul(x.softmax(-1), x.mT)
 
 
 class AttentionMask(nn.Module):
-    """A helper that is called after attention and contains nothing."""
+    """A helper with Attention in its class name, without submodules."""
 
 
 class ScoringModel(Projections):

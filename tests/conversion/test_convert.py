@@ -1,4 +1,4 @@
-"""``apply_octav`` and ``remove_octav``: what is swapped, what stays as it was, and what is refused."""
+"""``apply_octav`` and ``remove_octav``: conversion, what must not change, and refusals."""
 
 import copy
 import io
@@ -174,7 +174,7 @@ def test_copies_are_quantized_too(small_bert: MakeBert, padded_batch: dict, dupl
 
 @pytest.mark.parametrize("form", ["dynamic", "frozen", "packed"])
 def test_a_forward_pass_does_not_change_the_hash(small_bert: MakeBert, padded_batch: dict, form: str) -> None:
-    """By which ``datasets.map`` finds its cache."""
+    """The hash with which ``datasets.map`` finds its cache."""
     model = apply_octav(small_bert(), OctavConfig.accurate(embedding_bits=8))
     if form != "dynamic":
         calibrate_octav(model, [padded_batch], progress_bar=False)
@@ -220,7 +220,7 @@ def test_resized_token_embeddings_stay_quantized(tied: bool) -> None:
 
 
 def test_only_inputs_without_negative_values_are_unsigned(small_bert: MakeBert, padded_batch: dict) -> None:
-    """BERT has none, so the option changes nothing there; the second layer of an MLP with a ReLU has."""
+    """BERT has no unsigned inputs, so the option changes nothing; the second layer of an MLP with ReLU has one."""
     models = [apply_octav(small_bert(), OctavConfig(unsigned_activations=on)) for on in (True, False)]
     assert torch.equal(*(logits(model, padded_batch) for model in models))
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""``first_last_bits``: where first and last are clear, and what is said where they are not."""
+"""``first_last_bits``: finding the first and the last layer, and errors if they are not clear."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_of_known_models(small_resnet: MakeModel, small_mobilenet: MakeModel) ->
 
 
 class WithConfig(nn.Sequential):
-    """Layers with what a Transformers model says of itself."""
+    """Layers with the config of a Transformers model."""
 
     def __init__(self, *layers: nn.Module, **config: Any):
         super().__init__(*layers)

@@ -1,4 +1,4 @@
-"""Groups in a whole model: asked for, seen, kept by a checkpoint, and refused where nothing multiplies them."""
+"""Groups in whole models: config, reports, checkpoints, and refusals where they are not supported."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SIZES = {"hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 1}  # 
 
 
 def small_gpt2() -> GPT2LMHeadModel:
-    """Whose layers are Conv1D, and whose head shares the weight of the embeddings."""
+    """GPT-2, whose layers are Conv1D and whose head is tied to the embeddings."""
     torch.manual_seed(0)
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=40, n_layer=1, n_head=4, n_positions=64, **ends)).eval()
@@ -87,7 +87,7 @@ def test_a_checkpoint_brings_them_back(
 
 
 def test_what_static_clips_are_for(small_bert: MakeBert, padded_batch: dict) -> None:
-    """Groups of channels are the same ones in every token; groups of keys are not."""
+    """Groups of channels are the same in every token, but groups of keys are not."""
     model = apply_octav(small_bert(**SIZES), GROUPS)
     calibrate_octav(model, [padded_batch], progress_bar=False)
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name.endswith("clips")}
@@ -126,7 +126,7 @@ def test_sizes_that_no_config_has(small_bert: MakeBert) -> None:
 
 
 def test_a_convolution_has_one_clip_per_channel(small_resnet: Callable[..., ResNetForImageClassification]) -> None:
-    """One setting is for all layers; what names a convolution is refused."""
+    """A general setting applies to the layers that support it; an override for a convolution is refused."""
     model = apply_octav(small_resnet(), GROUPS)
     cells = {(row.kind, row.operand): row.clip_cell for row in coverage_report(model)}
     assert cells["linear", "weight"] == cells["linear", "input"] == "octav per group of 32"

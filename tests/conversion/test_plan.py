@@ -1,4 +1,4 @@
-"""A config is resolved once for a model, whichever way in, and little else is called on the way down."""
+"""A config is resolved once per model, with few function calls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def bert() -> BertForQuestionAnswering:
 
 
 def calls_of(function: Callable[[], object]) -> Counter[str]:
-    """How often ``function`` ends up in each function of the package."""
+    """The number of calls of each function of the package during ``function``."""
     calls: Counter[str] = Counter()
 
     def count(frame: FrameType, event: str, argument: object) -> None:

@@ -1,4 +1,4 @@
-"""What is recorded of a model follows its modules, not the config that was asked for."""
+"""The recorded config describes the modules of a model, not the config given to ``apply_octav``."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ IDS = torch.arange(5, 21).view(2, 8)
 
 
 def masked_lm() -> BertForMaskedLM:
-    """A small model whose head is not tied to the table, calibrated."""
+    """A small calibrated model whose head is not tied to the embeddings."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     config = BertConfig(vocab_size=40, max_position_embeddings=16, tie_word_embeddings=False, **sizes)

@@ -1,4 +1,4 @@
-"""The coverage check: finds what runs in float, whatever the modules say, and nothing else."""
+"""The coverage check finds exactly the operands that run in float, independently of the modules."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_fused_kernel_counts_as_float(small_bert: MakeBert, padded_batch: dict
 
 
 class Broken(FakeQuantize):
-    """Says that it quantizes, and does not."""
+    """A quantizer that does not quantize."""
 
     def forward(self, x: Tensor, use: int = 0) -> Tensor:
         return x + 0
@@ -101,7 +101,7 @@ def test_an_operand_that_no_quantizer_reaches_is_found(
 
 
 class Between(nn.Module):
-    """Quantizes its input, does something to it, and multiplies by a quantized weight."""
+    """Quantizes its input, applies a function to it, and multiplies it with a quantized weight."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -115,7 +115,7 @@ class Between(nn.Module):
 
 
 def halves(upper: Tensor, lower: Tensor) -> Tensor:
-    """Half of one tensor and half of another, copied into new memory."""
+    """Halves of two tensors, copied into new memory."""
     y = torch.empty(8, 8)
     y[:4].copy_(upper[:4])
     y[4:].copy_(lower[4:])
@@ -333,7 +333,7 @@ def test_refuses_what_it_cannot_check(model: object, batch: object, error: type[
 
 
 class Tables(nn.Module):
-    """Two embeddings that share a table, which is looked up in, and perhaps used as it is."""
+    """Two embeddings that share a table, which may also be used directly."""
 
     def __init__(self, reads_weight: bool):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The coverage report: complete, and with a reason for everything left in float."""
+"""The coverage report is complete and has a reason for every operand in float."""
 
 from collections.abc import Callable
 

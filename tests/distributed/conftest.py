@@ -33,7 +33,7 @@ def host() -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def run(host: subprocess.Popen[str], tmp_path: Path) -> Run:
-    """A function that runs a scenario on so many ranks: what each returned, or the error that it raised as a string."""
+    """A function that runs a scenario on several ranks and returns the result, or the error as a string, of each."""
 
     def run_scenario(scenario: str, ranks: int, folder: Path | None = None, **options: Any) -> list[Any]:
         folder = folder or tmp_path / f"{scenario}_{len(list(tmp_path.iterdir()))}"
@@ -52,7 +52,7 @@ def run(host: subprocess.Popen[str], tmp_path: Path) -> Run:
 
 @pytest.fixture
 def succeed(run: Run) -> Run:
-    """``run``, if no rank raises an error."""
+    """``run`` for scenarios in which no rank may raise an error."""
 
     def run_without_error(*arguments: Any, **options: Any) -> list[Any]:
         outcomes = run(*arguments, **options)

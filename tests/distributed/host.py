@@ -47,7 +47,7 @@ def run_rank(rank: int, ranks: int, scenario: str, folder: Path, options: dict[s
 
 
 def fork(*arguments: Any) -> int:
-    """``run_rank`` in a process of its own; returns its id."""
+    """``run_rank`` in a separate process; returns its id."""
     process = os.fork()
     if process:
         return process

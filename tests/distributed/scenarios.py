@@ -1,4 +1,4 @@
-"""What ranks do: each function runs on every rank of a process group, or alone in one without; see ``host.py``."""
+"""Scenarios: each function runs on every rank of a process group, or in a single process; see ``host.py``."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ def rank_and_ranks() -> tuple[int, int]:
 
 
 def bert(dtype: str = "float64", seed: int = 0, **changes: Any) -> BertForQuestionAnswering:
-    """A small random BERT without dropout, always the same for a seed.
+    """A small random BERT without dropout; the same for the same seed.
 
     Results that depend on the order of sums are rare: in float64 hardly a value falls to the other side of a rounding,
     and with random biases, and 8 bits in attention, hardly a sum cancels to an exact zero, which a clip leaves out.
@@ -50,7 +50,7 @@ def bert(dtype: str = "float64", seed: int = 0, **changes: Any) -> BertForQuesti
 
 
 def batch(size: int = 8, seed: int = 0) -> dict[str, Tensor]:
-    """Sequences padded to 12 tokens, shorter ones in front, and spans to be found in them."""
+    """Sequences padded to 12 tokens, shorter ones first, with answer spans."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.linspace(3, 12, size).long()[:, None]
     mask = (torch.arange(12) < lengths).long()
@@ -60,7 +60,7 @@ def batch(size: int = 8, seed: int = 0) -> dict[str, Tensor]:
 
 
 def part_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's share of a batch, cut in equal parts."""
+    """This rank's share of a batch that is split into equal parts."""
     rank, ranks = rank_and_ranks()
     return {name: tensor.chunk(ranks)[rank] for name, tensor in tensors.items()}
 
@@ -92,7 +92,7 @@ def train_step(
 
 
 def tensors() -> dict[str, Tensor]:
-    """Of many kinds, to be cut in unequal parts."""
+    """Tensors of many kinds, to be split into unequal parts."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(3000, generator=generator)
     return {
@@ -117,7 +117,7 @@ def tensors() -> dict[str, Tensor]:
 
 
 def cut(x: Tensor, nothing_on: int) -> Tensor:
-    """This rank's part of a tensor: each rank has more than the one before it, and one has nothing."""
+    """This rank's part of a tensor; parts grow with the rank, and one rank has none."""
     rank, ranks = rank_and_ranks()
     having = [other for other in range(ranks) if other != nothing_on]
     if rank not in having:
@@ -128,7 +128,7 @@ def cut(x: Tensor, nothing_on: int) -> Tensor:
 
 @contextlib.contextmanager
 def counting_collectives() -> Iterator[list[str]]:
-    """The names of the collectives within it, in their order, whatever function of ``torch.distributed`` is called."""
+    """Context that records the names of all collectives of ``torch.distributed`` in order."""
     names: list[str] = []
 
     class Counting(TorchDispatchMode):
@@ -142,7 +142,7 @@ def counting_collectives() -> Iterator[list[str]]:
 
 
 def quantize(folder: Path, nothing_on: int, grad_mode: str, **settings: Any) -> dict[str, dict[str, Any]]:
-    """Grid and quantized part of each of ``tensors``, and the collectives that they took."""
+    """Grid and quantized part of each of ``tensors``, and the collectives."""
     quantizer = SynchronizedFakeQuantize(4, name="layer input", **settings)
     outcomes = {}
     with getattr(torch, grad_mode)():
@@ -178,7 +178,7 @@ def quantize_parts(folder: Path, shape: list[int], **settings: Any) -> list[dict
 
 
 def quantize_what_is_not_finite(folder: Path, values: list[float], **settings: Any) -> list[str]:
-    """What each rank says if one rank has such a value."""
+    """The error of each rank if one rank has such a value."""
     errors = []
     quantizer = SynchronizedFakeQuantize(4, name="layer input", **settings)
     for value in values:
@@ -267,7 +267,7 @@ def train_sharded(folder: Path, config: dict[str, Any], sharded: bool = True, st
 
 
 def refusals_of_a_part(model: BertForQuestionAnswering, folder: Path) -> list[str]:
-    """What packing and saving a model without gathering its weights say; those that do not refuse say nothing."""
+    """The errors of packing and saving a model whose weights are not gathered; empty without an error."""
     refusals = []
     for action in (octav_hf.pack_octav, lambda model: model.save_pretrained(folder / "part")):
         try:
@@ -278,7 +278,7 @@ def refusals_of_a_part(model: BertForQuestionAnswering, folder: Path) -> list[st
 
 
 def save_sharded(folder: Path) -> dict[str, Any]:
-    """Refusals, and a checkpoint of the gathered weights as Trainer saves it: on the first rank alone."""
+    """Refusals, and a checkpoint of the gathered weights, saved by the first rank only, as in Trainer."""
     model = apply_octav(bert("float32"), OctavConfig())
     shard(model)
     refusals = refusals_of_a_part(model, folder)
@@ -293,7 +293,7 @@ def save_sharded(folder: Path) -> dict[str, Any]:
 
 
 def training_arguments(folder: Path, per_device: int, **arguments: Any) -> TrainingArguments:
-    """For three steps of SGD, quietly, and a checkpoint after the last."""
+    """Arguments for three steps of SGD without logs, and a checkpoint after the last."""
     settings = {"max_steps": 3, "save_steps": 3, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
     quiet: dict[str, Any] = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no"}
     return TrainingArguments(
@@ -308,7 +308,7 @@ def trainer_of(model: BertForQuestionAnswering, arguments: TrainingArguments) ->
 
 
 def train_with_trainer(folder: Path, config: dict[str, Any], per_device: int, **arguments: Any) -> dict[str, Any]:
-    """Three steps by Trainer, then both forms of checkpoints in ``folder``; the weight files that this rank wrote."""
+    """Three steps with Trainer, then both forms of checkpoints in ``folder``; returns the files of this rank."""
     written = []
     save = transformers.modeling_utils.safe_save_file
 
@@ -341,7 +341,7 @@ def train_with_callback(folder: Path, config: dict[str, Any], per_device: int) -
 
 
 def take_cpus_for_accelerators() -> None:
-    """Accelerate runs FSDP and DeepSpeed on accelerators alone; from now on this process's CPU is one to it."""
+    """Make Accelerate, which runs FSDP and DeepSpeed only on accelerators, accept the CPU of this process."""
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 

@@ -1,4 +1,4 @@
-"""Data parallel training with ``sync_activation_clips`` is that of one process on the whole batch."""
+"""Data-parallel training with ``sync_activation_clips`` equals training of one process on the whole batch."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_gradients_in_float32(succeed: Run, clip: str) -> None:
 
 
 def test_in_one_process_it_changes_nothing() -> None:
-    """But that octav, mse and percentile read tables of small tensors, too."""
+    """Equal except that octav, mse and percentile also use tables for small tensors."""
     configs = (OctavConfig(activation_clip="max", **more) for more in ({}, SYNCHRONIZED))
     plain, synchronized = (apply_octav(bert(), config).train() for config in configs)
     for model in (plain, synchronized):
@@ -115,7 +115,7 @@ def test_evaluation_on_unequal_batches(succeed: Run, sizes: list[int], frozen: b
 
 
 def test_a_clip_per_token_of_unequal_batches(succeed: Run) -> None:
-    """A rank without a token takes part in finding the sign, and in nothing else."""
+    """A rank without tokens takes part only in computing the sign."""
     config = {"activation_granularity": {"input": "token"}}
     (alone,) = succeed("forward", 1, sizes=[8], frozen=False, **config)
     ranks = succeed("forward", 2, sizes=[0, 8], frozen=False, **config, **SYNCHRONIZED)

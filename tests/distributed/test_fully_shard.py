@@ -1,4 +1,4 @@
-"""A model sharded by FSDP2 trains as one that is whole, and its gathered weights give both forms of checkpoints."""
+"""A model sharded by FSDP2 trains like an unsharded one, and its gathered weights give both forms of checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainer with FSDP2 and with DeepSpeed ends in the weights of one process, and its checkpoints are whole."""
+"""Trainer with FSDP2 and DeepSpeed ends with the weights of one process, and its checkpoints are complete."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FSDP = {
 
 
 def zero(stage: int, **more: Any) -> dict[str, Any]:
-    """DeepSpeed's ZeRO, with no weight so small that it would not be sharded, and without the gradients' clipping."""
+    """DeepSpeed's ZeRO config, which shards even small weights and does not clip gradients."""
     optimization = {"stage": stage, "stage3_param_persistence_threshold": 0}
     optimization |= {"stage3_gather_16bit_weights_on_model_save": True}
     plain = {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
@@ -33,7 +33,7 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
 
 
 def flat(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    """All of them in one vector."""
+    """All weights in one vector."""
     return torch.cat([weight.flatten().double() for _, weight in sorted(weights.items())])
 
 

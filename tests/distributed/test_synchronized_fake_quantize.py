@@ -1,4 +1,4 @@
-"""Clip, sign, collectives and errors of a quantizer whose tensor is spread over several ranks."""
+"""Clip, sign, collectives and errors of a quantizer whose tensor is split over several ranks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_clip(x: Tensor, clip: float, signed: bool, settings: dict[str, Any], w
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_it_is_that_of_the_whole_tensor_by_one_collective(succeed: Run, name: str) -> None:
-    """Bit for bit the same for 1, 2 and 4 ranks, with nothing on one of them or not."""
+    """Bit for bit the same for 1, 2 and 4 ranks, also if one rank has no values."""
     settings, collectives = SETTINGS[name]
     (alone,) = succeed("quantize", 1, nothing_on=-1, grad_mode="enable_grad", **settings)
     splits = [(2, -1, "enable_grad"), (2, 0, "inference_mode"), (4, 2, "no_grad")]

@@ -1,4 +1,4 @@
-"""Trainer in two processes ends in the weights of one process, and writes both forms of checkpoints, once."""
+"""Trainer in two processes ends with the weights of one process, and writes both forms of checkpoints once."""
 
 from __future__ import annotations
 

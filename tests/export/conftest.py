@@ -1,4 +1,4 @@
-"""What the tests of the export share."""
+"""Fixtures of the export tests."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +18,13 @@ Batch = dict[str, torch.Tensor]
 
 
 def quantized(model: Any, batch: Batch, config: OctavConfig | None = None) -> Any:
-    """``model`` with static clips of what ``batch`` shows."""
+    """``model`` with static clips calibrated on ``batch``."""
     apply_octav(model, config or OctavConfig(activation_bits=8))
     return calibrate_octav(model.eval(), [batch], weights=True, progress_bar=False)
 
 
 def run(folder: Path, batch: Batch) -> dict[str, np.ndarray]:
-    """The outputs of an exported folder by name, by ONNX Runtime's defaults."""
+    """The outputs of an exported folder by name, with the defaults of ONNX Runtime."""
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, {name: x.numpy() for name, x in batch.items()}), strict=True))
@@ -36,7 +36,7 @@ def expected(model: nn.Module, batch: Batch) -> dict[str, np.ndarray]:
 
 
 def assert_same(model: nn.Module, folder: Path, batch: Batch) -> None:
-    """The small models' outputs agree to float32 rounding: no value of theirs is that close to a boundary."""
+    """Outputs of the small models agree up to float32 rounding, because no value is close to a rounding boundary."""
     outputs = expected(model, batch)
     found = run(folder, batch)
     assert found.keys() == outputs.keys()
@@ -46,7 +46,7 @@ def assert_same(model: nn.Module, folder: Path, batch: Batch) -> None:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[BertForQuestionAnswering, Path, Batch]:
-    """A small BERT with weights of 4 bits and activations of 8, what was exported of it, and the batch."""
+    """A small BERT with 4-bit weights and 8-bit activations, its export, and the batch."""
     from transformers import BertConfig
 
     torch.manual_seed(0)
@@ -63,7 +63,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[BertForQuestionA
 
 @pytest.fixture
 def copied(exported: tuple[Any, Path, Batch], tmp_path: Path) -> Path:
-    """A copy of the exported folder, to be changed."""
+    """A copy of the exported folder, for changes."""
     import shutil
 
     return Path(shutil.copytree(exported[1], tmp_path / "copied"))

@@ -1,4 +1,4 @@
-"""Folders that are damaged, put together of two, or of other versions are refused, with what to do."""
+"""Folders that are damaged, mixed from two exports or of other versions are refused with advice."""
 
 import importlib.metadata
 import json
@@ -40,14 +40,14 @@ def test_a_weight_that_was_altered(copied: Path) -> None:
     (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == "qa_outputs.int4_weight.packed")
     weight.raw_data = bytes([weight.raw_data[0] ^ 1]) + weight.raw_data[1:]
     onnx.save(model, copied / "model.onnx")
-    with pytest.raises(ValueError, match=r"model\.onnx missing, altered or of another export"):
+    with pytest.raises(ValueError, match=r"model\.onnx missing, altered or from another export"):
         read_model(copied)
 
 
 def test_the_config_of_another_model(copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-    with pytest.raises(ValueError, match=r"config\.json missing, altered or of another export"):
+    with pytest.raises(ValueError, match=r"config\.json missing, altered or from another export"):
         read_model(copied)
 
 
@@ -55,7 +55,7 @@ def test_another_opset(copied: Path) -> None:
     model = onnx.load(copied / "model.onnx")
     model.opset_import[0].version = 22
     onnx.save(model, copied / "model.onnx")
-    with pytest.raises(ValueError, match=r"is of opset 22, and only 21"):
+    with pytest.raises(ValueError, match=r"has opset 22, but only 21"):
         read_model(copied)
 
 
@@ -83,7 +83,7 @@ def test_a_runtime_that_is_too_old_or_missing(
     model, folder, batch = exported
     problem = "is not installed" if found is None else "1.31.9 is too old"
     with pytest.raises(
-        ImportError, match=rf"onnxruntime>=1.32, and onnxruntime {problem}: pip install 'octav-hf\[onnx\]"
+        ImportError, match=rf"onnxruntime>=1.32, but onnxruntime {problem}: pip install 'octav-hf\[onnx\]"
     ):
         verify_onnx(model, folder, batch)
     with pytest.raises(ImportError, match="too old|not installed"):
@@ -108,7 +108,7 @@ def test_verification_finds_a_product_in_float(exported: tuple[Any, Path, Batch]
     del source.input[1:]
     source.attribute.append(onnx.helper.make_attribute("to", onnx.TensorProto.FLOAT))
     rewrite(copied, file)
-    with pytest.raises(ValueError, match=r"in 16 places, and .* has 17 .*; in float are qa_outputs/"):
+    with pytest.raises(ValueError, match=r"computes 16 integer .* has 17 .*; unexpectedly in float: qa_outputs/"):
         verify_onnx(model, copied, batch)
 
 

@@ -1,4 +1,4 @@
-"""Sums that are not exact are found, whatever operator has them."""
+"""Inexact sums are found for every operator."""
 
 import numpy as np
 import onnx

@@ -1,4 +1,4 @@
-"""What ``to_onnx`` writes runs in ONNX Runtime on integers, with the model's results."""
+"""Exports of ``to_onnx`` run with integers in ONNX Runtime and give the model's results."""
 
 import json
 from dataclasses import replace
@@ -34,12 +34,10 @@ PRODUCTS = {
 }
 """Architecture -> linear layers and convolutions that run, and two matmuls in each attention module, in one layer."""
 ONE_LAYER = {"num_hidden_layers": 1, "n_layers": 1}
-CASES = [
-    *(pytest.param(name, 4, marks=[] if name in ("DebertaV2", "ResNet") else [pytest.mark.slow]) for name in PRODUCTS),
-    *(pytest.param(name, 8, marks=[pytest.mark.slow]) for name in ("Bert", "DebertaV2", "ResNet")),
-]
+CASES = [*((name, 4) for name in PRODUCTS), *((name, 8) for name in ("Bert", "DebertaV2", "ResNet"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "bits"), CASES)
 def test_every_product_of_an_architecture_is_of_integers(name: str, bits: int, tmp_path: Path) -> None:
     whole = ARCHITECTURES[name]
@@ -61,6 +59,7 @@ def test_batch_and_length_are_free(exported: tuple[Any, Path, Batch]) -> None:
         assert_same(model, folder, other)
 
 
+@pytest.mark.slow
 def test_the_most_accurate_recipe(small_bert: MakeBert, padded_batch: Batch, tmp_path: Path) -> None:
     # Clips per head and channel, asymmetric grids, and embeddings.
     config = OctavConfig.accurate(weight_bits=3, activation_bits=6, embedding_bits=4)
@@ -73,6 +72,7 @@ def test_the_most_accurate_recipe(small_bert: MakeBert, padded_batch: Batch, tmp
     assert_same(model, tmp_path, padded_batch)
 
 
+@pytest.mark.slow
 def test_the_preset_with_clips_that_have_learned(small_bert: MakeBert, padded_batch: Batch, tmp_path: Path) -> None:
     model = apply_octav(small_bert(hidden_act="gelu"), OctavConfig.onnxruntime())
     calibrate_octav(model.eval(), [padded_batch], weights=True, learned=True, progress_bar=False)
@@ -133,6 +133,7 @@ def test_a_packed_model_and_one_that_was_loaded(
     assert "quantization_config" not in json.loads((tmp_path / "onnx" / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_what_is_in_float_stays_so_and_is_listed(small_bert: MakeBert, padded_batch: Batch, tmp_path: Path) -> None:
     overrides = {
         "bert.encoder.layer.0.intermediate.dense": {"activation_bits": None},
@@ -161,7 +162,7 @@ def test_a_tied_head(padded_batch: Batch, tmp_path: Path, small_bert: MakeBert) 
 
 
 class Convolutions(nn.Module):
-    """Convolutions with what a layer can have: padding of each kind, strides, groups, dilation, one dimension."""
+    """Convolutions with all options: each kind of padding, strides, groups, dilation, one dimension."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,6 +194,7 @@ def test_an_activation_of_zeros(small_bert: MakeBert, padded_batch: Batch, tmp_p
     assert_same(model, tmp_path, padded_batch)
 
 
+@pytest.mark.slow
 def test_models_that_are_refused(small_bert: MakeBert, padded_batch: Batch, tmp_path: Path) -> None:
     model = small_bert()
     with pytest.raises(ValueError, match="no module quantized by apply_octav"):

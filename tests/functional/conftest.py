@@ -1,4 +1,4 @@
-"""Every test of octav_hf.functional runs on every path that its tensors could take if they were larger."""
+"""Every test of octav_hf.functional runs on every path that larger tensors could take."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def params(*names: str) -> list[object]:
-    """Parameters for the fixture ``path``; what is the same mathematics in a slower form is left to the full run."""
+    """Parameters for the fixture ``path``; slower forms of the same mathematics run only in the full suite."""
     return [pytest.param(name, marks=[pytest.mark.slow] if name == "portable" else []) for name in names]
 
 
 def only(*names: str) -> pytest.MarkDecorator:
-    """Mark for tests of what is the same code on several paths: those that it can tell apart, or any one."""
+    """Mark for tests whose code is the same on several paths: only the paths that differ, or any one."""
     return pytest.mark.parametrize("path", params(*names), indirect=True)
 
 

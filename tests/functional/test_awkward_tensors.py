@@ -72,13 +72,13 @@ def test_whole_tensor(name: str, signed: bool, num_bits: int) -> None:
 
 @pytest.mark.parametrize("num_bits", [2, 4, 8])
 def test_values_of_a_single_bin(num_bits: int) -> None:
-    """All that a table tells of them is their mean; a bin is 2^-7 of its magnitude, or less."""
+    """A table knows only their mean; the width of a bin is at most 2^-7 of its magnitude."""
     x = 1 + random() * 1e-4
     assert octav_clip(x, num_bits).item() == pytest.approx(twins.octav_clip_twin(x, num_bits), rel=2e-3)
 
 
 def test_a_table_takes_what_is_below_2_to_the_minus_133_for_zero() -> None:
-    """Which is the half of its first bin that is not zero; short rows do not."""
+    """Tables count magnitudes in the lowest bin as zeros; short rows do not."""
     x = random() * 1e-42
     assert octav_clip(x, 4) == mse_clip(x, 4) == 0
     assert octav_clip(x[:1000], 4).item() == pytest.approx(twins.octav_clip_twin(x[:1000], 4), rel=1e-5, abs=1.5e-45)

@@ -1,4 +1,4 @@
-"""Packed integers against Python's own: a row of levels is one long number, written to bytes."""
+"""Packed integers against Python's integers: a row of levels is one long number, written to bytes."""
 
 import pytest
 import torch

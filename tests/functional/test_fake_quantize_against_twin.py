@@ -1,4 +1,4 @@
-"""fake_quantize against the float64 references: values, gradients, and what it keeps for the backward pass."""
+"""fake_quantize against the float64 references: values, gradients, and memory for the backward pass."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MIDPOINT = {torch.float32: 5e-5, torch.bfloat16: 5e-5, torch.float16: 5e-5, torc
 
 
 def tensors(dtype: torch.dtype, per_row: bool) -> tuple[Tensor, Tensor]:
-    """Values of which a third lies outside the clip, some negative, some exactly zero or on the clip; and the clip."""
+    """The clip, and values of which a third is outside it; some are negative, zero or exactly on the clip."""
     generator = torch.Generator().manual_seed(31)
     x = torch.randn(ROWS, COLUMNS, generator=generator, dtype=torch.float64)
     clip = torch.tensor(1.0371, dtype=torch.float64)
@@ -46,7 +46,7 @@ def tensors(dtype: torch.dtype, per_row: bool) -> tuple[Tensor, Tensor]:
 
 
 def assert_within_rounding(got: Tensor, expected: np.ndarray, dtype: torch.dtype) -> None:
-    """`got`, of `dtype`, is `expected` to a rounding or two of its own dtype."""
+    """`got` equals `expected` up to two roundings in `dtype`."""
     assert got.dtype == dtype
     np.testing.assert_allclose(got.detach().double().numpy(), expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
@@ -104,7 +104,7 @@ def test_mad_is_the_derivative_of_its_surrogate(per_row: bool, signed: bool) -> 
 
 @GRADIENTS
 def test_no_gradient_into_the_clip(gradient: str) -> None:
-    """The clip is recomputed from the data, never learned."""
+    """The clip gets no gradient."""
     x, clip = tensors(torch.float32, per_row=True)
     x.requires_grad_()
     clip.requires_grad_()
@@ -135,7 +135,7 @@ def test_idempotent_and_few_levels(num_bits: int, per_row: bool, signed: bool, d
 @SIGNS
 @pytest.mark.parametrize("num_bits", [2, 4, 8])
 def test_ends_of_the_grid_and_ties(num_bits: int, signed: bool) -> None:
-    """With a step of exactly 1: halves go to even, the top is one step short of the clip, the bottom at it or at 0."""
+    """With step 1: ties to even, the highest level is one step below the clip, the lowest at -clip or 0."""
     _, low, high = twins.grid_twin(1.0, num_bits, signed)
     x = torch.arange(low - 4, high + 5, 0.25)
     clip = torch.tensor(float(2 ** (num_bits - 1) if signed else 2**num_bits))
@@ -148,7 +148,7 @@ def test_ends_of_the_grid_and_ties(num_bits: int, signed: bool) -> None:
 @SIGNS
 @DTYPES
 def test_zero_clip_gives_zeros(dtype: torch.dtype, signed: bool, gradient: str) -> None:
-    """A tensor, or one row of it, without anything to clip: zeros and finite gradients, never NaN."""
+    """A tensor or row of zeros: zeros and finite gradients, never NaN."""
     x, clip = tensors(dtype, per_row=True)
     clip[3] = 0.0
     x.requires_grad_()
@@ -182,7 +182,7 @@ def test_ends_of_float32(gradient: str, magnitude: float) -> None:
 
 
 def saved_tensors(x: Tensor, clip: Tensor, signed: bool, gradient: str) -> list[Tensor]:
-    """What autograd is asked to keep between fake_quantize's forward and backward."""
+    """The tensors that autograd saves between forward and backward of fake_quantize."""
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def saved_tensors(x: Tensor, clip: Tensor, signed: bool, gradient: str) -> list[
 @GRADIENTS
 @pytest.mark.parametrize("per_row", [False, True], ids=["per_tensor", "per_row"])
 def test_saved_for_backward(per_row: bool, gradient: str, signed: bool, dtype: torch.dtype) -> None:
-    """ste keeps nothing, pwl at most a byte an element, mad x itself (not a copy) and the clip."""
+    """ste saves nothing, pwl at most a byte per element, mad x itself (no copy) and the clip."""
     x, clip = tensors(dtype, per_row)
     x.requires_grad_()
     kept = saved_tensors(x, clip, signed, gradient)

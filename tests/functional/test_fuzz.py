@@ -53,7 +53,7 @@ class Sample:
     dim: int | tuple[int, ...] | None
 
     def rows(self) -> list[torch.Tensor]:
-        """What each clip is of, in the clips' order."""
+        """The elements of each clip, in the order of the clips."""
         return list(to_rows(self.x, self.dim)[0])
 
 
@@ -85,7 +85,7 @@ def tensors(
     draw: st.DrawFn,
     kinds: tuple[str, ...] = ("heavy", "zeros", "constant", "few", "no negatives", "outlier", "tiny", "huge"),
 ) -> Sample:
-    """0 to 4 dimensions of 0 to 9, of all dtypes, whole, transposed, sliced or expanded."""
+    """Tensors with 0 to 4 dimensions of size 0 to 9, all dtypes, contiguous, transposed, sliced or expanded."""
     shape = draw(st.lists(st.integers(0, 9), max_size=4).map(tuple))
     dtype = draw(st.sampled_from(DTYPES))
     layout = draw(st.sampled_from(["whole", "transposed", "sliced", "expanded"]))

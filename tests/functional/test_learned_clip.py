@@ -1,4 +1,4 @@
-"""The gradient of LSQ into a clip, against a surrogate in float64 that has it as its derivative."""
+"""The LSQ gradient of a clip, against a float64 surrogate that has this derivative."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def data(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tens
 
 
 class Surrogate:
-    """A function of the clip: each element keeps its rounding error in steps, or the integer that it is clipped to."""
+    """A function of the clip where each element keeps its rounding error in steps, or the integer it is clipped to."""
 
     def __init__(self, x: Tensor, clip: Tensor, num_bits: int, signed: bool, offset: float):
         self.low, self.high = (-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1) if signed else (0, 2**num_bits - 1)
@@ -130,7 +130,7 @@ def test_a_sign_that_is_a_tensor() -> None:
 @any_path
 @pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
 def test_extremes(gradient: str) -> None:
-    """A clip of 0, data beyond the clip only, one number and none."""
+    """A clip of 0, data outside the clip only, one number, and no numbers."""
     for values, clip_value in ((data(3, 4), 0.0), (data(3, 4) + 100, 0.5), (data(), 0.5), (data(0, 4), 0.5)):
         x, clip = values.requires_grad_(), torch.tensor(clip_value, dtype=torch.float64, requires_grad=True)
         fake_quantize_learned_clip(x, clip, 4, gradient=gradient).sum().backward()

@@ -89,7 +89,7 @@ def test_its_error_is_nearly_the_lowest(name: str, num_bits: int) -> None:
 @pytest.mark.parametrize("num_bits", [2, 4, 8])
 @pytest.mark.parametrize(("signed", "dim"), [(True, 1), (False, 0), (True, (1, 2))], ids=str)
 def test_rows(num_bits: int, signed: bool, dim: int | tuple[int, ...]) -> None:
-    """One clip a row, whatever the strides; over all rows the error is nearly the lowest."""
+    """One clip per row, for all strides; over all rows the error is nearly the lowest."""
     x = torch.from_numpy(twins.samples("laplace", 20 * 30 * 16, seed=3)).view(20, 30, 16)
     if not signed:
         x = x.abs()
@@ -137,7 +137,7 @@ def lowest_error_of_rows(name: str, num_bits: int) -> float:
 @pytest.mark.parametrize("num_bits", [4, 5, 6, 7, 8])
 @pytest.mark.parametrize("name", ROWS)
 def test_short_rows(name: str, num_bits: int) -> None:
-    """For which few candidates are measured: over all rows the error is nearly the lowest."""
+    """Few candidates are measured; over all rows, the error is nearly the lowest."""
     signed, x = ROWS[name][0], rows_of(name)
     clips = mse_clip(x, num_bits, signed=signed, dim=1).flatten().tolist()
     errors = [twins.mse_twin(row, clip, num_bits, signed) for row, clip in zip(x, clips, strict=True)]
@@ -154,7 +154,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 def test_a_large_tensor_is_judged_by_its_outliers_too() -> None:
-    """Twenty outliers in a million elements, which a sample would not meet: OCTAV's minimum, and not the other one."""
+    """Twenty outliers in a million elements, which sampling would miss: the minimum near OCTAV's clip is found."""
     x = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
     for size in (60.0, 300.0):
         x[torch.arange(20) * 50_000] = size
@@ -189,7 +189,7 @@ def test_scale_sign_and_order_do_not_matter() -> None:
 
 @pytest.mark.parametrize("size", [1000, 20_000, 100_000])
 def test_on_an_unsigned_grid_a_negative_value_counts_as_a_zero(size: int) -> None:
-    """Most values are negative, so that errors of rounding them would decide."""
+    """Most values are negative, so that their constant error could hide the differences."""
     x = torch.rand(size, generator=torch.Generator().manual_seed(size)) * 20 - 19
     clip, positive = mse_clip(x, 4, signed=False).item(), x.clamp(min=0)
     assert twins.mse_twin(positive, clip, 4, False) <= 1.02 * twins.best_sweep_mse(positive, 4, False, points=300)

@@ -1,4 +1,4 @@
-"""octav_clip against the literal float64 Eq. 6, on everything that is easy and everything that is not."""
+"""octav_clip against Eq. 6 in float64, on easy and difficult data."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def million(family: str) -> torch.Tensor:
 
 
 def repeated(pairs: list[tuple[float, int]], seed: int = 0) -> torch.Tensor:
-    """Each value as often as said, in a random order; float32."""
+    """Each value with its number of repetitions, in random order; float32."""
     x = np.concatenate([np.full(count, value, dtype=np.float32) for value, count in pairs])
     return torch.from_numpy(np.random.default_rng(seed).permutation(x))
 
@@ -88,7 +88,7 @@ def test_clip_equals_the_twin(family: str, signed: bool, num_bits: int) -> None:
 @pytest.mark.parametrize("num_bits", [4, 6, 8])
 @pytest.mark.parametrize(("family", "signed"), CASES, ids=CASE_IDS)
 def test_measured_error_against_the_best_of_a_sweep(family: str, signed: bool, num_bits: int) -> None:
-    """The clip is judged by the error it gives: 3 % (4 bits), 0.5 % (6, 8 bits); known misses stay where they are."""
+    """The clip's error is within 3 % (4 bits) or 0.5 % (6, 8 bits) of the best; known exceptions do not get worse."""
     x = million(family)
     clip = scalar(octav_clip(x, num_bits, signed=signed))
     excess = twins.mse_twin(x, clip, num_bits, signed) / twins.best_sweep_mse(x, num_bits, signed) - 1
@@ -102,7 +102,7 @@ def test_measured_error_against_the_best_of_a_sweep(family: str, signed: bool, n
 @pytest.mark.parametrize("max_iterations", [0, 1, 2, 10])
 @pytest.mark.parametrize(("family", "signed", "num_bits"), [("gaussian", True, 8), ("relu_gaussian", False, 4)])
 def test_truncation(family: str, signed: bool, num_bits: int, max_iterations: int) -> None:
-    """max_iterations=k is k updates of s_1 = mean of the nonzero magnitudes (k=10 is the paper's)."""
+    """max_iterations=k makes k updates from s_1 = mean of the nonzero magnitudes (the paper uses k=10)."""
     x = million(family)
     expected = twins.octav_clip_twin(x, num_bits, signed, max_iterations)
     got = scalar(octav_clip(x, num_bits, signed=signed, max_iterations=max_iterations))
@@ -110,7 +110,7 @@ def test_truncation(family: str, signed: bool, num_bits: int, max_iterations: in
 
 
 def test_ten_updates_stop_short_at_8_bits() -> None:
-    """Ten updates and the fixed point are told apart, and the default is the fixed point."""
+    """Ten updates differ from the fixed point, which is the default."""
     x = torch.from_numpy(twins.samples("gaussian", MILLION, seed=0))
     assert scalar(octav_clip(x, 8, max_iterations=10)) == pytest.approx(3.909, abs=1e-3)
     assert scalar(octav_clip(x, 8)) == pytest.approx(3.926, abs=1e-3)
@@ -132,7 +132,7 @@ def test_scaling_the_input_scales_the_clip(signed: bool, factor: float) -> None:
 
 @pytest.mark.parametrize("num_bits", [2, 4, 8])
 def test_order_and_shape_do_not_matter(num_bits: int) -> None:
-    """A clip for the whole tensor sees a set of values: permuted, reshaped or strided, it is the same to rounding."""
+    """The clip of a whole tensor does not depend on order, shape or strides, up to rounding."""
     x = million("student_t3")[:60_000]
     permuted = x[torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))]
     clip = scalar(octav_clip(x, num_bits))
@@ -141,7 +141,7 @@ def test_order_and_shape_do_not_matter(num_bits: int) -> None:
 
 
 def test_sign_matters_only_to_the_unsigned_grid() -> None:
-    """Unsigned, a negative is a zero: the clip is that of the positive part."""
+    """Unsigned, negative values count as zeros: the clip is that of the positive part."""
     x = million("gaussian")[:50_000]
     clip = scalar(octav_clip(x, 4, signed=False))
     assert clip == pytest.approx(scalar(octav_clip(x.clamp(min=0), 4, signed=False)), rel=1e-6)
@@ -164,7 +164,7 @@ def rows_twin(x: torch.Tensor, kept: tuple[int, ...], num_bits: int, signed: boo
     ids=str,
 )
 def test_each_row_is_its_own_twin(dim: int | tuple[int, ...], reduced: tuple[int, ...], signed: bool) -> None:
-    """`dim` is what is reduced; sizes kept; rows of wildly different scale and shape do not see one another."""
+    """`dim` is reduced with size 1, and rows of very different scales do not influence each other."""
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(4, 6, 50, generator=generator).pow(3)
     x *= 10.0 ** torch.linspace(-6, 6, 24).reshape(4, 6, 1)
@@ -178,7 +178,7 @@ def test_each_row_is_its_own_twin(dim: int | tuple[int, ...], reduced: tuple[int
 
 @pytest.mark.parametrize("num_bits", [2, 4, 8])
 def test_many_short_rows(num_bits: int) -> None:
-    """Rows of a linear weight: 300 rows of 48, each its twin; among so many, some alternate at 2 and 4 bits."""
+    """300 rows of 48 of a linear weight, each compared with its twin; some alternate at 2 and 4 bits."""
     x = torch.randn(300, 48, generator=torch.Generator().manual_seed(6))
     got = octav_clip(x, num_bits, dim=1)
     np.testing.assert_allclose(got.double().numpy(), rows_twin(x, (0,), num_bits), rtol=RELATIVE)
@@ -224,7 +224,7 @@ def is_two_cycle(x: torch.Tensor, num_bits: int, signed: bool) -> bool:
 @pytest.mark.parametrize("copies", [1, 100], ids=["row", "table"])
 @pytest.mark.parametrize("case", ALTERNATING)
 def test_alternation_returns_the_shared_magnitude(case: str, copies: int) -> None:
-    """Around it Eq. 6 alternates for ever between two values, and the derivative of the error jumps over zero."""
+    """Around this magnitude, Eq. 6 alternates forever and the derivative of the error jumps over zero."""
     pairs, num_bits, signed, magnitude = ALTERNATING[case]
     x = repeated(pairs)
     assert is_two_cycle(x, num_bits, signed)
@@ -236,7 +236,7 @@ def test_alternation_returns_the_shared_magnitude(case: str, copies: int) -> Non
 
 @pytest.mark.parametrize("num_bits", [2, 3, 4])
 def test_rows_that_alternate_beside_rows_that_do_not(num_bits: int) -> None:
-    """Alternating, cycling, constant, zero and well-behaved rows of one tensor each get their own answer."""
+    """Alternating, cycling, constant, zero and ordinary rows of one tensor each get their own clip."""
     generator = torch.Generator().manual_seed(8)
     cases = [pairs for pairs, _, signed, _ in ALTERNATING.values() if signed]
     rows = [repeated(pairs) for pairs in cases]
@@ -249,7 +249,7 @@ def test_rows_that_alternate_beside_rows_that_do_not(num_bits: int) -> None:
 
 @pytest.mark.parametrize("updates", [0, 1, 2, 10])
 def test_truncation_of_a_table(updates: int) -> None:
-    """Values that are too small beside the largest to matter to a clip count among those that are not zero."""
+    """Values that are too small to change the clip still count as nonzero."""
     x = torch.randn(3000, generator=torch.Generator().manual_seed(0)) ** 5
     assert (x.abs() < x.abs().max() / 2**33).sum() > 100
     clip = updates_of_table(magnitude_table(x), 4, torch.tensor(True), updates)
@@ -258,7 +258,7 @@ def test_truncation_of_a_table(updates: int) -> None:
 
 @pytest.mark.parametrize("max_iterations", [31, 32])
 def test_truncated_alternation_is_not_settled(max_iterations: int) -> None:
-    """With max_iterations the recursion is taken literally, alternation and all."""
+    """With max_iterations, the recursion is literal, including alternation."""
     pairs, num_bits, signed, _ = ALTERNATING["2_bits"]
     x = repeated(pairs)
     expected = twins.octav_clip_twin(x, num_bits, signed, max_iterations)
@@ -290,7 +290,7 @@ def test_longer_cycle_returns_the_root(case: str) -> None:
 @pytest.mark.parametrize("num_bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_dtypes_against_the_twin_on_the_same_values(dtype: torch.dtype, num_bits: int) -> None:
-    """A rounded input is the twin's input too; half a million values, whose sum no 16-bit type could hold."""
+    """The twin gets the rounded input too; half a million values, whose sum overflows 16-bit types."""
     x = million("gaussian")[:500_000].to(dtype)
     clip_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     assert scalar(octav_clip(x, num_bits), clip_dtype) == pytest.approx(
@@ -318,7 +318,7 @@ def test_values_near_float16_max() -> None:
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_the_default_dtype_has_no_say(default: torch.dtype) -> None:
-    """Transformers builds models under a default dtype of bfloat16: counts and factors must not fall to it."""
+    """Transformers builds models with default dtype bfloat16, which counts and factors must not use."""
     x = million("gaussian")[:4000]
     clips = octav_clip(x, 8), octav_clip(x.reshape(8, 500), 8, dim=1)
     before = torch.get_default_dtype()
@@ -340,7 +340,7 @@ def test_the_default_dtype_has_no_say(default: torch.dtype) -> None:
 @pytest.mark.parametrize("max_iterations", [None, 0, 10])
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 4), (0,), (3, 0)], ids=str)
 def test_zeros_and_empty_give_zero(shape: tuple[int, ...], max_iterations: int | None, signed: bool) -> None:
-    """Nothing to clip: 0, not NaN."""
+    """Zeros and empty tensors give 0, not NaN."""
     assert scalar(octav_clip(torch.zeros(shape), 4, signed=signed, max_iterations=max_iterations)) == 0.0
 
 
@@ -406,7 +406,7 @@ def test_ends_of_float32(name: str, num_bits: int) -> None:
 def test_not_finite_raises_and_names_the_shape(
     value: float, signed: bool, dim: int | tuple[int, int] | None, max_iterations: int | None
 ) -> None:
-    """NaN or Inf anywhere is the caller's error and says in which shape."""
+    """NaN or Inf raises an error with the shape."""
     x = torch.ones(3, 5)
     x[1, 2] = value
     with pytest.raises(ValueError, match=r"3, 5"):

@@ -46,7 +46,7 @@ def test_percentile_equals_the_twin(family: str, percentile: float, signed: bool
 
 @pytest.mark.parametrize("size", [10, 1000, 30_000])
 def test_percentile_at_a_rank_without_remainder(size: int) -> None:
-    """99.9 % of 1000 elements is rank 999, not 1000: no float error may tip it over."""
+    """99.9 % of 1000 elements is rank 999, not 1000, in spite of floating-point error."""
     x = torch.arange(1, size + 1, dtype=torch.float32)
     for percentile in (10, 70, 90, 99.9, 99.99):
         expected = twins.percentile_clip_twin(x, percentile)
@@ -77,7 +77,7 @@ def test_a_tensor_that_is_no_sign_is_refused(rule: Callable[..., torch.Tensor], 
 @pytest.mark.parametrize("percentile", [0.001, 10, 50, 90, 99.9, 99.99, 100], ids=str)
 @pytest.mark.parametrize("family", twins.FAMILIES)
 def test_a_percentile_of_many_elements(family: str, percentile: float, signed: bool) -> None:
-    """Which is read off their magnitude table, is in the twin's bin: the upper 16 bits are the same."""
+    """Percentiles from a magnitude table are in the twin's bin: the upper 16 bits are equal."""
     x = tensor(family, 100_001)
     expected = torch.tensor(twins.percentile_clip_twin(x, percentile, signed), dtype=torch.float32)
     got = percentile_clip(x, 4, signed=signed, percentile=percentile)
@@ -88,7 +88,7 @@ def test_a_percentile_of_many_elements(family: str, percentile: float, signed: b
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_bin_in_a_table_is_exact(default: torch.dtype) -> None:
-    """Whatever the default dtype: of this many elements float32 does not hold the rank."""
+    """For every default dtype; float32 cannot represent the rank for this many elements."""
     number = 123_456_789
     table = torch.zeros(2, 2, 1 << 15, dtype=torch.int64)
     for largest, expected in ((12_345, 0.0), (12_346, 5.0)):  # 99.99 % of them, rounded up, is all but 12345

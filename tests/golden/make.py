@@ -1,4 +1,4 @@
-"""Golden checkpoints: what this version of the format wrote, kept for all later versions to read.
+"""Golden checkpoints: files written by each format version, which all later versions must read.
 
 ``python -m tests.golden.make`` writes ``v<format version>/<case>/`` beside this file: a checkpoint, and in
 ``expected.json`` what a reader has to get from it. Folders that exist are never written again: a change of the format
@@ -60,7 +60,7 @@ def frozen(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def static(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with all clips frozen, and then with other weights, as after training."""
+    """The model with all clips frozen and then changed weights, as after training."""
     calibrate_octav(model, [batch_of(model)], weights=True, progress_bar=False)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -120,7 +120,7 @@ def expected_of(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[
 
 
 def main() -> None:
-    """Write the cases of this version that are not there yet."""
+    """Write the missing cases of this version."""
     for case, make in CASES.items():
         folder = HERE / f"v{FORMAT_VERSION}" / case
         if folder.exists():

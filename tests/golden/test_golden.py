@@ -1,4 +1,4 @@
-"""Checkpoints written by every version of the format up to this one are read as they were meant."""
+"""Checkpoints of every format version up to this one are read correctly."""
 
 from __future__ import annotations
 

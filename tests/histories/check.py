@@ -1,4 +1,4 @@
-"""What must hold after each step of a history."""
+"""The conditions that must hold after each step of a history."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Batch = dict[str, Any]
 
 
 class Broken(AssertionError):
-    """What must hold does not; the first argument says what, in words that are the same for every model."""
+    """A condition does not hold; the first argument names it, in the same words for every model."""
 
     def __init__(self, what: str, details: str = ""):
         super().__init__(what, details)
@@ -79,7 +79,7 @@ def rows(model: nn.Module) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Picture:
-    """All that a failed call must leave as it was."""
+    """Everything that a failed call must not change."""
 
     state: dict[str, Tensor]
     classes: dict[str, type]
@@ -104,7 +104,7 @@ class Picture:
         )
 
     def difference(self, other: Picture) -> str:
-        """The first part that differs, and where; empty if none does."""
+        """The first difference and its place; empty if there is none."""
         for part in ("state", "classes", "settings", "config", "flags", "modes"):
             mine, others = getattr(self, part), getattr(other, part)
             for name in [*mine, *(name for name in others if name not in mine)]:
@@ -137,7 +137,7 @@ def check_finite(found: tuple[Tensor, ...]) -> None:
 
 
 def call(function: Callable[[], Any], what: str, *, refuses: bool = True) -> tuple[Any, Exception | None]:
-    """The result of ``function``, or what it raised; ``Broken`` if that is no refusal."""
+    """The result of ``function`` or its refusal; ``Broken`` for other errors."""
     try:
         return function(), None
     except Broken:

@@ -31,12 +31,12 @@ def resize(subject: Subject, rows: int = ROWS + 3) -> None:
 
 
 FIXED_HEADS = ("lm_head", "qa_outputs")
-"""The heads whose number of outputs is no choice."""
+"""The heads whose number of outputs cannot be chosen."""
 
 
 @action(4, like=[True, False])
 def replace_head(subject: Subject, like: bool = True) -> None:
-    """Another ``nn.Linear`` in the place of the head; ``like``: with as many outputs."""
+    """Replace the head with another ``nn.Linear``; ``like``: with as many outputs."""
     model, name = subject.model, subject.kind.head
     old = model.get_submodule(name)
     count = old.out_features if like or name in FIXED_HEADS else old.out_features + 3
@@ -58,7 +58,7 @@ def _choose(model: nn.Module, index: int, kind: type[nn.Module] = QuantizedLayer
 
 @action(2, layer=[0, 2, 5, -1, -2])
 def float_layer(subject: Subject, layer: int = 0) -> None:
-    """A float layer with the same weights by hand, in the place of a quantized one."""
+    """Replace a quantized layer with a float layer with the same weights."""
     name, old = _choose(subject.model, layer)
     if type(old.weight) is not nn.Parameter or "Linear" not in type(old).__name__:
         raise ValueError("the history's layer is packed, or not linear")
@@ -70,7 +70,7 @@ def float_layer(subject: Subject, layer: int = 0) -> None:
 
 @action(1)
 def float_part(subject: Subject) -> None:
-    """A float part of the model, attention included, in the place of the quantized one."""
+    """Replace a quantized part of the model, including attention, with a float one."""
     name = subject.path("part")
     bare = remove_octav(copy.deepcopy(subject.model))
     subject.model.set_submodule(name, bare.get_submodule(name))
@@ -78,7 +78,7 @@ def float_part(subject: Subject) -> None:
 
 @action(1, layer=[0, 2, 5, -1])
 def graft(subject: Subject, layer: int = 0) -> None:
-    """A layer that is quantized to 8 bits as a part of another model, in the place of a quantized one."""
+    """Replace a quantized layer with one from another model that is quantized to 8 bits."""
     name, _ = _choose(subject.model, layer)
     other = subject.kind.make().to(subject.model.dtype)
     apply_octav(other, OctavConfig(weight_bits=8, activation_bits=8, embedding_bits=8))
@@ -120,14 +120,14 @@ _SETTINGS = [("num_bits", 8), ("num_bits", 3), ("clip", "max"), ("gradient_estim
 def change_quantizer(
     subject: Subject, operand: str = "weight", layer: int = 0, setting: tuple[str, Any] = _SETTINGS[0]
 ) -> None:
-    """Another value of an attribute of a quantizer by hand."""
+    """Change an attribute of a quantizer."""
     quantizer = _quantizer(subject, operand, layer)
     setattr(quantizer, *setting)
 
 
 @action(2, operand=["weight", "input", "query"], layer=[0, 2, 5, -1], new=["identity", "identity", "max"])
 def replace_quantizer(subject: Subject, operand: str = "weight", layer: int = 0, new: str = "identity") -> None:
-    """Another quantizer, or none, by hand."""
+    """Replace a quantizer with another one or with none."""
     _quantizer(subject, operand, layer)
     _, owner = _owner(subject, operand, layer)
     made = nn.Identity() if new == "identity" else FakeQuantize(6, clip="max", gradient_estimator="pwl")
@@ -139,7 +139,7 @@ def _owner(subject: Subject, operand: str, layer: int) -> tuple[str, Any]:
 
 
 def _quantizer(subject: Subject, operand: str, layer: int) -> FakeQuantize:
-    """One that computes its clips from the data; what is frozen or packed goes with its settings."""
+    """A quantizer with dynamic clips; frozen and packed ones are left out."""
     _, owner = _owner(subject, operand, layer)
     quantizer = getattr(owner, f"{operand}_quantizer", None)
     if not isinstance(quantizer, FakeQuantize) or quantizer.is_frozen or list(quantizer.buffers()):
@@ -149,7 +149,7 @@ def _quantizer(subject: Subject, operand: str, layer: int) -> FakeQuantize:
 
 @action(3, dtype=["bfloat16", "float64", "half()"])
 def cast(subject: Subject, dtype: str = "bfloat16") -> None:
-    """Another dtype, but for buffers that are not saved, such as Llama's frequencies, which come back as they were."""
+    """Change the dtype, except of buffers that are not saved, such as Llama's frequencies."""
     if subject.model._keep_in_fp32_modules:
         raise ValueError("the history's model is loaded with some parameters in float32, whatever they were")
     cast_saved(subject.model, torch.float16 if dtype == "half()" else getattr(torch, dtype), by_half=dtype == "half()")
@@ -199,7 +199,7 @@ def training_mode(subject: Subject, mode: bool = True) -> None:
 
 @action(1, which=["base", "all", "biases"], on=[False, True])
 def requires_grad(subject: Subject, which: str = "base", on: bool = False) -> None:
-    """Freeze some parameters, or the contrary."""
+    """Freeze or unfreeze some parameters."""
     module = subject.model.base_model if which == "base" else subject.model
     if on and which != "biases" and any(isinstance(layer, PackedLayer) for layer in module.modules()):
         try:  # torch goes through the parameters one by one, up to the first packed weight
@@ -224,7 +224,7 @@ _WRITES: dict[str, Callable[[Tensor], Any]] = {
 
 @action(3, layer=[0, 2, 5, -1], how=[*_WRITES, "assign"])
 def write(subject: Subject, layer: int = 0, how: str = "mul_") -> None:
-    """Write into a weight: that must take effect, or raise."""
+    """Write into a weight, which must take effect or raise an error."""
     name, module = _choose(subject.model, layer)
     if how == "assign":
         module.weight = nn.Parameter(torch.ones_like(module.weight))

@@ -21,7 +21,7 @@ MAX_STEPS = 6
 
 
 class Step:
-    """One step, by the name of its function in ``steps``, with arguments."""
+    """One step: the name of its function in ``steps``, and arguments."""
 
     def __init__(self, name: str, **arguments: Any):
         self.name, self.arguments = name, arguments
@@ -33,7 +33,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Failure:
-    """What did not hold, after which step of which history."""
+    """The condition that did not hold, and the step and history."""
 
     history: History
     what: str
@@ -41,7 +41,7 @@ class Failure:
 
     @property
     def kind(self) -> str:
-        """Equal for failures that are likely to have one cause."""
+        """Equal for failures that probably have the same cause."""
         message = re.sub(r"\d+|'[^']*'|\S+\.\S+", "…", self.details)[:90]
         return f"{self.what} [{self.history.steps[-1].name if self.history.steps else ''}] {message}"
 
@@ -60,7 +60,7 @@ class History:
 
     @classmethod
     def drawn(cls, number: int, seed: int = 0) -> History:
-        """The history of that number, always the same."""
+        """The history with this number; always the same."""
         random = Random(f"{seed} {number}")
         kind = random.choice(list(KINDS))
         names, weights = list(ACTIONS), [each.weight for each in ACTIONS.values()]
@@ -104,7 +104,7 @@ class History:
         return counts
 
     def failure(self) -> Failure | None:
-        """Run it; what fails, with the steps until then."""
+        """Run the history; returns the failure with the steps up to it."""
         try:
             self.run()
         except Broken as broken:
@@ -112,7 +112,7 @@ class History:
         return None
 
     def shortened(self) -> Failure | None:
-        """A failure of the same sort by fewer steps with fewer arguments."""
+        """A failure of the same kind with fewer steps and arguments."""
         found = self.failure()
         if found is None:
             return None
@@ -139,14 +139,14 @@ class History:
 
 @dataclass
 class Counts:
-    """How many steps did something, and how many were refused."""
+    """Number of steps that succeeded, and number of refused steps."""
 
     done: int = 0
     refused: int = 0
 
 
 def _raised_here(error: Exception) -> bool:
-    """Whether the package or the history raised it, and not something that they call."""
+    """Whether the package or the history itself raised the error."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

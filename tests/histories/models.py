@@ -1,4 +1,4 @@
-"""The small models that histories begin with."""
+"""The small models with which histories start."""
 
 from __future__ import annotations
 

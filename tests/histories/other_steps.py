@@ -24,7 +24,7 @@ from .subject import Arguments, Subject, action, has_adapters
 
 @action(2, how=["deepcopy", "pickle", "average"])
 def copied(subject: Subject, how: str = "deepcopy") -> None:
-    """Go on with a copy. Later steps must not reach the original."""
+    """Continue with a copy; later steps must not change the original."""
     before = subject.picture()
     pair = subject.outer, subject.model
     if how == "deepcopy":
@@ -46,7 +46,7 @@ def copied(subject: Subject, how: str = "deepcopy") -> None:
 
 
 class Own(nn.Module):
-    """A user's module around a model, with a layer of its own."""
+    """A user's wrapper of a model, with its own layer."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -97,7 +97,7 @@ def wrap(subject: Subject, how: str = "own") -> None:
 
 @action(3, targets=["some", "all"], save_head=[False, False, True])
 def lora(subject: Subject, targets: str = "some", save_head: bool = False) -> None:
-    """PEFT's LoRA; ``save_head``: a copy of the head is trained beside it."""
+    """PEFT's LoRA; with ``save_head``, a copy of the head is trained too."""
     if isinstance(subject.outer, peft.PeftModel) or subject.outer is not subject.model:
         raise ValueError("the history's model is wrapped already")
     head = subject.kind.head.split(".")[0]
@@ -125,7 +125,7 @@ def lora(subject: Subject, targets: str = "some", save_head: bool = False) -> No
 
 @action(4, how=["merge", "merge", "unload"])
 def end_lora(subject: Subject, how: str = "merge") -> None:
-    """``merge_and_unload``, which must add the adapter's part to the weights, or ``unload``."""
+    """``merge_and_unload``, which must add the adapter to the weights, or ``unload``."""
     if not isinstance(subject.outer, peft.PeftModel):
         raise ValueError("the history's model has no adapter")
     if len({parameter.dtype for parameter in subject.outer.parameters()}) > 1:
@@ -144,7 +144,7 @@ def end_lora(subject: Subject, how: str = "merge") -> None:
 
 @action(3, earlier=[-1, -2, 0], into=["current", "fresh"], strict=[True, False])
 def resume(subject: Subject, earlier: int = -1, into: str = "current", strict: bool = True) -> None:
-    """Load an earlier state dict: the outputs are then the earlier ones, or the call says what it did not load."""
+    """Load an earlier state dict: the outputs are the earlier ones, or the call reports what it did not load."""
     pictures = subject.earlier[:-1] or subject.earlier
     picture = pictures[earlier % len(pictures)]
     if into == "current":
@@ -185,7 +185,7 @@ def _save(subject: Subject, folder: str, how: str) -> None:
 
 @action(4, how=_SAVES, options=[{}, {}, {"device_map": "cpu"}, {"dtype": torch.float64}])
 def load(subject: Subject, how: str = "plain", options: Arguments | None = None) -> None:
-    """Save, and go on with what ``from_pretrained`` gives."""
+    """Save the model, and continue with the result of ``from_pretrained``."""
     if has_adapters(subject.model):
         raise ValueError("the history's model has adapters")
     saved_and_loaded(subject.model, subject.batch, lambda folder: _save(subject, folder, how), is_empty=how != "over")
@@ -196,7 +196,7 @@ def load(subject: Subject, how: str = "plain", options: Arguments | None = None)
 
 @action(4, other=["base", "head", "num_labels"], go_on=[False, True])
 def load_as(subject: Subject, other: str = "base", go_on: bool = False) -> None:
-    """Load as another class, or with another number of labels: the common part is the same, the rest is sound."""
+    """Load as another class or with another number of labels: the common part is equal, the rest is valid."""
     kind, batch = subject.kind, base_batch(subject)
     if other == "num_labels" and kind.head in FIXED_HEADS:
         other = "head"
@@ -235,7 +235,7 @@ def load_as(subject: Subject, other: str = "base", go_on: bool = False) -> None:
 
 @action(2, bits=[None, 8, 3])
 def sibling(subject: Subject, bits: int | None = None) -> None:
-    """Another model made from the same config object; float, or with other bits. Saving either gives that one."""
+    """Create another model from the same config object, float or with other bits; both can be saved correctly."""
     model = type(subject.model)(subject.model.config).eval()
     if bits is not None:
         apply_octav(model, OctavConfig(weight_bits=bits, activation_bits=bits))

@@ -23,7 +23,7 @@ from .subject import Arguments, Subject, action
 
 
 def _draw_config(random: Random, kind: Kind) -> Arguments:
-    """Some fields of an ``OctavConfig`` that are not as by default."""
+    """Some fields of an ``OctavConfig`` with values other than the defaults."""
     bits = [2, 3, 4, 5, 6, 8, None]
     rules = ["octav", "mse", "max"]
     layer = random.choice([*kind.layers, f"*{kind.head}"])

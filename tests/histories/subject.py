@@ -1,4 +1,4 @@
-"""What a history is about, and the registry of its steps."""
+"""The subject of a history, and the registry of steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 @dataclass
 class Subject:
-    """What a history is about.
+    """The subject of a history.
 
     Attributes:
         model: the Transformers model.
@@ -46,7 +46,7 @@ class Subject:
     others: list[tuple[str, PreTrainedModel, Picture]] = field(default_factory=list)
 
     def check_saving(self, model: PreTrainedModel) -> Picture:
-        """Save and load ``model``; one with adapters but no quantized module is up to Transformers and PEFT."""
+        """Save and load ``model``; a model with adapters and without quantized modules is left out."""
         quantized = any(isinstance(module, QuantizedLayer | QuantizedAttention) for module in model.modules())
         if has_adapters(model) and not quantized:
             return Picture.of(model, self.batch)
@@ -99,7 +99,7 @@ PACKAGE_CALLS = ("apply", "calibrate", "uncalibrate", "pack", "unpack", "remove"
 def action(
     weight: int = 1, draw: Callable[[Random, Kind], Arguments] | None = None, **choices: list[Any]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: register a function of a subject and arguments, each drawn from its choices.
+    """Decorator: register a function of a subject and of arguments, which are drawn from choices.
 
     Arguments that are the first choice are left out, so that what is printed is short.
     """

@@ -1,4 +1,4 @@
-"""The hub, its users, and fresh processes that talk to it."""
+"""Fixtures: the hub, its users, and processes that talk to it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def hub() -> Iterator[LoopbackHub]:
 def run_script(
     hub: LoopbackHub, home: Path, script: str, *arguments: object, token: str | None = None, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Python script in a process of its own that knows this hub and no other.
+    """Run a Python script in a separate process that knows only this hub.
 
     Args:
         hub: where the client pushes to and loads from.

@@ -1,4 +1,4 @@
-"""What the tests push: small random models in every form, and a tokenizer for the example's questions."""
+"""Small random models in every form, and a tokenizer for the example's questions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
 def batch(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Two sequences, the second of which is padded."""
+    """Two sequences; the second one is padded."""
     ids = torch.randint(4, 100, (2, 16), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     mask[1, 10:] = 0

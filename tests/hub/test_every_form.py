@@ -1,4 +1,4 @@
-"""Bits 2 to 8, float32 and bfloat16, dynamic and frozen clips, packed: pushed, and the same in another process."""
+"""Bits 2 to 8, float32 and bfloat16, dynamic and frozen clips, packed: pushed, and equal in another process."""
 
 from __future__ import annotations
 

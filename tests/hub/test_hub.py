@@ -1,4 +1,4 @@
-"""Pushing to a Hub and loading from it, by the real client over HTTP: names, rights, revisions, and what goes wrong."""
+"""Pushing to and loading from a Hub with the real client over HTTP: names, rights, revisions, and faults."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ torch.save(loaded, sys.argv[2])
 
 @pytest.fixture(scope="module")
 def pushed(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> LoopbackHub:
-    """The hub, after a process has pushed to it."""
+    """The hub after a process has pushed to it."""
     run_script(hub, tmp_path_factory.mktemp("home"), PUSH, token=ADA)
     return hub
 
@@ -177,7 +177,7 @@ make("packed", seed=int(seed)).push_to_hub(repo)
 
 
 def logits_of_the_files(hub: LoopbackHub, repo: str, folder: Path) -> torch.Tensor:
-    """Those of the model that is loaded from a repository's files."""
+    """The logits of the model loaded from the files of a repository."""
     folder.mkdir()
     for path, content in hub.files(repo).items():
         (folder / path).write_bytes(content)

@@ -1,4 +1,4 @@
-"""The card says what the config, the modules and the run say, and its example loads the model."""
+"""The card matches the config, the modules and the run, and its example loads the model."""
 
 import copy
 import json
@@ -73,15 +73,15 @@ def test_it_says_what_the_config_says(small_bert: MakeBert, padded_batch: dict) 
     model = apply_octav(small_bert(), config)
     dynamic = model_card(model).text
     for fact in (
-        "weights at 3 bits, activations at 5 bits",
+        "weights with 3 bits, activations with 5 bits",
         "| weights | 3 bits, clip `max` per channel |",
-        "| activations | 5 bits, clip `percentile`, percentile=99.5 per tensor, recomputed at every forward pass |",
+        "| activations | 5 bits, clip `percentile`, percentile=99.5 per tensor, recomputed in every forward pass |",
         "| embeddings | floating point |",
         "| gradients | `ste` for weights, `pwl` for activations |",
         "| form | training form |",
         "| excluded | `qa_outputs` |",
         "| override for `*.query` | weight_bits=8 |",
-        "loads the plain floating-point model",
+        "loads the floating-point model",
         *coverage_report(model).summary().splitlines(),
     ):
         assert fact in dynamic, fact
@@ -144,7 +144,7 @@ def test_the_same_model_and_run_give_the_same_text(small_bert: MakeBert) -> None
 
 def test_a_model_that_is_not_quantized_has_no_card(small_bert: MakeBert) -> None:
     for model in (small_bert(), remove_octav(apply_octav(small_bert(), OctavConfig()))):
-        with pytest.raises(ValueError, match="not a Transformers model that apply_octav quantized"):
+        with pytest.raises(ValueError, match="not a Transformers model quantized by apply_octav"):
             model_card(model)
     with pytest.raises(ValueError, match="Sequential is not a Transformers model"):
         model_card(apply_octav(nn.Sequential(nn.Linear(3, 3)), OctavConfig()))
@@ -159,7 +159,7 @@ def test_a_run_comes_back_from_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON file"),
+        ("{", "is not a JSON file"),
         ("[]", "must be a JSON object with fields of base_model"),
         ('{"f1": 1}', "must be a JSON object with fields of base_model"),
         ('{"metrics": {"f1": "good"}}', r"metrics\['f1'\] must be a finite number, got 'good'"),
@@ -276,7 +276,7 @@ def test_a_readme_that_is_no_card_is_named(small_bert: MakeBert, tmp_path: Path)
         "---\n1: 2\n---\nThis model card has been automatically generated.",
     ):
         (tmp_path / "README.md").write_text(text)
-        with pytest.raises(ValueError, match=r"README.md: its metadata cannot be read; mend or remove it"):
+        with pytest.raises(ValueError, match=r"README.md: its metadata cannot be read; correct or remove it"):
             write_card(tmp_path, new)
         assert (tmp_path / "README.md").read_text() == text
 

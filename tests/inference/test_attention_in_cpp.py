@@ -1,4 +1,4 @@
-"""Attention on integers in C++ against int64 sums and a softmax in float64."""
+"""Integer attention in C++ against int64 sums and a float64 softmax."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Codes in C++ are those of the torch operations, and these the integers of fake quantization."""
+"""Codes in C++ equal those of the torch operations, which equal the integers of fake quantization."""
 
 import pytest
 import torch

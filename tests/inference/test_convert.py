@@ -1,4 +1,4 @@
-"""``convert_octav`` on a model: its answers, and what else can be done with the model then."""
+"""``convert_octav`` on a model: its outputs, and what can be done with the model afterwards."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def model(small_bert: MakeBert) -> BertForQuestionAnswering:
 
 
 def codes_of(model: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """The integers that each quantizer gives in a forward pass, whether values or codes are asked for."""
+    """The integers of each quantizer in a forward pass, whether it returns values or codes."""
     found: dict[str, list[torch.Tensor]] = {}
 
     def take(name: str, quantizer: FakeQuantize, output: object) -> None:
@@ -163,7 +163,7 @@ def test_coverage(model: BertForQuestionAnswering) -> None:
     report = coverage_report(convert_octav(model))
     modules = {name for name, m in model.named_modules() if isinstance(m, PackedLayer | QuantizedAttention)}
     assert {row.module for row in report if row.arithmetic.startswith("integers")} == modules
-    assert f"{len(modules)} of {len(modules)} modules multiply integers" in report.summary()
+    assert f"{len(modules)} of {len(modules)} modules compute integer matmuls" in report.summary()
     assert "integers" in str(report)
     check = check_coverage(model, batch())
     assert check == []
@@ -176,7 +176,7 @@ def test_what_stays_in_float_is_listed(small_bert: MakeBert) -> None:
     report = coverage_report(convert_octav(model))
     (weight,) = (row for row in report if row.module == "qa_outputs" and row.operand == "weight")
     assert (weight.bits, weight.arithmetic) == (4, "")
-    assert "12 of 13 modules multiply integers" in report.summary()
+    assert "12 of 13 modules compute integer matmuls" in report.summary()
     assert "values" in str(report)
     logits(model, batch())
 

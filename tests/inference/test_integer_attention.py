@@ -1,4 +1,4 @@
-"""Attention on integers, by every function that can multiply: the sums are int64's, the result that of float64."""
+"""Integer attention with every matmul function: sums equal int64 sums, results equal float64 results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -133,7 +133,7 @@ def test_equal_to_multiplying_the_values(
 @pytest.mark.parametrize("num_bits", [8, 4])
 @pytest.mark.parametrize("attend", [sdpa, masked, biased, causal, grouped])
 def test_fused(attend: Attend, num_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one frozen clip for each operand, C++ computes the whole."""
+    """With one frozen clip per operand, C++ computes the whole attention."""
     modules = quantizers(num_bits, "tensor")
     for name, quantizer in modules.items():
         quantizer.freeze(FrozenClips(name != "probabilities", torch.tensor([0.7 if name == "probabilities" else 2.1])))

@@ -1,4 +1,4 @@
-"""Products with integer weights: equal to int64 sums, or clearly computed otherwise."""
+"""Matmuls with integer weights equal int64 sums, or the kernel reports that it cannot be exact."""
 
 import warnings
 
@@ -60,7 +60,7 @@ def test_scales_and_bias(kernel: type[Kernel]) -> None:
 
 
 def vpmaddubsw(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Sums as by this instruction: pairs of products in 16 bits, which saturate; int64."""
+    """Sums as computed by this instruction: pairs of products in 16 bits, which saturate; int64."""
     products = codes[:, None] * weight
     return products.unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1).sum(-1)
 
@@ -105,7 +105,7 @@ def test_a_processor_whose_sums_are_wrong_gets_floats_and_one_warning(monkeypatc
     monkeypatch.setattr(integer_matmul, "OneDNN", Wrong)
     monkeypatch.setattr(integer_matmul, "FBGEMM", Wrong)
     codes, weight = integers((8, 8))
-    with pytest.warns(UserWarning, match="no exact kernel") as caught:
+    with pytest.warns(UserWarning, match="no exact integer kernel") as caught:
         kernels = [kernel_for(nn.Linear(1, 1), weight.to(torch.int8), (8, 8), torch.float32) for _ in range(2)]
     assert len(caught) == 1
     assert [type(kernel) for kernel in kernels] == [Float, Float]

@@ -1,4 +1,4 @@
-"""Converted layers against int64 sums of the integers that their quantizers and packed weights stand for."""
+"""Converted layers against int64 sums of the integers of their quantizers and packed weights."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def model_and_input(name: str, config: dict[str, Any]) -> tuple[nn.Module, torch
 
 
 def by_hand(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """The layer's output by int64 sums, in float64, from the values that the quantizers return."""
+    """The layer's output in float64, computed by int64 sums from the quantizers' results."""
     quantizer, packed = layer.input_quantizer, layer.weight_quantizer
     frozen = quantizer.frozen
     grid = quantizer.dynamic_grid(x) if frozen is None else Grid(frozen.signed, frozen.clips[0], frozen.offset)
@@ -66,7 +66,7 @@ def by_hand(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return (sums * step + offset * integers.sum(1)) * scale + (0 if layer.bias is None else layer.bias.double())
 
 
-@pytest.mark.filterwarnings("ignore:Integer products are computed in floating point")
+@pytest.mark.filterwarnings("ignore:Integer matmuls are computed in floating point")
 @pytest.mark.parametrize("frozen", [False, True], ids=["dynamic", "frozen"])
 @pytest.mark.parametrize(("name", "grid"), CASES)
 def test_output_is_that_of_integers(name: str, grid: str, frozen: bool) -> None:
@@ -84,7 +84,7 @@ def test_output_is_that_of_integers(name: str, grid: str, frozen: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "padded to the same size"])
-@pytest.mark.filterwarnings("ignore:Integer products are computed in floating point")
+@pytest.mark.filterwarnings("ignore:Integer matmuls are computed in floating point")
 def test_empty_and_single_inputs(name: str) -> None:
     model, x = model_and_input(name, {})
     layer = convert_octav(calibrate_octav(model, [(x,)], weights=True))[0]
@@ -102,7 +102,7 @@ def test_a_sign_that_the_data_decide() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.filterwarnings("ignore:Integer products are computed in floating point")
+@pytest.mark.filterwarnings("ignore:Integer matmuls are computed in floating point")
 def test_other_dtypes(dtype: torch.dtype) -> None:
     model, x = model_and_input("linear", {"weight_bits": 4, "activation_bits": 8})
     model, x = model.to(dtype), x.to(dtype)

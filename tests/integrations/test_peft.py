@@ -1,4 +1,4 @@
-"""PEFT's LoRA, on top of a quantized model and underneath one."""
+"""PEFT's LoRA, added to a quantized model and to a model that is then quantized."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def train(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
-    """Two steps of gradient descent on what asks for a gradient."""
+    """Two steps of gradient descent on all trainable parameters."""
     optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
@@ -153,7 +153,7 @@ def test_frozen_clips_of_a_quantized_model_with_adapters_come_back(
 def test_freezing_under_adapters_warns(
     small_bert: MakeBert, padded_batch: dict, caplog: pytest.LogCaptureFixture, added_by: str, weights: bool
 ) -> None:
-    """Their checkpoints are the adapters alone."""
+    """Their checkpoints contain only the adapters."""
     base = apply_octav(small_bert(), OctavConfig())
     calibrate_octav(base, [padded_batch], weights=True, progress_bar=False)
     assert not caplog.records
@@ -162,7 +162,7 @@ def test_freezing_under_adapters_warns(
         base.add_adapter(lora(["query"]))
     calibrate_octav(model, None if weights else [padded_batch], weights=weights, progress_bar=False)
     (record,) = caplog.records
-    assert "checkpoints have no frozen clips of the base model" in record.getMessage()
+    assert "checkpoints do not contain the frozen clips of the base model" in record.getMessage()
 
 
 @pytest.mark.parametrize("modules_to_save", [None, ["qa_outputs"]])
@@ -172,7 +172,7 @@ def test_a_base_model_with_adapters_around_its_layers_is_not_saved(
     model = apply_octav(small_bert(), OctavConfig())
     config = peft.LoraConfig(target_modules=["query"], modules_to_save=modules_to_save, r=2)
     adapted = peft.get_peft_model(model, config)
-    with pytest.raises(ValueError, match=r"self\.query.*save adapters by their own save_pretrained, or merge"):
+    with pytest.raises(ValueError, match=r"self\.query.*save adapters with their own save_pretrained, or merge"):
         model.save_pretrained(tmp_path / "base")
     assert not (tmp_path / "base").exists()
     adapted.unload().save_pretrained(tmp_path / "base")
@@ -242,7 +242,7 @@ def test_adapters_on_a_packed_model_train(small_bert: MakeBert, padded_batch: di
 
 @pytest.mark.versions
 def test_a_packed_layer_is_not_saved_as_trained(small_bert: MakeBert) -> None:
-    """``modules_to_save`` copies a layer, or a head of several, for training; only its biases would change."""
+    """``modules_to_save`` copies a layer, or a head with several, for training; only its biases would change."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     torch.manual_seed(0)
     roberta = RobertaForSequenceClassification(RobertaConfig(vocab_size=100, **sizes))

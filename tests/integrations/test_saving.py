@@ -1,4 +1,4 @@
-"""What is saved is what the modules of the saved model are, whatever ``apply_octav`` was called on."""
+"""Saved files describe the modules of the saved model, whatever ``apply_octav`` was called on."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ class ReadsWeights(BertForSequenceClassification):
 
 def test_a_class_that_cannot_be_loaded(tmp_path: Path) -> None:
     model = apply_octav(ReadsWeights(bert_config()))
-    with pytest.raises(ValueError, match=r"ReadsWeights cannot be saved, since loading it would fail: .*meta"):
+    with pytest.raises(ValueError, match=r"ReadsWeights cannot be saved, because loading it would fail: .*meta"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
@@ -216,7 +216,7 @@ def test_a_state_dict_of_another_form_is_refused_before_anything_is_written(tmp_
     frozen = calibrate_octav(copy.deepcopy(model), weights=True)
     packed = pack_octav(copy.deepcopy(model))
     for saved, state_dict, message in (
-        (frozen, weights, r"clips of its weight are frozen, and the given state_dict has none"),
+        (frozen, weights, r"clips of its weight are frozen, but the given state_dict has none"),
         (packed, weights, r"call octav_hf\.unpack_octav"),
         (model, packed.state_dict(), r"call octav_hf\.pack_octav"),
     ):
@@ -289,11 +289,11 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "a layer that was left out": (
         lambda model: setattr(model.bert.encoder, "layer", model.bert.encoder.layer[:1]),
-        r"bert\.encoder\.layer: it has 1 modules, and 2 by the model's config; .*num_hidden_layers",
+        r"bert\.encoder\.layer: it has 1 modules, but 2 according to the model's config; .*num_hidden_layers",
     ),
     "other labels than in the config": (
         lambda model: setattr(model, "classifier", nn.Linear(16, 5)),
-        r"classifier: its weight has shape \(5, 16\), and \(2, 16\) by the model's config; .*num_labels",
+        r"classifier: its weight has shape \(5, 16\), but \(2, 16\) according to the model's config; .*num_labels",
     ),
     "a quantizer of another class": (
         lambda model: setattr(model.classifier, "input_quantizer", nn.Dropout()),
@@ -305,7 +305,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "a signed grid for probabilities": (
         lambda model: setattr(model.bert.encoder.layer[0].attention.self.probabilities_quantizer, "signed", True),
-        r"layer\.0\.attention\.self: the quantizer of its probabilities .* would not come back",
+        r"layer\.0\.attention\.self: the quantizer of its probabilities .* would not be restored",
     ),
 }
 

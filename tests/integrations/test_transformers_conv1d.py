@@ -1,4 +1,4 @@
-"""Transformers' Conv1D computes what a linear layer with the transposed weight does, and comes back as it was."""
+"""Transformers' Conv1D equals a linear layer with the transposed weight, and is restored correctly."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Transformers' own ways: from_pretrained, save_pretrained, Trainer, with nothing but the one line added."""
+"""Transformers' own functions: from_pretrained, save_pretrained and Trainer, with only the import added."""
 
 import copy
 import json
@@ -74,7 +74,7 @@ def test_saved_and_loaded_gives_bit_identical_logits(small_bert: MakeBert, padde
 def test_a_state_dict_that_is_given_is_what_is_saved(
     small_bert: MakeBert, padded_batch: dict, tmp_path: Path, packed: bool, by_name: bool
 ) -> None:
-    """As Trainer gives it of a model that is sharded; Transformers by itself drops it for a quantized model."""
+    """A state dict as Trainer passes it for a sharded model; Transformers drops it for other quantized models."""
     model, other = (apply_octav(small_bert(), OctavConfig()) for _ in range(2))
     with torch.no_grad():
         for parameter in other.parameters():
@@ -155,6 +155,7 @@ def trainer(model: nn.Module, output_dir: Path, **arguments: object) -> Trainer:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 def test_trainer_trains_saves_and_resumes_exactly(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     straight = trainer(apply_octav(small_bert(), OctavConfig()), tmp_path / "straight")
@@ -171,12 +172,13 @@ def test_trainer_trains_saves_and_resumes_exactly(small_bert: MakeBert, padded_b
     assert torch.equal(logits(loaded, padded_batch), logits(straight.model.eval(), padded_batch))
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 @pytest.mark.parametrize("applied_after_loading", [True, False])
 def test_training_that_started_from_berts_old_names_resumes_exactly(
     float_checkpoint: Path, tmp_path: Path, applied_after_loading: bool
 ) -> None:
-    """As in BERT's own files; Trainer would not find them in its checkpoints."""
+    """Legacy names as in BERT's own files, which Trainer would not find in its checkpoints."""
     file = float_checkpoint / "model.safetensors"
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     tensors = {re.sub("|".join(old), lambda name: old[name[0]], name): x for name, x in load_file(file).items()}
@@ -194,6 +196,7 @@ def test_training_that_started_from_berts_old_names_resumes_exactly(
         assert torch.equal(value, straight.state_dict()[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 def test_frozen_clips_are_saved_loaded_and_trained_on(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     other = {"input_ids": padded_batch["input_ids"][:, :7]}
@@ -234,6 +237,7 @@ class Freeze(TrainerCallback):
             calibrate_octav(model, [self.batch], weights=True, progress_bar=False)
 
 
+@pytest.mark.slow
 def test_clips_frozen_during_training_are_resumed(small_bert: MakeBert, padded_batch: dict, tmp_path: Path) -> None:
     models = [apply_octav(small_bert(), OctavConfig()) for _ in range(2)]
     trainers = [trainer(model, tmp_path) for model in models]
@@ -250,7 +254,7 @@ def test_clips_frozen_during_training_are_resumed(small_bert: MakeBert, padded_b
 def test_the_best_model_has_the_clips_that_it_was_evaluated_with(
     small_bert: MakeBert, padded_batch: dict, tmp_path: Path
 ) -> None:
-    """Whether it is of a step before the freezing or after it."""
+    """Checkpoints of steps before and after freezing."""
     model = apply_octav(small_bert(), OctavConfig())
     training = trainer(model, tmp_path)
     training.add_callback(Freeze(padded_batch, 4))

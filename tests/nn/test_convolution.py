@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def padded_indices(size: int, padding: int, mode: str) -> Array:
-    """For each padded position the position that its value comes from, -1 for a zero."""
+    """For each padded position, the position of its value; -1 for a zero."""
     if mode == "zeros":
         return np.pad(np.arange(size), padding, constant_values=-1)
     return np.pad(np.arange(size), padding, mode=PAD_MODES[mode])

@@ -20,7 +20,7 @@ def quantized(embedding: nn.Embedding) -> nn.Embedding:
 
 
 def test_rows_and_gradients_are_those_of_the_quantized_table() -> None:
-    """Token 5 comes twice, token 2 is padding, token 0 is all zero and token 7 is not looked up."""
+    """Token 5 occurs twice, token 2 is padding, the row of token 0 is zero, and token 7 is not looked up."""
     torch.manual_seed(0)
     layer = nn.Embedding(8, 12, padding_idx=2)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The quantizer module and the linear layer made of two of them."""
+"""The quantizer module, and the linear layer with two of them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the quantizer does with frozen clips, and how observed clips become frozen ones."""
+"""Quantizers with frozen clips, and freezing observed clips."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Operations(TorchDispatchMode):
 
 
 def frozen(*clips: float, signed: bool = True, offset: float | None = None, **settings: Any) -> FakeQuantize:
-    """A quantizer with these frozen clips, one a call."""
+    """A quantizer with these frozen clips, one per call."""
     quantizer = FakeQuantize(**{"num_bits": 4} | settings)
     quantizer.freeze(FrozenClips(signed, torch.tensor(clips), None if offset is None else torch.tensor(offset)))
     return quantizer
@@ -146,7 +146,7 @@ def same(clips: FrozenClips | None, signed: bool, *expected: float, offset: floa
 
 
 def observe(signed: bool | None, *tensors: Tensor) -> FrozenClips | None:
-    """What is frozen after calls on these tensors, each on the grid that it would have without an observer."""
+    """The frozen clips after calls on these tensors, each on its dynamic grid."""
     quantizer, dynamic = frozen(9.0), FakeQuantize(4, signed=signed)
     quantizer.signed = signed
     quantizer.observer = MeanObserver(quantizer)

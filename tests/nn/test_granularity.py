@@ -1,4 +1,4 @@
-"""Clips for parts of an operand: their scale factors out of the product, whatever that is called through."""
+"""Granular clips: their scale factors out of the matmul, with every matmul function."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def twin(x: Tensor, operand: str, granularity: str) -> tuple[np.ndarray, np.ndar
 
 
 def attention_twin(query: Tensor, key: Tensor, value: Tensor, granularities: dict[str, str]) -> np.ndarray:
-    """Attention on integer levels, each product scaled afterwards by the outer product of its operands' scales."""
+    """Attention on integer levels; each matmul is scaled by the outer product of its operands' scales."""
     (q, q_step), (k, k_step) = (twin(x, name, granularities[name]) for x, name in ((query, "query"), (key, "key")))
     scores = (q @ k.swapaxes(-1, -2)) * (q_step * np.swapaxes(k_step, -1, -2) if k_step.ndim else q_step * k_step)
     scores = scores / math.sqrt(query.shape[-1])
@@ -120,7 +120,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(("names", "granularities"), PAIRS, ids=str)
 def test_the_scale_of_every_allowed_pair_factors_out(names: tuple[str, str], granularities: tuple[str, str]) -> None:
-    """In float64: the product of what is quantized is that of integers, times one factor for each of its elements."""
+    """In float64, the matmul of quantized operands equals an integer matmul times one factor per element."""
     left, right, value = operands()
     if names[0] == "probabilities":
         left, right = (left @ right.mT).softmax(-1), value
@@ -197,7 +197,7 @@ def test_with_one_clip_a_quantizer_gets_the_operand_as_it_is() -> None:
 def test_operands_come_as_batch_own_and_summed_dimensions(
     call: Callable, shapes: tuple[tuple[int, ...], tuple[int, ...]]
 ) -> None:
-    """So the last dimension is what is summed over; the values come back to where they were."""
+    """The contracted dimension is last, and the result has the original layout."""
     made: list[Tensor] = []
 
     def x(*shape: int) -> Tensor:
@@ -220,7 +220,7 @@ def test_operands_come_as_batch_own_and_summed_dimensions(
 
 
 def test_the_reason_for_every_product_is_what_it_sums_over() -> None:
-    """What is refused is a clip for each element of a summed dimension, and nothing else."""
+    """Exactly the granularities with a clip per element of a contracted dimension are refused."""
     query, key, value = operands()
     scores = match_matmul(torch.matmul, (query, key.mT), {})
     attended = match_matmul(torch.matmul, (scores.call(query, key.mT), value), {})
@@ -269,7 +269,7 @@ def observed(module: FakeQuantize, *calls: Tensor) -> FrozenClips | None:
     [("query", "attn_head"), ("value", "channel"), ("probabilities", "attn_head"), ("key", "token")],
 )
 def test_a_frozen_clip_is_the_mean_over_calls_and_batch_elements(operand: str, granularity: str) -> None:
-    """Of parts that are there in every call; tokens are not, so that theirs is as that of the tensor."""
+    """Parts that exist in every call keep their clips; tokens do not, so they share one."""
     calls = [operands(seed)[0][:size].abs() * (1 + seed) for seed, size in enumerate((2, 1, 2))]
     frozen = observed(quantizer(operand, granularity), *calls)
     signed = operand != "probabilities"
@@ -324,7 +324,7 @@ def test_says_what_its_clips_are_for() -> None:
 
 
 def test_a_frozen_clip_of_tokens_is_checked_as_the_one_that_it_is() -> None:
-    """Tokens on grids of their own are no more levels each than the grid has, and all together many more."""
+    """Each token has at most as many distinct values as the grid, but all tokens together have many more."""
     values = torch.tensor([-1.0, -0.5, 0.0, 0.5]) * torch.tensor([1.0, 2.0, 5.0])[:, None]
     module = quantizer("query", "token", bits=2)
     assert on_grid(values, module)

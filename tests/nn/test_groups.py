@@ -1,4 +1,4 @@
-"""Clips for groups of neighbours: each is that of its own elements alone, and each product is scaled by itself."""
+"""Group clips: each is computed from the elements of its group, and each group's product is scaled separately."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ OPTIONS = {"percentile": {"percentile": 70.0}}
 
 @pytest.fixture(autouse=True)
 def _rule_of_a_user() -> Iterator[None]:
-    """A rule on which zeros, such as those of padding, have an influence."""
+    """A rule that depends on zeros, such as those of padding."""
 
     @register_clip_rule("mean")
     def mean_clip(x: Tensor, num_bits: int, *, signed: bool = True, dim: object = None) -> Tensor:
@@ -67,7 +67,7 @@ def _rule_of_a_user() -> Iterator[None]:
 
 
 def data(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Values of which each group has another size."""
+    """Values with a different magnitude in each group."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (x * torch.linspace(1, 5, x.numel(), dtype=torch.float64).reshape(shape)).to(dtype)
 
@@ -190,7 +190,7 @@ def integers_and_steps(x: Tensor, size: int, signed: bool) -> tuple[np.ndarray, 
 
 
 def product_of_groups(left: Tensor, right: Tensor, size: int, signed: bool = True) -> np.ndarray:
-    """`left @ right.mT`: an integer product for each group, scaled by itself, one after the other added."""
+    """`left @ right.mT`: an integer matmul per group, scaled separately, and added up."""
     (k, alpha), (q, beta) = integers_and_steps(left, size, signed), integers_and_steps(right, size, True)
     result = np.zeros(())
     for number, group in enumerate(slices(left.shape[-1], size)):
@@ -267,7 +267,7 @@ def clips_over_tokens(x: Tensor, signed: bool = True) -> np.ndarray:
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_frozen_clip_of_an_input_is_for_all_tokens(length: int) -> None:
-    """The mean over batch elements and calls, or that of all values."""
+    """The mean over samples and calls, or the clip of all values."""
     calls = [data(tokens, 2, length, seed=tokens) for tokens in (3, 5)]
     quantizer = static()
     frozen = observed(quantizer, MeanObserver, *calls)

@@ -1,4 +1,4 @@
-"""Static clips of the values of several calls together, against references that see all values at once."""
+"""Static clips from the values of several calls, against references that see all values at once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Tensor = torch.Tensor
 
 
 def calls(*shape: int) -> list[Tensor]:
-    """Tensors of several sizes and scales, whose own clips are far from that of all."""
+    """Tensors of several sizes and scales, whose own clips are far from the common clip."""
     generator = torch.Generator().manual_seed(0)
     return [scale * torch.randn(size, *shape, generator=generator) for size, scale in ((40, 1.0), (1, 8.0), (90, 0.3))]
 
 
 def observed(tensors: list[Tensor], per_pass: int = 1, **settings: Any) -> FrozenClips | None:
-    """What is found after these calls, so many in a forward pass, and as many passes over them as are wanted."""
+    """The clips after these calls, with a number of calls per forward pass, and repeated passes if requested."""
     quantizer = FakeQuantize(4, **{"name": "layer input", **settings})
     quantizer.observer = observer = HistogramObserver(quantizer)
     for _ in range(2):
@@ -82,7 +82,7 @@ def test_of_other_dtypes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dims", [(-1,), (-2, -1)], ids=["channels", "heads"])
 def test_each_part_has_the_clip_of_all_its_values(rule: str, dims: tuple[int, ...]) -> None:
-    """Of all calls and batch elements; ``[batch, heads, channels, tokens]``."""
+    """Over all calls and samples; ``[batch, heads, channels, tokens]``."""
     tensors = [tensor * torch.arange(1, 4)[:, None, None] for tensor in calls(3, 5, 30)]
     frozen = observed(tensors, clip=rule, dim=dims, frozen_dim=dims)
     whole = torch.cat(tensors).movedim(0, -1)

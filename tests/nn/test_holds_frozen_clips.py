@@ -1,4 +1,4 @@
-"""Frozen clips in state dicts: which make clips frozen or dynamic, and what cannot be loaded."""
+"""Frozen clips in state dicts: freezing and unfreezing by loading, and invalid clips."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_an_attention_modules_clips(small_bert: MakeBert, padded_batch: dict, gr
 
 
 def test_a_tied_heads_clips(padded_batch: dict) -> None:
-    """A file has the tied weight once, and then the head's bias alone."""
+    """A file contains a tied weight once, and of the head only the bias."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     model = apply_octav(BertForMaskedLM(BertConfig(vocab_size=100, **sizes)).eval())
@@ -211,7 +211,7 @@ def test_a_tied_heads_clips(padded_batch: dict) -> None:
 
 
 class HostWork(TorchDispatchMode):
-    """Counts the tensors that are made from Python numbers, and the numbers that are read from tensors."""
+    """Counts tensors created from Python numbers, and numbers read from tensors."""
 
     made = ("lift_fresh", "full", "new_full", "full_like", "scalar_tensor", "arange", "_local_scalar_dense", "item")
 
@@ -225,6 +225,7 @@ class HostWork(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("granularity", [{}, HEADS], ids=["tensor", "heads"])
 @pytest.mark.parametrize("form", ["training", "packed"])

@@ -1,4 +1,4 @@
-"""Quantizers remember NaN where nothing can raise an error: in compiled graphs, and on devices besides the CPU."""
+"""Quantizers record NaN in compiled graphs and on other devices than the CPU, where no error can be raised."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_compiled_quantizer_remembers(settings: dict[str, object]) -> None:
 
 
 def test_on_another_device_it_remembers_without_a_read() -> None:
-    """On fake CUDA tensors, of which any read of a value is an error."""
+    """On fake CUDA tensors, where every read of a value raises an error."""
     quantizers = [FakeQuantize(4, **settings) for settings in SETTINGS.values()]
     quantizers.append(WeightFakeQuantize(4, dim=1))
     with FakeTensorMode():
@@ -102,7 +102,7 @@ def test_check_finite_of_a_quantizer_without_a_name() -> None:
 
 @pytest.fixture
 def nan_memory() -> Iterator[None]:
-    """Memory that is not written to holds NaN."""
+    """Uninitialized memory contains NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -164,7 +164,7 @@ def test_a_model_made_in_inference_mode_can_be_trained() -> None:
 
 
 def test_a_model_first_compiled_in_inference_mode_can_be_trained() -> None:
-    """Where the flag is made in that graph, as its device is not yet that of the clips."""
+    """The compiled graph creates the flag, because it is not on the device of the clips yet."""
     quantizer = FakeQuantize(4).eval().to("meta")
     torch._dynamo.reset()
     quantize = compiled(quantizer)

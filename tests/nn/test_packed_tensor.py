@@ -1,4 +1,4 @@
-"""The weight of a packed layer: read like the dequantized tensor, and never written to without an error."""
+"""The weight of a packed layer reads like the dequantized tensor, and every write raises an error."""
 
 import copy
 import pickle
@@ -110,7 +110,7 @@ def model() -> nn.Sequential:
 
 @pytest.fixture
 def unchanged(model: nn.Sequential) -> Iterator[None]:
-    """Checks that the model is as it was before the test."""
+    """Checks that the test has not changed the model."""
 
     def described() -> Any:
         values = {name: value.tolist() for name, value in model.state_dict().items()}

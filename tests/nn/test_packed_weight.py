@@ -1,4 +1,4 @@
-"""A packed layer computes what the quantized layer did, from integers and scales that any reader can read."""
+"""A packed layer computes the same as the quantized layer; other programs can read its integers and scales."""
 
 import copy
 import pickle

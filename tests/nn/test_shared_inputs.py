@@ -1,4 +1,4 @@
-"""Layers that read one tensor quantize it once, and never take another's result for their own."""
+"""Layers that read the same tensor quantize it once, and never use a wrong result."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_inference_mode() -> None:
 
 
 def test_query_key_and_value_of_a_model_share(small_bert, padded_batch: dict) -> None:
-    """Seven operands a layer are quantized instead of nine; gradients are those of the model without sharing."""
+    """Seven operands per layer are quantized instead of nine; gradients are the same as without sharing."""
     model = apply_octav(small_bert(), OctavConfig())
     calls: list[tuple[str, bool]] = []
     inputs = [(n, m) for n, m in model.named_modules() if isinstance(m, FakeQuantize) and n.endswith("input_quantizer")]

@@ -1,4 +1,4 @@
-"""In training a weight's clips are computed once for each of its values; elsewhere at every call."""
+"""In training, the clips of a weight are computed once until it changes; otherwise at every call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Tensor = torch.Tensor
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
-    """The weights that octav was called for."""
+    """The weights for which octav was called."""
     seen: list[Tensor] = []
 
     def counted(x: Tensor, *arguments: object, **options: object) -> Tensor:
@@ -41,12 +41,12 @@ def quantizer() -> WeightFakeQuantize:
 
 
 def is_fresh(quantizer: WeightFakeQuantize, weight: Tensor) -> bool:
-    """Whether the quantizer has the clips of the weight as it is."""
+    """Whether the quantizer uses the clips of the current weight."""
     return torch.equal(quantizer.compute_clip(weight), octav_clip(weight, 4, dim=1))
 
 
 def optimizer_step(parameter: nn.Parameter) -> None:
-    """A step of an optimizer of PyTorch that leaves this parameter as it is."""
+    """A step of a PyTorch optimizer that does not change this parameter."""
     torch.optim.SGD([nn.Parameter(torch.ones(2)), parameter], lr=0.1).step()
 
 
@@ -83,13 +83,13 @@ def new_data(weight: nn.Parameter) -> None:
 
 
 def new_data_twice(weight: nn.Parameter) -> None:
-    """The second may be where the first was."""
+    """The second weight may be at the address of the first."""
     weight.data = weight.data * 2
     weight.data = weight.data * 2
 
 
 def uncounted_write_by_an_optimizer(weight: nn.Parameter) -> None:
-    """As DeepSpeed's and FSDP2's, whose own steps are around one of PyTorch's."""
+    """As in DeepSpeed and FSDP2, whose steps contain one of a PyTorch optimizer."""
     optimizer_step(weight)
     weight.data.mul_(3)
 
@@ -130,7 +130,7 @@ def test_a_compiled_optimizer_step_is_a_change(quantizer: WeightFakeQuantize, we
 def test_an_uncounted_write_between_two_passes_of_a_step_is_missed(
     quantizer: WeightFakeQuantize, weight: nn.Parameter
 ) -> None:
-    """The one case, which the docstring names; the next step or change of mode makes up for it."""
+    """The only such case, which the docstring mentions; the next step or change of mode corrects it."""
     quantizer(weight).sum().backward()
     weight.data.mul_(3)
     assert not is_fresh(quantizer, weight)
@@ -144,7 +144,7 @@ def test_an_uncounted_write_between_two_passes_of_a_step_is_missed(
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_a_merge_in_evaluation_is_seen(grad: bool, quantizer: WeightFakeQuantize, weight: nn.Parameter) -> None:
-    """As PEFT merges an adapter, in place through ``.data``."""
+    """As when PEFT merges an adapter, in place through ``.data``."""
     quantizer(weight).sum().backward()
     quantizer.eval()
     for _ in range(2):
@@ -160,7 +160,7 @@ def test_a_merge_in_evaluation_is_seen(grad: bool, quantizer: WeightFakeQuantize
 def test_averaged_weights_are_seen_for_an_evaluation(
     grad: bool, quantizer: WeightFakeQuantize, weight: nn.Parameter
 ) -> None:
-    """Copied into the parameters and back, as an exponential moving average is, in training mode and in eval mode."""
+    """Copied into the parameters and back, like an exponential moving average, in training and evaluation mode."""
     own, average = weight.detach().clone(), weight.detach() * 0.7 + 0.1
     for _ in range(2):
         quantizer(weight).sum().backward()

@@ -51,8 +51,8 @@ def test_clips_have_the_dtype_of_statistics(tmp_path: Path, dtype: str, kept: st
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({LAYER: {"query": {"signed": True, "clips": [1.0]}}}, r"\['query'\] is no quantized activation of Bert"),
-        ({"bert.encoder": {"input": {"signed": True, "clips": [1.0]}}}, "is no quantized activation of Bert"),
+        ({LAYER: {"query": {"signed": True, "clips": [1.0]}}}, r"\['query'\] is not a quantized activation of Bert"),
+        ({"bert.encoder": {"input": {"signed": True, "clips": [1.0]}}}, "is not a quantized activation of Bert"),
         (
             {LAYER: {"input": {"signed": False, "lowest": -0.1, "clips": [1.0]}}},
             rf"\['{LAYER}'\]\['input'\] have an offset.*calibrate_octav",
@@ -74,5 +74,5 @@ def test_packed_files_have_their_own_record_of_the_clips(tmp_path: Path) -> None
     folder = copy_of(
         "packed_3bit_bfloat16_frozen", tmp_path / "v1", qa_outputs={"input": {"signed": True, "clips": [9.0]}}
     )
-    with pytest.raises(ValueError, match="was written with activation_clips=.*bring back the config.json"):
+    with pytest.raises(ValueError, match="was written with activation_clips=.*restore the config.json"):
         BertForQuestionAnswering.from_pretrained(folder)

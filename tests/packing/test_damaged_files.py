@@ -1,4 +1,4 @@
-"""Packed files damaged in 370 ways: each is refused with an error that names the file and what is wrong in it."""
+"""Packed files damaged in 370 ways: each error names the file and the damage."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ FILE = "model.safetensors"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a packed model that nothing is wrong with."""
+    """A folder with an undamaged packed model."""
     from transformers import BertConfig
 
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def error_of(folder: Path) -> str:
-    """What loading the model says; that it loads is a failure."""
+    """The error of loading the model; success is a failure."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the caller matches the message
         AutoModelForQuestionAnswering.from_pretrained(folder)
     message = str(caught.value)
@@ -61,7 +61,7 @@ def error_of(folder: Path) -> str:
 def test_cut_off(copy: Path, seed: int) -> None:
     content = (copy / FILE).read_bytes()
     (copy / FILE).write_bytes(content[: random.Random(seed).randrange(len(content))])
-    assert "cut off or altered" in error_of(copy)
+    assert "truncated or altered" in error_of(copy)
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -201,7 +201,7 @@ def test_a_record_of_another_form_with_its_hash(copy: Path, record: str) -> None
     tensors, metadata = read(copy)
     digest = hashlib.sha256(record.encode()).hexdigest()
     save_file(tensors, copy / FILE, metadata=metadata | {"octav_hf": record, "octav_hf_sha256": digest})
-    assert "the record of its tensors in the metadata is none" in error_of(copy)
+    assert "the record of its tensors in the metadata is invalid" in error_of(copy)
 
 
 def test_names_of_tensors_are_no_commands_to_a_terminal(copy: Path) -> None:
@@ -221,7 +221,7 @@ def test_files_of_two_models(whole: Path, tmp_path: Path) -> None:
     files = sorted((tmp_path / "first").glob("*.safetensors"))
     assert len(files) > 2
     shutil.copy(tmp_path / "second" / files[1].name, files[1])
-    with pytest.raises(ValueError, match=rf"{re.escape(str(files[1]))}: its record is not that of"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(files[1]))}: its record differs from that of"):
         AutoModelForQuestionAnswering.from_pretrained(tmp_path / "first")
 
 
@@ -232,7 +232,7 @@ def test_a_tensor_in_two_shards(whole: Path, tmp_path: Path) -> None:
     with safe_open(second, framework="pt") as file:
         metadata = file.metadata()
     save_file(load_file(second) | {name: tensor}, second, metadata=metadata)
-    with pytest.raises(ValueError, match=rf"{re.escape(str(second))}: {re.escape(name)} is in .*{first.name} too"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(second))}: {re.escape(name)} is also in .*{first.name}"):
         AutoModelForQuestionAnswering.from_pretrained(tmp_path)
 
 

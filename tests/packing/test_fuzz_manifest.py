@@ -1,4 +1,4 @@
-"""Hypothesis against what reads checkpoints: the loaded model is as it was, or the error says what is wrong.
+"""Hypothesis tests of reading checkpoints: the loaded model is unchanged, or the error tells what is wrong.
 
 Bytes of packed files, and headers, ``config.json`` and index of each form as somebody might have written them.
 """
@@ -71,7 +71,7 @@ def edited(content: bytes, edit: Edit) -> bytes:
 
 
 def refusal(path: Path, config: OctavConfig) -> str:
-    """Why the file is refused; empty if it is not. Any other exception is the test's."""
+    """Why the file is refused; empty if it is not. Other exceptions fail the test."""
     try:
         check_files([path], config)
     except ValueError as error:
@@ -128,7 +128,7 @@ few = settings(
 
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint in each form, and beside them a file of weights that nothing may open."""
+    """A folder with a checkpoint in each form, and next to them a file that must not be opened."""
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     parent = tmp_path_factory.mktemp("forms")
     for form in FORMS:
@@ -161,7 +161,7 @@ def change(value: Any, place: list[float], kind: str, new: Any) -> None:
 
 
 def loads_or_says_why(folder: Path) -> None:
-    """Any exception but these two is the test's."""
+    """Exceptions other than these two fail the test."""
     try:
         opened = CheckpointFolder(str(folder))
         assert {file.parent for file in opened.weight_files} == {folder}
@@ -190,6 +190,7 @@ def test_changed_configs(forms: Path, form: str, changes: list[tuple[list[float]
     path.write_text(text)
 
 
+@pytest.mark.slow
 @few
 @given(changes=changes)
 def test_changed_indexes(forms: Path, changes: list[tuple[list[float], str, Any]]) -> None:
@@ -203,11 +204,12 @@ def test_changed_indexes(forms: Path, changes: list[tuple[list[float], str, Any]
     path.write_text(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @few
 @given(changes=changes, where=st.sampled_from(["header", "metadata", "record"]))
 def test_changed_headers(forms: Path, form: str, changes: list[tuple[list[float], str, Any]], where: str) -> None:
-    """``record``: the one of a packed file, with a hash that fits it."""
+    """Metadata with ``record`` and its hash."""
     path = sorted((forms / form).glob("*.safetensors"))[0]
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])

@@ -1,4 +1,4 @@
-"""pack_octav and unpack_octav: the same outputs in place, and what cannot be packed is refused or named."""
+"""pack_octav and unpack_octav: equal outputs, and refusals or warnings for what cannot be packed."""
 
 import copy
 import logging
@@ -156,10 +156,10 @@ def test_what_is_not_a_quantized_model_is_refused(small_bert: MakeBert) -> None:
         pack_octav("bert")
     with pytest.raises(ValueError, match="has no module quantized by apply_octav"):
         pack_octav(small_bert())
-    with pytest.raises(ValueError, match="no quantized weight of its own"):
+    with pytest.raises(ValueError, match="no quantized weight that is not shared"):
         pack_octav(apply_octav(small_bert(), OctavConfig(weight_bits=None)))
     packed = pack_octav(apply_octav(small_bert(), OctavConfig()))
-    with pytest.raises(ValueError, match="packed already"):
+    with pytest.raises(ValueError, match="already packed"):
         pack_octav(packed)
     with pytest.raises(ValueError, match="is not packed"):
         unpack_octav(apply_octav(small_bert(), OctavConfig()))

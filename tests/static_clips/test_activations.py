@@ -1,4 +1,4 @@
-"""``calibrate_octav``: the clips it freezes, where they are kept, what runs on them, and what it refuses."""
+"""``calibrate_octav``: frozen clips, their storage, running with them, and refusals."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def token_batches(count: int = 3) -> list[dict[str, Tensor]]:
 
 
 def activations_met(model: nn.Module, batches: list[dict[str, Tensor]]) -> Inputs:
-    """(module, operand) -> the tensors that the layer, or the attention operand's quantizer, was called on."""
+    """(module, operand) -> inputs of the layer or of the attention operand's quantizer."""
     met: Inputs = {}
     handles = []
 
@@ -73,7 +73,7 @@ def activations_met(model: nn.Module, batches: list[dict[str, Tensor]]) -> Input
 
 
 def frozen_single_clips(model: nn.Module) -> dict[tuple[str, str], tuple[bool, float]]:
-    """(module, operand) -> sign and clip, of a model whose operands have one each."""
+    """(module, operand) -> sign and clip, for a model with one clip per operand."""
     found = {}
     for name, operands in frozen_activations(model).items():
         for operand, frozen in operands.items():
@@ -83,7 +83,7 @@ def frozen_single_clips(model: nn.Module) -> dict[tuple[str, str], tuple[bool, f
 
 
 def state(model: nn.Module) -> list[object]:
-    """All that a calibration may change."""
+    """Everything that a calibration may change."""
     quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
     modes = [module.training for module in model.modules()]
     config = model.__dict__.get("octav_config")
@@ -342,8 +342,8 @@ def test_an_operand_multiplied_another_number_of_times_is_an_error() -> None:
     name = "longformer.encoder.layer.0.attention.self"
     remedy = rf"module_overrides=\{{'{name}': \{{'quantize_attention': False\}}\}}"
     for calibrated, other, times in (
-        (with_global, without, "1 times, but 3 frozen"),
-        (without, with_global, "more than 1 times, but 1 frozen"),
+        (with_global, without, "in 1 matmul.* has 3 frozen"),
+        (without, with_global, "in more than 1 matmul.* has 1 frozen"),
     ):
         model = calibrate_octav(apply_octav(architecture.make(), OctavConfig()), [calibrated] * 2, progress_bar=False)
         with pytest.raises(RuntimeError, match=rf"{name}: .*operand query {times}.*{remedy}"):
@@ -352,7 +352,7 @@ def test_an_operand_multiplied_another_number_of_times_is_an_error() -> None:
 
     model = apply_octav(architecture.make(), OctavConfig())
     before = state(model)
-    with pytest.raises(ValueError, match=rf"{name}: .*operand query 1 times in one pass and 3 times.*{remedy}"):
+    with pytest.raises(ValueError, match=rf"{name}: .*operand query in 1 matmul.* in one pass and in 3.*{remedy}"):
         calibrate_octav(model, [with_global, without], progress_bar=False)
     assert unchanged(before, state(model))
     overrides = {"*.attention.self": {"quantize_attention": False}}
@@ -387,7 +387,7 @@ def test_clips_of_generation_with_a_cache(name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 @pytest.mark.parametrize("own_loop", [False, True])
 def test_a_compiled_model(own_loop: bool) -> None:
-    """Nothing is compiled for the calibration of it, and what is compiled afterwards takes the frozen clips."""
+    """Calibration compiles nothing, and the model compiled afterwards uses the frozen clips."""
     torch.compiler.reset()
     x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
     net, plain = (relu_net(OctavConfig(weight_bits=None)) for _ in range(2))
@@ -433,7 +433,7 @@ def test_what_no_batch_reached_stays_dynamic(caplog: pytest.LogCaptureFixture) -
         net[0](torch.ones(2, 8))
     (record,) = caplog.records
     assert record.getMessage() == (
-        "1 of 2 activations were not reached by the calibration, and their clips stay dynamic: 2 input"
+        "1 of 2 activations were not reached by the calibration, so their clips stay dynamic: 2 input"
     )
     rows = {(row.module, row.operand): row.frozen for row in coverage_report(net)}
     assert rows == {("0", "weight"): False, ("0", "input"): True, ("2", "weight"): False, ("2", "input"): False}
@@ -502,7 +502,7 @@ GOOD = torch.ones(2, 8)
 
 
 class Raising:
-    """Batches, the second of which cannot be had."""
+    """Batches whose iterator fails at the second one."""
 
     def __iter__(self) -> Iterator[Tensor]:
         yield GOOD
@@ -546,7 +546,7 @@ def test_a_raising_loop_changes_nothing() -> None:
     assert unchanged(before, state(net))
     with calibrating(net):
         net(GOOD)
-        with pytest.raises(ValueError, match="being calibrated already"):
+        with pytest.raises(ValueError, match="already being calibrated"):
             calibrate_octav(net, [2 * GOOD], progress_bar=False)
     assert frozen_single_clips(net)["0", "input"] == (False, pytest.approx(1))
 

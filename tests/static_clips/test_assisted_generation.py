@@ -1,4 +1,4 @@
-"""Generation with an assistant, whose proposals a model takes several at a time, against one token at a time."""
+"""Assisted generation, where a model checks several proposed tokens at a time, against one token at a time."""
 
 from __future__ import annotations
 

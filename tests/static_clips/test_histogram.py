@@ -43,6 +43,7 @@ def test_it_is_the_clip_of_all_values_that_an_operand_had(small_bert: MakeBert) 
         torch.testing.assert_close(clips.flatten(), expected, rtol=3e-4, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", ["octav", "mse", "max", "percentile"])
 @pytest.mark.parametrize("more", [{}, {"activation_granularity": HEADS}, {"asymmetric_activations": True}], ids=str)
 def test_the_order_of_the_batches_changes_nothing(small_bert: MakeBert, clip: str, more: dict[str, Any]) -> None:
@@ -91,7 +92,7 @@ def test_an_own_loop(small_bert: MakeBert) -> None:
     model.qa_outputs.input_quantizer.clips.add_(1)  # no inference tensor
 
     net = relu_net(asymmetric_activations=True)
-    message = r'0: the histogram of .* takes two passes .*calibrate_octav\(model, batches, observer="histogram"\), or'
+    message = r'0: the histogram of .* needs two passes .*calibrate_octav\(model, batches, observer="histogram"\), or'
     with pytest.raises(ValueError, match=message), calibrating(net, observer="histogram"):
         raise AssertionError
     net = relu_net(asymmetric_activations=True, activation_clip="max")  # which needs but the range
@@ -110,7 +111,7 @@ def test_an_own_loop(small_bert: MakeBert) -> None:
             "0 input: the clip 'mse_sw",
         ),
         ({}, [GOOD], {"observer": "median"}, 'observer must be "mean" or "histogram", got \'median\''),
-        ({}, None, {"weights": True}, "observer='histogram' is for the clips of activations; pass batches too"),
+        ({}, None, {"weights": True}, "observer='histogram' is for clips of activations; pass batches too"),
         ({}, [], {}, "got no batch"),
         ({"asymmetric_activations": True}, iter([]), {}, "got no batch"),
         ({}, [torch.empty(0, 8)], {}, "no activation of Sequential was quantized.*not empty"),

@@ -1,4 +1,4 @@
-"""Static clips that learn: they begin as calibrated, are trained with the weights, and come back with them."""
+"""Learned static clips start from the calibrated ones, are trained with the weights, and are restored with them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def learned(model: nn.Module, batch: Any, **options: Any) -> Any:
 
 
 def move(model: nn.Module, seed: int = 0) -> None:
-    """Corrections as training might leave them: clips of 0.5 to 2 times what was calibrated."""
+    """Corrections as after training: clips of 0.5 to 2 times the calibrated ones."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for correction in corrections(model).values():
@@ -105,7 +105,7 @@ def test_the_clip_of_each_call_and_its_gradient() -> None:
 @pytest.mark.parametrize("length", [64, 50], ids=["even", "shorter_last_group"])
 @pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
 def test_the_gradient_of_groups(length: int, gradient: str) -> None:
-    """Each group is a tensor of its own."""
+    """Each group is treated like a separate tensor."""
     x, weights = (torch.randn(4, 6, length, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     clips = torch.tensor([0.5, 1.5])
     quantizer = FakeQuantize(4, gradient_estimator=gradient, frozen_group_size=32)
@@ -123,7 +123,7 @@ def test_the_gradient_of_groups(length: int, gradient: str) -> None:
 
 
 def test_training_moves_them_and_lowers_the_loss() -> None:
-    """Weights held: clips that are far too wide lose accuracy, which learning them alone brings back."""
+    """With fixed weights, clips that are much too wide lose accuracy, which learning only the clips recovers."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
     x = torch.randn(256, 16)
@@ -162,7 +162,7 @@ def test_the_state_dict_decides(small_bert: MakeBert, padded_batch: dict, strict
 
 
 def test_a_parameter_that_fits_stays_the_same(small_bert: MakeBert, padded_batch: dict) -> None:
-    """An optimizer that was made before loading goes on with it."""
+    """An optimizer created before loading continues with the loaded parameters."""
     model = learned(apply_octav(small_bert(), OctavConfig()), padded_batch)
     before, state = corrections(model), copy.deepcopy(model.state_dict())
     move(model)
@@ -173,7 +173,7 @@ def test_a_parameter_that_fits_stays_the_same(small_bert: MakeBert, padded_batch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_checkpoints(small_bert: MakeBert, padded_batch: dict, tmp_path: Path, dtype: torch.dtype) -> None:
-    """The training form comes back to be trained on; packed, the learned clips are plain static ones."""
+    """The training form can be trained further after loading; in packed form, learned clips are static."""
     model = learned(apply_octav(small_bert().to(dtype), OctavConfig(asymmetric_activations=True)), padded_batch)
     move(model)
     model.save_pretrained(tmp_path / "trained")
@@ -259,7 +259,7 @@ def test_autocast(small_bert: MakeBert, padded_batch: dict, gradient: str) -> No
 
 
 def test_nothing_more_is_kept_for_the_backward_pass(small_bert: MakeBert, padded_batch: dict) -> None:
-    """But query, key and value no longer share one quantized input, since each has a clip of its own."""
+    """Except that query, key and value no longer share a quantized input, because each has its own clip."""
     config = OctavConfig(activation_gradient_estimator="pwl")
     kept = []
     for learns in (False, True):
@@ -285,6 +285,7 @@ def test_a_step_is_one_graph(small_bert: MakeBert, padded_batch: dict) -> None:
         torch.testing.assert_close(correction.grad, expected[name], rtol=1e-2, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
 def test_a_graph_serves_all_lengths(gradient: str) -> None:
     torch.compiler.reset()
@@ -307,9 +308,10 @@ def trainer(folder: Path, **arguments: Any) -> Any:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibrated_again", [True, False])
 def test_trainer_resumes_exactly(tmp_path: Path, calibrated_again: bool) -> None:
-    """Also without calibrating anew: the checkpoint has all that there is."""
+    """Also without another calibration, because the checkpoint contains everything."""
     whole = trainer(tmp_path / "whole")
     whole.train()
     expected = whole.model.state_dict()
@@ -323,14 +325,16 @@ def test_trainer_resumes_exactly(tmp_path: Path, calibrated_again: bool) -> None
 
 def test_what_cannot_learn(small_bert: MakeBert, padded_batch: dict) -> None:
     peft = pytest.importorskip("peft")
-    with pytest.raises(ValueError, match="learned=True is for the clips of activations; pass batches too"):
+    with pytest.raises(ValueError, match="learned=True is for clips of activations; pass batches too"):
         calibrate_octav(apply_octav(small_bert(), OctavConfig()), weights=True, learned=True)
     model = apply_octav(small_bert(), OctavConfig())
     with pytest.raises(ValueError, match="BertForQuestionAnswering is packed, .* call unpack_octav"):
         learned(pack_octav(model), padded_batch)
     model = apply_octav(small_bert(), OctavConfig())
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], r=2))
-    with pytest.raises(ValueError, match=r"has adapters, whose checkpoints have no clips .* leave learned=True out"):
+    with pytest.raises(
+        ValueError, match=r"has adapters, whose checkpoints do not contain clips .* leave learned=True out"
+    ):
         learned(adapted, padded_batch)
     assert not frozen_activations(model)
 
@@ -358,7 +362,7 @@ def test_a_wrapped_model_is_refused(small_bert: MakeBert, padded_batch: dict, tm
 @pytest.mark.parametrize(
     ("correction", "problem"),
     [
-        (torch.zeros(2), r"of shape \(1,\) have a clip_correction of shape \(2,\)"),
+        (torch.zeros(2), r"have the shape \(1,\), and their clip_correction \(2,\)"),
         (torch.tensor([torch.nan]), "contain a negative value, NaN or Inf"),
         (torch.tensor([100.0]), "contain a negative value, NaN or Inf"),
     ],
@@ -371,5 +375,5 @@ def test_impossible_corrections_are_refused(correction: Tensor, problem: str) ->
         model.load_state_dict(state)
     assert corrections(model)["0.input_quantizer.clip_correction"].tolist() == [0.0]
     del state["0.input_quantizer.clips"]
-    with pytest.raises(RuntimeError, match=r"are \['clip_correction'\], there must be one tensor clips"):
+    with pytest.raises(RuntimeError, match=r"are \['clip_correction'\]; there must be one tensor clips"):
         model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Frozen clips of weights: what they are, that training leaves them alone, both checkpoint forms, what is refused."""
+"""Frozen clips of weights: their values, training, both checkpoint forms, and refusals."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def frozen(small_bert: MakeBert) -> BertForQuestionAnswering:
 
 
 def train(model: nn.Module, batch: dict, steps: int = 3) -> None:
-    """Steps that are wide enough to move every clip that follows its weight."""
+    """Training steps that are large enough to change every dynamic clip."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -162,7 +162,7 @@ def test_heads_and_embeddings(padded_batch: dict, tmp_path: Path, tied: bool, ca
     head, ids = "cls.predictions.decoder", padded_batch["input_ids"] % 60
     with caplog.at_level(logging.WARNING):
         freeze(apply_octav(model, OctavConfig(embedding_bits=8)))
-    assert (f"share these weights, and their clips stay dynamic: {head}" in caplog.text) is tied
+    assert (f"share these weights, so their clips stay dynamic: {head}" in caplog.text) is tied
     assert (head in frozen_layers(model)) is not tied
     assert not model.bert.embeddings.word_embeddings.weight_quantizer.is_frozen
     model.resize_token_embeddings(60)
@@ -288,12 +288,12 @@ def test_what_cannot_be_frozen(small_bert: MakeBert, frozen: BertForQuestionAnsw
 
 def test_packed_weights_keep_their_clips(frozen: BertForQuestionAnswering, padded_batch: dict) -> None:
     pack_octav(frozen)
-    with pytest.raises(ValueError, match="is packed, and clips of its weights with it; .*unpack_octav"):
+    with pytest.raises(ValueError, match="is packed, including the clips of its weights; .*unpack_octav"):
         calibrate_octav(frozen, [padded_batch], weights=True, progress_bar=False)
     assert frozen_activations(frozen) == {}
     calibrate_octav(frozen, [padded_batch], progress_bar=False)
     assert len(frozen_activations(frozen)) == 13 + 2
-    with pytest.raises(ValueError, match="is packed, and frozen clips of its weights .*weights=False"):
+    with pytest.raises(ValueError, match="is packed, including the frozen clips of its weights; .*weights=False"):
         uncalibrate_octav(frozen)
     assert len(frozen_activations(frozen)) == 13 + 2
     uncalibrate_octav(frozen, weights=False)
@@ -337,7 +337,7 @@ def test_nothing_is_frozen_after_an_error(small_bert: MakeBert) -> None:
 
 
 def test_config_json_stays_small(frozen: BertForQuestionAnswering, tmp_path: Path) -> None:
-    """The clips of weights are tensors: a BERT-Base has 83,000 of them."""
+    """Clips of weights are stored as tensors: a BERT-Base has 83,000 of them."""
     frozen.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config["frozen_weight_clips"] is True

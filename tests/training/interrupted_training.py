@@ -50,7 +50,7 @@ def kill_this_process() -> None:
 
 
 def kill_while_writing(folder: str, name: str, when: str) -> None:
-    """Let every way of writing a file die at one of them: "before" it is opened, or when it is written by "half"."""
+    """Make the process die at one of the files: "before" it is opened, or when "half" of it is written."""
 
     def dying(write: Callable[..., None]) -> Callable[..., None]:
         def write_or_die(content: Any, path: Any, *rest: Any, **options: Any) -> None:
@@ -91,7 +91,7 @@ def train(output_dir: Path, kill: list[Any] | None, checkpoint: str | None, **ar
 
 
 def fork(function: Callable[[], None]) -> int:
-    """Start a function in a process of its own; returns its id."""
+    """Start a function in a separate process; returns its id."""
     process = os.fork()
     if process:
         return process
@@ -111,7 +111,7 @@ def wait(process: int) -> int:
 
 
 def run(output_dir: Path, kills: list[Any]) -> dict[str, Any]:
-    """Train, killed and resumed as often as there are kills, to the end."""
+    """Train to the end, with all kills and resumes."""
     codes, resumed_from = [], []
     for kill in [*kills, None]:
         checkpoint = last_whole_checkpoint(output_dir)

@@ -1,4 +1,4 @@
-"""The loss of a distilled model against one written out in float64, where it is set, and what is left alone."""
+"""The loss of a distilled model against a float64 reference, when it is set, and what must not change."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def make(model_class: type[PreTrainedModel], seed: int = 0, **changes: Any) -> A
 
 
 def mean_divergence(teacher: Tensor, student: Tensor, temperature: float, keep: np.ndarray) -> float:
-    """Of the rows of the last dimension for which `keep` has a true value, each over the classes where it has one."""
+    """Mean over rows of the last dimension with a true value in `keep`, each over the classes where it is true."""
     values = []
     flat = [x.detach().double().reshape(-1, x.shape[-1]).numpy() for x in (teacher, student)]
     for p_row, q_row, kept in zip(*flat, keep.reshape(len(flat[0]), -1), strict=True):
@@ -101,7 +101,7 @@ def test_classes_of_tokens(padded_batch: dict, masked: bool) -> None:
 
 
 def test_classes_of_sequences_as_many_as_tokens(padded_batch: dict) -> None:
-    """The mask has the shape of the logits and is none of theirs."""
+    """The mask happens to have the shape of the logits, but does not belong to them."""
     student, teacher = (make(BertForSequenceClassification, seed, num_labels=16) for seed in range(2))
     expected = 4 * mean_divergence(
         logits_of(teacher, padded_batch), logits_of(student, padded_batch), 2.0, np.ones((2, 1), dtype=bool)
@@ -111,7 +111,7 @@ def test_classes_of_sequences_as_many_as_tokens(padded_batch: dict) -> None:
 
 
 def test_a_decoder_has_its_own_padding(padded_batch: dict) -> None:
-    """Its inputs are made of the labels, also the teacher's, and are as many as the encoder's."""
+    """The decoder's inputs are computed from the labels, also for the teacher, and as long as the encoder's."""
     student, teacher = (make(T5ForConditionalGeneration, seed) for seed in range(2))
     labels = padded_batch["input_ids"].clone()
     labels[0, 4:] = -100
@@ -239,6 +239,7 @@ def test_under_autocast_the_loss_is_in_float32(padded_batch: dict) -> None:
     assert output.loss.item() == pytest.approx(2 * sum(parts), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_compiled_student(padded_batch: dict) -> None:
     student, teacher = (make(BertForQuestionAnswering, seed) for seed in range(2))
     distill(student, teacher)
@@ -265,7 +266,7 @@ def test_adapters(small_bert: MakeBert, padded_batch: dict, distilled: str) -> N
     assert torch.equal(loss, expected)
     loss.backward()
     assert any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
-    with pytest.raises(ValueError, match="is distilled already"):
+    with pytest.raises(ValueError, match="is already distilled"):
         distill(model, small_bert(seed=1))
 
 
@@ -315,7 +316,7 @@ def logits_free(model: nn.Module, batch: dict[str, Tensor]) -> Any:
 
 
 class Sentences(torch.utils.data.Dataset):
-    """Of one length, of which more or less is a label."""
+    """Batches of one length with different numbers of labels."""
 
     def __len__(self) -> int:
         return 8
@@ -327,7 +328,7 @@ class Sentences(torch.utils.data.Dataset):
 
 @pytest.mark.slow
 def test_micro_batches_count_by_their_labels(tmp_path: Path) -> None:
-    """A causal language model's losses are sums over `num_items_in_batch`, and Trainer divides by nothing."""
+    """A causal language model divides its loss by `num_items_in_batch`, so Trainer does not divide."""
     student, teacher = (make(LlamaForCausalLM, seed) for seed in range(2))
     data, by_hand = Sentences(), copy.deepcopy(student)
     batches = [torch.stack([data[i]["input_ids"] for i in range(first, first + 2)]) for first in range(0, 8, 2)]
@@ -391,7 +392,7 @@ def test_models_that_are_refused(small_bert: MakeBert) -> None:
             distill(student, shared)
     assert not student._forward_hooks
     handle = distill(student, teacher)
-    with pytest.raises(ValueError, match=r"BertForQuestionAnswering is distilled already; call remove\(\)"):
+    with pytest.raises(ValueError, match=r"BertForQuestionAnswering is already distilled; call remove\(\)"):
         distill(student, teacher)
     handle.remove()
     distill(student, teacher)
@@ -410,15 +411,15 @@ CLASSIFIER, TOKENS = BertForSequenceClassification, BertForTokenClassification
             make(TOKENS),
             make(TOKENS, num_labels=3),
             {},
-            r"its logits have shape \(2, 16, 4\), those of the teacher BertForTokenClass.* are \(2, 16, 3\)",
+            r"its logits have shape \(2, 16, 4\), but those of the teacher BertForTokenClass.* are \(2, 16, 3\)",
         ),
         (make(BertForQuestionAnswering), make(TOKENS), {}, r"start_logits have shape \(2, 16\), .* are missing"),
-        (make(CLASSIFIER, num_labels=1), make(CLASSIFIER), {}, r"logits of Bert.* shape \(2, 1\), are not of two"),
+        (make(CLASSIFIER, num_labels=1), make(CLASSIFIER), {}, r"logits of Bert.* shape \(2, 1\), have fewer than two"),
         (
             make(CLASSIFIER, problem_type="multi_label_classification"),
             make(CLASSIFIER),
             {},
-            "compares probabilities of classes, and BertForSequenceClassification is for multi_label_classification",
+            "compares probabilities of classes, but BertForSequenceClassification is for multi_label_classification",
         ),
         (
             BertModel(BertConfig(**SIZES)).train(),
@@ -445,7 +446,9 @@ def test_replicas_and_unnamed_inputs_are_refused(padded_batch: dict) -> None:
         for name, child in module._modules.items():
             replica._modules[name] = None if child is None else replicas[child]
         replica._parameters, replica._buffers = dict(module._parameters), dict(module._buffers)
-    with pytest.raises(RuntimeError, match="nn.DataParallel has one teacher for several devices; start a process"):
+    with pytest.raises(
+        RuntimeError, match="nn.DataParallel would share one teacher between several devices; start one process"
+    ):
         replicas[student](**padded_batch)
 
     class Wrapped(nn.Module):

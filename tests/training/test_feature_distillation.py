@@ -1,4 +1,4 @@
-"""Distilled hidden states and attention maps: the losses written out in float64, when they are learned, and errors."""
+"""Distilled hidden states and attention maps: losses against float64, the steps in which they are learned, errors."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def by_hand(
 
 
 def added(student: Any, teacher: Any, batch: dict[str, Tensor], **settings: Any) -> float:
-    """What features add to the loss."""
+    """The part of the loss that is due to features."""
     losses = []
     for arguments in ({}, settings):
         handle = distill(student, teacher, **arguments)
@@ -232,8 +232,9 @@ def test_a_quantized_student_has_features_of_quantized_layers(bert: Any, padded_
     assert student.bert.encoder.layer[0].attention.self.query.weight.grad.any()
 
 
+@pytest.mark.slow
 def test_a_compiled_student(bert: Any, padded_batch: dict) -> None:
-    """In a step with features, and in one after them."""
+    """In a step with features, and in one without."""
     student, teacher = bert(0), bert(1)
     distill(student, teacher, hidden_states=1.0, attentions=1.0, feature_steps=0.5)
     (distillation,) = distillations(student)
@@ -323,7 +324,7 @@ def train(student: Any, teacher: Any, folder: Path, stop: int | None = None, res
 
 @pytest.mark.slow
 def test_features_are_learned_in_the_first_steps(bert: Any, padded_batch: dict, tmp_path: Path) -> None:
-    """Of those of the optimizer, with evaluation between them, and in a resumed run as in a whole one."""
+    """Counted in optimizer steps, with evaluation in between, and equal in a resumed run."""
     expected = [(step, step < 3) for step in range(5) for _ in range(2)]
     students, teacher = [bert(0), bert(0)], bert(1)
     for student in students:
@@ -335,9 +336,7 @@ def test_features_are_learned_in_the_first_steps(bert: Any, padded_batch: dict, 
     assert train(resumed, teacher, tmp_path / "cut", resume=True) == expected[4:]
     for name, weight in students[0].state_dict().items():
         assert torch.equal(resumed.state_dict()[name], weight), name
-    with pytest.raises(
-        RuntimeError, match=r"feature_steps=0.6, and only Trainer tells the step; in a loop of your own"
-    ):
+    with pytest.raises(RuntimeError, match=r"feature_steps=0.6, but only Trainer reports the step; in your own loop"):
         students[0].train()(**padded_batch)
     students[0].eval()(**padded_batch)
 
@@ -345,14 +344,14 @@ def test_features_are_learned_in_the_first_steps(bert: Any, padded_batch: dict, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"hidden_states": -1}, "hidden_states must be a finite number of at least 0, its loss's weight, got -1"),
-        ({"hidden_states": True}, "hidden_states must be .* got True"),
-        ({"attentions": float("inf")}, "attentions must be .* got inf"),
+        ({"hidden_states": -1}, "hidden_states is the weight of a loss and must be a finite number >= 0, got -1"),
+        ({"hidden_states": True}, "hidden_states is .* must be .* got True"),
+        ({"attentions": float("inf")}, "attentions is .* must be .* got inf"),
         ({"hidden_states": 1, "feature_steps": 0}, "feature_steps must be a fraction above 0 and at most 1, got 0"),
         ({"hidden_states": 1, "feature_steps": 60}, "feature_steps must be a fraction .* got 60"),
-        ({"hidden_states": 1, "layers": []}, r"layers must be a list of numbers, such as \[0, -1\], or None, got \[\]"),
-        ({"hidden_states": 1, "layers": "all"}, "layers must be a list of numbers"),
-        ({"hidden_states": 1, "layers": [0.5]}, r"layers must be whole numbers, got \[0.5\]"),
+        ({"hidden_states": 1, "layers": []}, r"layers must be a list of indices, such as \[0, -1\], or None, got \[\]"),
+        ({"hidden_states": 1, "layers": "all"}, "layers must be a list of indices"),
+        ({"hidden_states": 1, "layers": [0.5]}, r"layers must be integers, got \[0.5\]"),
         ({"layers": [0]}, "layers has no effect without features; set hidden_states or attentions"),
         ({"feature_steps": 0.5}, "feature_steps has no effect without features"),
     ],
@@ -367,16 +366,16 @@ def test_settings_that_are_refused(bert: Any, settings: dict[str, Any], message:
 @pytest.mark.parametrize(
     ("ours", "theirs", "settings", "message"),
     [
-        ({}, {"num_hidden_layers": 3}, {}, "its hidden_states are of 2 layers, those of the teacher .* of 3; take a"),
+        ({}, {"num_hidden_layers": 3}, {}, "its hidden_states are of 2 layers, those of the teacher .* of 3; use a"),
         ({}, {"hidden_size": 64}, {}, r"its hidden_states have shape \(2, 16, 32\), those of the .* \(2, 16, 64\)"),
         ({}, {"num_attention_heads": 2}, {"attentions": 1}, r"its attentions have shape \(2, 4, 16, 16\), those of"),
         (
             {},
             {},
             {"layers": [2]},
-            "its hidden_states are of 2 layers, and layers has 2; count from 0, or from the last",
+            "its hidden_states are of 2 layers, but layers contains 2; indices go from 0 to 1",
         ),
-        ({}, {}, {"layers": [-3]}, "and layers has -3"),
+        ({}, {}, {"layers": [-3]}, "but layers contains -3"),
         ({"attn_implementation": "sdpa"}, {}, {"attentions": 1}, 'no attentions; load it with attn_implementation="ea'),
         ({}, {"attn_implementation": "sdpa"}, {"attentions": 1}, 'no attentions; load it with attn_implementation="ea'),
     ],
@@ -399,7 +398,8 @@ def test_a_frozen_student_is_refused_and_frozen_lower_layers_are_not(bert: Any, 
     student(**padded_batch).loss.backward()
     student.bert.requires_grad_(False)
     with pytest.raises(
-        ValueError, match="hidden_states have no gradient; .* leave out hidden_states where no parameter"
+        ValueError,
+        match="hidden_states have no gradient; .* if no parameter before them is trained, leave out hidden_states",
     ):
         student(**padded_batch)
 
@@ -413,9 +413,7 @@ def test_a_forward_that_takes_no_such_argument(bert: Any) -> None:
         def forward(self, input_ids: Tensor) -> Any:
             return self.inside(input_ids)
 
-    with pytest.raises(
-        ValueError, match="of the model Wrapped has no argument output_hidden_states; take a model of Tr"
-    ):
+    with pytest.raises(ValueError, match="of the model Wrapped has no argument output_hidden_states; use a Tr"):
         distill(Wrapped(), bert(1), hidden_states=1.0)
     with pytest.raises(ValueError, match="of the teacher Wrapped has no argument output_attentions"):
         distill(bert(1), Wrapped(), attentions=1.0)
@@ -423,7 +421,7 @@ def test_a_forward_that_takes_no_such_argument(bert: Any) -> None:
 
 @pytest.mark.slow
 def test_students_come_closer_to_the_features_that_they_learn(bert: Any, padded_batch: dict) -> None:
-    """Of each kind alone, by the loss of that kind."""
+    """The loss of each kind of feature."""
     teacher = bert(1)
     theirs = outputs_of(teacher, padded_batch)
     mask = padded_batch["attention_mask"].bool()

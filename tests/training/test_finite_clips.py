@@ -1,4 +1,4 @@
-"""Trainer and ``save_pretrained`` stop at NaN and Inf that no operation could raise an error for.
+"""Trainer and ``save_pretrained`` raise an error for NaN and Inf where operations cannot.
 
 On a GPU, and here in compiled models: the forward pass of a compiled model raises none on the CPU either.
 """
@@ -25,7 +25,7 @@ SAMPLES, BATCH = 24, 4  # six steps
 
 
 class Regression(nn.Module):
-    """Any module that Trainer trains; one batch of its data may hold NaN."""
+    """A module for Trainer; one batch of its data may contain NaN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Regression(nn.Module):
 
 
 def samples(broken: int | None = None) -> list[dict[str, Tensor]]:
-    """Samples in the order of training, of which the one with this index holds Inf."""
+    """Samples in training order; the sample with this index contains Inf."""
     generator = torch.Generator().manual_seed(0)
     made = [{"x": torch.randn(8, generator=generator), "labels": torch.tensor(1.0)} for _ in range(SAMPLES)]
     if broken is not None:
@@ -79,6 +79,7 @@ def test_with_gradient_accumulation(tmp_path: Path) -> None:
         trainer(tmp_path, samples(THIRD_STEP), gradient_accumulation_steps=2).train()
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 @pytest.mark.parametrize(
     ("settings", "message"),

@@ -1,4 +1,4 @@
-"""Trainer is killed in training and in saving; resumed from the last whole checkpoint, it ends in the same weights."""
+"""Trainer is killed while training or saving; resumed from the last complete checkpoint, it ends with equal weights."""
 
 import json
 import logging
@@ -93,7 +93,7 @@ def test_a_killed_run_ends_in_the_weights_of_an_uninterrupted_one(runs: Path, na
 
 @pytest.mark.parametrize("missing", [None, "optimizer.pt", "rng_state.pth"])
 def test_trainer_goes_on_differently_from_what_is_left(runs: Path, copy: Path, missing: str | None) -> None:
-    """What the check is for: Trainer itself takes a checkpoint without these files, and says nothing."""
+    """Why the check exists: Trainer silently accepts a checkpoint without these files."""
     shutil.rmtree(copy / "checkpoint-6")
     if missing:
         (copy / "checkpoint-4" / missing).unlink()
@@ -103,7 +103,7 @@ def test_trainer_goes_on_differently_from_what_is_left(runs: Path, copy: Path, m
 
 
 def passed_over(output_dir: Path, log: pytest.LogCaptureFixture) -> str:
-    """The one warning about checkpoint-6, instead of which checkpoint-4 has to be found."""
+    """The only warning, which is about checkpoint-6; checkpoint-4 must be found instead."""
     with log.at_level(logging.WARNING, "octav_hf"):
         assert last_whole_checkpoint(output_dir) == str(output_dir / "checkpoint-4")
     (message,) = [record.getMessage() for record in log.records if record.name.startswith("octav_hf")]
@@ -120,7 +120,7 @@ def test_a_file_that_is_cut_off(copy: Path, file: str, seed: int, caplog: pytest
     length = len(content.rstrip()) if path.suffix == ".json" else len(content)
     lengths = [0, length - 1, *(random.Random(seed).randrange(length) for seed in range(2, 10))]
     path.write_bytes(content[: lengths[seed]])
-    assert f"{file} is cut off" in passed_over(copy, caplog)
+    assert f"{file} is truncated" in passed_over(copy, caplog)
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != "config.json"])
@@ -139,21 +139,21 @@ def test_a_missing_config_changes_nothing_for_training(runs: Path, copy: Path) -
 
 
 def test_a_file_of_zeros_and_one_of_another_kind(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What a power cut leaves: the right length, nothing in it."""
+    """A file as after a power cut: the right length, but zeros."""
     path = copy / "checkpoint-6" / "optimizer.pt"
     content = path.read_bytes()
     half = len(content) // 2
     for damaged in (bytes(len(content)), bytes(half) + content[half:], b"no archive"):
         caplog.clear()
         path.write_bytes(damaged)
-        assert "optimizer.pt is cut off or no file by torch.save" in passed_over(copy, caplog)
+        assert "optimizer.pt is truncated or not a torch.save file" in passed_over(copy, caplog)
 
 
 @pytest.mark.parametrize(("field", "value"), [("compression method", 99), ("version", 99), ("encrypted", 1)])
 def test_an_archive_whose_directory_is_damaged(
     copy: Path, field: str, value: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """zipfile has an error of another kind for what it takes for an archive that it cannot read."""
+    """zipfile raises other errors for archives that seem to be in a form that it cannot read."""
     offset = {"version": 6, "encrypted": 8, "compression method": 10}[field]  # in an entry of the zip directory
     for name in ("training_args.bin", "optimizer.pt"):
         caplog.clear()
@@ -161,7 +161,7 @@ def test_an_archive_whose_directory_is_damaged(
         content = bytearray(path.read_bytes())
         content[content.rindex(b"PK\x01\x02") + offset] = value
         path.write_bytes(content)
-        assert f"{name} is cut off or no file by torch.save" in passed_over(copy, caplog)
+        assert f"{name} is truncated or not a torch.save file" in passed_over(copy, caplog)
         shutil.copy(copy / "checkpoint-4" / name, path)
 
 
@@ -189,7 +189,7 @@ def test_a_loss_scaler(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save({"scale": 65536.0}, path)
     assert last_whole_checkpoint(copy) == str(copy / "checkpoint-6")
     path.write_bytes(path.read_bytes()[:-1])
-    assert "scaler.pt is cut off" in passed_over(copy, caplog)
+    assert "scaler.pt is truncated" in passed_over(copy, caplog)
 
 
 def test_the_newest_is_that_of_the_most_steps(copy: Path) -> None:
@@ -212,7 +212,7 @@ def test_folders_without_checkpoints(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sharded(copy: Path) -> Path:
-    """The run, its last checkpoint in several files."""
+    """The run with its last checkpoint in several files."""
     folder = copy / "checkpoint-6"
     model = AutoModelForQuestionAnswering.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
@@ -230,7 +230,7 @@ def test_shards(sharded: Path, caplog: pytest.LogCaptureFixture) -> None:
         for length in [0, len(content.rstrip()) - 1, *random.Random(0).sample(range(len(content) - 1), 3)]:
             caplog.clear()
             path.write_bytes(content[:length])
-            assert f"{path.name} is cut off" in passed_over(sharded, caplog)
+            assert f"{path.name} is truncated" in passed_over(sharded, caplog)
         caplog.clear()
         path.unlink()
         problem = "there are no weights" if path == index else f"{path.name} is missing"
@@ -253,11 +253,11 @@ def test_an_index_of_other_shards(sharded: Path, caplog: pytest.LogCaptureFixtur
         assert "has no weight_map" in passed_over(sharded, caplog)
     caplog.clear()
     (folder / "model.safetensors.index.json").write_text("[" * 100_000)
-    assert "is cut off or no JSON" in passed_over(sharded, caplog)
+    assert "is truncated or not JSON" in passed_over(sharded, caplog)
 
 
 def test_two_processes(runs: Path, tmp_path: Path) -> None:
-    """Each process saves its own random state, and waits for no other: that of one may be missing at the end."""
+    """Each process saves its random state independently, so that of one process may be missing."""
     assert json.loads((runs / "outcomes.json").read_text())["distributed"] == {"codes": [0, 0]}
     copy = Path(shutil.copytree(runs / "distributed", tmp_path / "copy"))
     assert last_whole_checkpoint(copy) == str(copy / "checkpoint-2")
@@ -268,7 +268,7 @@ def test_two_processes(runs: Path, tmp_path: Path) -> None:
         assert last_whole_checkpoint(copy) == str(copy / "checkpoint-1")
         path.unlink()
         with pytest.raises(
-            ValueError, match=rf"checkpoint-2 is not a whole checkpoint: rng_state_{rank}.pth is missing"
+            ValueError, match=rf"checkpoint-2 is not a complete checkpoint: rng_state_{rank}.pth is missing"
         ):
             check_checkpoint(copy / "checkpoint-2")
         assert last_whole_checkpoint(copy) == str(copy / "checkpoint-1")
@@ -294,7 +294,7 @@ def test_random_states_of_another_number_of_processes(runs: Path, tmp_path: Path
         shutil.copy(folder / "rng_state_0.pth", folder / other)
     check_checkpoint(folder)
     (folder / name).write_bytes((folder / name).read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"{name} is cut off"):
+    with pytest.raises(ValueError, match=f"{name} is truncated"):
         check_checkpoint(folder)
 
 
@@ -333,7 +333,7 @@ def test_adapters(tmp_path: Path) -> None:
             assert last_whole_checkpoint(tmp_path) == str(folder)
             content = (adapter / name).read_bytes()
             (adapter / name).write_bytes(content[:-2])
-            with pytest.raises(ValueError, match=f"{name} is cut off"):
+            with pytest.raises(ValueError, match=f"{name} is truncated"):
                 check_checkpoint(folder)
             (adapter / name).write_bytes(content)
     (folder / "adapter_config.json").unlink()

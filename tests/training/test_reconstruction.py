@@ -1,4 +1,4 @@
-"""Reconstructed layers against least squares written out in float64, and what is left as it was."""
+"""Reconstructed layers against float64 least squares, and what must not change."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def batches(count: int = 4, size: int = 6) -> list[dict[str, Tensor]]:
 
 
 def calls(model: nn.Module, layer: Any, inputs: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """What a layer multiplies and gives for the tokens that are not padding, in float64."""
+    """Inputs and outputs of a layer for tokens that are not padding, in float64."""
     found: list[tuple[Tensor, Tensor]] = []
     quantize = getattr(layer, "input_quantizer", nn.Identity())
     handle = layer.register_forward_hook(lambda _, args, output: found.append((quantize(args[0]), output)))
@@ -85,7 +85,7 @@ def test_a_weight_whose_inputs_do_not_vary_is_kept() -> None:
 
 @pytest.mark.parametrize("name", ["bert.encoder.layer.0.attention.self.key", "bert.encoder.layer.1.output.dense"])
 def test_each_layer_is_the_least_squares_of_the_layers_before_it(small_bert: MakeBert, name: str) -> None:
-    """Found by a second reconstruction in which only this layer is open, and by the formula."""
+    """Equal to a reconstruction of only this layer, and to the formula."""
     teacher, data = small_bert(), batches()
     model = apply_octav(copy.deepcopy(teacher), CONFIG)
     before = copy.deepcopy(model)
@@ -130,7 +130,7 @@ def test_errors_never_rise_and_the_outputs_come_closer(small_bert: MakeBert) -> 
 
 
 def test_what_is_float_already_fits(small_bert: MakeBert) -> None:
-    """With 8 bits hardly anything is left to gain; a weight that is worse when solved is not taken."""
+    """With 8 bits there is hardly anything to gain; a solved weight that is worse is not used."""
     teacher = small_bert()
     model = apply_octav(copy.deepcopy(teacher), OctavConfig(weight_bits=None, activation_bits=8))
     errors = reconstruct(model, teacher, batches(), ridge=1e9, progress_bar=False)
@@ -223,7 +223,7 @@ def test_layers_that_are_left(small_bert: MakeBert, caplog: pytest.LogCaptureFix
         f"{left}.query (it is frozen: requires_grad is False)",
         f"{left}.key (it is frozen: requires_grad is False)",
         f"{left}.value (its weight is parametrized)",
-        "bert.encoder.layer.1.attention.self.key (its weight is another module's too)",
+        "bert.encoder.layer.1.attention.self.key (its weight is shared with another module)",
         "5 linear layers were not reconstructed",
     ):
         assert text in caplog.text
@@ -264,16 +264,18 @@ def test_what_is_refused(small_bert: MakeBert) -> None:
         ValueError, match=r"bert\.encoder\.layer\.1\..*: the teacher BertForQuestionAnswering has no layer"
     ):
         reconstruct(model, small_bert(num_hidden_layers=1), data)
-    with pytest.raises(ValueError, match=r"query: the teacher's layer gave \(96, 64\), where this one gave \(96, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"query: the teacher's layer returned .*\(96, 64\), but this one .*\(96, 32\)"
+    ):
         reconstruct(model, small_bert(hidden_size=64), data)
     packed = pack_octav(apply_octav(copy.deepcopy(teacher), CONFIG))
-    with pytest.raises(ValueError, match=r"is packed, and packed weights are fixed; call unpack_octav"):
+    with pytest.raises(ValueError, match=r"is packed, but packed weights cannot be changed; call unpack_octav"):
         reconstruct(packed, teacher, data)
     frozen = copy.deepcopy(model).requires_grad_(False)
-    with pytest.raises(ValueError, match="has no layer that could be"):
+    with pytest.raises(ValueError, match="no layer of .* can be reconstructed"):
         reconstruct(frozen, teacher, data, progress_bar=False)
     with pytest.raises(
-        ValueError, match="query: its inputs, or the outputs of the teacher's layer, are of padding only"
+        ValueError, match="query: its inputs, or the outputs of the teacher's layer, consist of padding only"
     ):
         reconstruct(model, teacher, [batch | {"attention_mask": batch["attention_mask"] * 0} for batch in data[:1]])
 
@@ -292,7 +294,7 @@ def test_after_an_error_the_model_is_as_it_was(small_bert: MakeBert) -> None:
 
 
 def test_what_is_finished_does_not_run_again(small_bert: MakeBert) -> None:
-    """And a forward that another library has replaced is the same afterwards."""
+    """A forward that another library has replaced is restored afterwards."""
     teacher, data = small_bert(num_hidden_layers=4), batches(2)
     model = apply_octav(copy.deepcopy(teacher), CONFIG)
     first, replaced = teacher.bert.encoder.layer[0], teacher.bert.encoder.layer[1]

@@ -1,1 +1,1 @@
-"""The parts of `measure_clips.py`: the tensors a model quantizes, measurements of their clips, tables and plots."""
+"""The modules of `measure_clips.py`: the tensors that a model quantizes, measurements of their clips, tables, plots."""

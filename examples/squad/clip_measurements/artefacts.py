@@ -1,4 +1,4 @@
-"""Everything that is drawn from the measurements of clips."""
+"""Tables and plots of the measurements of clips."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from clip_measurements.report import markdown_report
 
 
 def write_artefacts(record: dict[str, Any], output_dir: Path) -> str:
-    """Write `clips.md`, whose text is returned, and the plots of what `measure_clips.py` measured."""
+    """Write `clips.md` and the plots of the measurements, and return the text of `clips.md`."""
     report = markdown_report(record)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "clips.md").write_text(report, encoding="utf-8")

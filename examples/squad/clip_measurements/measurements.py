@@ -1,4 +1,4 @@
-"""What the paper measures of one tensor's clips: errors, times, the recursion of Eq. 6, second minima of the error."""
+"""The paper's measurements of a tensor's clips: errors, times, the recursion of Eq. 6, second minima of the error."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from octav_hf.functional.grid import noise_factor
 from octav_hf.functional.rows import magnitude, to_rows
 
 REFERENCE_POINTS = 1000
-"""Clips of the sweep that everything is compared with."""
+"""Number of clips in the reference sweep."""
 PAPER_UPDATES = 10
-"""Updates of Eq. 6 that the paper runs."""
+"""Number of updates of Eq. 6 in the paper."""
 STARTS = ("0", "max", "3σ", "4σ", "5σ")
-"""Where the paper starts the recursion (σ: the standard deviation of the tensor, or of the row)."""
+"""The paper's starting points of the recursion (σ: standard deviation of the tensor, or of the row)."""
 SEQUENCE = 20
-"""Length of the sequences s_1, s_2, … that are kept."""
+"""Length of the sequences s_1, s_2, … that are stored."""
 NEAR = 1e-4
-"""Relative distance from the fixed point that counts as having arrived."""
+"""Relative distance from the fixed point that counts as converged."""
 DEPTH = 0.01
-"""Of a second minimum below the ridge before it, relative to its value."""
+"""Minimum height of the ridge next to a second minimum, relative to the value of the minimum."""
 FAR = 1.5
-"""The sweep's clip is far from OCTAV's where one is more than this times the other."""
+"""The sweep's clip is far from OCTAV's if one is more than this many times the other."""
 
 _UPDATES = 100
 _SETTLED = 1e-9
-_OCTAV_CALLS = 5  # a round; the sweep takes hundreds of times as long
-# Elements of several rows at a time: small enough that what is computed from them stays in a processor's cache.
+_OCTAV_CALLS = 5  # per round; the sweep takes hundreds of times as long
+# Maximum of elements that are processed at a time, so that intermediate results stay in cache.
 _PIECE = 1 << 16
 
 
 class ErrorsOfClips:
-    """The mean squared error of quantizing a tensor, exact for any number of clips, without reading it for each.
+    """The exact mean squared error of quantizing a tensor, for many clips without reading the tensor for each of them.
 
-    In the sorted values, those that are rounded to one level are neighbours. Their sum, the sum of their squares and
-    their count are differences of prefix sums, and give the sum of their squared errors. Float64 throughout.
+    In sorted order, values that are rounded to the same level are contiguous. Their sum, their sum of squares and their
+    count are differences of prefix sums, from which the sum of their squared errors follows. All in float64.
 
     Args:
         x: floating point, any shape, finite, not empty.
         num_bits: 2 to 8.
-        signed: the two's-complement grid, or the unsigned one.
+        signed: whether the grid is two's-complement or unsigned.
     """
 
     def __init__(self, x: Tensor, num_bits: int, signed: bool):
@@ -71,13 +71,13 @@ class ErrorsOfClips:
 
 
 class Eq6:
-    """The recursion of Eq. 6 (unsigned: Appendix A), as it is written, for each row; float64.
+    """The recursion of Eq. 6 (unsigned: Appendix A) for each row, in float64.
 
-    A clip with nothing above it is followed by 0, and 0 by the mean of the nonzero magnitudes.
+    A clip above all magnitudes is followed by 0, and 0 by the mean of the nonzero magnitudes.
 
     Args:
         rows: `[rows, n]`, floating point, finite, n > 0.
-        num_bits, signed: the grid. On an unsigned one a negative value counts as a zero.
+        num_bits, signed: the grid. On an unsigned grid, negative values count as zeros.
     """
 
     def __init__(self, rows: Tensor, num_bits: int, signed: bool):
@@ -87,7 +87,7 @@ class Eq6:
         self._noise = noise_factor(num_bits, signed)
 
     def update(self, clips: Tensor) -> Tensor:
-        """s_{n+1} of s_n; both `[rows]`, float64."""
+        """s_{n+1} for s_n; both `[rows]`, float64."""
         below = torch.searchsorted(self._sorted, clips[:, None], right=True)
         above = self._sorted.shape[1] - below
         total = self._sums[:, -1:] - self._sums.gather(1, below)
@@ -103,7 +103,7 @@ class Eq6:
 
 
 def starts(rows: Tensor, signed: bool) -> dict[str, Tensor]:
-    """Name of each of `STARTS` -> its value for each of `rows`, `[rows]`, float64."""
+    """Name in `STARTS` -> starting points of the rows, `[rows]`, float64."""
     rows = rows.double()
     sigma = rows.std(dim=1, correction=0)
     peak = magnitude(rows, signed).amax(dim=1)
@@ -111,15 +111,14 @@ def starts(rows: Tensor, signed: bool) -> dict[str, Tensor]:
 
 
 def convergence(rows: Tensor, num_bits: int, signed: bool) -> tuple[dict[str, Any], Tensor]:
-    """How the recursion of Eq. 6 comes to its fixed point.
+    """How fast the recursion of Eq. 6 converges.
 
     Returns:
-        For JSON: `updates`, start -> number of updates until the clip stays within `NEAR` of the fixed point -> number
-        of rows (of those that have a fixed point); `never`, start -> rows in which it does not come so near in 100
-        updates; `disagree`, rows with a fixed point in which the five starts do not end within `NEAR` of each other;
-        `alternating`, rows without a fixed point: there the recursion from 0 jumps between values for ever; and
-        `alternation`, the largest of those jumps, relative.
-        And the fixed points, float64 `[rows]`, NaN where there is none.
+        A dict for JSON, and the fixed points, float64 `[rows]`, NaN where there is none. The dict has `updates`
+        (start -> number of updates until the clip stays within `NEAR` of the fixed point -> number of rows), `never`
+        (start -> number of rows that are not that near after 100 updates), `disagree` (number of rows with a fixed
+        point where the five starts do not end within `NEAR` of each other), `alternating` (number of rows without a
+        fixed point, where the recursion from 0 alternates forever) and `alternation` (their largest relative jump).
     """
     recursion = Eq6(rows, num_bits, signed)
     sequences = {name: recursion.sequence(start, _UPDATES) for name, start in starts(rows, signed).items()}
@@ -137,7 +136,7 @@ def convergence(rows: Tensor, num_bits: int, signed: bool) -> tuple[dict[str, An
     }
     for name, sequence in sequences.items():
         far = (sequence - last).abs() > NEAR * last
-        # the number of the last one that is far away, counted from 1: so many updates lead out of it
+        # index (from 1) of the last clip that is far away, which is the number of updates that is needed
         needed = (far * torch.arange(1, _UPDATES + 2)[:, None]).amax(dim=0)[settled]
         counts = Counter(needed.tolist())
         record["never"][name] = counts.pop(_UPDATES + 1, 0)
@@ -146,29 +145,30 @@ def convergence(rows: Tensor, num_bits: int, signed: bool) -> tuple[dict[str, An
 
 
 def second_minima(errors: Tensor) -> Tensor:
-    """For each row of `errors`, `[rows, points]`, the index of the second minimum of that curve, or -1.
+    """For each row of `errors`, `[rows, points]`, the index of the second minimum of the curve, or -1.
 
-    That is the lowest local minimum, other than the lowest point of all, from which the way to the lowest point leads
-    over a ridge that is higher by more than `DEPTH` of the local minimum's own value. An end of the curve can be one.
+    This is the lowest local minimum, other than the global one, that is separated from the global minimum by a ridge
+    more than `DEPTH` (relative) above the local minimum. An end of the curve counts as a local minimum.
     """
     lowest = errors.argmin(dim=1, keepdim=True)
     index = torch.arange(errors.shape[1])
     right = errors.masked_fill(index < lowest, -torch.inf).cummax(dim=1).values
     left = errors.masked_fill(index > lowest, -torch.inf).flip(1).cummax(dim=1).values.flip(1)
     ridge = torch.where(index > lowest, right, left)
-    # the lowest such point is a local minimum: a lower neighbour would be behind the same ridge
+    # the lowest such point is a local minimum, because a lower neighbour would be behind the same ridge
     qualifies = ridge - errors > DEPTH * errors
     found = torch.where(qualifies, errors, torch.inf).argmin(dim=1)
     return torch.where(qualifies.any(dim=1), found, -1)
 
 
 def measure(seen: SeenTensor, num_bits: int, repetitions: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All measurements of one tensor's clips at one number of bits.
+    """All measurements of a tensor's clips for one number of bits.
 
     Returns:
-        Two parts, for JSON; clips are in units of the tensor, errors in squared units. What is known of the tensor,
-        clips and errors as means over its rows where each has a clip of its own. And of the tensor, or of the row whose
-        sweep's clip exceeds OCTAV's most, also `curve`: the errors of the clips `k / REFERENCE_POINTS * max|x|`.
+        Two dicts for JSON; clips are in the units of the tensor, errors in squared units. The first describes the
+        tensor; with a clip per row, clips and errors are means over the rows. The second describes the tensor, or the
+        row where the sweep's clip exceeds OCTAV's most, including `curve`: the errors of the clips
+        `k / REFERENCE_POINTS * max|x|`.
     """
     x, signed = seen.values, seen.signed
     rows, _ = to_rows(x, seen.dim)
@@ -185,7 +185,7 @@ def measure(seen: SeenTensor, num_bits: int, repetitions: int) -> tuple[dict[str
     errors["best"], best = curves.min(dim=1)
     clips["best"] = fractions[best] * peak
     converged, fixed = convergence(rows, num_bits, signed)
-    difference = ((clips["octav"] - fixed).abs() / fixed)[fixed > 0]  # NaN, no fixed point, is not > 0
+    difference = ((clips["octav"] - fixed).abs() / fixed)[fixed > 0]  # leaves out NaN (no fixed point)
     second = second_minima(curves)
     apart = torch.maximum(second, best) + 1 > FAR * (torch.minimum(second, best) + 1)
     farthest = int((clips["sweep"] / clips["octav"]).nan_to_num(0).argmax())  # NaN: a row of zeros
@@ -221,7 +221,7 @@ def measure(seen: SeenTensor, num_bits: int, repetitions: int) -> tuple[dict[str
 
 
 def sequences(seen: SeenTensor, num_bits: int) -> dict[str, Any]:
-    """For JSON: s_1 … of the tensor, or of its row with the largest outlier, from each of `STARTS`."""
+    """For JSON: s_1, … from each of `STARTS`, for the tensor, or its row with the largest outlier."""
     rows, _ = to_rows(seen.values, seen.dim)
     row = int(_outliers(rows).argmax())
     chosen = rows[row : row + 1]
@@ -238,10 +238,10 @@ def sequences(seen: SeenTensor, num_bits: int) -> dict[str, Any]:
 
 
 def _timed(seen: SeenTensor, num_bits: int, repetitions: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Clips `[rows]` by rule, and median seconds by function; the functions take turns.
+    """Clips `[rows]` by rule, and median seconds by function over interleaved calls.
 
-    The seconds are the processor's, of all threads: on the clock, what other programs take would fall on the sweep, as
-    OCTAV is done before the system changes to them.
+    The seconds are processor time of all threads. Wall-clock time would be unfair to the sweep, which the system
+    interrupts for other programs, while OCTAV finishes before.
     """
     x, options = seen.values, {"signed": seen.signed, "dim": seen.dim}
     functions: dict[str, tuple[int, Callable[[], Tensor]]] = {
@@ -266,7 +266,7 @@ def _timed(seen: SeenTensor, num_bits: int, repetitions: int) -> tuple[dict[str,
 
 
 def _row_curves(rows: Tensor, fractions: list[float], num_bits: int, signed: bool) -> Tensor:
-    """Errors of each of `fractions` of a row's largest magnitude, `[rows, fractions]`."""
+    """Errors of the clips `fractions` times the row's largest magnitude, `[rows, fractions]`."""
     curves = []
     for piece in rows.split(max(1, _PIECE // rows.shape[1])):
         peak = magnitude(piece, signed).amax(dim=1)
@@ -281,7 +281,7 @@ def row_errors(rows: Tensor, clips: Tensor, num_bits: int, signed: bool) -> Tens
 
 
 def _outliers(rows: Tensor) -> Tensor:
-    """max|x| in standard deviations, `[rows]`; 0 for a row of equal values."""
+    """max|x| divided by the standard deviation, `[rows]`; 0 for a row of equal values."""
     sigma = rows.std(dim=1, correction=0)
     return torch.where(sigma > 0, rows.abs().amax(dim=1) / sigma, 0)
 

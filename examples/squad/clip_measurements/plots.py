@@ -1,4 +1,4 @@
-"""The plots of what `measure_clips.py` measured, each as PNG and SVG, the same bytes for the same measurements."""
+"""The plots of the measurements, each as PNG and SVG; the same measurements give the same bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KIND_MARKERS = {
     "probabilities": "s",
     "value": "D",
 }
-# Times the largest other clip from which the start max|x| does not fit into a panel with it.
+# The start max|x| is left out of a panel if it is more than this many times the largest other clip.
 _CUT_OFF = 1.5
 
 
@@ -46,12 +46,12 @@ def write_plots(record: Record, output_dir: Path) -> None:
     with plt.rc_context(STYLE | {"axes.titlesize": 9, "legend.fontsize": 8.5}):
         for name, plot in plots.items():
             figure = plot(record)
-            if figure is not None:  # None: nothing of the kind was measured
+            if figure is not None:  # None if nothing of the kind was measured
                 save(figure, output_dir / name)
 
 
 def plot_clips(record: Record) -> Figure:
-    """OCTAV's and the sweep's clip over max|x|, for every tensor in order of depth."""
+    """OCTAV's and the sweep's clip divided by max|x|, for every tensor in order of depth."""
 
     def draw(axes: Axes, x: int, tensor: Record) -> None:
         clips = tensor["clips"]
@@ -71,7 +71,7 @@ def plot_clips(record: Record) -> Figure:
 
 
 def plot_errors(record: Record) -> Figure:
-    """MSE of OCTAV, the sweep and max-scaling over the best of the reference sweep, in order of depth."""
+    """MSE of OCTAV, the sweep and max-scaling, divided by the lowest of the reference sweep, in order of depth."""
 
     def draw(axes: Axes, x: int, tensor: Record) -> None:
         for rule in ("max", "sweep", "octav"):
@@ -108,7 +108,7 @@ def plot_convergence(record: Record) -> Figure | None:
 
 
 def plot_curves(record: Record) -> Figure | None:
-    """Measured MSE against the clip, where the sweep's clip exceeds OCTAV's most."""
+    """Measured MSE against the clip, for the tensors whose sweep clip exceeds OCTAV's most."""
     rows = [entry["curves"] for entry in record["measured"]]
     if not any(rows):
         return None
@@ -138,7 +138,7 @@ def plot_curves(record: Record) -> Figure | None:
 
 
 def _cut_off_start(axes: Axes, sequences: dict[str, list[float]]) -> None:
-    """Where the start max|x| is far above all other clips, leave it above the panel and write it there."""
+    """If the start max|x| is far above all other clips, cut the axis off and write the value there."""
     first, *rest = sequences["max"]
     others = max(*rest, *(clip for start, sequence in sequences.items() if start != "max" for clip in sequence))
     top = first if first < _CUT_OFF * others else 1.2 * others
@@ -151,7 +151,7 @@ def _cut_off_start(axes: Axes, sequences: dict[str, list[float]]) -> None:
 def _per_layer(
     record: Record, draw: Callable[[Axes, int, Record], None], ylabel: str, rules: Sequence[str]
 ) -> tuple[Figure, list[Axes]]:
-    """A row of panels for each number of bits: weights, and activations, in order of depth."""
+    """A row of panels per number of bits: weights and activations, in order of depth."""
     groups = [
         (name, kinds)
         for name, kinds in (("weights", ("weight", "embedding")), ("activations", tuple(KINDS)[2:]))
@@ -179,7 +179,7 @@ def _per_layer(
     for axes in grid[-1]:
         axes.set_xlabel("layer")
     handles = [_handle("o", COLOURS[rule], LABELS[rule], filled=rule == "octav") for rule in rules]
-    names: dict[str, list[str]] = {}  # marker -> what has it
+    names: dict[str, list[str]] = {}  # marker -> kinds of tensors
     for kind in (kind for kind in KINDS if kind in present):
         names.setdefault(KIND_MARKERS[kind], []).append(KINDS[kind])
     handles += [_handle(marker, "black", ", ".join(of_marker)) for marker, of_marker in names.items()]
@@ -200,7 +200,7 @@ def _handle(marker: str, colour: str, label: str, filled: bool = False) -> Line2
 
 
 def _mark_layers(axes: Axes, tensors: Sequence[Record]) -> None:
-    """The numbers of the layers below the axis, a thin line between two layers."""
+    """Write the numbers of the layers below the axis, with a thin line between layers."""
     layers = [_layer(tensor["name"]) for tensor in tensors]
     borders = [0, *(i for i in range(1, len(layers)) if layers[i] != layers[i - 1]), len(layers)]
     for border in borders[1:-1]:
@@ -212,13 +212,13 @@ def _mark_layers(axes: Axes, tensors: Sequence[Record]) -> None:
 
 
 def _layer(name: str) -> str:
-    """The number of the layer in a tensor's name; for what belongs to no layer, such as the head, its first word."""
+    """The number of the layer in a tensor's name; outside of layers, as in the head, the first part of the name."""
     number = re.search(r"\.(\d+)\.", name)
     return number[1] if number else re.split(r"[._ ]", name)[0]
 
 
 def _place(tensor: Record) -> str:
-    """A tensor's name without what stands before the layer's number, and which row of it."""
+    """A tensor's name from the layer's number on, and its row."""
     name, row = tensor["name"], tensor["row"]
     number = re.search(r"\.(\d+)\.", name)
     place = f"layer {number[1]}, {name[number.end() :]}" if number else name

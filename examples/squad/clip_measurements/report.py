@@ -1,4 +1,4 @@
-"""What `measure_clips.py` measured, as Markdown tables."""
+"""The measurements as Markdown tables."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ KINDS = {
     "probabilities": "probabilities",
     "value": "value",
 }
-"""Kind of tensor -> what it is called in tables and plots, in their order."""
+"""Kind of tensor -> its name in tables and plots, in their order."""
 
 Record = dict[str, Any]
 
 
 def error_ratio(tensor: Record, rule: str) -> float | None:
-    """Its MSE by a rule over the best one; None where that is 0."""
+    """The tensor's MSE by a rule divided by the lowest one; None if that is 0."""
     return tensor["mse"][rule] / tensor["mse"]["best"] if tensor["mse"]["best"] > 0 else None
 
 
 def clip_ratio(tensor: Record) -> float:
-    """The sweep's clip over OCTAV's; 1 for a tensor of zeros."""
+    """The sweep's clip divided by OCTAV's; 1 for a tensor of zeros."""
     return tensor["clips"]["sweep"] / tensor["clips"]["octav"] if tensor["clips"]["octav"] > 0 else 1.0
 
 
 def markdown_report(record: Record) -> str:
-    """All tables, of what `clips.json` holds."""
+    """All tables, from the content of `clips.json`."""
     measured = record["measured"]
     sections = [
         ["# Clips of a model's tensors", "", *_setting(record)],

@@ -1,4 +1,4 @@
-"""The tensors whose clips are measured: what the quantizers of a model see."""
+"""The tensors whose clips are measured: the inputs of a model's quantizers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from octav_hf.nn import FakeQuantize, PackedLayer, QuantizedEmbedding
 
 @dataclass(frozen=True)
 class SeenTensor:
-    """A tensor as a quantizer of the model saw it.
+    """The input of a quantizer.
 
     Attributes:
-        name: of the operand in the model.
+        name: name of the operand in the model.
         kind: `weight`, `input`, `query`, `key`, `probabilities`, `value` or `embedding`.
         values: floating point, any shape.
-        signed: the grid.
-        dim: the dimensions that share a clip; None for one clip for the whole tensor.
+        signed: whether the grid is signed.
+        dim: dimensions that share a clip; None for one clip for the whole tensor.
     """
 
     name: str
@@ -32,10 +32,10 @@ class SeenTensor:
 
 
 def seen_tensors(model: nn.Module, batch: Mapping[str, Tensor]) -> list[SeenTensor]:
-    """What the model's quantizers see in one forward pass in its present mode, in the order of the calls.
+    """The inputs of the model's quantizers in one forward pass in its current mode, in the order of the calls.
 
-    Layers that read the same tensor, as query, key and value projections do, quantize it once: it stands in the list
-    under the name of the first of them. Of a layer that runs several times, each input is in the list, the weight once.
+    Layers that read the same tensor, such as query, key and value projections, quantize it once; it is listed under the
+    name of the first of them. If a layer runs several times, each of its inputs is listed, and its weight once.
 
     Raises:
         ValueError: no tensor of the model is quantized, or its weights are packed.
@@ -44,8 +44,8 @@ def seen_tensors(model: nn.Module, batch: Mapping[str, Tensor]) -> list[SeenTens
     packed = [name for name, module in parents.items() if isinstance(module, PackedLayer)]
     if packed:
         raise ValueError(
-            f"{packed[0]} is packed: its weight lies on the grid already, and the one that its clips were computed "
-            "from is gone. Measure the training form, which save_pretrained wrote before pack_octav."
+            f"{packed[0]} is packed: its weight is already quantized, and the original weight is not stored. Measure "
+            "the training form, which save_pretrained wrote before pack_octav."
         )
     quantizers = {name: module for name, module in parents.items() if isinstance(module, FakeQuantize)}
     if not quantizers:

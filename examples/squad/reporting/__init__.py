@@ -1,1 +1,1 @@
-"""What the scripts have in common: options, tables, plots, and a description of the environment."""
+"""Code that the scripts share: options, tables, plots, and a description of the environment."""

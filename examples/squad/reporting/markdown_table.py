@@ -6,6 +6,6 @@ from collections.abc import Iterable, Sequence
 
 
 def markdown_table(header: Sequence[str], texts: int, rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first `texts` columns are aligned to the left, the others to the right."""
+    """A table whose first `texts` columns are left-aligned and the others right-aligned."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * texts + "---:|" * (len(header) - texts)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -1,4 +1,4 @@
-"""What all plots have in common: their style, and that the same figure gives the same bytes."""
+"""Style and deterministic saving of all plots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DPI = 160
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as `path` with the ends `.png` and `.svg`, and close it."""
+    """Write a figure to `path` with the suffixes `.png` and `.svg`, and close it."""
     figure.savefig(path.with_suffix(".png"), dpi=_DPI, metadata={"Software": None})
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)

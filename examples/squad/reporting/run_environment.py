@@ -1,4 +1,4 @@
-"""With what a result was made: versions, commit, hardware."""
+"""The environment of a result: versions, commit, hardware."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "nump
 def environment(threads: int | str, jobs: int = 1) -> dict[str, Any]:
     """For JSON: `versions`, `commit` and `hardware`.
 
-    The commit is this file's, ends in "+" where files differ from it, and is None outside a repository.
+    The commit is that of this file's repository, with a "+" if files differ from it; None outside a repository.
 
     Args:
         threads: CPU threads of the run.
-        jobs: runs at a time.
+        jobs: number of runs at a time.
     """
     packages = {package: importlib.metadata.version(package) for package in PACKAGES}
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -1,4 +1,4 @@
-"""What the scripts that measure clips do with their options: a default is set only where an option is not given."""
+"""Options of the scripts that measure clips; defaults are set late, to know which options were given."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def refuse_given(parser: argparse.ArgumentParser, options: argparse.Namespace, names: Iterable[str], why: str) -> None:
-    """End the program if one of these options is given, which `why` says would be ignored."""
+    """End the program if one of these options is given, because it would be ignored; `why` completes the message."""
     given = [f"--{name}" for name in names if getattr(options, name) is not None]
     if given:
         parser.error(f"{', '.join(given)} would be ignored{why}")
@@ -17,7 +17,7 @@ def refuse_given(parser: argparse.ArgumentParser, options: argparse.Namespace, n
 def fill_in(
     parser: argparse.ArgumentParser, options: argparse.Namespace, defaults: Mapping[str, Any], counts: Iterable[str]
 ) -> None:
-    """Set what is not given; end the program unless each of `counts` is at least 1."""
+    """Set defaults of options that were not given; end the program unless each of `counts` is at least 1."""
     for name, default in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, default)

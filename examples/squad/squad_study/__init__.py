@@ -1,1 +1,1 @@
-"""The parts of `study.py`: its cells, the file of its results, and the tables and plots drawn from that."""
+"""The modules of `study.py`: its cells, the file with its results, and the tables and plots made from it."""

@@ -1,4 +1,4 @@
-"""The cells of a study: what is trained, how it is written on the command line, and as arguments of `run_squad.py`."""
+"""The cells (training runs) of a study, their syntax on the command line, and their arguments for `run_squad.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODES = ("dynamic", "static")
 # weight and activation estimator (section 4 of the paper)
 GRADIENTS = {"ste": ("ste", "ste"), "pwl": ("pwl", "pwl"), "mad": ("mad", "mad"), "mph": ("mad", "pwl")}
 DEFAULT_GRADIENT = "mph"
-# what a cell may have on top, in this order: the fields of `Cell` and their words in a label
+# optional extras of a cell, in this order: fields of `Cell` and their labels
 EXTRAS = {
     "fine": "fine clips",
     "shifted": "shifted",
@@ -26,8 +26,8 @@ EXTRAS = {
     "reconstructed": "reconstructed",
     "features": "with features",
 }
-GROUPED = ("input", "probabilities", "value")  # activations that have groups along the dimension summed over
-# of `octav_hf.distill`, for what learns features too
+GROUPED = ("input", "probabilities", "value")  # activations with groups along the contracted dimension
+# arguments of `octav_hf.distill` for cells with features
 FEATURES = {"distill_hidden_states": "1", "distill_attentions": "1", "distill_feature_steps": "0.6"}
 RECONSTRUCT_BATCHES = 12
 PERCENTILE = "percentile"
@@ -51,23 +51,24 @@ class Cell:
     """One training run of a study.
 
     Args:
-        mode: "dynamic": clips follow the data; "static": they are calibrated before training and fixed (Appendix E.3);
-            None for the float model, as the next three.
+        mode: "dynamic" for dynamic clips, "static" for clips that are calibrated before training (Appendix E.3); None
+            for the float model, as for the next three.
         clip: clipping rule of weights and activations.
-        percentile: of the rule "percentile"; None for the others.
+        percentile: option of the rule "percentile"; None for other rules.
         gradient: key of `GRADIENTS`.
-        bits: of weights and activations, of weights alone where `activation_bits` is given; None for the float model.
-        seed: of the training questions, their order, the new head and dropout.
-        fine: a clip for each token of linear inputs, query, key and probabilities, and each channel of the value,
-            instead of one for the tensor.
+        bits: bits of weights and activations, or only of weights if `activation_bits` is given; None for the float
+            model.
+        seed: seed of the training questions, their order, the new head and dropout.
+        fine: whether linear inputs, query, key and probabilities have a clip per token, and the value one per channel,
+            instead of one per tensor.
         shifted: `OctavConfig.asymmetric_activations`.
-        distilled: from the float model that training starts from.
-        group: values that have a clip of their own along the dimension that a product sums over, in weights, linear
-            inputs, probabilities and value; None without.
-        learned: static clips of activations are learned (`calibrate_octav(learned=True)`).
-        reconstructed: the layers start from least squares against the float model (`reconstruct`).
-        features: `distilled` from hidden states and attention maps too.
-        activation_bits: where activations have other bits than weights; None for the same.
+        distilled: whether the float model from which training starts is the teacher.
+        group: group size along the contracted dimension of weights, linear inputs, probabilities and value; None for no
+            groups.
+        learned: whether static clips of activations are learned (`calibrate_octav(learned=True)`).
+        reconstructed: whether layers are first reconstructed by least squares (`reconstruct`).
+        features: whether hidden states and attention maps are distilled too.
+        activation_bits: bits of activations if they differ from those of weights, otherwise None.
     """
 
     mode: str | None
@@ -87,7 +88,7 @@ class Cell:
 
     @property
     def method(self) -> str:
-        """What the cell is, without bits and seed, as it is written on the command line."""
+        """The cell without bits and seed, in the syntax of the command line."""
         if self.mode is None:
             return FP32
         percentile = "" if self.percentile is None else f"{self.percentile:g}"
@@ -96,7 +97,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Unique in a study; a file name."""
+        """A file name that is unique in a study."""
         bits = "" if self.bits is None else f"-{self.width}{'bit' if self.activation_bits is None else ''}"
         return f"{self.method}{bits}-seed{self.seed}"
 
@@ -109,7 +110,7 @@ class Cell:
 
     @property
     def extras(self) -> list[str]:
-        """Those of `EXTRAS` that the cell has, as on the command line."""
+        """The `EXTRAS` of the cell, in the syntax of the command line."""
         return [f"group{self.group}" if extra == "group" else extra for extra in EXTRAS if getattr(self, extra)]
 
     @property
@@ -128,7 +129,7 @@ class Cell:
 
     @property
     def place(self) -> tuple[float, ...]:
-        """Sorts cells as the paper's Table 5 does; other estimators than its own come last."""
+        """Sort key for the order of the paper's Table 5; other estimators come last."""
         clips = ["octav", "max", "mse_sweep", PERCENTILE, *CLIP_RULES]
         extras = sum(2**i for i, extra in enumerate(EXTRAS) if getattr(self, extra))
         if self.mode is None:
@@ -141,8 +142,8 @@ class Cell:
         """The arguments of `run_squad.py` in which this cell differs from others of its study.
 
         Args:
-            static_batches: training batches whose mean gives a static activation clip.
-            model: what training starts from.
+            static_batches: number of training batches for the calibration of static clips.
+            model: the model from which training starts.
         """
         arguments = ["--seed", str(self.seed)]
         if self.mode is None:
@@ -188,20 +189,20 @@ class Cell:
 _EVERY_EXTRA: dict[str, Any] = {extra: 32 if extra == "group" else True for extra in EXTRAS}
 _EVERY_ARGUMENT = Cell("static", PERCENTILE, 99.9, DEFAULT_GRADIENT, 4, 0, **_EVERY_EXTRA).arguments(1, "model")
 CELL_ARGUMENTS = {word for word in _EVERY_ARGUMENT if word.startswith("--")}
-"""What `Cell.arguments` may set."""
+"""Arguments that `Cell.arguments` may set."""
 
 
 def cell_of(line: dict[str, Any]) -> Cell:
-    """The cell of a line of a results file, which has the fields of `Cell` among others, but perhaps not all extras."""
+    """The cell of a line of a results file, which has the fields of `Cell` and others; extras may be missing."""
     names = [field.name for field in fields(Cell) if field.name in line or field.default is MISSING]
     return Cell(**{name: line[name] for name in names})
 
 
 def parse_cells(texts: list[str], seeds: list[int]) -> list[Cell]:
-    """The cells that `texts` (see `SYNTAX`) ask for, seed by seed, each once.
+    """The cells that `texts` (see `SYNTAX`) describe, seed by seed, without duplicates.
 
     Raises:
-        ValueError: a text that is not of that form.
+        ValueError: a text has another form.
     """
     cells = [cell for seed in seeds for text in texts for cell in _parse(text, seed)]
     return list(dict.fromkeys(cells))

@@ -1,4 +1,4 @@
-"""The plots of a study, as PNG and SVG: F1 against bits and bytes, and the loss of training (figure 4 of the paper)."""
+"""The plots of a study, as PNG and SVG: F1 against bits and bytes, and the training loss (figure 4 of the paper)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from squad_study.record import Line
 
 COLOURS = {"octav": "#c1440e", "mse": "#7a3fb5", "max": "#7a7a7a", "mse_sweep": "#37618e", "percentile": "#3c8d5a"}
 GROUP_COLOURS = {32: "#1b9e77", 64: "#2c7fb8", 128: "#253494"}
-OTHER_COLOURS = ("#c06090", "#5b7f1e", "#6f6ad1")  # of rules of the user's own
-EXTRA_MARKERS = "<>PX*dh"  # by which extras there are
+OTHER_COLOURS = ("#c06090", "#5b7f1e", "#6f6ad1")  # for users' own rules
+EXTRA_MARKERS = "<>PX*dh"  # for combinations of extras
 MARKERS = {99.9: "v", 99.99: "s", 99.999: "^"}
 GRADIENT_COLOURS = {"ste": "#8f5aa8", "pwl": "#b08a2e", "mad": "#4aa5a5", "mph": COLOURS["octav"]}
 FP32_COLOUR = "#1a1a1a"
 
 
 def write_plots(lines: Sequence[Line], folder: Path) -> None:
-    """Write `f1` and `convergence`, `recipes` if a cell has extras, and `bytes` if the size of checkpoints is known.
+    """Write `f1`, `convergence`, `recipes` if a cell has extras, and `bytes` if the sizes of checkpoints are known.
 
     The same lines give the same bytes.
     """
@@ -41,7 +41,7 @@ def write_plots(lines: Sequence[Line], folder: Path) -> None:
 
 
 def is_recipe(cell: Cell) -> bool:
-    """Whether it is FP32, dynamic max-scaling or OCTAV as in the paper, or has fine clips and shifted grids."""
+    """Whether the cell is FP32, dynamic max-scaling or OCTAV as in the paper, or has fine clips and shifted grids."""
     if cell.mode is None:
         return True
     as_in_the_paper = cell.clip in ("octav", "max") and not cell.extras
@@ -49,7 +49,7 @@ def is_recipe(cell: Cell) -> bool:
 
 
 def plot_f1(lines: Sequence[Line]) -> Figure:
-    """F1 against bits, mean over seeds, error bars of one sample standard deviation; FP32 as a line across."""
+    """F1 against bits, mean over seeds with error bars of one sample standard deviation; FP32 as a horizontal line."""
     curves: dict[str, dict[int, list[float]]] = {}
     cells: dict[str, Cell] = {}
     fp32 = []
@@ -66,7 +66,7 @@ def plot_f1(lines: Sequence[Line]) -> Figure:
         axes.axhline(statistics.fmean(fp32), color=FP32_COLOUR, linewidth=1, label="FP32")
         spread = statistics.stdev(fp32) if len(fp32) > 1 else 0
         axes.axhspan(statistics.fmean(fp32) - spread, statistics.fmean(fp32) + spread, color=FP32_COLOUR, alpha=0.12)
-    # side by side, so that neither marks nor error bars hide each other
+    # shifted sideways, so that markers and error bars do not overlap
     offsets = {label: 0.02 * (place - (len(curves) - 1) / 2) for place, label in enumerate(curves)}
     for label, curve in curves.items():
         widths = sorted(curve)
@@ -113,7 +113,7 @@ def plot_bytes(lines: Sequence[Line]) -> Figure:
 
 
 def look(cell: Cell) -> dict[str, str]:
-    """Colour by clip, groups or estimator if not MPH; line by dynamic or static; mark by percentile and extras."""
+    """Colour by clip, groups, or estimator if not MPH; line style by mode; marker by percentile and extras."""
     clip = str(cell.clip)
     colour = COLOURS.get(clip) or OTHER_COLOURS[sum(map(ord, clip)) % len(OTHER_COLOURS)]
     colour = GROUP_COLOURS[cell.group] if cell.group is not None else colour
@@ -128,9 +128,9 @@ def look(cell: Cell) -> dict[str, str]:
 
 
 def plot_convergence(lines: Sequence[Line]) -> Figure:
-    """Training loss against optimizer steps, mean over seeds, at the bits of most cells.
+    """Training loss against optimizer steps, mean over seeds, at the most common number of bits.
 
-    Left the clipping rules, right the gradient estimators of dynamic OCTAV; FP32 in both.
+    The left panel shows clipping rules, the right one gradient estimators of dynamic OCTAV; FP32 is in both.
     """
     counts = Counter(line["bits"] for line in lines if line["bits"] is not None)
     bits = min(counts, key=lambda bits: (-counts[bits], bits), default=None)

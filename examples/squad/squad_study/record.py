@@ -1,4 +1,4 @@
-"""A study's results: a file with one line of JSON for each finished cell."""
+"""A study's results: a file with one line of JSON per finished cell."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Line = dict[str, Any]
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The lines of a results file, in its order; none if there is no file.
+    """The lines of a results file in order; none if there is no file.
 
-    A last line that is cut off, as a killed study may leave it, is not a finished cell, and left out.
+    A truncated last line, as a killed study may leave it, is not a finished cell and is left out.
 
     Raises:
         ValueError: another line is not JSON.
@@ -31,7 +31,7 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def append_line(path: Path, line: Line) -> None:
-    """Add a finished cell, in the place of a last line that is cut off."""
+    """Append a finished cell; a truncated last line is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         file.seek(0)

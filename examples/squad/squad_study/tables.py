@@ -24,7 +24,7 @@ _CELL_HEADER = (
 
 
 def markdown_tables(lines: Sequence[Line]) -> str:
-    """All tables: F1 and EM in the layout of the paper's Table 5, and one line for each cell."""
+    """All tables: F1 and EM in the layout of the paper's Table 5, and one line per cell."""
     parts = [
         f"## F1\n\n{scores_table(lines, 'eval_f1')}",
         f"## Exact match\n\n{scores_table(lines, exact_match(lines))}",
@@ -34,12 +34,12 @@ def markdown_tables(lines: Sequence[Line]) -> str:
 
 
 def exact_match(lines: Sequence[Line]) -> str:
-    """The metric's name: SQuAD v1.1 and v2.0 have different ones."""
+    """The name of the exact-match metric, which differs between SQuAD v1.1 and v2.0."""
     return "eval_exact_match" if "eval_exact_match" in lines[0]["metrics"] else "eval_exact"
 
 
 def scores_table(lines: Iterable[Line], metric: str) -> str:
-    """Methods down, bits across; percent, with the sample standard deviation over seeds where there are several."""
+    """A row per method and a column per width; percent, with the sample standard deviation over several seeds."""
     scores: dict[str, dict[str, list[float]]] = {}
     for line in lines:
         cell = cell_of(line)
@@ -47,7 +47,7 @@ def scores_table(lines: Iterable[Line], metric: str) -> str:
     widths = sorted({width for row in scores.values() for width in row if width != FLOAT_WIDTH})
     rows = []
     for label, row in scores.items():
-        if FLOAT_WIDTH in row:  # the float model has one result, whatever the width
+        if FLOAT_WIDTH in row:  # the float model has one result for all widths
             rows.append((label, *([mean_and_spread(row[FLOAT_WIDTH])] * max(1, len(widths)))))
         else:
             rows.append((label, *(mean_and_spread(row.get(width, [])) for width in widths)))
@@ -55,7 +55,7 @@ def scores_table(lines: Iterable[Line], metric: str) -> str:
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """The mean, and the sample standard deviation of several values; empty for none."""
+    """The mean, and with several values the sample standard deviation; empty for no values."""
     if not values:
         return ""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
@@ -63,7 +63,7 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 
 def cells_table(lines: Sequence[Line]) -> str:
-    """One row per cell. Steps are compared with the float model's of the same seed."""
+    """One row per cell. Step times are relative to the float model with the same seed."""
     exact = exact_match(lines)
     fp32 = {line["seed"]: line["metrics"].get("train_step_seconds_median") for line in lines if line["bits"] is None}
     rows = []

@@ -1,4 +1,4 @@
-"""Command-line arguments of `run_squad.py`: model, quantization, and what is written in the end."""
+"""Command-line arguments of `run_squad.py`: model, quantization and outputs."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ DISTILLATION = ("weight", "temperature", "hidden_states", "attentions", "layers"
 
 @dataclass
 class ModelArguments:
-    """Which weights to start from, and which to learn from."""
+    """The model to train, and the teacher."""
 
     model_name_or_path: str = field(metadata={"help": "Folder or name of a model with a fast tokenizer."})
     distill_from: Optional[str] = field(
         default=None,
         metadata={
-            "help": "Folder or name of a teacher, such as the float model fine-tuned on the same questions: training "
-            "follows its logits instead of the answers. Needs --do_train, and a tokenizer with the same vocabulary."
+            "help": "Folder or name of a teacher, such as the float model fine-tuned on the same questions. The model "
+            "learns its logits instead of the answers. Needs --do_train and a tokenizer with the same vocabulary."
         },
     )
     distill_weight: Optional[float] = field(
         default=None,
         metadata={
-            "help": "With --distill_from: weight of the teacher's logits; the answers have the rest. Not given: 1."
+            "help": "With --distill_from: weight of the teacher's logits; the answers have the rest. Default: 1."
         },
     )
     distill_temperature: Optional[float] = field(
-        default=None, metadata={"help": "With --distill_from: what the logits are divided by. Not given: 2."}
+        default=None, metadata={"help": "With --distill_from: temperature, by which logits are divided. Default: 2."}
     )
     distill_hidden_states: Optional[float] = field(
-        default=None, metadata={"help": "With --distill_from: weight of the teacher's hidden states. Not given: 0."}
+        default=None, metadata={"help": "With --distill_from: weight of the teacher's hidden states. Default: 0."}
     )
     distill_attentions: Optional[float] = field(
         default=None,
         metadata={
-            "help": "With --distill_from: weight of the teacher's attention maps. Both models then have "
-            'attn_implementation="eager". Not given: 0.'
+            "help": "With --distill_from: weight of the teacher's attention maps. Both models then use "
+            'attn_implementation="eager". Default: 0.'
         },
     )
     distill_layers: Optional[list[int]] = field(
         default=None,
-        metadata={"help": "Layers whose hidden states and maps are learned, the first is 0. Not given: all."},
+        metadata={"help": "Indices of layers whose hidden states and maps are learned. Default: all."},
     )
     distill_feature_steps: Optional[float] = field(
         default=None,
         metadata={
-            "help": "Part of the steps in which hidden states and maps are learned, from the start on. Not given: 1."
+            "help": "Fraction of the steps, from the start, in which hidden states and maps are learned. Default: 1."
         },
     )
 
@@ -65,12 +65,12 @@ class ModelArguments:
             raise ValueError(f"{', '.join(given)} would be ignored: add --distill_from, or leave them out.")
 
     def distillation(self) -> dict[str, Any]:
-        """The arguments of `octav_hf.distill` that are given."""
+        """The arguments of `octav_hf.distill` that were given."""
         values = {name: getattr(self, f"distill_{name}") for name in DISTILLATION}
         return {name: value for name, value in values.items() if value is not None}
 
     def loading(self) -> dict[str, str]:
-        """Arguments of `from_pretrained`: attention maps come from eager attention alone."""
+        """Arguments of `from_pretrained`: only eager attention returns attention maps."""
         return {"attn_implementation": "eager"} if self.distill_attentions else {}
 
 
@@ -78,14 +78,14 @@ def _config_argument(entry: Field[Any]) -> tuple[str, Any, Any]:
     """Name, type and field of the argument for a field of `OctavConfig`."""
     kind, prefix = Optional[str], ""
     if entry.name.endswith("_bits"):
-        kind, prefix = Union[int, str, None], '"none" is None. '
+        kind, prefix = Union[int, str, None], '"none" for None. '
     elif entry.name in _JSON_FIELDS:
         kind, prefix = Union[dict, str, None], "JSON object. "
     elif entry.name.endswith("_modules"):
         kind = Optional[list[str]]
     elif isinstance(entry.default, bool | int):
         kind = Optional[type(entry.default)]
-    help = f"{prefix}{entry.metadata['help']} Not given: OctavConfig's default."
+    help = f"{prefix}{entry.metadata['help']} Default: that of OctavConfig."
     return entry.name, kind, field(default=None, metadata={"help": help})
 
 
@@ -96,30 +96,28 @@ _ConfigArguments = make_dataclass("_ConfigArguments", map(_config_argument, _CON
 
 @dataclass
 class OctavArguments(_ConfigArguments):  # type: ignore[misc, valid-type]  # made of the config's fields
-    """The fields of `octav_hf.OctavConfig`; only those that are given are passed on, so its defaults hold for the rest.
+    """The fields of `octav_hf.OctavConfig`, and whether to quantize at all and with static clips.
 
-    And whether to quantize at all, with static clips, and with what logs.
+    Only fields that are given are passed on; the others have the defaults of `OctavConfig`.
     """
 
     quantize: bool = field(default=False, metadata={"help": "Fine-tune with quantized matmuls."})
     static_clip_batches: Optional[int] = field(
         default=None,
         metadata={
-            "help": "Train with static clips (the paper's Appendix E.3): those of the weights that training starts "
-            "from, and for activations those of this many random training batches. Not given: clips are dynamic."
+            "help": "Train with static clips (the paper's Appendix E.3): those of the initial weights, and activation "
+            "clips calibrated on this many random training batches. Default: clips are dynamic."
         },
     )
     learned_clips: Optional[bool] = field(
         default=None,
-        metadata={
-            "help": "With --static_clip_batches: a correction of each clip of activations is learned. Not given: no."
-        },
+        metadata={"help": "With --static_clip_batches: learn a correction of each activation clip. Default: no."},
     )
     reconstruct_batches: Optional[int] = field(
         default=None,
         metadata={
-            "help": "Before training, fit each layer's weights to the float model by least squares on this many random "
-            "training batches: to --distill_from, else to the model that training starts from. Not given: no."
+            "help": "Before training, fit each layer's weights by least squares on this many random training batches, "
+            "to the model of --distill_from or, without it, to the initial float model. Default: no."
         },
     )
 
@@ -145,7 +143,7 @@ class OctavArguments(_ConfigArguments):  # type: ignore[misc, valid-type]  # mad
             rule = getattr(self, name)
             if rule is not None and rule not in CLIP_RULES:
                 raise ValueError(f"--{name} is one of {', '.join(CLIP_RULES)}, not {rule!r}.")
-        self.to_config()  # so that a wrong value is reported before anything is loaded
+        self.to_config()  # reports invalid values before anything is loaded
 
     def to_config(self) -> OctavConfig:
         """The configuration for `apply_octav`. Raises `ValueError` for values that cannot be used."""
@@ -161,49 +159,48 @@ class OctavArguments(_ConfigArguments):  # type: ignore[misc, valid-type]  # mad
 
 @dataclass
 class OutputArguments:
-    """What is written in the end, besides what Trainer writes."""
+    """Outputs in addition to Trainer's own."""
 
     pack: bool = field(
         default=False,
         metadata={
             "help": "Also write the packed form, to OUTPUT_DIR/packed. With --do_eval it is evaluated too, and with "
-            "--push_to_hub it is what the repository holds in the end."
+            "--push_to_hub the repository contains it in the end."
         },
     )
     export_onnx: bool = field(
         default=False,
         metadata={
-            "help": "Also write the model as ONNX with integer matmuls, to OUTPUT_DIR/onnx. Clips of activations must "
-            "be static: add --static_clip_batches or --calibration_batches. Needs the extra octav-hf[onnx]."
+            "help": "Also write the model as ONNX with integer matmuls, to OUTPUT_DIR/onnx. Activation clips must be "
+            "static: add --static_clip_batches or --calibration_batches. Needs the extra octav-hf[onnx]."
         },
     )
     also_evaluate: Optional[list[str]] = field(
         default=None,
         metadata={
-            "help": "With --do_eval: in the end evaluate the quantized model again: simulated in float64, by integer "
-            "arithmetic (convert_octav), or with the exact products that this has to have (reference).",
+            "help": "With --do_eval: evaluate the quantized model again in the end: simulated in float64, with integer "
+            "arithmetic (convert_octav), or with the float64 reference of that (reference).",
             "choices": ["float64", "integer", "reference"],
         },
     )
     calibration_batches: Optional[int] = field(
         default=None,
         metadata={
-            "help": "Freeze the activation clips by this many training batches, after training and "
-            "before evaluation. Needs --train_file or --dataset_name. Not given: clips stay dynamic."
+            "help": "Calibrate and freeze activation clips on this many training batches, after training and before "
+            "evaluation. Needs --train_file or --dataset_name. Default: clips stay dynamic."
         },
     )
     calibration_observer: Optional[str] = field(
         default=None,
         metadata={
-            "help": "How --calibration_batches and --static_clip_batches find the clips of activations: as the mean of "
-            "the batches' clips, as in the paper, or from the histogram, the clips of all batches together. Not given: "
-            "mean.",
+            "help": "How --calibration_batches and --static_clip_batches compute activation clips: as the mean of the "
+            "batches' clips, as in the paper, or from the histogram of all batches. Default: mean.",
             "choices": ["mean", "histogram"],
         },
     )
     fp32_results: Optional[str] = field(
         default=None,
-        metadata={"help": "all_results.json of a float run by the same recipe, for the model card to compare with."},
+        metadata={"help": "all_results.json of a float run with the same recipe, for comparison in the model card."},
     )
 
     def __post_init__(self) -> None:

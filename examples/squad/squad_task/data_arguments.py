@@ -1,4 +1,4 @@
-"""Command-line arguments that say which questions to use, and what they mean. Nothing here imports torch."""
+"""Command-line arguments for the data. This file does not import torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVAL_SAMPLE_SEED = 0
 
 @dataclass
 class DataArguments:
-    """Which questions to use, and how they become features and answers. Lengths are in tokens."""
+    """The questions to use, and how they become features and answers. Lengths are in tokens."""
 
     dataset_name: Optional[str] = field(
         default=None, metadata={"help": "Dataset for datasets.load_dataset, with splits train and validation."}
@@ -31,11 +31,11 @@ class DataArguments:
         default=None, metadata={"help": "Train on this many questions, drawn with --data_seed (else --seed)."}
     )
     max_eval_samples: Optional[int] = field(
-        default=None, metadata={"help": "Evaluate on this many questions, drawn with a seed that never changes."}
+        default=None, metadata={"help": "Evaluate on this many questions, drawn with a fixed seed."}
     )
     max_seq_length: int = field(default=384, metadata={"help": "Length of a feature, special tokens included."})
     doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows of a context share."})
-    max_query_length: int = field(default=64, metadata={"help": "A longer question loses its end."})
+    max_query_length: int = field(default=64, metadata={"help": "Longer questions are truncated."})
     pad_to_max_length: bool = field(
         default=True, metadata={"help": "Pad to --max_seq_length; false pads each batch to its longest feature."}
     )
@@ -44,7 +44,7 @@ class DataArguments:
     version_2_with_negative: bool = field(default=False, metadata={"help": "Some questions have no answer (SQuAD v2)."})
     null_score_diff_threshold: float = field(
         default=0.0,
-        metadata={"help": "Answer nothing when its score exceeds the best span's by more. v2.0 only."},
+        metadata={"help": "Predict no answer if its score exceeds that of the best span by more than this. v2.0 only."},
     )
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class DataArguments:
                 raise ValueError(f"--{name} must be at least 1, not {value}.")
 
     def windows(self) -> Windows:
-        """How contexts are cut."""
+        """How contexts are split into windows."""
         return Windows(self.max_seq_length, self.doc_stride, self.max_query_length, self.pad_to_max_length)
 
     def load(self, split: str) -> Dataset:
@@ -78,7 +78,7 @@ class DataArguments:
     def predict(
         self, examples: Dataset, features: Dataset, start_logits: np.ndarray, end_logits: np.ndarray
     ) -> Predictions:
-        """The answers that (F, T) logits give, see `predict_answers`."""
+        """The answers for (F, T) logits; see `predict_answers`."""
         return predict_answers(
             examples,
             features,

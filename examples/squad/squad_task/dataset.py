@@ -1,8 +1,8 @@
 """Questions in the official SQuAD JSON layout, as a checked `datasets.Dataset`.
 
-Every dataset that leaves this file has the columns `id`, `title`, `context`, `question` (strings) and `answers`
-(`{"text": list[str], "answer_start": list[int]}`, character offsets into `context`), and each answer text really stands
-at its offset: a wrong offset would train the model on the wrong tokens without any other sign.
+Every dataset from this file has the columns `id`, `title`, `context`, `question` (strings) and `answers`
+(`{"text": list[str], "answer_start": list[int]}`, character offsets into `context`), and each answer text is checked to
+be at its offset: a wrong offset would silently train the model on wrong tokens.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def read_squad_file(path: str | Path, allow_no_answer: bool = False) -> Dataset:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not SQuAD JSON, holds no question, repeats an id, marks a question with answers as
-            impossible, or has an answer that does not stand at its `answer_start`. The message names file and question.
+        ValueError: the file is not SQuAD JSON, has no question, repeats an id, marks a question with answers as
+            impossible, or has an answer that is not at its `answer_start`. The message names file and question.
     """
     path = Path(path)
     if not path.is_file():
@@ -51,7 +51,7 @@ def read_squad_file(path: str | Path, allow_no_answer: bool = False) -> Dataset:
 
 
 def load_squad_dataset(name: str, split: str, config_name: str | None = None, allow_no_answer: bool = False) -> Dataset:
-    """Load one split of a dataset by name or folder with `datasets.load_dataset`, and check it like a file.
+    """Load a split of a dataset by name or folder with `datasets.load_dataset`, with the checks of a file.
 
     Raises:
         ValueError: a column is missing or has another type, or a row fails a check of `read_squad_file`.
@@ -77,14 +77,14 @@ def load_squad_dataset(name: str, split: str, config_name: str | None = None, al
 
 
 def sample(examples: Dataset, count: int | None, seed: int) -> Dataset:
-    """`count` rows drawn with `seed`, or all of them in their order when `count` is None or not smaller."""
+    """`count` rows drawn with `seed`; all rows in order if `count` is None or not smaller."""
     if count is None or count >= len(examples):
         return examples
     return examples.shuffle(seed=seed).select(range(count))
 
 
 def check_rows(rows: Iterable[Any], source: str, allow_no_answer: bool) -> None:
-    """Raise `ValueError` for the first row that cannot be trained on or scored; `source` names the file in it."""
+    """Raise `ValueError` for the first row that cannot be trained on or scored; the message contains `source`."""
     seen: set[str] = set()
     for row in rows:
         where = f"{source}, question {row['id']!r}"
@@ -142,7 +142,7 @@ def _rows(content: Any, source: str) -> Iterable[dict[str, Any]]:
 def _get(node: Any, key: str, kind: type, where: str) -> Any:
     if not isinstance(node, dict) or key not in node:
         raise ValueError(f"{where} is not SQuAD JSON: an object with the key {key!r} is expected. {_NOT_SQUAD}")
-    # bool is a subclass of int, yet `true` is no offset
+    # bool is a subclass of int, but `true` is not an offset
     if not isinstance(node[key], kind) or isinstance(node[key], bool):
         raise ValueError(
             f"{where} is not SQuAD JSON: {key!r} should be of type {kind.__name__}, not "

@@ -1,7 +1,7 @@
 """Questions and contexts as token windows: labels for training, character offsets for evaluation.
 
 A context longer than the model's window becomes several features that overlap by `doc_stride` tokens. The question
-always comes first and is never cut to make room: only the context is.
+comes first; only the context is split.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedToken
 
 from squad_task.dataset import read_squad_file, sample
 
-if TYPE_CHECKING:  # evaluate_onnx.py runs without torch, which these import
+if TYPE_CHECKING:  # these import torch, which evaluate_onnx.py must not
     from torch import Tensor
     from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How contexts are cut, in tokens.
+    """How contexts are split into windows; lengths are in tokens.
 
     Attributes:
-        max_seq_length: length of a feature, special tokens included.
-        doc_stride: tokens that two neighbouring windows of one context share.
-        max_query_length: a longer question loses its end.
-        pad_to_max_length: pad every feature to `max_seq_length`; otherwise the collator pads each batch to its longest.
+        max_seq_length: length of a feature, including special tokens.
+        doc_stride: tokens that two neighbouring windows of a context share.
+        max_query_length: longer questions are truncated.
+        pad_to_max_length: pad every feature to `max_seq_length`; otherwise the collator pads to the longest of a batch.
     """
 
     max_seq_length: int = 384
@@ -36,7 +36,7 @@ class Windows:
     pad_to_max_length: bool = True
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise `ValueError` when `tokenizer` cannot produce these windows."""
+        """Raise `ValueError` if `tokenizer` cannot produce these windows."""
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer and gives no character offsets. "
@@ -48,12 +48,12 @@ class Windows:
                 f"--doc_stride {self.doc_stride} must be at least 0 and --max_query_length "
                 f"{self.max_query_length} at least 1."
             )
-        # a batch padded on the left shifts every token, so that stored token positions would point at the wrong ones
+        # padding a batch on the left would shift the stored token positions
         if tokenizer.padding_side == "left" and not self.pad_to_max_length:
             raise ValueError("This tokenizer pads on the left: pass --pad_to_max_length true.")
 
     def check_model(self, config: PreTrainedConfig, name: str = "model") -> None:
-        """Raise `ValueError` when a model of `config`, which the message calls `name`, has too few positions."""
+        """Raise `ValueError` if a model with `config` has too few positions; the message calls it `name`."""
         from squad_task.positions import max_positions  # imports torch
 
         limit = max_positions(config)
@@ -75,8 +75,8 @@ def training_features(examples: Dataset, tokenizer: PreTrainedTokenizerBase, win
         examples: columns as in `squad_task.dataset`; the first answer of a question is the label.
 
     Returns:
-        One row a window: the tokenizer's model inputs, and `start_positions`, `end_positions` (int): the first and
-        last token of the answer, or the CLS token twice where the window does not hold the whole answer.
+        One row per window: the tokenizer's model inputs, and `start_positions`, `end_positions` (int): the first and
+        last token of the answer, or the CLS token for both if the window does not contain the whole answer.
 
     Raises:
         ValueError: the tokenizer is not fast, or a question leaves no room for the context.
@@ -101,9 +101,9 @@ def evaluation_features(examples: Dataset, tokenizer: PreTrainedTokenizerBase, w
     """Tokenize for evaluation.
 
     Returns:
-        One row a window: the tokenizer's model inputs, `example_id`, `null_index` (position of the token that stands
-        for "no answer"), and `offset_mapping`: for each token `[start, end]` in characters of the context, or None
-        outside the context.
+        One row per window: the tokenizer's model inputs, `example_id`, `null_index` (position of the token that means
+        "no answer"), and `offset_mapping`: `[start, end]` of each token in characters of the context, or None outside
+        the context.
 
     Raises:
         ValueError: as `training_features`.
@@ -138,7 +138,7 @@ def training_batch(
 
 
 def _encode(batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, windows: Windows) -> BatchEncoding:
-    # some questions start with blanks, which would count as tokens in tokenizers that keep them
+    # some tokenizers keep leading blanks of a question as tokens
     questions = [question.lstrip() for question in batch["question"]]
     encoded = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)
     needed = tokenizer.num_special_tokens_to_add(pair=True) + windows.doc_stride + 1
@@ -173,7 +173,7 @@ def _null_index(encoded: BatchEncoding, feature: int, tokenizer: PreTrainedToken
     ids = encoded["input_ids"][feature]
     if tokenizer.cls_token_id is not None and tokenizer.cls_token_id in ids:
         return ids.index(tokenizer.cls_token_id)
-    # a tokenizer without CLS: the first token that is not padding
+    # without CLS, the first token that is not padding
     return encoded["attention_mask"][feature].index(1)
 
 
@@ -184,7 +184,7 @@ def _answer_tokens(
     if not answers["text"]:
         return null, null
     text = answers["text"][0]
-    # blanks around the answer may be tokens of their own, or belong to none
+    # blanks around the answer may be separate tokens, or belong to no token
     first = answers["answer_start"][0] + len(text) - len(text.lstrip())
     last = first + len(text.strip())
     offsets = encoded["offset_mapping"][feature]

@@ -1,4 +1,4 @@
-"""The scores of SQuAD v1.1 and v2.0 as an `evaluate.Metric` that fetches nothing."""
+"""The scores of SQuAD v1.1 and v2.0 as an `evaluate.Metric` that downloads nothing."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class SquadMetric(evaluate.Metric):
     returns percentages:
 
     - squad: `exact_match`, `f1`;
-    - squad_v2: `exact`, `f1`, `total`, the same as `HasAns_*` and `NoAns_*` where such questions exist, and, if
+    - squad_v2: `exact`, `f1`, `total`, the same as `HasAns_*` and `NoAns_*` if there are such questions, and, if
       `no_answer_probability` is given, `best_exact`, `best_exact_thresh`, `best_f1`, `best_f1_thresh`: the best scores
-      had every prediction with a probability above the threshold been withdrawn. `compute(no_answer_threshold=...)`
-      (default 1.0) withdraws them.
+      that are possible if predictions with a probability above a threshold are replaced with "no answer".
+      `compute(no_answer_threshold=...)` (default 1.0) replaces them.
 
-    `compute` raises `ValueError` when an id is repeated or occurs only among predictions or only among references.
+    `compute` raises `ValueError` if an id is repeated, or occurs only among predictions or only among references.
     """
 
     def __init__(self, config_name: str = "squad", keep_in_memory: bool = True, **kwargs: Any) -> None:
@@ -82,14 +82,14 @@ class SquadMetric(evaluate.Metric):
 def score_answers(
     examples: datasets.Dataset, texts: dict[str, str], null_probability: dict[str, float]
 ) -> dict[str, float]:
-    """Scores of `SquadMetric`: v2.0 when null probabilities are given, else v1.1."""
+    """Scores of `SquadMetric`: v2.0 if null probabilities are given, otherwise v1.1."""
     predictions: list[dict[str, Any]] = [{"id": i, "prediction_text": text} for i, text in texts.items()]
     for prediction in predictions if null_probability else []:
         prediction["no_answer_probability"] = null_probability[prediction["id"]]
     references = [{"id": i, "answers": a} for i, a in zip(examples["id"], examples["answers"], strict=True)]
     metric = SquadMetric(config_name="squad_v2" if null_probability else "squad")
     scores = metric.compute(predictions=predictions, references=references)
-    assert scores is not None  # only for processes of a distributed metric, which this is not
+    assert scores is not None  # None is only for distributed metrics
     return scores
 
 

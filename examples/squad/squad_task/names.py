@@ -1,4 +1,4 @@
-"""What invented names are made of."""
+"""Parts of invented names."""
 
 # As dates write them.
 _MONTHS_TEXT = """

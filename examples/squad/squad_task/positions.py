@@ -1,4 +1,4 @@
-"""How many tokens a model has positions for."""
+"""The number of positions of a model."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from itertools import chain
 import torch
 from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING, PreTrainedConfig
 
-# with a row for each position: in BERT's relatives, in BART's and GPT-J, in GPT-2's
+# names of tables with a row per position: in BERT-like models, in BART-like ones and GPT-J, in GPT-2-like ones
 _TABLES = {"position_embeddings", "embed_positions", "wpe"}
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """The longest input of a question-answering model with `config`; None where its positions have no table.
+    """The longest input of a question-answering model with `config`; None if it has no table of positions.
 
-    The tables say it, and not `max_position_embeddings`: relative and rotary positions have no limit, and in RoBERTa's
-    relatives the first rows are not for tokens. The model is made without memory and without random numbers.
+    The table decides, not `max_position_embeddings`: relative and rotary positions have no limit, and in RoBERTa-like
+    models the first rows are not for tokens. The model is created without memory and without random numbers.
     """
     model_class = MODEL_FOR_QUESTION_ANSWERING_MAPPING.get(type(config), None)
-    if model_class is None:  # which AutoModelForQuestionAnswering refuses
+    if model_class is None:  # AutoModelForQuestionAnswering refuses it later
         return None
     with torch.device("meta"):
         model = model_class(copy.deepcopy(config))
@@ -32,7 +32,7 @@ def max_positions(config: PreTrainedConfig) -> int | None:
         module = model.get_submodule(embedding)
         padding = getattr(module, "padding_idx", None)
         limits.append(len(table) - getattr(module, "offset", 0 if padding is None else padding + 1))
-        # what is looked up is cut from this, and begins beyond the first row in Nystromformer and its like
+        # position ids are a slice of this buffer, which in models such as Nystromformer begins beyond the first row
         ids = getattr(model.get_submodule(owner), "position_ids", None)
         if ids is not None:
             limits.append(ids.shape[-1])

@@ -1,8 +1,8 @@
-"""From start and end logits to answer texts.
+"""Compute answer texts from start and end logits.
 
 Every span of at most `max_answer_length` tokens inside a window is scored (start logit + end logit), not only those
-between the best few starts and ends, so that the best span is never missed. A span of blanks alone, which some
-tokenizers make tokens of, is no answer. Windows of one question compete.
+between the best few starts and ends, so that the best span is never missed. A span of blanks only, which some
+tokenizers produce, is not an answer. The windows of a question compete.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Predictions:
     """Answers of a model, by question id.
 
     Attributes:
-        texts: the answer; "" for no answer (with SQuAD v1.1 only where no window has a span).
+        texts: the answer; "" for no answer (with SQuAD v1.1 only if no window has a span).
         nbest: the best candidates, highest score first: `text`, `score` (start logit + end logit), `probability`
             (softmax over the list), `offsets` ([start, end] in characters of the context).
-        null_odds: score of "no answer" minus that of the best span, or the largest float where there is no span
-            (SQuAD v2.0 only, otherwise empty).
+        null_odds: score of "no answer" minus that of the best span, or the largest float if there is no span (SQuAD
+            v2.0 only, otherwise empty).
         null_probability: softmax of "no answer" against the candidates (SQuAD v2.0 only, otherwise empty).
     """
 
@@ -62,11 +62,11 @@ def predict_answers(
     Args:
         examples: columns as in `squad_task.dataset`, N rows.
         features: `squad_task.features.evaluation_features(examples)`, F rows.
-        start_logits, end_logits: (F, T), row by row those of `features`; columns beyond a feature's tokens are padding.
+        start_logits, end_logits: (F, T), a row per feature; columns beyond a feature's tokens are padding.
         n_best_size: number of candidates kept for each question.
         max_answer_length: longest answer, in tokens.
-        version_2_with_negative: "no answer" may win.
-        null_score_diff_threshold: it wins when its score exceeds the best span's by more than this.
+        version_2_with_negative: whether "no answer" is possible.
+        null_score_diff_threshold: predict "no answer" if its score exceeds that of the best span by more than this.
 
     Raises:
         ValueError: shapes do not fit, a logit of a token is NaN or infinite, or an option is out of range.
@@ -82,7 +82,7 @@ def predict_answers(
     spans, null_scores = _span_candidates(contexts, features, start_logits, end_logits, n_best_size, max_answer_length)
     result = Predictions({}, {}, {}, {})
     for identifier, context in contexts.items():
-        # overlapping windows give the same span twice: the better score counts
+        # overlapping windows may contain the same span; the better score counts
         ranked = sorted(spans[identifier].items(), key=lambda item: (-item[1], item[0]))[:n_best_size]
         candidates = [(context[first:last], score, [first, last]) for (first, last), score in ranked]
         answer = candidates[0][0] if candidates else ""
@@ -136,7 +136,7 @@ def _span_candidates(
         # scores[i, d]: the span from context token i to token i + d
         padded = np.concatenate([end[low : low + count], np.full(max_answer_length - 1, -np.inf)])
         scores = start[low : low + count, None] + np.lib.stride_tricks.sliding_window_view(padded, max_answer_length)
-        # written[k]: how many of the context's first k characters are no blanks
+        # written[k]: number of non-blank characters among the context's first k
         written = np.cumsum([0, *(not character.isspace() for character in contexts[identifier])])
         before, until = written[np.array(offsets[low : low + count])].T
         padded = np.concatenate([until, np.full(max_answer_length - 1, until[-1])])

@@ -1,7 +1,7 @@
 """Exact match and F1 of SQuAD v1.1 and v2.0, in plain Python.
 
 The scores follow the official definitions: texts are lower-cased, ASCII punctuation and the articles a, an, the are
-removed and blanks are joined; a prediction is worth its best score over the reference answers. All are percentages.
+removed and blanks are collapsed; a prediction gets its best score over the reference answers. All are percentages.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize(text: str) -> str:
-    """`text` as it is compared: lower case, without ASCII punctuation, articles and superfluous blanks."""
+    """`text` in the form for comparison: lower case, without ASCII punctuation, articles and superfluous blanks."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """1.0 where the two texts are equal after `normalize`, else 0.0."""
+    """1.0 if the texts are equal after `normalize`, otherwise 0.0."""
     return float(normalize(prediction) == normalize(answer))
 
 
@@ -28,7 +28,7 @@ def token_f1(prediction: str, answer: str, empty_matches_empty: bool) -> float:
     """Harmonic mean of precision and recall over the words of two texts, in [0, 1].
 
     Args:
-        empty_matches_empty: what two texts without a word score: 1 (SQuAD v2.0) or 0 (v1.1).
+        empty_matches_empty: whether two texts without words score 1 (SQuAD v2.0) or 0 (v1.1).
     """
     predicted, wanted = normalize(prediction).split(), normalize(answer).split()
     if not predicted or not wanted:
@@ -39,7 +39,7 @@ def token_f1(prediction: str, answer: str, empty_matches_empty: bool) -> float:
 
 
 def scores_v1(texts: dict[str, str], answers: dict[str, list[str]]) -> dict[str, float]:
-    """`exact_match` and `f1` of texts by question id; raises `ValueError` where a question has no answer."""
+    """`exact_match` and `f1` for texts by question id; `ValueError` if a question has no answer."""
     empty = [identifier for identifier, golds in answers.items() if not golds]
     if empty:
         raise ValueError(
@@ -56,8 +56,8 @@ def scores_v2(
     probabilities: dict[str, float | None],
     threshold: float,
 ) -> dict[str, float]:
-    """What `SquadMetric` says of squad_v2; probabilities of "no answer" above `threshold` withdraw the text."""
-    # an answer that normalizes to nothing counts as none; no answer is the answer ""
+    """Scores of `SquadMetric` for squad_v2; a "no answer" probability above `threshold` replaces the text with ""."""
+    # answers that normalize to nothing are ignored; no answer is the answer ""
     golds = {i: [text for text in given if normalize(text)] or [""] for i, given in answers.items()}
     raw = {
         "exact": {i: max(exact_match(texts[i], gold) for gold in golds[i]) for i in golds},
@@ -90,7 +90,7 @@ def scores_v2(
 def _best_threshold(
     texts: dict[str, str], scores: dict[str, float], answerable: dict[str, bool], probabilities: dict[str, float]
 ) -> tuple[float, float]:
-    """Highest reachable score in percent and the threshold that reaches it, from "answer nothing" upwards."""
+    """Highest possible score in percent, and its threshold, starting from "answer nothing"."""
     current = best = float(sum(not value for value in answerable.values()))
     threshold = 0.0
     for i in sorted(probabilities, key=lambda identifier: probabilities[identifier]):

@@ -1,6 +1,6 @@
-"""What the generated questions are about: domains, their facts, and the wordings of facts and questions.
+"""Topics of the generated questions: domains, their facts, and the wordings of facts and questions.
 
-In every template `{s}` is the subject (a person, a museum, ...) and `{v}` the value that a question asks for.
+In each template, `{s}` is the subject (a person, a museum, ...) and `{v}` the value that a question asks for.
 """
 
 from __future__ import annotations

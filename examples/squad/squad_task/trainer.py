@@ -1,4 +1,4 @@
-"""A `Trainer` that scores answers instead of logits, and what a run costs: time of a step, memory."""
+"""A `Trainer` that scores answers instead of logits, and measurements of step time and memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class QuestionAnsweringTrainer(Trainer):
     `--metric_for_best_model f1` works. The evaluation features carry no labels, hence there is no evaluation loss.
 
     Attributes:
-        run: what the model card of a quantized model says about the run, once it is known; a float model gets Trainer's
+        run: facts about the run for the model card of a quantized model, set at the end; a float model gets Trainer's
             own card.
     """
 
@@ -49,10 +49,10 @@ class QuestionAnsweringTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Run the model over `dataloader` and add its answers' scores to the metrics, keys `{prefix}_{name}`."""
-        # Trainer asks for the loss alone when no compute_metrics is set
+        """Run the model over `dataloader` and add the scores of its answers to the metrics, keys `{prefix}_{name}`."""
+        # without compute_metrics, Trainer would request only the loss
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
-        # seq2seq models put further outputs behind the two logits
+        # seq2seq models return further outputs after the two logits
         logits: Any = output.predictions
         start_logits, end_logits = logits[:2]
         scores = self.score_logits(start_logits, end_logits, metric_key_prefix)
@@ -60,7 +60,7 @@ class QuestionAnsweringTrainer(Trainer):
         return output._replace(metrics={**(output.metrics or {}), **named})
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card to the output folder: this package's for a quantized model, else Trainer's."""
+        """Write the card to the output folder: this package's for a quantized model, otherwise Trainer's."""
         model = self.accelerator.unwrap_model(self.model)
         if getattr(model, "octav_config", None) is None:
             super().create_model_card(*args, **kwargs)
@@ -70,14 +70,14 @@ class QuestionAnsweringTrainer(Trainer):
             octav_hf.model_card(model, self.run, name=self.args.hub_model_id or folder.name).save(folder / "README.md")
 
     def _get_eval_sampler(self, eval_dataset: torch.utils.data.Dataset) -> torch.utils.data.Sampler | None:
-        # grouping by length would reorder the logits against the features
+        # grouping by length would change the order of the logits
         if self.args.world_size > 1:
             return None
         return torch.utils.data.SequentialSampler(eval_dataset)  # type: ignore[arg-type]
 
 
 class StepTimer(TrainerCallback):
-    """Wall-clock seconds of each optimizer step, data loading left out; the first two steps do not count."""
+    """Wall-clock seconds of each optimizer step without data loading; the first two steps are left out."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -99,14 +99,14 @@ class StepTimer(TrainerCallback):
 
 
 def _now() -> float:
-    # kernels run asynchronously on a GPU: without the wait a step would look shorter than it is
+    # GPU kernels run asynchronously, so wait for them
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has had so far: of the GPU where there is one, else resident memory."""
+    """Peak memory of this process: of the GPU if there is one, otherwise resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

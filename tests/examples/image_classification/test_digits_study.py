@@ -88,7 +88,7 @@ def test_table_has_mean_and_spread() -> None:
 
 
 def test_one_epoch(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A few passes over few images: both methods learn from the same start, and what is recorded is what was run."""
+    """A few passes over few images: both methods learn from the same start, and the record matches the runs."""
     arguments = ["--models", "resnet", "--methods", "fp32", "mph", "--seeds", "3", "--epochs", "2"]
     rows = digits_study.main([*arguments, "--part", "held_out", "--output_dir", str(tmp_path)])
     assert [(row["model"], row["method"], row["seed"]) for row in rows] == [("resnet", "fp32", 3), ("resnet", "mph", 3)]

@@ -32,7 +32,7 @@ def tokenizer(minilm_path: str) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(params=[True, False], ids=["trimmed", "untrimmed"])
 def byte_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
-    """One like RoBERTa's: blanks too many are a token, whose offsets are (k, k) where they are trimmed."""
+    """A tokenizer like RoBERTa's: superfluous blanks are a token, with offsets (k, k) if they are trimmed."""
     names = ["<s>", "<pad>", "</s>", *sorted(ByteLevel.alphabet()), "ca", "car", "Ġcar", "re", "red", "ĠĠ"]
     merges = [("c", "a"), ("ca", "r"), ("Ġ", "car"), ("r", "e"), ("re", "d"), ("Ġ", "Ġ")]
     tokenizer = Tokenizer(BPE({name: i for i, name in enumerate(names)}, merges))

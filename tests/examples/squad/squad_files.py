@@ -28,7 +28,7 @@ def write_squad(path: Path, *questions: dict[str, Any], context: str = CONTEXT) 
 
 
 def examples(context: str, question: str, *answers: str) -> Dataset:
-    """One row as `read_squad_file` gives it."""
+    """A row as returned by `read_squad_file`."""
     row = {
         "id": "q1",
         "title": "",

@@ -1,4 +1,4 @@
-"""What differs between two forms' answers, on lists made by hand."""
+"""Differences between the answers of two forms, on hand-written lists."""
 
 from __future__ import annotations
 

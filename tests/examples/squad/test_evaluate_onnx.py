@@ -1,4 +1,4 @@
-"""An ONNX file is evaluated without torch, and gets the answers and scores that `run_squad.py` gives its model."""
+"""An ONNX file is evaluated without torch, with the same answers and scores as its model in `run_squad.py`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ sys.exit(f"imported {found}" if (found := {"torch", "octav_hf"} & {*sys.modules}
 
 @pytest.fixture(scope="module")
 def exported(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The float model as ONNX, whose logits differ from PyTorch's by rounding alone, with large gaps between scores."""
+    """The float model as ONNX; its logits differ from PyTorch's only by rounding, with large gaps between scores."""
     folder = tmp_path_factory.mktemp("exported")
     ids = torch.randint(1000, 2000, (2, 16))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}

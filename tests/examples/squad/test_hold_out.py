@@ -1,4 +1,4 @@
-"""Holding questions out of a SQuAD file: whole paragraphs, nothing lost, nothing twice."""
+"""Holding out questions of a SQuAD file: whole paragraphs, without losses or duplicates."""
 
 from __future__ import annotations
 

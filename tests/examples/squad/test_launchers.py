@@ -1,4 +1,4 @@
-"""The script launched in several processes by torchrun and accelerate: one result, that of one process."""
+"""The script launched in several processes by torchrun and accelerate gives the result of one process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model(minilm_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def arguments(model: str, folder: Path, processes: int) -> list[str]:
-    """Windows are padded alike, whatever they are batched with: the padding counts for the clips."""
+    """Windows have the same padding in every batch, because padding affects the clips."""
     data = ["--train_file", str(SQUAD / "data/train.json"), "--validation_file", str(SQUAD / "data/dev.json")]
     data += ["--max_train_samples", "24", "--max_eval_samples", "13", "--max_seq_length", "128", "--doc_stride", "32"]
     octav = ["--quantize", "--activation_bits", "8", "--sync_activation_clips", "true", "--pack"]
@@ -67,7 +67,7 @@ def frozen_clips(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def flat_weights(folder: Path) -> torch.Tensor:
-    """All of a checkpoint's, without clips, in one vector."""
+    """All weights of a checkpoint, without clips, in one vector."""
     tensors = sorted(load_file(folder / "model.safetensors").items())
     return torch.cat([weight.flatten() for name, weight in tensors if "_quantizer." not in name])
 

@@ -1,4 +1,4 @@
-"""Two thousand steps on the example's questions: nothing grows, and the loss stays finite."""
+"""Two thousand steps on the example's questions: memory does not grow, and the loss stays finite."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Memory:
-    """What a process holds: resident bytes, and the tensors that Python can reach."""
+    """Memory of a process: resident bytes, and the number of reachable tensors."""
 
     resident: int
     tensors: int
@@ -60,7 +60,7 @@ class MemoryAtSteps(TrainerCallback):
 
 @pytest.mark.slow
 def test_nothing_grows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """Batches differ in length, so that no two passes in a row meet the same shapes; every hundredth evaluates."""
+    """Batches differ in length, so that consecutive passes have different shapes; every hundredth step evaluates."""
     examples = read_squad_file(DATA / "train.json").select(range(400))
     windows = Windows(max_seq_length=48, doc_stride=16, max_query_length=16, pad_to_max_length=False)
     features = training_features(examples, tokenizer, windows)

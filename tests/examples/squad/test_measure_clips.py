@@ -1,4 +1,4 @@
-"""The script from end to end, and the tables of what it measured."""
+"""The script from end to end, and its tables."""
 
 from __future__ import annotations
 

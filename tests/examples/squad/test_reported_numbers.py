@@ -1,4 +1,4 @@
-"""Every number in the example's README is in a checked-in record, and its tables are what the records give."""
+"""Every number in the example's README is in a checked-in record, and its tables follow from the records."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|\.\d)")
 
 
 def numbers(node: Any) -> Iterator[float]:
-    """All numbers of a JSON value, those in its strings included."""
+    """All numbers in a JSON value, including those in strings."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from numbers(key)
@@ -70,7 +70,7 @@ def test_every_number_is_recorded(recorded: list[float]) -> None:
 
 
 def test_a_number_that_is_not_recorded_is_found(recorded: list[float]) -> None:
-    """The test above can fail: no record has these."""
+    """The test above can fail: no record contains these."""
     for number in (61.77, 1345.0, 48.7):
         assert not any(math.isclose(round(each, 2), number, abs_tol=1e-9) for each in recorded)
 

@@ -69,7 +69,7 @@ def test_resume_gives_the_uninterrupted_weights(tiny_model: str, tmp_path: Path)
 def test_last_goes_on_from_the_newest_whole_checkpoint(
     tiny_model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The same command, launched three times: at first, after a kill in the save of step 4, and when all is done."""
+    """The same command launched three times: first, after a kill while saving step 4, and after the end."""
     folder = tmp_path / "out"
     words = ["--do_train", "--max_steps", "4", "--save_steps", "1", "--resume_from_checkpoint", "last", "--quantize"]
     main(arguments(tiny_model, folder, *words))
@@ -84,7 +84,7 @@ def test_last_goes_on_from_the_newest_whole_checkpoint(
         resumed = load_file(folder / "model.safetensors")
         for name, weight in finished.items():
             torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
-    assert caplog.text.count("Passed over") == 1
+    assert caplog.text.count("Skipped") == 1
 
 
 def test_v2_questions(tiny_model: str, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_quantized_run_and_reload(tiny_model: str, tmp_path: Path) -> None:
     assert (config["quant_method"], config["weight_bits"], config["activation_bits"]) == ("octav", 4, 8)
     again = main(arguments(str(folder), tmp_path / "again", "--do_eval"))
     assert again["eval_f1"] == metrics["eval_f1"]
-    with pytest.raises(ValueError, match="quantized already"):
+    with pytest.raises(ValueError, match="already quantized"):
         main(arguments(str(folder), tmp_path / "twice", *words, "--quantize"))
 
 
@@ -227,7 +227,7 @@ def test_static_clips_come_from_before_training(tiny_model: str, tmp_path: Path)
 
 
 def test_static_clips_leave_the_order_of_questions_alone(tiny_model: str, tmp_path: Path) -> None:
-    """At a rate of 0 the losses of the first steps tell which questions were met; 8 bits hardly change them."""
+    """At learning rate 0, the losses of the first steps identify the questions; 8 bits hardly change them."""
     words = ["--do_train", "--quantize", "--weight_bits", "8", "--activation_bits", "8", "--learning_rate", "0"]
     words += ["--max_steps", "4", "--logging_steps", "1"]
     losses = []
@@ -265,7 +265,7 @@ def test_output_without_a_quantized_model_is_refused(tiny_model: str, tmp_path: 
 
 
 def test_distilled_from_itself_a_float_model_does_not_change(tiny_model: str, tmp_path: Path) -> None:
-    """Where the answers would move it; quantized it does learn, and the card names the teacher."""
+    """Labels would change the float model; a quantized model does learn, and its card names the teacher."""
     config = json.loads((Path(tiny_model) / "config.json").read_text())
     without_dropout = tmp_path / "start"
     shutil.copytree(tiny_model, without_dropout)
@@ -292,7 +292,7 @@ def test_distilled_from_itself_a_float_model_does_not_change(tiny_model: str, tm
 
 
 def test_features_groups_and_least_squares_in_one_run(tiny_model: str, tmp_path: Path) -> None:
-    """What it says of the size of the checkpoint is what the packed form has."""
+    """The reported checkpoint size is that of the packed form."""
     groups = json.dumps({"input": "group", "probabilities": "group", "value": "group"})
     words = ["--do_train", "--do_eval", "--max_steps", "2", "--quantize", "--pack", "--reconstruct_batches", "2"]
     words += ["--weight_granularity", "group", "--group_size", "32", "--activation_granularity", groups]
@@ -334,7 +334,7 @@ def test_parts_of_a_recipe_that_do_not_go_together(
 def test_windows_longer_than_the_positions_are_refused_before_any_work(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of models whose tokenizer knows no limit."""
+    """For models whose tokenizer has no limit."""
     monkeypatch.setattr("squad_task.data_arguments.DataArguments.load", lambda *args: pytest.fail("the data were read"))
     for name, positions in (("long", 128), ("short", 64)):
         config = AutoConfig.from_pretrained(tiny_model, max_position_embeddings=positions)
@@ -360,6 +360,6 @@ def test_a_teacher_with_another_vocabulary_is_refused(tiny_model: str, tmp_path:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.add_tokens(["octav"])
     tokenizer.save_pretrained(teacher)
-    with pytest.raises(ValueError, match="--distill_from .*teacher reads other token ids than .*same vocabulary"):
+    with pytest.raises(ValueError, match="--distill_from .*teacher uses other token ids than .*same vocabulary"):
         main(arguments(tiny_model, tmp_path / "out", "--do_train", "--distill_from", str(teacher)))
     assert not (tmp_path / "out").exists()

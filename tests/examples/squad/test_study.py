@@ -1,4 +1,4 @@
-"""The study: what a grid runs, how it goes on after a kill or a failure, and what it draws from its one file."""
+"""The study: the runs of a grid, continuing after a kill or a failure, and tables and plots of the results file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLIP_ARTEFACTS = {"clips.md"} | {f"{name}.{form}" for name in CLIP_PLOTS for for
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Replaces the subprocess: records each command and writes made-up results."""
+    """Replaces the subprocess: records each command and writes invented results."""
     commands: list[list[str]] = []
 
     def stream(command: list[str], log: Path, threads: str, echo: bool) -> tuple[int, str]:
@@ -159,7 +159,7 @@ def test_clips_are_measured_on_the_float_model_of_the_first_seed(
     ("words", "message"),
     [
         (["--cells", "dynamic-octav:4"], "add fp32 to --cells"),
-        (["--cells", "fp32", "--dataset_name", "squad"], "give that, or leave --clip_bits out"),
+        (["--cells", "fp32", "--dataset_name", "squad"], "pass it, or leave --clip_bits out"),
     ],
 )
 def test_clips_that_cannot_be_measured(tmp_path: Path, words: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""The C++ against the references of the operations, and what is its own: threads, and memory that rows share."""
+"""The C++ kernels against the reference operations, and their threads and shared buffers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIGNED, UNSIGNED = torch.tensor(True), torch.tensor(False)
 
 @pytest.fixture(params=["compiled", pytest.param("portable", marks=pytest.mark.slow)], autouse=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of the fixture that takes every path."""
+    """Replaces the fixture that takes every path."""
     monkeypatch.setattr(cpu, "MIN_NUMEL", 1)
     if request.param == "portable":
         monkeypatch.setattr(cpu, "FLAGS", ("-mno-avx512f",))
@@ -41,7 +41,7 @@ def gaussian(*shape: int) -> Tensor:
 
 
 def reference(operation: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """What an operation gives as it is written in torch, the operations that it calls included."""
+    """The result of an operation without kernels, also in the operations that it calls."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(compilation.SWITCH, "0")
         return operation(*arguments)
@@ -127,7 +127,7 @@ def test_a_large_tensor_has_the_same_clip_in_any_order() -> None:
 
 
 def test_rows_do_not_see_what_others_left_behind() -> None:
-    """One after another they use the same memory: long tails first, then rows with next to none."""
+    """Consecutive calls use the same memory: first rows with long tails, then rows almost without."""
     rows = torch.cat([gaussian(5, 300).sinh().sinh(), gaussian(5, 300).clamp(-1, 1), torch.zeros(2, 300)])
     rows = torch.cat([rows, gaussian(4, 300) * 1e-30, torch.ones(1, 300), gaussian(3, 300).clamp(-3, 3) * 1e38])
     for operation in (octav_of_rows, mse_of_rows):

@@ -34,7 +34,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.fixture(autouse=True)
 def path() -> None:
-    """In place of the fixture that lowers the sizes from which things are compiled."""
+    """Replaces the fixture that lowers the sizes above which kernels are used."""
 
 
 def gaussian(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,7 +66,7 @@ def test_compiled_equals_plain_bit_for_bit(
 @pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
 @pytest.mark.parametrize("size", [100, LARGE], ids=["plain", "large"])
 def test_a_gradient_can_be_differentiated(size: int, gradient: str) -> None:
-    """As a penalty on gradients does: that of ``a * Q(x)`` into ``x`` is ``a`` times the factor, whatever the size."""
+    """Double backward, as in a gradient penalty: the gradient of ``a * Q(x)`` is ``a`` times the factor."""
     x = gaussian(size)
     clip = torch.tensor(1.3)
     outside = {"ste": torch.ones_like(x), "pwl": torch.zeros_like(x), "mad": 1.3 / x.abs()}[gradient]
@@ -160,7 +160,7 @@ class Seen(TorchFunctionMode):
 
 
 def step(x: Tensor, bits: int) -> None:
-    """What a training step asks for: a clip and a quantized tensor with its gradient, whole and by rows."""
+    """The calls of a training step: a clip and a quantized tensor with its gradient, per tensor and per row."""
     x = x.detach().requires_grad_()
     for dim in (None, 1):
         clip = octav_clip(x, bits, dim=dim)
@@ -170,7 +170,7 @@ def step(x: Tensor, bits: int) -> None:
 @pytest.mark.parametrize("bits", [2, 8])
 @pytest.mark.parametrize("state", [nullcontext, Seen, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
 def test_shapes_bits_and_contexts_share_a_compilation(state: Callable, bits: int) -> None:
-    """Batches differ in length, modules in bits, and attention runs under a mode: nothing of that is compiled anew."""
+    """Different batch lengths, bits and function modes cause no recompilation."""
     step(gaussian(400 * 300).view(400, 300), 4)
     before = compilations()
     assert before > 0
@@ -189,7 +189,7 @@ def test_inference_mode_computes_the_same() -> None:
 
 
 def test_a_dispatch_mode_sees_the_operations() -> None:
-    """Flop counters and selective checkpointing are such modes, and torch.compile refuses to work under them."""
+    """Flop counters and selective checkpointing are dispatch modes, under which torch.compile refuses to work."""
     x = gaussian(LARGE)
     expected = fake_quantize(x, torch.tensor(2.0), 4)
     with FlopCounterMode(display=False):

@@ -35,7 +35,7 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture(autouse=True)
 def path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of the fixture that takes every path: small tables and few blocks, several of each."""
+    """Replaces the fixture that takes every path: several small tables and blocks."""
     monkeypatch.delenv(compilation.SWITCH, raising=False)
     monkeypatch.setattr(cuda, "DEVICE_TYPES", (DEVICE,))
     monkeypatch.setattr(cuda, "_BLOCK", 1 << 13)
@@ -109,7 +109,7 @@ def test_a_table_is_the_count_of_every_value(name: str) -> None:
 
 @pytest.mark.slow
 def test_many_equal_values_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one packed table a count of 2^24 would not fit above the rests."""
+    """A count of 2^24 would overflow one packed table."""
     monkeypatch.setattr(cuda, "_BLOCK", 1 << 20)
     monkeypatch.setattr(cuda, "_PACKED", PACKED)
     x = torch.full((1 << 24,), 0x3FFFFFFF, dtype=torch.int32, device=DEVICE).view(torch.float32)
@@ -137,6 +137,7 @@ def test_clips_of_tables(name: str, signed: bool, num_bits: int) -> None:
         assert octav.item() == pytest.approx(twins.octav_root_twin(x, num_bits, signed), rel=2e-4)
 
 
+@pytest.mark.slow
 @every_kind
 @both_signs
 def test_what_moments_leave_out_changes_no_clip(name: str, signed: bool) -> None:
@@ -177,7 +178,7 @@ def test_the_error_is_nearly_the_lowest(name: str, signed: bool) -> None:
 )
 @both_signs
 def test_clips_of_short_rows(dtype: torch.dtype, num_bits: int, signed: bool) -> None:
-    """Every kind at once, each a row of its own."""
+    """Values of every kind at once, one row each."""
     # Triton's interpreter takes subnormal bfloat16 values for zeros.
     names = [name for name in AWKWARD if dtype == torch.float32 or name not in ("tiny", "subnormal")]
     rows = torch.stack([AWKWARD[name](400)[:399].to(dtype) for name in names])
@@ -211,6 +212,7 @@ def test_rows_of_every_length(length: int) -> None:
     assert got.tolist() == pytest.approx([twins.octav_root_twin(row, 4) for row in rows], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_long_rows_have_tables_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_TABLES", 2)
     rows = random(3, SIZE) * torch.tensor([[1.0], [0.0], [30.0]])
@@ -224,6 +226,7 @@ def test_long_rows_have_tables_of_their_own(monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(got, torch.stack([of_table(table, 4, flag(True)) for table in tables]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clips", [cuda.octav_of_rows, cuda.mse_of_rows])
 @pytest.mark.parametrize("length", [100, SIZE])
 def test_what_is_skipped_is_not_read(clips: Callable[..., Tensor], length: int) -> None:
@@ -241,7 +244,7 @@ def test_nothing_has_the_clip_zero() -> None:
 
 
 def test_operations_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that have one; the others, and tensors that have none, run as they are written."""
+    """Kernels run where they exist; other operations and tensors use the reference functions."""
     monkeypatch.setitem(operations._kernels, DEVICE, cuda)
     used = []
     for name in ("octav_of_rows", "mse_of_rows"):
@@ -265,7 +268,7 @@ def test_what_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernels_that_cannot_be_launched_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As without a C compiler, which Triton needs for its launchers."""
+    """Launching fails, as without a C compiler, which Triton needs."""
     from octav_hf.functional.kernels import triton_kernels
 
     monkeypatch.setattr(triton_kernels, "unpack", None)
@@ -278,7 +281,7 @@ def test_kernels_that_cannot_be_launched_are_not_used(monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 def test_no_kernel_spills(tmp_path: Path) -> None:
-    """Compiled for three generations of GPUs, none of which is needed; the record in the repository is of these."""
+    """Compiles for three generations of GPUs without one; the record in the repository matches."""
     output = tmp_path / "registers.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = ROOT / "benchmarks" / "triton_registers.py"

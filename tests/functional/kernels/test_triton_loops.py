@@ -36,14 +36,14 @@ GRIDS = {"signed": None, "unsigned": None, "by a tensor, signed": True, "by a te
 
 @pytest.fixture(autouse=True)
 def path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of the fixture that takes every path: these kernels."""
+    """Replaces the fixture that takes every path: uses these kernels."""
     monkeypatch.delenv(compilation.SWITCH, raising=False)
     monkeypatch.setattr(cuda, "DEVICE_TYPES", (DEVICE,))
     monkeypatch.setitem(operations._kernels, DEVICE, cuda)
 
 
 def operands(layout: str, clips: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, one of them NaN, their gradient, and clips, one of several of which is 0."""
+    """Values with one NaN, their gradient, and clips, of which one is 0 if there are several."""
     generator = torch.Generator().manual_seed(0)
     x, grad = torch.randn(2, 2, 3, 6, 8, generator=generator).to(dtype)
     x[0, 0, 0, 0] = NAN

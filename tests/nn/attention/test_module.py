@@ -1,4 +1,4 @@
-"""The attention matmuls: found whatever they are called through, and never silently missed."""
+"""Attention matmuls are found with every function, and never silently missed."""
 
 import math
 
@@ -86,13 +86,13 @@ def with_keywords(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
 
 def with_mm(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The first head of the first sequence alone."""
+    """Only the first head of the first sequence."""
     scores = torch.addmm(torch.zeros(6, 6), query[0, 0], key[0, 0].t()) / math.sqrt(8)
     return torch.mm(scores.softmax(-1), value[0, 0])[None, None]
 
 
 def in_pieces(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Probabilities that are cut up, padded, joined and scaled before they are multiplied."""
+    """Probabilities that are split, padded, concatenated and scaled before their matmul."""
     left, right = (query @ key.mT / math.sqrt(8)).softmax(-1).split(3, dim=-1)
     probabilities = F.pad(torch.cat([left, right], dim=-1)[..., :6], (0, 2)).narrow(-1, 0, 6).unsqueeze(0)
     return ((probabilities * 2.0).squeeze(0).expand(2, 4, 6, 6) @ value) / 2
@@ -130,7 +130,7 @@ def test_matrices_are_quantized() -> None:
 
 
 def test_several_products_before_the_softmax_are_quantized() -> None:
-    """As in disentangled attention: scores between contents and positions are added to those between contents."""
+    """Disentangled attention: scores of contents with positions are added to scores of contents."""
     query, key, value = operands()
     positions = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     with AttentionMatmuls(quantizers(), "layer"):
@@ -244,7 +244,7 @@ def test_probabilities_that_may_be_negative_are_not_taken_for_such() -> None:
 
 
 class LocalAttention(nn.Module):
-    """An attention module whose product runs where it cannot be seen."""
+    """An attention module whose matmul is hidden."""
 
     def __init__(self, hidden: bool):
         super().__init__()
@@ -267,7 +267,7 @@ def test_a_converted_module_checks_itself() -> None:
 
 
 def memory_efficient_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Like the function that DeepSpeed's ZeRO-3 puts in the place of PyTorch's."""
+    """Like the replacement function of DeepSpeed's ZeRO-3."""
     return x.matmul(weight.t()) + bias
 
 

@@ -1,4 +1,4 @@
-"""An attention module's own parameters are refused as operands, however they are reached; its layers' are not."""
+"""Own parameters of an attention module are refused as operands in every form; those of its layers are not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Tensor = torch.Tensor
 
 
 class LowRank(nn.Module):
-    """A product of two parameters, in a module with a forward of its own, as some adapters have it."""
+    """A matmul of two parameters in a module with its own forward, as in some adapters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class LowRank(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of one head on what ``multiply`` makes of this module and its input."""
+    """Single-head attention on the result of ``multiply`` for this module and its input."""
 
     def __init__(self, multiply: Callable[[Attention, Tensor], Tensor]):
         super().__init__()
@@ -127,7 +127,7 @@ def test_parameters_of_layers_are_left_to_them(multiply: Callable[[Attention, Te
     ids=["index", "index_select"],
 )
 def test_what_is_looked_up_in_an_own_parameter_is_an_operand(look_up: Callable[[Attention], Tensor]) -> None:
-    """As in tables of relative positions, and as what an embedding returns."""
+    """Rows of a table of relative positions, and rows that an embedding returns."""
     module, x = Attention(lambda m, x: x @ look_up(m).T), inputs()
     x_4bit = FakeQuantize(4)(x)
     probabilities = FakeQuantize(4, signed=False)((x_4bit @ x_4bit.mT).softmax(-1))
@@ -138,7 +138,7 @@ def test_what_is_looked_up_in_an_own_parameter_is_an_operand(look_up: Callable[[
 
 @pytest.mark.parametrize("name", ["qkv", "linear.weight"])
 def test_parameters_that_lie_in_one_memory_are_told_apart(name: str) -> None:
-    """As FSDP and ZeRO gather them."""
+    """Parameters in one storage, as gathered by FSDP and ZeRO."""
     module = Attention(lambda m, x: x @ m.get_parameter(name)[:8].T)
     flat = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
     sizes = [parameter.numel() for parameter in module.parameters()]

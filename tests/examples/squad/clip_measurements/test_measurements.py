@@ -80,7 +80,7 @@ def test_eq_6_from_five_starts_on_a_gaussian(bits: int, signed: bool) -> None:
 
 
 def test_eq_6_from_the_ends() -> None:
-    """From 0 the mean of the nonzero magnitudes follows; from max, where nothing is above, 0."""
+    """0 is followed by the mean of the nonzero magnitudes; max, with no magnitude above, by 0."""
     rows = torch.tensor([[0.0, 0.0, 1.0, -2.0, 6.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     recursion = Eq6(rows, 4, True)
     assert recursion.sequence(torch.zeros(2), 1)[1].tolist() == [3, 0]
@@ -133,7 +133,7 @@ def test_second_minimum_of_a_curve(curve: list[float], expected: int) -> None:
 
 
 def test_second_minimum_of_a_tensor_with_outliers() -> None:
-    """Found where a fine grid of clips, evaluated one by one, has it; and none for a Gaussian."""
+    """Found at the clip that a fine grid of clips gives; none for a Gaussian."""
     values = with_outliers().double().numpy()
     clips = 60 * np.arange(1, 1001) / 1000
     errors = np.array([((values - quantize(values, clip, 4, True)) ** 2).mean() for clip in clips])

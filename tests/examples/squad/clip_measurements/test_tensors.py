@@ -1,4 +1,4 @@
-"""The tensors that are measured: what the quantizers of a model see of a batch."""
+"""The tensors that are measured: the inputs of a model's quantizers for a batch."""
 
 from __future__ import annotations
 

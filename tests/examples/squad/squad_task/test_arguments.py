@@ -1,4 +1,4 @@
-"""What the command line accepts, and what it refuses."""
+"""Accepted and refused command-line arguments."""
 
 from __future__ import annotations
 
@@ -144,10 +144,12 @@ def test_folder_in_use_is_reported_before_anything_is_loaded(tmp_path: Path) -> 
 def test_a_checkpoint_that_is_not_whole_is_reported_before_anything_is_loaded(tmp_path: Path) -> None:
     words = ["--model_name_or_path", "nowhere", "--train_file", "none", "--output_dir", str(tmp_path), "--do_train"]
     folder = tmp_path / "checkpoint-2"
-    with pytest.raises(ValueError, match="checkpoint-2 is no checkpoint: there is no such folder.*last"):
+    with pytest.raises(ValueError, match="checkpoint-2 is not a checkpoint: there is no such folder.*last"):
         main([*words, "--resume_from_checkpoint", str(folder)])
     folder.mkdir()
-    with pytest.raises(ValueError, match="checkpoint-2 is not a whole checkpoint: trainer_state.json is missing.*last"):
+    with pytest.raises(
+        ValueError, match="checkpoint-2 is not a complete checkpoint: trainer_state.json is missing.*last"
+    ):
         main([*words, "--resume_from_checkpoint", str(folder)])
 
 
@@ -164,11 +166,13 @@ def test_last_starts_from_the_beginning_unless_a_model_is_there(tmp_path: Path) 
     (tmp_path / "runs").mkdir()
     resume(tmp_path)
     (tmp_path / "config.json").touch()
-    with pytest.raises(FileExistsError, match="holds a model but no whole checkpoint"):
+    with pytest.raises(FileExistsError, match="contains a model but no complete checkpoint"):
         resume(tmp_path)
 
 
 def test_help_explains_how_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
-    assert "--resume_from_checkpoint last takes the newest whole one" in " ".join(capsys.readouterr().out.split())
+    assert "--resume_from_checkpoint last uses the newest complete checkpoint" in " ".join(
+        capsys.readouterr().out.split()
+    )

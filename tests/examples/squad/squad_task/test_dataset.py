@@ -1,4 +1,4 @@
-"""Reading SQuAD files, and refusing what is not one."""
+"""Reading SQuAD files, and refusing other files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The longest input, against what a model does with it and with a longer one."""
+"""The longest input, compared with running a model on it and on a longer one."""
 
 from __future__ import annotations
 

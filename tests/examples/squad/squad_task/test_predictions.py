@@ -1,4 +1,4 @@
-"""From logits to answers."""
+"""Answers computed from logits."""
 
 from __future__ import annotations
 

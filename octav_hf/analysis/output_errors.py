@@ -1,0 +1,110 @@
+"""``output_errors``: how far the output of each quantized module is from that in the float model."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.forward_pass import Batch, device_of, in_evaluation_mode, on_device, run_batch, run_batches
+from .._utils.torch_private import tree_leaves, uncompiled
+from ..nn import QuantizedAttention, QuantizedLayer
+from .operand_sums import decibels, energy
+from .simulated import check_has_float_weights, check_simulated
+from .switching import in_float
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """The error of one module's output ``y``, with that of all modules before it, over all batches.
+
+    Attributes:
+        module: full name.
+        kind: ``"linear"``, ``"convolution"``, ``"embedding"`` or ``"attention"``.
+        sqnr_db: ``10 log10(sum(f²) / sum((y - f)²))`` in dB, with the output ``f`` in the float model; of attention the
+            first output. ``inf`` without error; ``None`` if no batch reached the module, or ``f`` is all zeros.
+    """
+
+    module: str
+    kind: str
+    sqnr_db: float | None
+
+
+def output_errors(model: nn.Module, batches: Iterable[Batch], teacher: nn.Module | None = None) -> list[OutputError]:
+    """Compare the output of every quantized layer and attention module with the float model's on the same batches.
+
+    The errors of a layer's own operands and of its input add up, so that they show where the model leaves its course.
+
+    Args:
+        model: quantized by ``apply_octav``; packed only with a teacher. Mode, buffers and random state are restored.
+        batches: as for ``calibrate_octav``; both models run on each, and the outputs of one batch are kept meanwhile.
+        teacher: a float model with modules of the same names; ``None``: ``model`` with all its quantizers turned off.
+
+    Returns:
+        In the order of the model's modules.
+
+    Raises:
+        TypeError, ValueError: ``model`` or ``batches`` is none of these; or a module is missing in the teacher, is
+            called another number of times, or returns another shape there.
+    """
+    check_simulated(model, "output_errors")
+    if teacher is None:
+        check_has_float_weights(model, "output_errors")
+    model, source = uncompiled(model), uncompiled(model if teacher is None else teacher)
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLayer | QuantizedAttention)
+    }
+    in_source = dict(source.named_modules())
+    missing = [name for name in modules if name not in in_source]
+    if missing:
+        raise ValueError(
+            f"output_errors: {type(source).__name__}, the teacher, has no module {missing[0]!r}; pass the float model "
+            "that training started from"
+        )
+    calls: dict[str, list[Tensor]] = defaultdict(list)
+    sums: dict[str, Tensor] = {}  # signal and noise, [2] float64
+
+    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        calls[name].append(next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)).detach())
+
+    def compare(batch: Batch, _: Any) -> None:
+        ours = dict(calls)
+        calls.clear()
+        with in_float(model) if teacher is None else in_evaluation_mode(source):
+            run_batch(source, on_device(batch, device_of(source)))
+        for name, outputs in ours.items():
+            _check_shapes(name, outputs, calls[name])
+            for output, target in zip(outputs, calls[name], strict=True):
+                target = target.to(output.device)
+                found = torch.stack([energy(target), energy(output.to(target.dtype) - target)])
+                sums[name] = sums[name] + found if name in sums else found
+        calls.clear()
+
+    with ExitStack() as stack:
+        for each in [modules] if source is model else [modules, {name: in_source[name] for name in modules}]:
+            for name, module in each.items():
+                stack.callback(module.register_forward_hook(partial(keep, name)).remove)
+        run_batches(model, batches, "output_errors", "comparing layers", compare)
+    return [
+        OutputError(name, _kind(module), decibels(*sums[name].tolist()) if name in sums else None)
+        for name, module in modules.items()
+    ]
+
+
+def _kind(module: nn.Module) -> str:
+    return module.kind if isinstance(module, QuantizedLayer) else "attention"
+
+
+def _check_shapes(name: str, outputs: list[Tensor], targets: list[Tensor]) -> None:
+    ours, theirs = ([tuple(x.shape) for x in each] for each in (outputs, targets))
+    if ours != theirs:
+        raise ValueError(
+            f"output_errors: {name} returned tensors of shapes {ours}, and in the float model {theirs}; pass a teacher "
+            "of the same architecture"
+        )

@@ -1,0 +1,124 @@
+"""``suggestions``: the changes of the config that bring the model's outputs closest to the float model's."""
+
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from .._utils.forward_pass import Batch
+from .._utils.progress import progress
+from ..config import OctavConfig
+from ..conversion.convert import apply_octav, remove_octav
+from ..conversion.modules import activation_quantizers, layers_to_freeze
+from ..conversion.record import recorded_config
+from ..static_clips.calibrate import calibrate_octav
+from .config_changes import Change, changes, packed_bits, written
+from .divergence import FloatOutputs
+from .operand_statistics import OperandStatistics, operand_statistics
+from .sensitivity import ModuleSensitivity, sensitivity
+
+_MOST = 3  # suggestions
+_LEAST_GAIN = 0.02  # of the divergence: less may be chance
+_LEAST_RISE = 1.0  # dB, by which an operand that a change is for improves
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A change of the config.
+
+    Attributes:
+        title: what to change.
+        reason: what was measured: the divergence before and after, and the worst operand that improves.
+        gain: share of the divergence from the float model that the change removes, up to 1.
+        cost: what it costs, in words and numbers.
+        code: Python to paste, with the whole config, to quantize the float model with before it is trained anew.
+    """
+
+    title: str
+    reason: str
+    gain: float
+    cost: str
+    code: str
+
+
+def suggestions(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    teacher: nn.Module | None = None,
+    sensitivities: Sequence[ModuleSensitivity] | None = None,
+) -> list[Suggestion]:
+    """Measure changes of the config on copies of the model, and return those that gain most for their cost.
+
+    A copy is quantized anew by each changed config, without training, and its divergence from the float model
+    (``FloatOutputs``) is measured on the batches. Of the changes that ask the same of the hardware (the same products;
+    a scale for each token and channel; products of groups; more bits), the one with the highest ``gain / (1 + price)``
+    is kept, and at most three of these are returned in this order. The price is what ``cost`` says, as a share: of a
+    training step, of the bytes of the weights, or of the modules that multiply 8-bit integers; products of groups,
+    which ``convert_octav`` and the ONNX export do not have, count 0.25 more. A change that removes less than 2 % of the
+    divergence is left out. Static clips are calibrated anew on the batches, also for the divergence before the change.
+
+    The copies are not trained, while a model that is trained with a config adapts to it: what is ranked are errors.
+
+    Args:
+        model: quantized by ``apply_octav``, before ``pack_octav``; it is not changed.
+        batches: as for ``calibrate_octav``; they are kept. Two of 16 sequences are enough to rank the changes.
+        teacher: the float model to compare with; ``None``: ``model`` with all its quantizers turned off.
+        sensitivities: what ``sensitivity`` returned for this model, to choose the modules that might get 8 bits;
+            measured here if ``None``.
+
+    Returns:
+        Up to three, the best first; none if the model is as close to the float model as the changes would bring it.
+
+    Raises:
+        TypeError, ValueError: ``model``, ``batches`` or ``teacher`` is none of these.
+    """
+    outputs = FloatOutputs(model, batches, teacher, "suggestions")
+    if sensitivities is None:
+        sensitivities = sensitivity(model, outputs.batches, teacher)
+    config = replace(recorded_config(model), frozen_weight_clips=False)
+    base = _requantized(model, config, outputs.batches)
+    before = outputs.divergence_of(base)
+    if not before:
+        return []
+    best: dict[str, tuple[float, float, float, Change]] = {}
+    for change in progress(list(changes(base, config, sensitivities)), "measuring changes of the config"):
+        changed = _requantized(model, change.config, outputs.batches)
+        after = outputs.divergence_of(changed)
+        gain = 1 - after / before
+        price = change.price + packed_bits(changed) / packed_bits(base) - 1
+        score = gain / (1 + price)
+        if gain >= _LEAST_GAIN and (change.asks not in best or score > best[change.asks][0]):
+            best[change.asks] = score, gain, after, change
+    chosen = sorted(best.values(), key=lambda each: each[0], reverse=True)[:_MOST]
+    statistics = operand_statistics(base, outputs.batches) if chosen else []
+    found = []
+    for _, gain, after, change in chosen:
+        changed = _requantized(model, change.config, outputs.batches)
+        reason = f"{outputs.measure}: {before:.3g} before and {after:.3g} after the change, on these batches"
+        reason += _worst_improved(statistics, operand_statistics(changed, outputs.batches))
+        more = packed_bits(changed) / packed_bits(base) - 1
+        cost = f"{change.cost}; packed weights: {more:+.1%} bytes" if more else change.cost
+        found.append(Suggestion(change.title, reason, gain, cost, written(change.config)))
+    return found
+
+
+def _requantized(model: nn.Module, config: OctavConfig, batches: Sequence[Batch]) -> nn.Module:
+    """A copy of the model, quantized by another config, with static clips where the model has them."""
+    weights = any(layer.weight_quantizer.is_frozen for layer in layers_to_freeze(model).values())
+    activations = any(quantizer.is_frozen for _, _, quantizer in activation_quantizers(model))
+    copy = apply_octav(remove_octav(deepcopy(model)), config)
+    if weights or activations:
+        calibrate_octav(copy, batches if activations else None, weights=weights)
+    return copy
+
+
+def _worst_improved(before: Sequence[OperandStatistics], after: Sequence[OperandStatistics]) -> str:
+    """The operand with the lowest SQNR of those that improve, in words."""
+    now = {(each.module, each.operand): each.sqnr_db for each in after}
+    pairs = [(each, each.sqnr_db, now.get((each.module, each.operand))) for each in before]
+    improved = [(old, new, each) for each, old, new in pairs if old and new and new - old >= _LEAST_RISE]
+    if not improved:
+        return "."
+    old, new, worst = min(improved, key=lambda each: each[0])
+    return f". The worst operand that improves: {worst.module} {worst.operand}, from {old:.1f} to {new:.1f} dB."

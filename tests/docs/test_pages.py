@@ -1,0 +1,64 @@
+"""What the Markdown files say agrees with the records, the config and the figures, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from . import config_table, results_table
+from .table_in_page import ROOT, TableInPage
+
+ON_GITHUB = [*ROOT.glob("*.md"), *(ROOT / "examples").glob("*/README.md")]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+TEXT = re.compile(r"<text[^>]*>([^<]*)</text>")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+
+
+def test_the_readme_fits_a_few_screens() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("table", [config_table.TABLE, results_table.TABLE], ids=lambda table: table.name)
+def test_a_table_is_that_of_its_source(table: TableInPage) -> None:
+    assert table.parts()[1] == table.render(), f"run python -m tests.docs.{table.name.split()[-1]}_table"
+
+
+def test_the_table_of_inference_is_that_of_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    record = json.loads((ROOT / "benchmarks/results/inference.json").read_text(encoding="utf-8"))
+    table = runpy.run_path(str(ROOT / "benchmarks/inference.py"))["table"](record["rows"])
+    assert table in (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+
+
+def test_figures_are_those_of_the_script_and_are_shown(tmp_path: Path) -> None:
+    """The committed ones have the words and numbers of new ones."""
+    runpy.run_path(str(ROOT / "docs/figures.py"))["main"](["--output_dir", str(tmp_path)])
+    committed = ROOT / "docs/_static/figures"
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {path.name for path in committed.iterdir()}
+    for name in drawn:
+        words, before = (TEXT.findall((folder / name).read_text(encoding="utf-8")) for folder in (tmp_path, committed))
+        assert words == before != [], f"{name}: run python docs/figures.py"
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/concepts").glob("*.md"))
+    assert {name for name in drawn if f"../_static/figures/{name})" in pages} == drawn
+
+
+def anchor(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", ON_GITHUB, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_on_github_lead_somewhere(document: Path) -> None:
+    for link in LINK.findall(document.read_text(encoding="utf-8")):
+        if link.startswith("https://"):
+            continue
+        name, _, fragment = link.partition("#")
+        target = document.parent / name if name else document
+        assert target.exists(), link
+        if fragment:
+            assert fragment in map(anchor, HEADING.findall(target.read_text(encoding="utf-8"))), link
