@@ -68,7 +68,7 @@ def run_seed(options: argparse.Namespace, passed_on: list[str], seed: int) -> Li
 
     folder, before = trained("paper", octav_hf.OctavConfig())
     model = AutoModelForQuestionAnswering.from_pretrained(folder)
-    batches = training_batches(folder, [*shared, "--output_dir", str(folder)], options.batches)
+    batches = training_batches(folder, [*shared, "--do_train", "--output_dir", str(folder)], options.batches)
     statistics_of_worst = sorted(operand_statistics(model, batches), key=lambda each: each.sqnr_db or 0)[:WORST]
     found = suggestions(model, batches)
     names: dict[str, Any] = {"model": AutoModelForQuestionAnswering.from_pretrained(minilm_folder())}
