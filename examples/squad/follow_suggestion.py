@@ -23,8 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before an instal
 
 import run_squad
 import torch
+from compare_bits import quantization
 from reporting.run_environment import environment
 from squad_study.record import Line, append_line, read_lines
+from squad_task.dataset import sample
 from squad_task.features import training_features
 from study import RECIPE, minilm_folder
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding
@@ -63,12 +65,12 @@ def run_seed(options: argparse.Namespace, passed_on: list[str], seed: int) -> Li
         folder = options.output_dir / f"{name}-seed{seed}"
         metrics = folder / "all_results.json"
         if not metrics.is_file():
-            run_squad.main([*shared, "--do_train", "--do_eval", "--output_dir", str(folder), *as_arguments(config)])
+            run_squad.main([*shared, "--do_train", "--do_eval", "--output_dir", str(folder), *quantization(config)])
         return folder, json.loads(metrics.read_text(encoding="utf-8"))
 
     folder, before = trained("paper", octav_hf.OctavConfig())
     model = AutoModelForQuestionAnswering.from_pretrained(folder)
-    batches = training_batches(folder, [*shared, "--output_dir", str(folder)], options.batches)
+    batches = training_batches(folder, [*shared, "--do_train", "--output_dir", str(folder)], options.batches)
     statistics_of_worst = sorted(operand_statistics(model, batches), key=lambda each: each.sqnr_db or 0)[:WORST]
     found = suggestions(model, batches)
     names: dict[str, Any] = {"model": AutoModelForQuestionAnswering.from_pretrained(minilm_folder())}
@@ -90,24 +92,14 @@ def training_batches(folder: Path, arguments: list[str], count: int) -> list[Any
     _, data_args, _, _, training_args = run_squad.parse_arguments(arguments)
     training_args.per_device_train_batch_size = 16
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    questions = sample(data_args.load("train"), data_args.max_train_samples, training_args.seed)
     parts = {
         "args": training_args,
-        "train_dataset": training_features(data_args.load("train"), tokenizer, data_args.windows()),
+        "train_dataset": training_features(questions, tokenizer, data_args.windows()),
         "data_collator": DataCollatorWithPadding(tokenizer),
     }
     batches = run_squad.random_batches(parts, count)
     return [{name: x for name, x in batch.items() if not name.endswith("positions")} for batch in batches]
-
-
-def as_arguments(config: octav_hf.OctavConfig) -> list[str]:
-    """The arguments of `run_squad.py` for the fields in which `config` differs from the default."""
-    words = ["--quantize", "true"]
-    for field in dataclasses.fields(octav_hf.OctavConfig):
-        value = getattr(config, field.name) if field.init else None
-        if field.init and value != getattr(octav_hf.OctavConfig(), field.name):
-            text = "none" if value is None else json.dumps(value) if isinstance(value, dict) else str(value).lower()
-            words += [f"--{field.name}", text]
-    return words
 
 
 def table(lines: list[Line]) -> str:
