@@ -22,7 +22,6 @@ LAYERS = (
     ("static_clips", "packing"),
     ("coverage",),
     ("inference",),
-    ("analysis",),
     ("training", "hub"),
     ("analysis",),
     ("export",),
