@@ -55,6 +55,7 @@ def test_the_gain_is_that_of_a_model_quantized_by_the_code(small_bert: MakeBert,
 
 
 def test_the_best_of_each_kind_comes_first_for_its_cost(small_bert: MakeBert, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = OctavConfig(group_size=32)
     left = {  # of the divergence, by what is asked; gains over prices: 0.85, 0.73 (bytes too), 0.48, 0.01
         ("mse", "mse", "channel", False): 0.5,
         ("mse", "mse", "channel", True): 0.1,
@@ -66,16 +67,16 @@ def test_the_best_of_each_kind_comes_first_for_its_cost(small_bert: MakeBert, mo
         config = model.octav_config
         fine = config.activation_granularity.get("value") == "channel" or config.weight_granularity == "group"
         key = (str(config.weight_clip), str(config.activation_clip), str(config.weight_granularity), fine)
-        return 2 * left.get(key, 1 if model.octav_config == OctavConfig() else 0.99)
+        return 2 * left.get(key, 1 if model.octav_config == start else 0.99)
 
     monkeypatch.setattr(FloatOutputs, "divergence_of", divergence_of)
-    model = apply_octav(small_bert(num_hidden_layers=1), OctavConfig())
+    model = apply_octav(small_bert(num_hidden_layers=1), start)
     found = suggestions(model, batches(1), sensitivities=SENSITIVITIES)
     assert [each.gain for each in found] == pytest.approx([0.9, 0.95, 0.51])
     assert [config_of(each, small_bert(num_hidden_layers=1)) for each in found] == [
-        OctavConfig.accurate(),
-        OctavConfig.groups(),
-        OctavConfig(activation_clip="mse"),
+        OctavConfig.accurate(group_size=32),
+        OctavConfig.groups(group_size=32),
+        OctavConfig(activation_clip="mse", group_size=32),
     ]
     assert "2 before and 0.2 after" in found[0].reason
     assert "packed weights: +" in found[1].cost
