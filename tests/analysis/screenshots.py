@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent.parent.parent / "docs" / "_static"
 VIEWS: dict[str, tuple[int, int, Any]] = {
-    "light": (1200, 1500, "light"),
-    "dark": (1200, 1500, "dark"),
+    "light": (1000, 1600, "light"),
+    "dark": (1000, 1600, "dark"),
     "phone": (375, 812, "light"),
 }
 """Name of a picture -> width and height in pixels of the window, and the colours that the system prefers."""
