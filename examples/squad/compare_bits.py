@@ -39,7 +39,7 @@ RECIPE_FROM_FLOAT = RECIPE | {"num_train_epochs": "1", "learning_rate": "1e-4"} 
 
 
 def main(argv: list[str] | None = None) -> list[Line]:
-    """Run what is missing, print the table, and return the lines of the results file."""
+    """Run what is missing, write and print the table, and return the lines of the results file."""
     options, passed_on = parse_arguments(argv)
     results = options.output_dir / "results.jsonl"
     for seed, unit, bits, form in itertools.product(options.seeds, options.units, options.bits, FORMS):
@@ -54,7 +54,9 @@ def main(argv: list[str] | None = None) -> list[Line]:
             append_line(results, line)
             print(f"== {name}: F1 {line['metrics']['eval_f1']:.2f}, {line['seconds']:.0f} s", flush=True)
     lines = read_lines(results)
-    print(table(lines))
+    text = table(lines)
+    (options.output_dir / "table.md").write_text(f"{text}\n", encoding="utf-8")
+    print(text)
     return lines
 
 

@@ -45,7 +45,8 @@ def test_it_is_the_best_of_all_combinations(seed: int, step: int) -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_rounded_costs_keep_the_limit_and_lose_little(seed: int) -> None:
     costs, errors, limit = problem(seed, 10007)
-    costs = [[cost + random.Random(seed).randint(0, 999) for cost in block] for block in costs]
+    generator = random.Random(seed)
+    costs = [[cost + generator.randint(0, 999) for cost in block] for block in costs]
     limit = max(limit, sum(map(min, costs)))
     cost, error = totals(costs, errors, cheapest_errors(costs, errors, limit, resolution=20))
     assert cost <= limit
@@ -62,3 +63,10 @@ def test_without_room_the_cheapest_are_chosen() -> None:
 def test_a_limit_that_cannot_be_kept_is_refused() -> None:
     with pytest.raises(ValueError, match="cost 5 together, and the limit is 4"):
         cheapest_errors([[5, 3], [2, 7]], [[0.0, 9.0], [9.0, 0.0]], 4)
+
+
+def test_many_rounded_costs_keep_the_limit() -> None:
+    costs, errors = [[0, 18], [0, 19]] * 15, [[1.0, 0.0]] * 30
+    cost, error = totals(costs, errors, cheapest_errors(costs, errors, 100, resolution=10))  # a step is 10
+    assert cost <= 100
+    assert error == 25  # two steps each
