@@ -19,7 +19,7 @@ VIEWS: dict[str, tuple[int, int, Any, str]] = {
     "dark": (1000, 1200, "dark", "#filter"),
     "phone": (375, 812, "light", "body"),
 }
-"""Name of a picture -> width and height in pixels of the window, colours that the system prefers, what is at the top."""
+"""Name of a picture -> width and height of the window in pixels, the system's colours, and what is at the top."""
 
 
 def take(browser: "Browser", page: Path, folder: Path) -> None:
