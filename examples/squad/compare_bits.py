@@ -89,7 +89,8 @@ def run_cell(
     ]
     config = octav_hf.OctavConfig.accurate(weight_bits=bits, activation_bits=bits if unit == "operations" else None)
     arguments = [*recipe, *passed_on, "--seed", str(seed), "--do_train", "--do_eval", *quantization(config)]
-    arguments += ["--output_dir", str(options.output_dir / name)]
+    # a run that was killed has left its folder
+    arguments += ["--output_dir", str(options.output_dir / name), "--resume_from_checkpoint", run_squad.LAST]
     if form == "suggested":
         suggestion = suggestion or suggest(arguments, config, options.batches, bits, unit)
         arguments += ["--module_overrides", json.dumps(suggestion["module_overrides"])]
