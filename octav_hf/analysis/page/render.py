@@ -69,7 +69,7 @@ def _file(name: str) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """A name, or text with names, that may be broken after a dot or underscore and before a capital letter; no other text is."""
+    """Text that may be broken after a dot or underscore in a name, and before a capital letter in one."""
     parts = re.split(r"(?<=[._])|(?<=[a-z])(?=[A-Z])", name)
     return Markup("<wbr>").join(parts)
 
