@@ -5,6 +5,7 @@ Importing the package registers the quantization method ``octav`` with Transform
 
 from . import export
 from ._version import __version__
+from .analysis.bit_allocation import BitSuggestion, suggest_bits
 from .config import OctavConfig
 from .conversion.convert import apply_octav, remove_octav
 from .coverage.check import CoverageCheck, check_coverage
@@ -23,6 +24,7 @@ from .training.finite_clips import check_finite
 from .training.reconstruction import LayerError, reconstruct
 
 __all__ = [
+    "BitSuggestion",
     "CoverageCheck",
     "CoverageReport",
     "FloatOperand",
@@ -45,6 +47,7 @@ __all__ = [
     "pack_octav",
     "reconstruct",
     "remove_octav",
+    "suggest_bits",
     "uncalibrate_octav",
     "unpack_octav",
 ]

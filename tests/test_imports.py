@@ -22,6 +22,7 @@ LAYERS = (
     ("static_clips", "packing"),
     ("coverage",),
     ("inference",),
+    ("analysis",),
     ("training", "hub"),
     ("export",),
     ("integrations", "cli"),
