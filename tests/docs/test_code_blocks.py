@@ -80,7 +80,7 @@ def test_only_what_needs_a_network_is_not_run() -> None:
         ('pip install -c constraints.txt ".[no-such-extra]"', AssertionError),
         ("octav-hf pack --no-such-option a b", SystemExit),
         ("octav-hf inspect no-such-folder", AssertionError),
-        ("octav-hf push --no-such-option a b", AssertionError),
+        ("octav-hf push --no-such-option a b", SystemExit),
         ("python examples/squad/run_squad.py --model_name_or_path x --output_dir y --no_such_option", ValueError),
         ("python examples/squad/evaluate_onnx.py --no_such_option", AssertionError),
         ("torchrun --no_such_option examples/squad/run_squad.py", SystemExit),

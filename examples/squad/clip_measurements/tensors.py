@@ -56,11 +56,11 @@ def seen_tensors(model: nn.Module, batch: Mapping[str, Tensor]) -> list[SeenTens
     seen: list[SeenTensor] = []
     calls: dict[str, list[Tensor]] = {name: [] for name in quantizers}
 
-    def note(name: str, quantizer: FakeQuantize, x: Tensor) -> None:
+    def note(name: str, quantizer: FakeQuantize, x: Tensor, known: Tensor | None = None) -> None:
         owner, _, attribute = name.rpartition(".")
         operand = attribute.removesuffix("_quantizer")
         kind = "embedding" if isinstance(parents[owner], QuantizedEmbedding) else operand
-        if any(x is known for known in calls[name]):
+        if known is not None or any(x is before for before in calls[name]):
             return
         calls[name].append(x)
         label = f"{owner} {operand}" if len(calls[name]) == 1 else f"{owner} {operand}, use {len(calls[name])}"
@@ -69,7 +69,9 @@ def seen_tensors(model: nn.Module, batch: Mapping[str, Tensor]) -> list[SeenTens
         seen.append(SeenTensor(label, kind, x.detach(), signed, quantizer.dim))
 
     handles = [
-        quantizer.register_forward_pre_hook(lambda module, args, name=name: note(name, module, args[0]))
+        quantizer.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: note(name, module, args[0], kwargs.get("known")), with_kwargs=True
+        )
         for name, quantizer in quantizers.items()
     ]
     try:

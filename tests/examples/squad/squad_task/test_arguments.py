@@ -117,7 +117,7 @@ def test_json_file(tmp_path: Path) -> None:
 def test_every_field_of_the_config_is_an_argument_with_its_help() -> None:
     asked_for = {field.name: field for field in dataclasses.fields(OctavConfig) if field.name not in WRITTEN_FIELDS}
     arguments = {field.name: field for field in dataclasses.fields(OctavArguments)}
-    own = {"quantize", "static_clip_batches", "learned_clips", "reconstruct_batches"}
+    own = {"quantize", "static_clip_batches", "learned_clips", "reconstruct_batches", "log_quantization"}
     assert arguments.keys() - own == asked_for.keys() - {"quant_method"}
     assert all(
         asked_for[name].metadata["help"] in arguments[name].metadata["help"] for name in arguments if name in asked_for
