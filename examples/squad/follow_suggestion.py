@@ -1,8 +1,9 @@
 """Train at 4 bits, follow the first of `octav_hf`'s suggestions, and compare both on held-out training questions.
 
     python hold_out.py --train_file data/train.json --questions 336 --output_dir runs/held_out
-    python follow_suggestion.py --data runs/held_out --output_dir runs/suggestion --seeds 0 1 2
+    python follow_suggestion.py --data runs/held_out --output_dir runs/suggestion --seeds 0 1 2 --num_train_epochs 2
 
+Two epochs of three quarters of the questions are as many steps as the demo has; further arguments go to `run_squad.py`.
 For each seed MiniLM is trained by the recipe of `make demo` and the config `OctavConfig()`; the suggestions come from
 batches of its training questions, and it is trained once more, from the same pretrained weights, with the config that
 the first suggestion's code makes. Neither the held-out questions nor the dev set choose anything. Each finished seed is

@@ -16,7 +16,8 @@ from transformers import BertForQuestionAnswering
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav, convert_octav, coverage_report, pack_octav
 from octav_hf.analysis.operand_statistics import OperandStatistics, OperandStatisticsHooks, operand_statistics
-from octav_hf.nn import FakeQuantize, QuantizedAttention, QuantizedLayer
+from octav_hf.analysis.operand_sums import OperandSums, read
+from octav_hf.nn import FakeQuantize, FrozenClips, QuantizedAttention, QuantizedLayer
 from tests.architectures.models import ARCHITECTURES, Architecture
 
 Tensor = torch.Tensor
@@ -146,6 +147,14 @@ def test_shares_and_clips(small_bert: MakeBert, config: OctavConfig, dims: tuple
         asymmetric += bool(each.asymmetric)
     assert bool(asymmetric) is config.asymmetric_activations
     assert dims is None or len(clips) > 1
+
+
+def test_negative_values_are_clipped_by_an_unsigned_grid() -> None:
+    quantizer, sums, x = FakeQuantize(4, signed=False), OperandSums(), torch.tensor([-1.0, -0.5, 0.5, 1.0, 2.0])
+    quantizer.freeze(FrozenClips(False, torch.tensor([1.0])))
+    sums.add(quantizer, x, quantizer(x), quantizer.grid_of(x))
+    [found] = read([sums])
+    assert (found.clipped, found.nonzero, found.zeroed) == (3, 5, 2)
 
 
 def test_histograms_count_every_value_and_show_the_grid(small_bert: MakeBert) -> None:
