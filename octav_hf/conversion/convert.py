@@ -14,7 +14,7 @@ from .._utils.transformers_compat import mark_as_float, unset_upload
 from ..config import OctavConfig
 from ..nn import PackedWeight, QuantizedLayer
 from . import output_embeddings
-from .modules import is_quantized, quantized_modules, transformers_models
+from .modules import is_quantized, quantized_modules, start_on_devices, transformers_models
 from .plan import check_for_float_model, plan_conversion
 from .record import recorded_config
 from .request import ModulePlan
@@ -89,6 +89,7 @@ def convert_modules(model: nn.Module, config: OctavConfig, plan: Sequence[Module
     """Carry out the ``plan`` of ``plan_conversion(model, config)``, in place."""
     for module_plan in plan:
         module_plan.convert()
+    start_on_devices(model)
     model.__dict__["octav_config"] = copy.deepcopy(config)
     model.octav_state_dict_hook = model.register_load_state_dict_pre_hook(_before_loading)
     for inner in transformers_models(model):

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .._utils.torch_private import own_parameters
+from .._utils.torch_private import has_values, own_parameters
 from ..nn import FakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
 
 _MAX_NAMES = 3  # operands listed in a message
@@ -38,6 +39,15 @@ def operand_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantiz
             for operand, quantizer in module.operand_quantizers.items():
                 if isinstance(quantizer, FakeQuantize):
                     yield path, operand, quantizer
+
+
+def start_on_devices(model: nn.Module) -> None:
+    """Start the quantizers' records of NaN on the devices of their modules, before a model is compiled."""
+    for module in quantized_modules(model):
+        tensor = next((each for each in (*module.parameters(), *module.buffers()) if has_values(each)), None)
+        for quantizer in module.operand_quantizers.values() if tensor is not None else ():
+            if isinstance(quantizer, FakeQuantize):
+                quantizer.start_on(torch.empty((), device=tensor.device))
 
 
 def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]]:

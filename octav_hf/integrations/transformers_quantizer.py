@@ -20,6 +20,7 @@ from .._utils.transformers_compat import (
 )
 from ..config import QUANT_METHOD, OctavConfig
 from ..conversion.convert import convert_modules, freeze_packed, restore_modules
+from ..conversion.modules import start_on_devices
 from ..conversion.plan import check_for_float_model, named_as_in, plan_conversion
 from ..conversion.record import is_packed
 from ..hub.upload import UploadWithCard
@@ -89,6 +90,7 @@ class OctavQuantizer(HfQuantizer):
         self.quantization_config.__dict__.pop("clips_of_version_1", None)
         if self.quantization_config.packed:
             freeze_packed(model)
+        start_on_devices(model)
         self.attach(model)
         return model
 

@@ -7,6 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.torch_private import has_values
+from ..functional.kernels.operations import operation
+
+
+def _zero_like(x: Tensor) -> Tensor:
+    return x.new_zeros((), dtype=torch.float32)
+
+
+@operation("(Tensor x) -> Tensor", _zero_like, merge_equal_calls=False)
+def empty_sum(x: Tensor) -> Tensor:
+    """A new zero, float32 ``[]``, on the device of ``x``.
+
+    A compiler would fold a constant zero into the first addition. Quantizers of the same input have equal sums, and
+    would then share one tensor, which the next compilation refuses to modify.
+    """
+    return _zero_like(x)
 
 
 class NanFlag(nn.Module):
@@ -30,8 +45,8 @@ class NanFlag(nn.Module):
         device = clip.device
         if not torch.compiler.is_compiling() and device.type in ("cpu", "meta"):
             return
-        if self._sum_of_clips.device != device:  # weights may be loaded onto a device without moving the module
-            self._start_on(clip)
+        if self._sum_of_clips.device != device:
+            self.start_on(clip)
         with torch.no_grad():
             self._sum_of_clips.add_(clip if clip.dim() == 0 else clip.sum())
 
@@ -47,11 +62,12 @@ class NanFlag(nn.Module):
 
     # Training cannot write to an inference tensor.
     @torch.inference_mode(False)
-    def _start_on(self, like: Tensor) -> None:
-        self._sum_of_clips = like.new_zeros((), dtype=torch.float32)
+    def start_on(self, like: Tensor) -> None:
+        """Start an empty record on the device of ``like``. A compiled graph that does it is compiled again."""
+        self._sum_of_clips = empty_sum(like.detach())
 
     def _make_writable(self) -> None:
-        """Replace an inference tensor, which ``_start_on`` creates in a graph that was compiled in inference mode."""
+        """Replace an inference tensor, which ``start_on`` creates in a graph that was compiled in inference mode."""
         if self._sum_of_clips.is_inference():
             with torch.inference_mode(False):
                 self._sum_of_clips = self._sum_of_clips.clone()
@@ -64,12 +80,12 @@ class NanFlag(nn.Module):
             with torch.inference_mode(False):
                 self._sum_of_clips = before.to(moved.device)
         else:
-            self._start_on(moved)
+            self.start_on(moved)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._start_on(torch.empty((), dtype=torch.float32, device="cpu"))
+        self.start_on(torch.empty((), dtype=torch.float32, device="cpu"))
 
 
 def met_nan(modules: Sequence[NanFlag]) -> list[bool]:
