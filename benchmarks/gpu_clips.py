@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from gpu_measure import Row, interleaved, row
+from gpu_measure import Row, interleaved, row, warm_up_on_a_stream
 
 from octav_hf.functional import max_clip, mse_clip, octav_clip
 
@@ -100,7 +100,7 @@ def squared_errors(x: torch.Tensor, clips: torch.Tensor, bits: int, signed: bool
 
 
 def speed(device: torch.device, quick: bool) -> Iterator[Row]:
-    """Time of clips, and their bandwidth (bytes read) as a share of a copy's (bytes read and written)."""
+    """Time of clips from the host and as a CUDA graph, whose bandwidth (bytes read) is given as a share of a copy's."""
     size = 48 if quick else 384
     cases = {
         "probabilities 8x12x384x384": ((8, 12, size, size), None, False, (torch.float32, torch.bfloat16)),
@@ -119,14 +119,33 @@ def speed(device: torch.device, quick: bool) -> Iterator[Row]:
 def times_of_clips(
     shape: tuple[int, ...], dim: int | None, signed: bool, dtype: torch.dtype, device: torch.device, quick: bool
 ) -> Row:
-    """Milliseconds of a copy and of each rule at 4 bits, and the rules' shares of the bandwidth of the copy."""
+    """Milliseconds of a copy (bytes read and written) and of each rule at 4 bits, for tensors that are not cached."""
     x = torch.randn(shape, device=device, dtype=torch.float32)
     x = (x if signed else torch.softmax(3 * x, dim=-1)).to(dtype)
     count = 2 if quick else min(64, 1 + COLD_BYTES // (x.numel() * x.element_size()))
-    tensors = itertools.cycle([x, *(x.clone() for _ in range(count - 1))])
-    functions = {"clone": lambda: next(tensors).clone()}
-    for name, rule in RULES.items():
-        functions[name] = lambda rule=rule: rule(next(tensors), 4, signed=signed, dim=dim)
-    medians = interleaved(functions, device, rounds=3 if quick else 15, repeats=2 if quick else 10)
-    shares = {f"{name} share": round(medians["clone"] / (2 * medians[name]), 3) for name in RULES}
-    return {"elements": x.numel(), **{f"{name} ms": taken for name, taken in medians.items()}, **shares}
+    tensors = [x, *(x.clone() for _ in range(count - 1))]
+    functions = {"clone": torch.clone}
+    functions |= {name: partial(rule, num_bits=4, signed=signed, dim=dim) for name, rule in RULES.items()}
+    rounds, found = 3 if quick else 15, {"elements": x.numel()}
+    calls = {name: partial(of_all, function, tensors) for name, function in functions.items()}
+    found |= {f"{name} ms": ms / count for name, ms in interleaved(calls, device, rounds).items()}
+    if device.type == "cuda":
+        calls = {name: recorded(call).replay for name, call in calls.items()}
+        found |= {f"{name} graph ms": ms / count for name, ms in interleaved(calls, device, rounds).items()}
+        copy = found["clone graph ms"] / 2
+        found |= {f"{name} share": round(copy / found[f"{name} graph ms"], 3) for name in RULES}
+    return found
+
+
+def of_all(function: Callable[[torch.Tensor], torch.Tensor], tensors: list[torch.Tensor]) -> None:
+    for x in tensors:
+        function(x)
+
+
+def recorded(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """The call as a CUDA graph, whose replay takes the device's time without the host's."""
+    graph = torch.cuda.CUDAGraph()
+    warm_up_on_a_stream(call)
+    with torch.cuda.graph(graph):
+        call()
+    return graph

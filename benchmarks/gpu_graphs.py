@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_measure import Row, milliseconds, row
-from gpu_steps import Step, make_batch, make_model, training_step
+from gpu_measure import Row, milliseconds, row, warm_up_on_a_stream
+from gpu_steps import make_batch, make_model, training_step
 
 VARIANTS = ("float sdpa", "paper", "accurate", "paper, eager attention", "max")
 STEPS = 5  # number of losses that are compared
@@ -98,13 +98,3 @@ def replayed_step(variant: str, device: torch.device, quick: bool) -> Row:
         "ms eager": times[0],
         "ms replayed": times[1],
     }
-
-
-def warm_up_on_a_stream(step: Step) -> None:
-    """Run three steps on another stream, as recording requires; the last one leaves no gradients."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)

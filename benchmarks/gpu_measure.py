@@ -59,3 +59,13 @@ def allocated(device: torch.device, peak: bool = False) -> int:
         return 0
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+
+
+def warm_up_on_a_stream(step: Callable[[], Any]) -> None:
+    """Run three steps on another stream, as recording a CUDA graph requires; the last one leaves no gradients."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)

@@ -7,7 +7,12 @@ probabilities, which `sdpa` does not.
 
 from __future__ import annotations
 
+import argparse
+import itertools
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -36,6 +41,8 @@ VARIANTS: dict[str, tuple[str, OctavConfig | None]] = {
     "max": ("sdpa", OctavConfig.paper(weight_clip="max", activation_clip="max")),
     "float sdpa again": ("sdpa", None),
 }
+COMPILED = ("float sdpa", "float eager", "paper", "accurate")
+MODES = ("default", "reduce-overhead")  # of torch.compile; the second records CUDA graphs
 Step = Callable[[], torch.Tensor]
 
 
@@ -84,7 +91,7 @@ def minilm_eager(device: torch.device, quick: bool) -> Iterator[Row]:
 
 
 def minilm_compiled(device: torch.device, quick: bool) -> Iterator[Row]:
-    return times_of_variants("MiniLM", device, quick, compiled=True)
+    return times_of_compiled("MiniLM", device, quick)
 
 
 def minilm_bfloat16(device: torch.device, quick: bool) -> Iterator[Row]:
@@ -96,22 +103,42 @@ def bert_base_eager(device: torch.device, quick: bool) -> Iterator[Row]:
 
 
 def bert_base_compiled(device: torch.device, quick: bool) -> Iterator[Row]:
-    return times_of_variants("BERT-Base", device, quick, compiled=True)
+    return times_of_compiled("BERT-Base", device, quick)
 
 
 def times_of_variants(
-    shape: str, device: torch.device, quick: bool, *, compiled: bool = False, dtype: torch.dtype = torch.float32
+    shape: str, device: torch.device, quick: bool, dtype: torch.dtype = torch.float32
 ) -> Iterator[Row]:
     """A row per variant: time and memory, and both relative to float, which comes first."""
     float_rows: dict[str, Row] = {}
     for variant in VARIANTS:
         make = partial(make_model, shape, variant, device, quick, dtype)
         suffix = ", parameters in bfloat16" * (dtype is torch.bfloat16)
-        measure = partial(time_of_steps, make, device, quick, compiled, autocast=dtype is torch.float32)
+        measure = partial(time_of_steps, make, device, quick, autocast=dtype is torch.float32)
         measured = row(f"{shape} {variant}{suffix}", measure)
         if variant in ("float sdpa", "float eager"):
             float_rows[variant] = measured
         yield measured | over_float(measured, float_rows)
+
+
+def times_of_compiled(shape: str, device: torch.device, quick: bool) -> Iterator[Row]:
+    """The same for compiled models. Each compiles in its own process, all at once; then each is measured alone."""
+    children = {}
+    for variant, mode in itertools.product(COMPILED[1:3] if quick else COMPILED, MODES[:1] if quick else MODES):
+        command = [sys.executable, __file__, shape, variant, mode, str(device), *["--quick"] * quick]
+        children[variant, mode] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    for child in children.values():
+        child.stdout.readline()
+    float_rows: dict[str, dict[str, Row]] = {mode: {} for mode in MODES}
+    for (variant, mode), child in children.items():
+        output, errors = child.communicate("measure\n")
+        name = f"{shape} {variant}, {mode}"
+        measured = json.loads(output) if output else {"name": name, "error": errors[-500:]}
+        if variant in ("float sdpa", "float eager"):
+            float_rows[mode][variant] = measured
+        yield measured | over_float(measured, float_rows[mode])
 
 
 def over_float(measured: Row, float_rows: dict[str, Row]) -> Row:
@@ -125,25 +152,35 @@ def over_float(measured: Row, float_rows: dict[str, Row]) -> Row:
 
 
 def time_of_steps(
-    make: Callable[[], nn.Module], device: torch.device, quick: bool, compiled: bool = False, autocast: bool = True
+    make: Callable[[], nn.Module],
+    device: torch.device,
+    quick: bool,
+    autocast: bool = True,
+    mode: str | None = None,
+    wait: Callable[[], object] = lambda: None,
 ) -> Row:
-    """Median milliseconds of a step, seconds of the first step, and peak memory including parameters."""
-    torch.compiler.reset()
-    counters.clear()
+    """Median milliseconds of a step, seconds of the first step, and peak memory including parameters.
+
+    Args:
+        mode: of ``torch.compile``; ``None`` to run the model uncompiled.
+        wait: called between the first steps and those that are measured.
+    """
     before = allocated(device)
     model, batch = make(), make_batch(device, quick)
-    step = training_step(torch.compile(model) if compiled else model, batch, autocast)
+    step = training_step(model if mode is None else torch.compile(model, mode=mode), batch, autocast)
     begin = time.perf_counter()
     step()
     first = time.perf_counter() - begin
     for _ in range(3):
         step()
+    wait()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times = [milliseconds(step, device) for _ in range(2 if quick else 12)]
-    graphs = {"graphs": counters["stats"]["unique_graphs"]} if compiled else {}
+    graphs = {} if mode is None else {"graphs": counters["stats"]["unique_graphs"]}
+    skipped = {"CUDA graphs skipped": n} if (n := counters["inductor"]["cudagraph_skips"]) else {}
     peak = (allocated(device, peak=True) - before) / 2**20
-    return {"ms": statistics.median(times), "MiB": round(peak, 1), "first step s": round(first, 2), **graphs}
+    return {"ms": statistics.median(times), "MiB": round(peak, 1), "first step s": round(first, 2), **graphs, **skipped}
 
 
 def other_libraries(device: torch.device, quick: bool) -> Iterator[Row]:
@@ -159,3 +196,27 @@ def other_libraries(device: torch.device, quick: bool) -> Iterator[Row]:
             return prepare(model, make_batch(device, quick)).train()
 
         yield row(f"{name}, {version}", partial(time_of_steps, make, device, quick))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compile a variant, tell so, and measure it when a line arrives."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("shape", choices=list(SHAPES))
+    parser.add_argument("variant", choices=COMPILED)
+    parser.add_argument("mode", choices=MODES)
+    parser.add_argument("device", type=torch.device)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args(argv)
+
+    def wait() -> None:
+        print("compiled", flush=True)
+        if not sys.stdin.readline():  # the other process has ended
+            sys.exit(1)
+
+    make = partial(make_model, options.shape, options.variant, options.device, options.quick)
+    measure = partial(time_of_steps, make, options.device, options.quick, mode=options.mode, wait=wait)
+    print(json.dumps(row(f"{options.shape} {options.variant}, {options.mode}", measure)))
+
+
+if __name__ == "__main__":
+    main()

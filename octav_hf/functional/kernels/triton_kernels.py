@@ -26,53 +26,82 @@ def _noise(num_bits, signed):
     return 1.0 / (tl.where(signed, 3, 12) << (2 * num_bits)).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["numel"])
-def moments(x, skip, signed, result, numel, blocks: tl.constexpr, block: tl.constexpr):
-    """Add up count, sum and sum of squares of a row's nonzero magnitudes, and their maximum: float64 ``[4]``."""
-    row = tl.program_id(1).to(tl.int64)
+@triton.jit
+def _magnitudes(values, signed):
+    return tl.where(signed, tl.abs(values), tl.maximum(values, 0.0))
+
+
+@triton.jit(do_not_specialize=["numel", "num_bits", "stride"])
+def guess(x, skip, signed, sums, numel, num_bits, stride, block: tl.constexpr):
+    """Start a row's sums, float64 ``[5]``, with a threshold close to OCTAV's clip: slightly below that of a sample."""
+    row, index = tl.program_id(0).to(tl.int64), tl.arange(0, block)
+    offsets = index.to(tl.int64) * stride + (index * 40503) % stride  # irregular, because strides meet patterns
+    inside = offsets < numel
+    if skip is not None:
+        inside = inside & (tl.load(skip) == 0)
     signed = tl.load(signed) != 0
-    count, total, squares = tl.zeros([block], tl.float32), tl.zeros([block], tl.float32), tl.zeros([block], tl.float32)
+    values = _magnitudes(tl.load(x + row * numel + offsets, mask=inside, other=0.0).to(tl.float32), signed)
+    values, unit = _scaled(values)
+    clip = _fixed_point(values, tl.sum((values != 0).to(tl.float32)), _noise(num_bits, signed).to(tl.float32), 2.0**-6)
+    tl.store(sums + row * 5, (0.98 * clip * unit).to(tl.float64))
+    for index in range(1, 5):
+        tl.store(sums + row * 5 + index, 0.0)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def add_sums(x, skip, signed, sums, numel, blocks: tl.constexpr, block: tl.constexpr):
+    """Add to a row's sums: number of nonzero magnitudes, number and sum of those above the threshold, and maximum."""
+    row = tl.program_id(1).to(tl.int64)
+    sums += row * 5
+    threshold = tl.load(sums).to(tl.float32)
+    signed = tl.load(signed) != 0
+    count, above, total = tl.zeros([block], tl.float32), tl.zeros([block], tl.float32), tl.zeros([block], tl.float32)
     top = tl.zeros([block], tl.float32)
     for index in range(blocks):
         offsets = (tl.program_id(0).to(tl.int64) * blocks + index) * block + tl.arange(0, block)
         inside = offsets < numel
         if skip is not None:
             inside = inside & (tl.load(skip) == 0)
-        values = tl.load(x + row * numel + offsets, mask=inside, other=0.0).to(tl.float32)
-        values = tl.where(signed, tl.abs(values), tl.maximum(values, 0.0))
+        values = _magnitudes(tl.load(x + row * numel + offsets, mask=inside, other=0.0).to(tl.float32), signed)
         count += (values.to(tl.int32, bitcast=True) > 0xFFFF).to(tl.float32)  # as a table, which counts bin 0 as zeros
-        total, squares, top = total + values, squares + values * values, tl.maximum(top, values)
-    to = result + row * 4
-    tl.atomic_add(to, tl.sum(count).to(tl.float64), sem="relaxed")
-    tl.atomic_add(to + 1, tl.sum(total.to(tl.float64)), sem="relaxed")
-    tl.atomic_add(to + 2, tl.sum(squares.to(tl.float64)), sem="relaxed")
-    tl.atomic_max(to + 3, tl.max(top).to(tl.float64), sem="relaxed")
+        is_above = values > threshold
+        above, total = above + is_above.to(tl.float32), total + tl.where(is_above, values, 0.0)
+        top = tl.maximum(top, values)
+    tl.atomic_add(sums + 1, tl.sum(count).to(tl.float64), sem="relaxed")
+    tl.atomic_add(sums + 2, tl.sum(above).to(tl.float64), sem="relaxed")
+    tl.atomic_add(sums + 3, tl.sum(total.to(tl.float64)), sem="relaxed")
+    tl.atomic_max(sums + 4, tl.max(top).to(tl.float64), sem="relaxed")
 
 
 @triton.jit
-def _floor(moments, noise):
-    """A lower bound of OCTAV's clip; 0 if the moments are out of range.
+def _floor(sums, noise):
+    """A lower bound of OCTAV's clip; 0 if the threshold of the sums is out of range.
 
-    For a threshold t below the clip, h(t) < 0: c t times the number of values inside is less than the excess (Eq. 5
-    and 6). Let n be the number of magnitudes, S their sum, Q the sum of their squares and m their maximum. The excess
-    is at least S - n t, and at least (Q - t S) / m, the excess weighted by |x| / m. The bound is the threshold at which
-    c n t reaches the larger of the two.
+    It is the threshold t if h(t) < 0. Otherwise it is the update s of Eq. 6 from t: then s <= t, so the magnitudes
+    above t have the excess S - n s = c s N over s, for n magnitudes above t with the sum S, and N others; and at most N
+    magnitudes are inside s. Hence h(s) <= 0.
     """
-    count, total, squares = tl.load(moments), tl.load(moments + 1), tl.load(moments + 2)
-    top = tl.maximum(tl.load(moments + 3), 1e-300)
-    by_mean = total / tl.maximum(count * (1 + noise), 1.0)
-    by_squares = squares / tl.maximum(noise * count * top + total, 1e-300)
-    floor = 0.999 * tl.maximum(by_mean, by_squares)  # a margin for the rounding of float32 sums
-    return tl.where((count > 0) & (squares > 1e-30) & (squares < 1e30), floor, 0.0)
+    threshold, count, above, total = tl.load(sums), tl.load(sums + 1), tl.load(sums + 2), tl.load(sums + 3)
+    update = total / tl.maximum(noise * (count - above) + above, 1e-300)
+    floor = 0.999 * tl.minimum(threshold, update)  # a margin for the rounding of float32 sums
+    return tl.where((threshold > 1e-30) & (threshold < 1e30), floor, 0.0)
+
+
+@triton.jit
+def _counted_bins(sums, noise, reach):
+    """The lowest bin that is counted, two below ``reach`` times ``_floor``, and the highest."""
+    lowest = (_floor(sums, noise) * reach).to(tl.float32).to(tl.int32, bitcast=True) >> 16
+    highest = tl.load(sums + 4).to(tl.float32).to(tl.int32, bitcast=True) >> 16
+    return tl.maximum(lowest - 2, 1), highest
 
 
 @triton.jit(do_not_specialize=["numel", "tables", "num_bits"])
-def count(x, skip, packed, numel, tables, moments, signed, num_bits, reach, block: tl.constexpr):
+def count(x, skip, packed, numel, tables, sums, signed, num_bits, reach, block: tl.constexpr):
     """Count each value in its bin of a packed table by adding 2^40 plus its rest. A program counts one block.
 
     Atomic additions to one address are serialized, so values in a block's first and last bin, such as the zeros of a
-    ReLU or a mask and the sixes of a ReLU6, are summed first. With ``moments``, magnitudes that cannot change the clip
-    are left out: those more than two bins below ``reach`` times ``_floor``.
+    ReLU or a mask and the sixes of a ReLU6, are summed first. With ``sums``, only magnitudes of ``_counted_bins`` are
+    counted, because the others cannot change the clip; and what is not finite.
     """
     program, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     offsets = program.to(tl.int64) * block + tl.arange(0, block)
@@ -82,10 +111,9 @@ def count(x, skip, packed, numel, tables, moments, signed, num_bits, reach, bloc
     values = tl.load(x + row * numel + offsets, mask=inside, other=0.0).to(tl.float32)
     bits = values.to(tl.int32, bitcast=True)
     bins = (bits >> 16) & 0xFFFF
-    if moments is not None:
+    if sums is not None:
         is_signed = tl.load(signed) != 0
-        lowest = (_floor(moments + row * 4, _noise(num_bits, is_signed)) * reach).to(tl.float32)
-        lowest = (lowest.to(tl.int32, bitcast=True) >> 16) - 2
+        lowest, _ = _counted_bins(sums + row * 5, _noise(num_bits, is_signed), reach)
         magnitude_bins = bins & 0x7FFF
         counts = (bins < _NEGATIVE) | is_signed | (magnitude_bins >= _NOT_FINITE)
         inside = inside & (magnitude_bins >= lowest) & counts
@@ -93,15 +121,25 @@ def count(x, skip, packed, numel, tables, moments, signed, num_bits, reach, bloc
     table = packed + (row * tables + program % tables) * BINS
     first, last = tl.min(bins), tl.max(bins)
     tl.atomic_add(table + bins, added, mask=inside & (bins != first) & (bins != last), sem="relaxed")
-    tl.atomic_add(table + first, tl.sum(tl.where(bins == first, added, 0)), sem="relaxed")
-    tl.atomic_add(table + last, tl.sum(tl.where((bins == last) & (bins != first), added, 0)), sem="relaxed")
+    at_first, at_last = tl.sum(tl.where(bins == first, added, 0)), tl.sum(tl.where(bins == last, added, 0))
+    tl.atomic_add(table + first, at_first, mask=at_first != 0, sem="relaxed")
+    tl.atomic_add(table + last, at_last, mask=(at_last != 0) & (last != first), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["tables"])
-def unpack(packed, table, tables, block: tl.constexpr):
-    """Add up a row's packed tables and split them into counts and sums of rests, int64 ``[2, 2, 32768]``."""
+@triton.jit(do_not_specialize=["tables", "num_bits"])
+def unpack(packed, table, tables, sums, signed, num_bits, reach, block: tl.constexpr):
+    """Add up a row's packed tables and split them into counts and sums of rests, int64 ``[2, 2, 32768]``.
+
+    With ``sums``, a program does nothing if its bins cannot be filled.
+    """
     row = tl.program_id(1).to(tl.int64)
-    bins = tl.program_id(0) * block + tl.arange(0, block)
+    begin = tl.program_id(0) * block
+    bins = begin + tl.arange(0, block)
+    if sums is not None:
+        lowest, highest = _counted_bins(sums + row * 5, _noise(num_bits, tl.load(signed) != 0), reach)
+        begin = begin % _NEGATIVE
+        if ((begin + block <= lowest) | (begin > highest)) & (begin + block <= _NOT_FINITE):
+            return
     counts, rests = tl.zeros([block], tl.int64), tl.zeros([block], tl.int64)
     for index in range(tables):
         values = tl.load(packed + (row * tables + index) * BINS + bins)
@@ -119,25 +157,26 @@ def _edges(bins):
 
 
 @triton.jit
-def _load(table, sign, bins, signed):
-    """Values of bins, float64; 0 for the bins of zeros, Inf and NaN, and for negative values on an unsigned grid."""
-    used = (bins > 0) & (bins < _NOT_FINITE) & ((sign == 0) | signed)
+def _load(table, sign, bins, lowest, highest, signed):
+    """Values of bins, float64; 0 outside ``lowest`` to ``highest``, and for negative values on an unsigned grid."""
+    used = (bins >= lowest) & (bins <= highest) & ((sign == 0) | signed)
     return tl.load(table + sign * _NEGATIVE + bins, mask=used, other=0).to(tl.float64)
 
 
 @triton.jit
-def _fill(table, tails, first, signed):
-    """Store the bins of both signs for ``_above``, float64 ``[6, 2, _WINDOW]``, and return the largest magnitude."""
+def _fill(table, tails, first, chunks, lowest, highest, signed):
+    """Store ``chunks`` of bins for ``_above``, float64 ``[6, 2, _WINDOW]``, and return the largest magnitude."""
     sign = tl.arange(0, 2)[:, None]
     count_above, sum_above = tl.zeros([2, 1], tl.float64), tl.zeros([2, 1], tl.float64)
     top = tl.sum(count_above)
-    for chunk in range(1, _WINDOW // _CHUNK + 1):  # from the highest bins down
-        index = _WINDOW - chunk * _CHUNK + tl.arange(0, _CHUNK)[None, :]
+    for chunk in range(chunks):  # from the highest bins down
+        index = (chunks - 1 - chunk) * _CHUNK + tl.arange(0, _CHUNK)[None, :]
         bins = first + index
         edge, width = _edges(bins)
-        number = _load(table, sign, bins, signed)
-        mean = _load(table + BINS, sign, bins, signed) / tl.maximum(number * 65536, 1.0)
-        below, above = _load(table, sign, tl.maximum(bins - 1, 1), signed), _load(table, sign, bins + 1, signed)
+        number = _load(table, sign, bins, lowest, highest, signed)
+        mean = _load(table + BINS, sign, bins, lowest, highest, signed) / tl.maximum(number * 65536, 1.0)
+        below = _load(table, sign, tl.maximum(bins - 1, 1), lowest, highest, signed)
+        above = _load(table, sign, bins + 1, lowest, highest, signed)
         at_one_place = (number == 1) | (mean == 0)
         is_crowded = at_one_place | (number > 2 * (below + above))
         others = tl.where(at_one_place, 0.0, tl.minimum(below, above))
@@ -159,10 +198,10 @@ def _fill(table, tails, first, signed):
 
 
 @triton.jit
-def _above(tails, first, sign, thresholds):
+def _above(tails, first, chunks, sign, thresholds):
     """Count and excess of the magnitudes of one sign above thresholds; see ``Tails`` in ``table.py``."""
     index = (thresholds.to(tl.float32).to(tl.int32, bitcast=True) >> 16) - first
-    index = tl.minimum(tl.maximum(index, 0), _WINDOW - 1)
+    index = tl.minimum(tl.maximum(index, 0), chunks * _CHUNK - 1)
     edge, width = _edges(first + index)
     at = tails + sign * _WINDOW + index
     spread, tilt = tl.load(at), tl.load(at + 2 * _WINDOW) - 0.5
@@ -175,7 +214,7 @@ def _above(tails, first, sign, thresholds):
 
 
 @triton.jit
-def _sign_change(tails, first, nonzero, noise, floor):
+def _sign_change(tails, first, chunks, nonzero, noise, floor):
     """OCTAV's clip, above ``floor``, by five rounds of 64 thresholds; places are counted from the lowest edge."""
     place, step = first * 0, first * 0 + _WINDOW * _PLACES
     for _ in range(5):
@@ -183,8 +222,8 @@ def _sign_change(tails, first, nonzero, noise, floor):
         places = place + step * tl.arange(0, 64)
         edge, width = _edges(first + places // _PLACES)
         clips = edge + width * ((places % _PLACES).to(tl.float64) / _PLACES)
-        positive, positive_excess = _above(tails, first, 0, clips)
-        negative, negative_excess = _above(tails, first, 1, clips)
+        positive, positive_excess = _above(tails, first, chunks, 0, clips)
+        negative, negative_excess = _above(tails, first, chunks, 1, clips)
         below = noise * clips * (nonzero - positive - negative) < positive_excess + negative_excess
         below = below | (clips < floor)
         place += step * (tl.maximum(tl.sum(below.to(tl.int32)), 1) - 1)
@@ -193,16 +232,16 @@ def _sign_change(tails, first, nonzero, noise, floor):
 
 
 @triton.jit
-def _error_of_table(tails, first, clips, levels, signed, shape: tl.constexpr):
+def _error_of_table(tails, first, chunks, clips, levels, signed, shape: tl.constexpr):
     """The squared error of each clip, minus the sum of squares."""
     steps = clips / levels
     total = tl.zeros(shape, tl.float64)
     for begin in range(1, levels + 1, shape[1]):
         number = (begin + tl.arange(0, shape[1]))[None, :]
         thresholds = (number - 0.5) * steps[:, None]
-        total += tl.where(number < levels, _above(tails, first, 0, thresholds)[1], 0.0)
+        total += tl.where(number < levels, _above(tails, first, chunks, 0, thresholds)[1], 0.0)
         if signed:
-            total += tl.where(number <= levels, _above(tails, first, 1, thresholds)[1], 0.0)
+            total += tl.where(number <= levels, _above(tails, first, chunks, 1, thresholds)[1], 0.0)
     return -2 * steps * tl.sum(total, 1)
 
 
@@ -224,40 +263,45 @@ def _around(index, clip, step, fine):
 
 
 @triton.jit(do_not_specialize=["num_bits", "near", "far", "fine"])
-def clip_of_table(tables, tails, moments, result, num_bits, signed, lowest, highest, beyond, near, far, fine):
+def clip_of_table(tables, tails, sums, result, num_bits, signed, reach, lowest, highest, beyond, near, far, fine):
     """OCTAV's clip of a table, or with a search the clip with the lowest error. One program per table.
 
-    ``moments`` are those with which ``count`` left out values, if it did.
+    ``sums`` and ``reach`` are those with which ``count`` left out values, if it did.
     """
     row = tl.program_id(0).to(tl.int64)
     table = tables + row * 2 * BINS
     tails += row * TAILS
     signed = tl.load(signed) != 0
-    window = tl.arange(0, _WINDOW)
-    counts, filled = tl.zeros([_WINDOW], tl.float64), tl.zeros([_WINDOW], tl.int32)
-    for begin in range(0, _NEGATIVE, _WINDOW):
-        new = _load(table, 0, begin + window, signed) + _load(table, 1, begin + window, signed)
-        counts, filled = counts + new, tl.where(new > 0, begin + window, filled)
-    nonzero = tl.sum(counts)
-    first = tl.maximum(tl.max(filled) - (_WINDOW - 2), 1)
-    top = _fill(table, tails, first, signed)
+    noise = _noise(num_bits, signed)
+    if sums is None:
+        window = tl.arange(0, _WINDOW)
+        counts, filled = tl.zeros([_WINDOW], tl.float64), tl.zeros([_WINDOW], tl.int32)
+        for begin in range(0, _NEGATIVE, _WINDOW):
+            new = _load(table, 0, begin + window, 1, _NOT_FINITE - 1, signed)
+            new += _load(table, 1, begin + window, 1, _NOT_FINITE - 1, signed)
+            counts, filled = counts + new, tl.where(new > 0, begin + window, filled)
+        nonzero, floor = tl.sum(counts), noise * 0
+        low, high = tl.max(filled) * 0 + 1, tl.max(filled)
+    else:
+        nonzero, floor = tl.load(sums + row * 5 + 1), _floor(sums + row * 5, noise)
+        low, high = _counted_bins(sums + row * 5, noise, reach)
+    first = tl.maximum(high - (_WINDOW - 2), low)
+    chunks = (high + 1 - first) // _CHUNK + 1  # the bin above the highest is empty
+    top = _fill(table, tails, first, chunks, low, high, signed)
     tl.debug_barrier()
-    noise, floor = _noise(num_bits, signed), nonzero * 0
-    if moments is not None:
-        nonzero, floor = tl.load(moments + row * 4), _floor(moments + row * 4, noise)
-    clip = _sign_change(tails, first, nonzero, noise, floor)
+    clip = _sign_change(tails, first, chunks, nonzero, noise, floor)
     if lowest is not None:
         levels = tl.where(signed, 1, 2) << (num_bits - 1)
         top = top * levels / (levels - 1)
         last = tl.maximum(tl.minimum(clip * highest, top * beyond), clip * 1.02)
         index = tl.arange(0, 64)
         clips, steps = _candidate(index, clip * lowest, last, top, near, far)
-        errors = _error_of_table(tails, first, clips, levels, signed, [64, 8])
+        errors = _error_of_table(tails, first, chunks, clips, levels, signed, [64, 8])
         best = index == tl.argmin(tl.where(index < near + far, errors, float("inf")), 0)
         middle, step = tl.sum(tl.where(best, clips, 0.0)), tl.sum(tl.where(best, steps, 0.0))
         index = tl.arange(0, 16)
         clips = _around(index, middle, step, fine)
-        errors = _error_of_table(tails, first, clips, levels, signed, [16, 32])
+        errors = _error_of_table(tails, first, chunks, clips, levels, signed, [16, 32])
         best = index == tl.argmin(tl.where(index <= fine, errors, float("inf")), 0)
         clip = tl.minimum(tl.sum(tl.where(best, clips, 0.0)), _LARGEST)
     bins = _NOT_FINITE + tl.arange(0, 128)
@@ -267,13 +311,24 @@ def clip_of_table(tables, tails, moments, result, num_bits, signed, lowest, high
 
 
 @triton.jit
-def _fixed_point(magnitudes, nonzero, noise):
+def _scaled(values):
+    """Values divided by a power of two near the largest magnitude, and that power of two.
+
+    Sums do not overflow, and no magnitude that matters is subnormal.
+    """
+    exponent = tl.minimum(tl.maximum(tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 23, 1), 253)
+    factor = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    return values * factor, (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _fixed_point(magnitudes, nonzero, noise, tolerance):
     """Fixed point of Eq. 6, starting from the clip of Gaussian values; bisection where an update leaves the bracket."""
     high = tl.max(magnitudes)
     clip = (tl.sqrt(-2 * tl.log(noise)) - 1.05) * 1.2533141 * tl.sum(magnitudes) / tl.maximum(nonzero, 1.0)
     clip = tl.minimum(clip, high)
     low, change, updates = high * 0, high, 0
-    while (change > clip * _TOLERANCE) & (updates < _MAX_UPDATES):
+    while (change > clip * tolerance) & (updates < _MAX_UPDATES):
         count = tl.sum((magnitudes > clip).to(tl.float32))
         after = tl.sum(tl.where(magnitudes > clip, magnitudes, 0.0)) / (noise * (nonzero - count) + count)
         low, high = tl.where(after > clip, clip, low), tl.where(after > clip, high, clip)
@@ -303,11 +358,8 @@ def clip_of_row(
     signed = tl.load(signed) != 0
     values = tl.where(signed, values, tl.maximum(values, 0.0))
     nonzero = tl.sum((values != 0).to(tl.float32))
-    # Divide by a power of two near the largest magnitude, so that sums do not overflow and no magnitude is subnormal.
-    exponent = tl.minimum(tl.maximum(tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 23, 1), 253)
-    values *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    noise = 1.0 / (tl.where(signed, 3, 12) << (2 * num_bits)).to(tl.float32)
-    clip = _fixed_point(tl.abs(values), nonzero, noise)
+    values, unit = _scaled(values)
+    clip = _fixed_point(tl.abs(values), nonzero, _noise(num_bits, signed).to(tl.float32), _TOLERANCE)
     if lowest is not None:
         levels = (tl.where(signed, 1, 2) << (num_bits - 1)).to(tl.float32)
         top = tl.max(tl.abs(values)) * (levels / (levels - 1))
@@ -323,6 +375,6 @@ def clip_of_row(
             tried = _around(index, middle, middle_step, fine)
             error = _error_of_row(values, tried / levels, levels)
             clip, least = tl.where(error < least, tried, clip), tl.minimum(error, least)
-    clip = tl.minimum(clip * (exponent << 23).to(tl.float32, bitcast=True), _LARGEST)
+    clip = tl.minimum(clip * unit, _LARGEST)
     clip = tl.where(nonzero > 0, clip, 0.0)
     tl.store(result + row, tl.where(finite, clip, float("nan")))
