@@ -42,10 +42,10 @@ PARTS = {
     "clip_speed": Part(gpu_clips.speed, 60),
     "minilm_eager": Part(gpu_steps.minilm_eager, 90),
     "cuda_graphs": Part(gpu_graphs.cuda_graphs, 60),
-    "minilm_compiled": Part(gpu_steps.minilm_compiled, 210),
+    "minilm_compiled": Part(gpu_steps.minilm_compiled, 270),
     "host_reads": Part(gpu_graphs.host_reads, 60),
     "bert_base_eager": Part(gpu_steps.bert_base_eager, 90),
-    "bert_base_compiled": Part(gpu_steps.bert_base_compiled, 210),
+    "bert_base_compiled": Part(gpu_steps.bert_base_compiled, 270),
     "other_libraries": Part(gpu_steps.other_libraries, 90),
     "minilm_bfloat16": Part(gpu_steps.minilm_bfloat16, 60),
 }
