@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,35 @@ def test_on_another_device_it_remembers_without_a_read() -> None:
             quantizer(torch.empty(6, 40, device="cuda"))
             assert quantizer._sum_of_clips.device.type == "cuda"
         assert met_nan(quantizers) == [False] * len(quantizers)
+
+
+def test_records_that_a_graph_starts_stay_apart() -> None:
+    """Quantizers of one input have equal sums, and a second graph modifies each of them."""
+    torch._dynamo.reset()
+    quantizers = [FakeQuantize(4) for _ in range(3)]
+    for quantizer in quantizers:
+        quantizer.to("meta")  # so that the graph moves the record to where the data are
+    quantize = torch.compile(lambda x: sum(quantizer(x) for quantizer in quantizers))
+    for _ in range(2):
+        quantize(with_one(1.0, 4, 9))
+    assert len({quantizer._sum_of_clips.data_ptr() for quantizer in quantizers}) == 3
+    quantize(with_one(float("nan"), 4, 9))
+    assert met_nan(quantizers) == [True] * 3
+
+
+def test_records_start_where_the_weights_are(
+    small_bert: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the model is compiled, because a graph that starts them is compiled again."""
+    started: list[torch.device] = []
+    monkeypatch.setattr(FakeQuantize, "start_on", lambda quantizer, like: started.append(like.device))
+    model = apply_octav(small_bert(), OctavConfig.paper())
+    count = sum(isinstance(module, FakeQuantize) for module in model.modules())
+    assert started == [torch.device("cpu")] * count
+    model.save_pretrained(tmp_path)
+    started.clear()
+    type(model).from_pretrained(tmp_path)
+    assert started == [torch.device("cpu")] * count
 
 
 def test_on_the_cpu_the_error_comes_at_once_and_nothing_is_remembered() -> None:
