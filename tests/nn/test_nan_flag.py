@@ -68,18 +68,28 @@ def test_on_another_device_it_remembers_without_a_read() -> None:
         assert met_nan(quantizers) == [False] * len(quantizers)
 
 
+class SameInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.query(x) + self.key(x)
+
+
 def test_records_that_a_graph_starts_stay_apart() -> None:
     """Quantizers of one input have equal sums, and a second graph modifies each of them."""
     torch._dynamo.reset()
-    quantizers = [FakeQuantize(4) for _ in range(3)]
+    model = apply_octav(SameInput(), OctavConfig.paper())
+    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
     for quantizer in quantizers:
         quantizer.to("meta")  # so that the graph moves the record to where the data are
-    quantize = torch.compile(lambda x: sum(quantizer(x) for quantizer in quantizers))
+    run = torch.compile(model)
     for _ in range(2):
-        quantize(with_one(1.0, 4, 9))
-    assert len({quantizer._sum_of_clips.data_ptr() for quantizer in quantizers}) == 3
-    quantize(with_one(float("nan"), 4, 9))
-    assert met_nan(quantizers) == [True] * 3
+        run(with_one(1.0, 4, 8)).sum().backward()
+    assert met_nan(quantizers) == [False] * 4
+    run(with_one(float("nan"), 4, 8))
+    assert met_nan(quantizers) == [quantizer.name.endswith("input") for quantizer in quantizers]
 
 
 def test_records_start_where_the_weights_are(

@@ -18,10 +18,7 @@ class NotFinite(ValueError):
 
 
 def operation(
-    schema: str,
-    fake: Callable[..., Tensor],
-    prepare: Callable[[Tensor], Tensor] = lambda x: x,
-    merge_equal_calls: bool = True,
+    schema: str, fake: Callable[..., Tensor], prepare: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Callable[[Callable[..., Tensor]], Any]:
     """Decorator: register a function of torch operations as a custom operation of the same name.
 
@@ -31,7 +28,6 @@ def operation(
         schema: arguments and result in the notation of ``torch.library``, without the name; the first is a tensor.
         fake: fake implementation: the same arguments -> an empty result.
         prepare: applied to the first argument before the function or the kernel gets it.
-        merge_equal_calls: whether a compiler may replace calls with equal arguments by one call.
     """
 
     def declare(function: Callable[..., Tensor]) -> Any:
@@ -48,9 +44,7 @@ def operation(
             return reference(x, *others)
 
         # Any strides are accepted, so that Inductor passes its buffers without a copy.
-        tags = [torch.Tag.flexible_layout]
-        tags += [] if merge_equal_calls else [torch.Tag.nondeterministic_seeded]
-        _library.define(f"{name}{schema}", tags=tags)
+        _library.define(f"{name}{schema}", tags=torch.Tag.flexible_layout)
         _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
         overload = getattr(torch.ops, _NAMESPACE).__getattr__(name).default
