@@ -34,6 +34,12 @@ def test_the_table_of_inference_is_that_of_its_record(monkeypatch: pytest.Monkey
     assert table in (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
 
 
+def test_the_benchmark_measures_all_rows_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    forms = runpy.run_path(str(ROOT / "benchmarks/inference_forms.py"))["FORMS"]
+    assert {form for _, form, _ in results_table.ROWS} <= forms.keys()
+
+
 def test_figures_are_those_of_the_script_and_are_shown(tmp_path: Path) -> None:
     """The committed ones have the words and numbers of new ones."""
     runpy.run_path(str(ROOT / "docs/figures.py"))["main"](["--output_dir", str(tmp_path)])
