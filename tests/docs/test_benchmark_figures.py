@@ -13,6 +13,7 @@ from octav_hf import OctavConfig, apply_octav, coverage_report
 from tests.host_reads import MINILM
 
 from .benchmark_tables import PAGE, record
+from .table_in_page import ROOT
 
 NO_PROSE = re.compile(r"^\|.*?$|^##+ On a GPU$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 # Code, the targets of links, names, what the commands choose, and what tests/test_host_reads.py compares.
@@ -79,6 +80,19 @@ def without_figures(text: str) -> str:
 def test_every_figure_is_that_of_a_record() -> None:
     rest = without_figures(prose(PAGE.read_text(encoding="utf-8")))
     assert re.findall(r".{,40}\d.{,40}", rest) == []
+
+
+def test_the_cost_of_the_callback_is_that_of_its_record() -> None:
+    cost = record("benchmarks/results/callback.json")
+    runs = zip(cost["run_seconds"]["with"], cost["run_seconds"]["without"], strict=True)
+    longer = statistics.median(with_callback / without for with_callback, without in runs) - 1
+    page = prose((ROOT / "docs/guides/debug_a_layer.md").read_text(encoding="utf-8"))
+    assert (
+        f"Such a step takes {100 * cost['cost_of_a_logged_step']:.0f} % longer "
+        f"(MiniLM, {cost['batch_size']} × {cost['length']} tokens, 2 CPU cores), which is "
+        f"{100 * cost['share_of_a_run']:.2f} % of a run with `logging_steps={cost['logging_steps']}`; "
+        f"whole runs of {cost['steps']} steps took {100 * longer:.1f} % longer"
+    ) in page
 
 
 def test_a_figure_without_a_record_is_found() -> None:
