@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -356,6 +357,16 @@ def test_without_logs_nothing_is_measured(
     assert 'logging_strategy is "no"' in caplog.text
 
 
+def test_no_codes_are_kept_after_training(model: BertForQuestionAnswering, tmp_path: Path) -> None:
+    def codes() -> int:
+        gc.collect()
+        return sum(type(each) is torch.Tensor and each.dtype == torch.int8 for each in gc.get_objects())
+
+    callback, before = OctavCallback(), codes()
+    trainer_of(model, tmp_path, callback, max_steps=1).train()
+    assert codes() == before
+
+
 # What it warns of.
 
 
@@ -425,6 +436,13 @@ def test_the_factor_of_a_clip_is_an_argument(
     sabotage = Sabotage(4, lambda model: quantizer.clip_correction.add_(-0.01))
     (message,) = warnings_of(caplog, model, tmp_path, OctavCallback(clip_factor=3), sabotage)
     assert "collapsed" in message
+
+
+def test_the_least_sqnr_is_an_argument(
+    model: BertForQuestionAnswering, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (message,) = warnings_of(caplog, model, tmp_path, OctavCallback(dead_sqnr_db=60), max_steps=1)
+    assert message.startswith("Step 1: Operands that quantization loses")
 
 
 def test_dead_operands(model: BertForQuestionAnswering, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
