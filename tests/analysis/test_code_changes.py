@@ -39,4 +39,7 @@ def test_share_of_weights_whose_code_changed(granularity: str) -> None:
     assert share_after(1.0, 6) == {"used": 6 / 64**2}
     assert share_after(0.4, 20) == {"used": 0}
     assert share_after(0.2, 20) == {"used": 20 / 64**2}  # 0.6 and 1.6 are rounded up
+    for scale in (0.7, 1.3, 0.9):
+        weight *= scale  # and with it the step, so that no code changes
+        assert share_after(0, 0) == {"used": 0}
     assert changes.result() == {}  # each change is returned once
