@@ -21,13 +21,15 @@ class TwoCalls(nn.Module):
         return self.used(self.used(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
-def test_share_of_weights_whose_code_changed(granularity: str) -> None:
+def test_share_of_weights_whose_code_changed(granularity: str, dtype: torch.dtype) -> None:
     options = {"weight_clip": "max", "weight_granularity": granularity, "activation_bits": None, "group_size": 32}
-    model = apply_octav(TwoCalls(), OctavConfig(**options))
+    model = apply_octav(TwoCalls().to(dtype), OctavConfig(**options))
     weight = model.used.weight.data.zero_()
+    weight[1] = torch.arange(64) % 8
     weight[:, ::32] = -8  # the largest magnitude of each group, so that the step of 4 bits is 1
-    changes, x = CodeChanges(model), torch.ones(1, 64)
+    changes, x = CodeChanges(model), torch.ones(1, 64, dtype=dtype)
 
     def share_after(change: float, count: int) -> dict[str, float]:
         weight[0, 1 : 1 + count] += change
