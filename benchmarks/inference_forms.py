@@ -78,9 +78,11 @@ def write_onnxruntime_int8(model: PreTrainedModel, folder: Path) -> None:
     quantize_dynamic(folder / ONNX, folder / ONNX, weight_type=QuantType.QInt8)
 
 
-def write_packed(weight_bits: int, static: bool = True) -> Callable[[PreTrainedModel, Path], None]:
+def write_packed(
+    weight_bits: int, activation_bits: int, static: bool = True
+) -> Callable[[PreTrainedModel, Path], None]:
     def write(model: PreTrainedModel, folder: Path) -> None:
-        octav_hf.apply_octav(model, octav_hf.OctavConfig(weight_bits=weight_bits, activation_bits=8))
+        octav_hf.apply_octav(model, octav_hf.OctavConfig(weight_bits=weight_bits, activation_bits=activation_bits))
         if static:
             octav_hf.calibrate_octav(model, [random_batch((8, 128))], weights=True)
         octav_hf.pack_octav(model).save_pretrained(folder)
@@ -88,11 +90,11 @@ def write_packed(weight_bits: int, static: bool = True) -> Callable[[PreTrainedM
     return write
 
 
-def write_onnx(weight_bits: int) -> Callable[[PreTrainedModel, Path], None]:
+def write_onnx(weight_bits: int, activation_bits: int) -> Callable[[PreTrainedModel, Path], None]:
     def write(model: PreTrainedModel, folder: Path) -> None:
         from octav_hf.export import to_onnx
 
-        octav_hf.apply_octav(model, octav_hf.OctavConfig(weight_bits=weight_bits, activation_bits=8))
+        octav_hf.apply_octav(model, octav_hf.OctavConfig(weight_bits=weight_bits, activation_bits=activation_bits))
         octav_hf.calibrate_octav(model, [random_batch((8, 128))], weights=True)
         to_onnx(model, folder, random_batch((2, 16)))
 
@@ -149,11 +151,13 @@ FILES: dict[str, Callable[[PreTrainedModel, Path], None]] = {
     "torch int8": write_torch_int8,
     "float onnx": write_float_onnx,
     "onnxruntime int8": write_onnxruntime_int8,
-    "W4A8": write_packed(4),
-    "W8A8": write_packed(8),
-    "W4A8 dynamic": write_packed(4, static=False),
-    "W4A8 onnx": write_onnx(4),
-    "W8A8 onnx": write_onnx(8),
+    "W8A8": write_packed(8, 8),
+    "W4A8": write_packed(4, 8),
+    "W4A4": write_packed(4, 4),
+    "W4A8 dynamic": write_packed(4, 8, static=False),
+    "W8A8 onnx": write_onnx(8, 8),
+    "W4A8 onnx": write_onnx(4, 8),
+    "W4A4 onnx": write_onnx(4, 4),
 }
 EXPORT, ORT, OPENVINO = ("onnx", "onnxscript"), "onnxruntime", "openvino"
 ORT_INT8 = "onnxruntime, its own int8"
@@ -164,12 +168,16 @@ FORMS = {
     "onnxruntime FP32": Form("float onnx", load_onnxruntime, (*EXPORT, ORT), ("fp32", ORT)),
     "onnxruntime int8, dynamic": Form("onnxruntime int8", load_onnxruntime, (*EXPORT, ORT), ("fp32", ORT_INT8)),
     "OpenVINO FP32": Form("float onnx", load_openvino, (*EXPORT, OPENVINO)),
+    "W8A8 simulated": Form("W8A8", load_torch, answers=("w8a8", "simulated")),
+    "W8A8 integer": Form("W8A8", load_integer, answers=("w8a8", "integer")),
+    "W8A8 ONNX, onnxruntime": Form("W8A8 onnx", load_onnxruntime, (*EXPORT, ORT), ("w8a8", ORT)),
+    "W8A8 ONNX, OpenVINO": Form("W8A8 onnx", load_openvino, (*EXPORT, OPENVINO)),
     "W4A8 simulated": Form("W4A8", load_torch, answers=("w4a8", "simulated")),
     "W4A8 integer": Form("W4A8", load_integer, answers=("w4a8", "integer")),
-    "W8A8 integer": Form("W8A8", load_integer, answers=("w8a8", "integer")),
     "W4A8 integer, dynamic clips": Form("W4A8 dynamic", load_integer, answers=("w4a8_dynamic", "integer")),
     "W4A8 ONNX, onnxruntime": Form("W4A8 onnx", load_onnxruntime, (*EXPORT, ORT), ("w4a8", ORT)),
-    "W8A8 ONNX, onnxruntime": Form("W8A8 onnx", load_onnxruntime, (*EXPORT, ORT), ("w8a8", ORT)),
     "W4A8 ONNX, OpenVINO": Form("W4A8 onnx", load_openvino, (*EXPORT, OPENVINO)),
-    "W8A8 ONNX, OpenVINO": Form("W8A8 onnx", load_openvino, (*EXPORT, OPENVINO)),
+    "W4A4 simulated": Form("W4A4", load_torch, answers=("w4a4", "simulated")),
+    "W4A4 integer": Form("W4A4", load_integer, answers=("w4a4", "integer")),
+    "W4A4 ONNX, onnxruntime": Form("W4A4 onnx", load_onnxruntime, (*EXPORT, ORT), ("w4a4", ORT)),
 }

@@ -72,12 +72,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for _ in range(options.rounds):
         for name, step in steps.items():
             times[name].append(seconds(step))
-    medians = {name: statistics.median(values) for name, values in times.items()}
     eager = [name for name in steps if not name.startswith(COMPILED)]
     parts = {name: time_of_parts(steps[name]) for name in eager if VARIANTS[name][1] is not None}
     memory = {name: measured_in_a_process(name, size) for name in eager}
 
+    result = {"size": size, "times": times, "first": first, "parts": parts, "peak_memory_bytes": memory}
     print(f"MiniLM, batch {size[0]} x {size[1]}, {torch.get_num_threads()} threads, median of {options.rounds} rounds")
+    print(table(result))
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """In Markdown: seconds, over those in float, the first step, memory, and the shares of the quantizers' parts."""
     columns = (
         "step",
         "seconds",
@@ -87,19 +95,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"peak memory / {BASELINE}",
         *PARTS,
     )
-    print(f"| {' | '.join(columns)} |")
-    print(f"|---|{'---:|' * (len(columns) - 1)}")
+    lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
+    medians = {name: statistics.median(values) for name, values in result["times"].items()}
+    memory, parts = result["peak_memory_bytes"], result["parts"]
     for name, median in medians.items():
-        ratios = [
-            f"{median / medians[base]:.2f}" if base in medians else "" for base in (BASELINE, COMPILED + BASELINE)
-        ]
-        size_ratio = f"{memory[name] / memory.get(BASELINE, memory[name]):.2f}" if name in memory else ""
+        bases = (BASELINE, COMPILED + BASELINE if name.startswith(COMPILED) else "")
+        ratios = [f"{median / medians[base]:.2f}" if base in medians else "" for base in bases]
+        first = f"{result['first'][name]:.1f}"
+        size = f"{memory[name] / memory.get(BASELINE, memory[name]):.2f}" if name in memory else ""
         shares = [f"{parts[name][part] / median:.1%}" if name in parts else "" for part in PARTS]
-        print(f"| {' | '.join([name, f'{median:.3f}', *ratios, f'{first[name]:.1f}', size_ratio, *shares])} |")
-    result = {"size": size, "times": times, "first": first, "parts": parts, "peak_memory_bytes": memory}
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result
+        lines.append(f"| {' | '.join([name, f'{median:.3f}', *ratios, first, size, *shares])} |")
+    return "\n".join(lines)
 
 
 def make_step(name: str, size: tuple[int, int]) -> Callable[[], None]:

@@ -45,6 +45,14 @@ def test_dispatches_few_operations(counts: dict[str, HostReads], recipe: str) ->
     assert operations[recipe] <= MAX_OPERATIONS, operations
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", ["sdpa"], indirect=True)
+def test_the_documentation_has_the_number_of_operations(counts: dict[str, HostReads]) -> None:
+    paper, accurate, plain = (f"{counts[recipe].operations:,}" for recipe in ("paper", "accurate", "float"))
+    sentence = f"dispatches {paper} operations by the paper's recipe, {accurate} by `accurate()` and {plain} in float."
+    assert sentence in (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+
+
 def test_what_counts_as_a_read() -> None:
     x = torch.arange(4.0)
     with HostReads("cpu") as counts:

@@ -16,18 +16,22 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from torch import nn
 
-from octav_hf import OctavConfig, __version__, apply_octav
+from octav_hf import OctavConfig, __version__, apply_octav, check_coverage, coverage_report
 from octav_hf.config import FORMAT_VERSION
 from octav_hf.export import folder
 from octav_hf.functional import registry
 from octav_hf.nn import QUANTIZED_LAYERS, quantized_layer
+from tests.architectures import models
 
 ROOT = Path(__file__).parent.parent
-PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 MAKEFILE, CHANGELOG, CONTRIBUTING = (
     (ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "CHANGELOG.md", "CONTRIBUTING.md")
 )
-RULE, LAYER, _ = (textwrap.dedent(code) for code in re.findall(r"```python\n(.*?)```", CONTRIBUTING, flags=re.DOTALL))
+RULE, LAYER, ARCHITECTURE = (
+    textwrap.dedent(code) for code in re.findall(r"```python\n(.*?)```", CONTRIBUTING, flags=re.DOTALL)
+)
 
 
 def test_the_citation_is_of_this_version() -> None:
@@ -73,8 +77,20 @@ def test_hooks_run_what_make_test_runs() -> None:
 def test_the_guide_names_files_that_exist() -> None:
     for path in set(re.findall(r"`((?:octav_hf|tests|examples)/[\w/.]+)", CONTRIBUTING)):
         assert (ROOT / path).exists() or path == "octav_hf/functional/rms.py", path
+    for script in re.findall(r"python (examples/[\w/.]+)", CONTRIBUTING):
+        assert (ROOT / script).is_file(), script
     for module in re.findall(r"python -m (tests[\w.]+)", CONTRIBUTING):
         assert importlib.util.find_spec(module), module
+
+
+def test_the_guide_names_targets_markers_and_tests_that_exist() -> None:
+    targets = re.findall(r"^([\w-]+):", MAKEFILE, flags=re.MULTILINE)
+    assert set(re.findall(r"(?:^|`)make ([\w-]+)", CONTRIBUTING, flags=re.MULTILINE)) <= set(targets)
+    (markers,) = re.findall(r"Markers: (.*?)\. A test", CONTRIBUTING, flags=re.DOTALL)
+    registered = {line.partition(":")[0] for line in PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]}
+    assert set(re.findall(r"`(\w+)`", markers)) == registered
+    for name in re.findall(r"`(test_\w+)` prints", CONTRIBUTING):
+        assert f"def {name}(" in (ROOT / "tests/architectures/test_architectures.py").read_text(encoding="utf-8")
 
 
 def test_the_clip_rule_of_the_guide(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,3 +131,12 @@ def test_the_layer_of_the_guide() -> None:
     assert model[0].weight_quantizer.compute_clip(model[0].weight).shape == (3, 1, 1, 1, 1)
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0.05)
     assert not torch.equal(model(x), expected)
+
+
+def test_the_architecture_of_the_guide() -> None:
+    entry: dict[str, models.Architecture] = eval(f"{{{ARCHITECTURE}}}", dict(vars(models)))
+    ((name, architecture),) = entry.items()
+    assert name not in models.ARCHITECTURES
+    assert f"-k {name}`" in CONTRIBUTING
+    model = apply_octav(architecture.make(), OctavConfig())
+    assert not check_coverage(model, architecture.batch()).unexplained(coverage_report(model))

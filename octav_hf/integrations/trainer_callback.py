@@ -88,7 +88,6 @@ class OctavCallback(TrainerCallback):
             )
         if args.logging_strategy == "no":
             logger.warning('OctavCallback has nothing to add to: logging_strategy is "no"; set "steps" or "epoch"')
-        self._entered.close()  # after a run that an error ended
         self._changes = CodeChanges(kwargs["model"])
         self._warnings = TrainingWarnings(*self._thresholds)
         self._first_step = state.global_step + 1
@@ -154,9 +153,9 @@ class OctavCallback(TrainerCallback):
 
 
 def _is_logged(step: int, args: TrainingArguments, state: TrainerState, dataloader: Any) -> bool:
-    """Whether Trainer will log after ``step``, counted from 1."""
+    """Whether Trainer will log after ``step``, counted from 1, by its strategy: the first step is measured anyway."""
     if args.logging_strategy == "steps":
-        return step % state.logging_steps == 0 or (args.logging_first_step and step == 1)
+        return step % state.logging_steps == 0
     if args.logging_strategy == "epoch":
         try:
             steps_per_epoch = -(-len(dataloader) // args.gradient_accumulation_steps)

@@ -89,7 +89,7 @@ def test_inference(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: p
     )
     output, answers = tmp_path / "inference.json", tmp_path / "answers.json"
     answers.write_text(json.dumps({"rows": [{"run": "w4a8", "form": "integer", "f1": 12.345}]}))
-    forms = ("PyTorch FP32, sdpa", "W4A8 simulated", "W4A8 integer", "W4A8 ONNX, OpenVINO")
+    forms = ("PyTorch FP32, sdpa", "W4A8 integer", "W4A4 simulated", "W4A8 ONNX, OpenVINO")
     size = ("--sizes", "1x8", "--threads", "1", "--rounds", "1", "--answers", str(answers), "--output", str(output))
     threads = torch.get_num_threads()
     try:
@@ -97,9 +97,9 @@ def test_inference(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: p
     finally:
         torch.set_num_threads(threads)
     rows = {row["form"]: row for row in json.loads(output.read_text())["rows"]}
-    assert list(rows) == list(forms[:3])
-    assert rows["W4A8 integer"]["f1"] == 12.345
-    assert rows["W4A8 simulated"]["file_bytes"] < 0.6 * rows["PyTorch FP32, sdpa"]["file_bytes"]
+    assert list(rows) == list(forms[:-1])
+    assert {form: row["f1"] for form, row in rows.items() if row["f1"]} == {"W4A8 integer": 12.345}
+    assert [round(row["file_bytes"] / 1e6) for row in rows.values()] == [90, 53, 53]
     # a process that has loaded 90 MB of weights has them in memory, and no other process's
     assert 9e7 < rows["PyTorch FP32, sdpa"]["peak_memory_bytes"] < 5e8
     printed = capsys.readouterr().out

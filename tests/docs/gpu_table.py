@@ -34,7 +34,7 @@ def render() -> str:
     return "\n".join([*lines, ""])
 
 
-TABLE = TableInPage(ROOT / "docs/benchmarks.md", "table of steps on a gpu", render)
+TABLE = TableInPage(ROOT / "docs/benchmarks.md", "table of steps on a GPU", render)
 
 if __name__ == "__main__":
     TABLE.write()

@@ -16,15 +16,15 @@ FP32 = "PyTorch FP32, sdpa"
 ROWS = (
     ("FP32, PyTorch", FP32, ("fp32", "simulated")),
     ("FP32, ONNX Runtime", "onnxruntime FP32", ("fp32", "onnxruntime")),
-    ("8-bit weights and activations, simulated", None, ("w8a8", "simulated")),
+    ("8-bit weights and activations, simulated", "W8A8 simulated", ("w8a8", "simulated")),
     ("… as integers, `convert_octav`", "W8A8 integer", ("w8a8", "integer")),
     ("… as integers, ONNX Runtime", "W8A8 ONNX, onnxruntime", ("w8a8", "onnxruntime")),
     ("4-bit weights, 8-bit activations, simulated", "W4A8 simulated", ("w4a8", "simulated")),
     ("… as integers, `convert_octav`", "W4A8 integer", ("w4a8", "integer")),
     ("… as integers, ONNX Runtime", "W4A8 ONNX, onnxruntime", ("w4a8", "onnxruntime")),
-    ("4-bit weights and activations, simulated", None, ("w4a4", "simulated")),
-    ("… as integers, `convert_octav`", None, ("w4a4", "integer")),
-    ("… as integers, ONNX Runtime", None, ("w4a4", "onnxruntime")),
+    ("4-bit weights and activations, simulated", "W4A4 simulated", ("w4a4", "simulated")),
+    ("… as integers, `convert_octav`", "W4A4 integer", ("w4a4", "integer")),
+    ("… as integers, ONNX Runtime", "W4A4 ONNX, onnxruntime", ("w4a4", "onnxruntime")),
 )
 
 
@@ -44,9 +44,9 @@ def render() -> str:
     return "\n".join([*lines, ""])
 
 
-def _measured(forms: dict[tuple[str, str], dict[str, Any]], model: str, form: str | None) -> tuple[str, str]:
+def _measured(forms: dict[tuple[str, str], dict[str, Any]], model: str, form: str) -> tuple[str, str]:
     """Megabytes, and time over that of FP32; empty where it was not measured."""
-    if form is None:
+    if (model, form) not in forms:
         return "", ""
     row, base = forms[model, form], forms[model, FP32]
     return f"{row['file_bytes'] / 1e6:.1f}", f"{row['seconds'][CASE] / base['seconds'][CASE]:.2f}"

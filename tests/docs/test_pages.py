@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import runpy
 from pathlib import Path
 
 import pytest
 
-from . import config_table, gpu_table, results_table
+from . import benchmark_tables, config_table, gpu_table, results_table
 from .table_in_page import ROOT, TableInPage
 
 ON_GITHUB = [*ROOT.glob("*.md"), *(ROOT / "examples").glob("*/README.md")]
@@ -23,17 +22,17 @@ def test_the_readme_fits_a_few_screens() -> None:
 
 
 @pytest.mark.parametrize(
-    "table", [config_table.TABLE, gpu_table.TABLE, results_table.TABLE], ids=lambda table: table.name
+    "table",
+    [config_table.TABLE, gpu_table.TABLE, results_table.TABLE, *benchmark_tables.TABLES],
+    ids=lambda table: table.name,
 )
 def test_a_table_is_that_of_its_source(table: TableInPage) -> None:
-    assert table.parts()[1] == table.render(), f"run python -m tests.docs.{table.name.split()[-1]}_table"
+    assert table.parts()[1] == table.render(), f"run python -m {table.render.__module__}"
 
 
-def test_the_table_of_inference_is_that_of_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    record = json.loads((ROOT / "benchmarks/results/inference.json").read_text(encoding="utf-8"))
-    table = runpy.run_path(str(ROOT / "benchmarks/inference.py"))["table"](record["rows"])
-    assert table in (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+def test_the_benchmark_measures_all_rows_of_the_readme() -> None:
+    forms = runpy.run_path(str(ROOT / "benchmarks/inference_forms.py"))["FORMS"]
+    assert {form for _, form, _ in results_table.ROWS} <= forms.keys()
 
 
 def test_figures_are_those_of_the_script_and_are_shown(tmp_path: Path) -> None:

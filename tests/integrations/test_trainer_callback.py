@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -254,20 +255,12 @@ class Endless(IterableDataset):
 def test_an_epoch_of_unknown_length_is_warned_of(
     model: BertForQuestionAnswering, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = trainer_of(model, tmp_path, OctavCallback(), data=Endless(), logging_strategy="epoch", max_steps=8)
+    trainer = trainer_of(model, tmp_path, OctavCallback(), data=Endless(), logging_strategy="epoch", max_steps=14)
     trainer.train()
-    assert [log["step"] for log in trainer.state.log_history if "loss" in log] == [6, 8]
-    assert list(octav_logs(trainer)) == [8]
-    (record,) = caplog.records
+    assert [log["step"] for log in trainer.state.log_history if "loss" in log] == [6, 12, 14]
+    assert list(octav_logs(trainer)) == [14]
+    (record,) = caplog.records  # once
     assert "The log at step 6 has no values of OctavCallback" in record.getMessage()
-
-
-def test_says_when_there_are_no_logs(
-    model: BertForQuestionAnswering, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    trainer = trainer_of(model, tmp_path, OctavCallback(), logging_strategy="no", max_steps=1)
-    trainer.train()
-    assert 'logging_strategy is "no"' in caplog.text
 
 
 def test_of_several_batches_of_a_step_the_first_is_measured(model: BertForQuestionAnswering, tmp_path: Path) -> None:
@@ -349,6 +342,31 @@ def test_only_steps_that_are_logged_cost_something(
     assert callback.operations.keys() == {(3, "on_log"), (6, "on_log")}
 
 
+def test_without_logs_nothing_is_measured(
+    small_bert: MakeBert, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OCTAV_HF_COMPILE", "0")
+    counts = []
+    for callbacks in ([], [OctavCallback()]):
+        model = apply_octav(small_bert(num_hidden_layers=1), OctavConfig())
+        arguments = {"trainer_class": CountingTrainer, "logging_strategy": "no", "max_steps": 1}
+        trainer = trainer_of(model, tmp_path, *callbacks, **arguments)
+        trainer.train()
+        counts.append(trainer.counts)
+    assert counts[0] == counts[1]
+    assert 'logging_strategy is "no"' in caplog.text
+
+
+def test_no_codes_are_kept_after_training(model: BertForQuestionAnswering, tmp_path: Path) -> None:
+    def codes() -> int:
+        gc.collect()
+        return sum(type(each) is torch.Tensor and each.dtype == torch.int8 for each in gc.get_objects())
+
+    callback, before = OctavCallback(), codes()
+    trainer_of(model, tmp_path, callback, max_steps=1).train()
+    assert codes() == before
+
+
 # What it warns of.
 
 
@@ -420,6 +438,13 @@ def test_the_factor_of_a_clip_is_an_argument(
     assert "collapsed" in message
 
 
+def test_the_least_sqnr_is_an_argument(
+    model: BertForQuestionAnswering, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (message,) = warnings_of(caplog, model, tmp_path, OctavCallback(dead_sqnr_db=60), max_steps=1)
+    assert message.startswith("Step 1: Operands that quantization loses")
+
+
 def test_dead_operands(model: BertForQuestionAnswering, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     attention = model.bert.encoder.layer[1].attention.self
 
@@ -446,18 +471,24 @@ def test_an_operand_that_quantization_loses(
     assert "module_overrides" in message
 
 
-@pytest.mark.parametrize("rate", [1e-10, 0.0])
+@pytest.mark.parametrize(("rate", "logging_steps", "step"), [(1e-10, 1, 4), (1e-10, 2, 6), (0.0, 1, None)])
 def test_codes_that_no_longer_move(
-    model: BertForQuestionAnswering, tmp_path: Path, caplog: pytest.LogCaptureFixture, rate: float
+    model: BertForQuestionAnswering,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    rate: float,
+    logging_steps: int,
+    step: int | None,
 ) -> None:
-    messages = warnings_of(
-        caplog, model, tmp_path, OctavCallback(still_logs=3), learning_rate=rate, lr_scheduler_type="constant"
-    )
+    arguments = {"learning_rate": rate, "lr_scheduler_type": "constant", "logging_steps": logging_steps}
+    messages = warnings_of(caplog, model, tmp_path, OctavCallback(still_logs=3), **arguments)
     if rate == 0:  # nobody expects them to move
         assert messages == []
         return
     (message,) = messages
-    assert message.startswith("Step 4: Layers whose weights no longer change their codes, while they are trained: ")
+    assert message.startswith(
+        f"Step {step}: Layers whose weights no longer change their codes, while they are trained: "
+    )
     assert message.count("weight (3 logs)") == 8
     assert "and 5 more. " in message  # 13 layers
     assert "raise the learning rate" in message
