@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._utils.forward_pass import Batch, device_of, in_evaluation_mode, on_device, run_batch, run_batches
 from .._utils.torch_private import tree_leaves, uncompiled
 from ..nn import QuantizedAttention, QuantizedLayer
+from ..training.teacher import teacher_modules
 from .operand_sums import decibels, energy
 from .simulated import check_has_float_weights, check_simulated
 from .switching import in_float
@@ -55,18 +56,12 @@ def output_errors(model: nn.Module, batches: Iterable[Batch], teacher: nn.Module
     if teacher is None:
         check_has_float_weights(model, "output_errors")
     model, source = uncompiled(model), uncompiled(model if teacher is None else teacher)
-    modules = {
+    modules: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, QuantizedLayer | QuantizedAttention)
     }
-    in_source = dict(source.named_modules())
-    missing = [name for name in modules if name not in in_source]
-    if missing:
-        raise ValueError(
-            f"output_errors: {type(source).__name__}, the teacher, has no module {missing[0]!r}; pass the float model "
-            "that training started from"
-        )
+    in_source = teacher_modules(source, modules, "output_errors")
     calls: dict[str, list[Tensor]] = defaultdict(list)
     sums: dict[str, Tensor] = {}  # signal and noise, [2] float64
 
@@ -87,7 +82,7 @@ def output_errors(model: nn.Module, batches: Iterable[Batch], teacher: nn.Module
         calls.clear()
 
     with ExitStack() as stack:
-        for each in [modules] if source is model else [modules, {name: in_source[name] for name in modules}]:
+        for each in [modules] if source is model else [modules, in_source]:
             for name, module in each.items():
                 stack.callback(module.register_forward_hook(partial(keep, name)).remove)
         run_batches(model, batches, "output_errors", "comparing layers", compare)

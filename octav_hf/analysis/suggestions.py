@@ -1,6 +1,6 @@
 """``suggestions``: the changes of the config that bring the model's outputs closest to the float model's."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -13,10 +13,10 @@ from ..conversion.convert import apply_octav, remove_octav
 from ..conversion.modules import activation_quantizers, layers_to_freeze
 from ..conversion.record import recorded_config
 from ..static_clips.calibrate import calibrate_octav
-from .config_changes import Change, changes, packed_bits, written
+from .config_changes import changes, packed_bits, written
 from .divergence import FloatOutputs
 from .operand_statistics import OperandStatistics, operand_statistics
-from .sensitivity import ModuleSensitivity, sensitivity
+from .sensitivity import ModuleSensitivity
 
 _MOST = 3  # suggestions
 _LEAST_GAIN = 0.02  # of the divergence: less may be chance
@@ -43,10 +43,7 @@ class Suggestion:
 
 
 def suggestions(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    teacher: nn.Module | None = None,
-    sensitivities: Sequence[ModuleSensitivity] | None = None,
+    model: nn.Module, outputs: FloatOutputs, sensitivities: Sequence[ModuleSensitivity]
 ) -> list[Suggestion]:
     """Measure changes of the config on copies of the model, and return those that gain most for their cost.
 
@@ -62,45 +59,32 @@ def suggestions(
 
     Args:
         model: quantized by ``apply_octav``, before ``pack_octav``; it is not changed.
-        batches: as for ``calibrate_octav``; they are kept. Two of 16 sequences are enough to rank the changes.
-        teacher: the float model to compare with; ``None``: ``model`` with all its quantizers turned off.
-        sensitivities: what ``sensitivity`` returned for this model, to choose the modules that might get 8 bits;
-            measured here if ``None``.
+        outputs: those of the float model to compare with. Two batches of 16 sequences are enough to rank the changes.
+        sensitivities: what ``sensitivity`` returned for this model, to choose the modules that may get 8 bits.
 
     Returns:
         Up to three, the best first; none if the model is as close to the float model as the changes would bring it.
-
-    Raises:
-        TypeError, ValueError: ``model``, ``batches`` or ``teacher`` is none of these.
     """
-    outputs = FloatOutputs(model, batches, teacher, "suggestions")
-    if sensitivities is None:
-        sensitivities = sensitivity(model, outputs.batches, teacher)
     config = replace(recorded_config(model), frozen_weight_clips=False)
     base = _requantized(model, config, outputs.batches)
     before = outputs.divergence_of(base)
     if not before:
         return []
-    best: dict[str, tuple[float, float, float, Change]] = {}
+    statistics = operand_statistics(base, outputs.batches)
+    best: dict[str, tuple[float, Suggestion]] = {}  # what a change asks -> its score
     for change in progress(list(changes(base, config, sensitivities)), "measuring changes of the config"):
         changed = _requantized(model, change.config, outputs.batches)
         after = outputs.divergence_of(changed)
         gain = 1 - after / before
-        price = change.price + packed_bits(changed) / packed_bits(base) - 1
-        score = gain / (1 + price)
-        if gain >= _LEAST_GAIN and (change.asks not in best or score > best[change.asks][0]):
-            best[change.asks] = score, gain, after, change
-    chosen = sorted(best.values(), key=lambda each: each[0], reverse=True)[:_MOST]
-    statistics = operand_statistics(base, outputs.batches) if chosen else []
-    found = []
-    for _, gain, after, change in chosen:
-        changed = _requantized(model, change.config, outputs.batches)
-        reason = f"{outputs.measure}: {before:.3g} before and {after:.3g} after the change, on these batches"
-        reason += _worst_improved(statistics, operand_statistics(changed, outputs.batches))
         more = packed_bits(changed) / packed_bits(base) - 1
-        cost = f"{change.cost}; packed weights: {more:+.1%} bytes" if more else change.cost
-        found.append(Suggestion(change.title, reason, gain, cost, written(change.config)))
-    return found
+        score = gain / (1 + change.price + more)
+        if gain >= _LEAST_GAIN and (change.asks not in best or score > best[change.asks][0]):
+            reason = f"{outputs.measure}: {before:.3g} before and {after:.3g} after the change, on these batches"
+            reason += _worst_improved(statistics, operand_statistics(changed, outputs.batches))
+            cost = f"{change.cost}; packed weights: {more:+.1%} bytes" if more else change.cost
+            best[change.asks] = score, Suggestion(change.title, reason, gain, cost, written(change.config))
+    ranked = sorted(best.values(), key=lambda each: each[0], reverse=True)
+    return [suggestion for _, suggestion in ranked[:_MOST]]
 
 
 def _requantized(model: nn.Module, config: OctavConfig, batches: Sequence[Batch]) -> nn.Module:

@@ -9,15 +9,17 @@ colours are the page's, light and dark. Only the histogram is a drawing. Jinja2 
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ...coverage.report import Operand
+from ..kind_names import kind_names
 from ..operand_statistics import OperandStatistics
 from ..report_data import Report
+from ..sensitivity import KindSensitivity, ModuleSensitivity
 from .charts import Chart, chart
 from .histograms import histograms
 from .numbers import NOTHING, decibels, percent, relative_error, significant, size
@@ -47,6 +49,7 @@ def render(report: Report) -> str:
         bytes=sum(layer.bytes for layer in report.layers),
         float32_bytes=sum(layer.float32_bytes for layer in report.layers),
         errors=_errors(report),
+        kind_sensitivity=_kinds(report),
         sensitivity=_sensitivity(report, kinds),
         sizes=_sizes(report),
         missing={"suggestions": ""} | {each.what: each.reason for each in report.unmeasured},
@@ -84,12 +87,23 @@ def _errors(report: Report) -> Chart:
     return chart(names, [("error of the output, relative to its size", lengths, texts)], percent)
 
 
+def _kinds(report: Report) -> Chart:
+    names = kind_names(report.kinds, report.functions)
+    return _alone_and_all_but([(name[0].upper() + name[1:], "") for name in names], report.kinds)
+
+
 def _sensitivity(report: Report, kinds: dict[str, str]) -> Chart:
+    return _alone_and_all_but(
+        [(row.module, kinds.get(row.module, "")) for row in report.sensitivity], report.sensitivity
+    )
+
+
+def _alone_and_all_but(names: list[tuple[str, str]], rows: Sequence[KindSensitivity | ModuleSensitivity]) -> Chart:
     columns = []
     for title, field in (("quantized alone", "alone"), ("saved with it in float", "all_but")):
-        values = [getattr(row, field) for row in report.sensitivity]
+        values = [getattr(row, field) for row in rows]
         columns.append((title, [max(value, 0.0) for value in values], [significant(value) for value in values]))
-    return chart([(row.module, kinds.get(row.module, "")) for row in report.sensitivity], columns, significant)
+    return chart(names, columns, significant)
 
 
 def _sizes(report: Report) -> Chart:
