@@ -21,13 +21,13 @@ from .switching import in_float
 
 @dataclass(frozen=True)
 class OutputError:
-    """The error of one module's output ``y``, with that of all modules before it, over all batches.
+    """The error of one module's output ``y`` over all batches, including that caused by the modules before it.
 
     Attributes:
         module: full name.
         kind: ``"linear"``, ``"convolution"``, ``"embedding"`` or ``"attention"``.
-        sqnr_db: ``10 log10(sum(f²) / sum((y - f)²))`` in dB, with the output ``f`` in the float model; of attention the
-            first output. ``inf`` without error; ``None`` if no batch reached the module, or ``f`` is all zeros.
+        sqnr_db: ``10 log10(sum(f²) / sum((y - f)²))`` in dB, where ``f`` is the output in the float model; for
+            attention, the first output. ``inf`` without error; ``None`` if no batch reached the module, or ``f`` is 0.
     """
 
     module: str
@@ -38,19 +38,20 @@ class OutputError:
 def output_errors(model: nn.Module, batches: Iterable[Batch], teacher: nn.Module | None = None) -> list[OutputError]:
     """Compare the output of every quantized layer and attention module with the float model's on the same batches.
 
-    The errors of a layer's own operands and of its input add up, so that they show where the model leaves its course.
+    The error of a layer's output comes from its own operands and from its input, so the errors show where in the model
+    they arise and where they grow.
 
     Args:
         model: quantized by ``apply_octav``; packed only with a teacher. Mode, buffers and random state are restored.
-        batches: as for ``calibrate_octav``; both models run on each, and the outputs of one batch are kept meanwhile.
+        batches: as for ``calibrate_octav``. The outputs of all these modules are kept for one batch at a time.
         teacher: a float model with modules of the same names; ``None``: ``model`` with all its quantizers turned off.
 
     Returns:
         In the order of the model's modules.
 
     Raises:
-        TypeError, ValueError: ``model`` or ``batches`` is none of these; or a module is missing in the teacher, is
-            called another number of times, or returns another shape there.
+        TypeError, ValueError: ``model`` or ``batches`` is none of these; or the teacher lacks a module, or it is called
+            another number of times there, or returns another shape.
     """
     check_simulated(model, "output_errors")
     if teacher is None:

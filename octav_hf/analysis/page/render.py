@@ -2,9 +2,9 @@
 
 Charts are drawn here rather than by a charting library. A page for a BERT with twelve layers takes 0.5 MB; the script
 of Plotly alone takes 4.8 MB, of Bokeh 1.3 MB (1.9 MB with tables and controls), of Vega 0.9 MB from a package of 33 MB.
-What they would do here is little. Bars are rows of text with a length, so that names of 45 characters fit on a phone,
-the browser's search finds them, and a screen reader reads names and values, of which it sees nothing in a canvas; the
-colours are the page's, light and dark. Only the histogram is a drawing. Jinja2 fills in the template and escapes text.
+They would do little here. Bars are rows of text with a length: names of 45 characters fit on a phone, the browser's
+search finds them, a screen reader reads names and values, which it cannot in a canvas, and the colours are the page's,
+light and dark. Only the histogram is a drawing. Jinja2 fills in the template and escapes text.
 """
 
 import math
@@ -62,7 +62,7 @@ def render(report: Report) -> str:
 
 
 def _order(row: OperandStatistics | None) -> tuple[bool, float]:
-    """What was not measured comes last."""
+    """Sort key: the lowest SQNR first, and operands without one last."""
     sqnr = None if row is None else row.sqnr_db
     return sqnr is None, math.inf if sqnr is None else sqnr
 
@@ -72,8 +72,8 @@ def _file(name: str) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """Text that may be broken after a dot or underscore in a name, and before a capital letter in one."""
-    parts = re.split(r"(?<=[._])|(?<=[a-z])(?=[A-Z])", name)
+    """Text in which names may be broken after a dot or underscore and before a capital letter, but numbers may not."""
+    parts = re.split(r"(?<=[._])(?!\d)|(?<=[a-z])(?=[A-Z])", name)
     return Markup("<wbr>").join(parts)
 
 
