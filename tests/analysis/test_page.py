@@ -109,6 +109,12 @@ def test_kinds_of_operand_by_name_largest_first_whatever_is_filtered(
     assert chart.locator(".worst .name").all_inner_texts() == names
 
 
+def test_names_may_be_broken_and_numbers_may_not(open_page: Callable[..., Page]) -> None:
+    text = open_page().locator(".verdict").inner_html()
+    assert "the outputs of GELU (inputs of output.<wbr>dense)" in text
+    assert "they change the logits by 0.16, 0.08 and 0.04; all operands together by 0.21." in text
+
+
 def test_filters(open_page: Callable[..., Page]) -> None:
     page = open_page()
     page.locator("#filter-module").fill(" LAYER.2. ")
