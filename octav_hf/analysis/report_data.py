@@ -71,7 +71,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """Which operands hurt most, and what to change first."""
+        """Which operands change the logits most, and what to change first."""
         return verdict(self.kinds, self.functions, self.divergence, self.statistics, self.suggestions)
 
     def __str__(self) -> str:

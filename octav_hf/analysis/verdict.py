@@ -1,4 +1,4 @@
-"""The verdict of a report: which operands hurt most, and what to change first."""
+"""The verdict of a report: which operands change the logits most, and what to change first."""
 
 from collections.abc import Mapping, Sequence
 
@@ -39,8 +39,8 @@ def _worst_kinds(kinds: Sequence[KindSensitivity], functions: Mapping[str, str],
         return "No kind of operand changes the logits when it is quantized alone."
     names, changes = (listed(parts) for parts in zip(*worst, strict=True))
     return (
-        f"Quantization hurts most in {names}: quantized alone, they change the logits by {changes}; all operands "
-        f"together by {divergence:.2g}."
+        f"Quantization changes the logits most in {names}: by {changes} when quantized alone, and by {divergence:.2g} "
+        "when all operands are quantized."
     )
 
 

@@ -145,12 +145,12 @@ def test_names() -> None:
 def test_the_verdict_names_three_kinds_that_change_the_logits() -> None:
     kinds = [made("a.*.x", alone=1.234), made("a.*.y", alone=0.5), made("a.*.z", alone=0.0123), made("b", alone=0.01)]
     assert verdict(kinds, {"a.0.y": "GELU"}, 1.5, [], []) == (
-        "Quantization hurts most in the inputs of x, the outputs of GELU (inputs of y) and the inputs of z: quantized "
-        "alone, they change the logits by 1.2, 0.5 and 0.012; all operands together by 1.5."
+        "Quantization changes the logits most in the inputs of x, the outputs of GELU (inputs of y) and the inputs of "
+        "z: by 1.2, 0.5 and 0.012 when quantized alone, and by 1.5 when all operands are quantized."
     )
     assert verdict([*kinds[:1], made("b", alone=-1.0)], {}, 1.5, [], []) == (
-        "Quantization hurts most in the inputs of x: quantized alone, they change the logits by 1.2; all operands "
-        "together by 1.5."
+        "Quantization changes the logits most in the inputs of x: by 1.2 when quantized alone, and by 1.5 when all "
+        "operands are quantized."
     )
     assert verdict([made("b")], {}, 0.0, [], []) == (
         "No kind of operand changes the logits when it is quantized alone."
