@@ -33,7 +33,9 @@ from study import RECIPE, minilm_folder
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding
 
 import octav_hf
+from octav_hf.analysis.divergence import FloatOutputs
 from octav_hf.analysis.operand_statistics import operand_statistics
+from octav_hf.analysis.sensitivity import sensitivity
 from octav_hf.analysis.suggestions import suggestions
 
 WORST = 8  # operands that a line names
@@ -73,7 +75,8 @@ def run_seed(options: argparse.Namespace, passed_on: list[str], seed: int) -> Li
     model = AutoModelForQuestionAnswering.from_pretrained(folder)
     batches = training_batches(folder, [*shared, "--do_train", "--output_dir", str(folder)], options.batches)
     statistics_of_worst = sorted(operand_statistics(model, batches), key=lambda each: each.sqnr_db or 0)[:WORST]
-    found = suggestions(model, batches)
+    outputs = FloatOutputs(model, batches)
+    found = suggestions(model, outputs, sensitivity(model, outputs))
     names: dict[str, Any] = {"model": AutoModelForQuestionAnswering.from_pretrained(minilm_folder())}
     exec(found[0].code, names)
     _, after = trained("suggested", names["config"])

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from .._utils.forward_pass import Batch, device_of, in_evaluation_mode, on_device, run_batch, without_trace
 from ..nn import QuantizedLayer
 
-_MODULES = ("torch.nn.modules.activation", "transformers.activations")  # that define activation functions
+_MODULES = ("torch.nn.modules.activation", "transformers.activations")  # where activation functions are defined
 
 
 def activation_functions(model: nn.Module, batch: Batch) -> dict[str, str]:
     """Full name of a quantized layer -> name of the activation function, such as ``"GELU"``, whose output is its input.
 
-    Found in a forward pass on ``batch``, so only where the function is a module and nothing lies between, as dropout
-    that is off does not.
+    They are found in a forward pass on ``batch``, if the function is a module and the layer reads its output directly
+    or through dropout, which is off.
     """
     found: dict[str, str] = {}
-    latest: dict[int, tuple[Tensor, str]] = {}  # by the output's id, which is its own as long as it is kept here
+    latest: dict[int, tuple[Tensor, str]] = {}  # by id of the output, which is unique while the output is kept here
 
     def after_function(module: nn.Module, _: Any, output: Any) -> None:
         latest[id(output)] = output, re.sub("Activation$", "", type(module).__name__)

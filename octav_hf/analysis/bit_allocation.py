@@ -1,4 +1,4 @@
-"""``suggest_bits``: a width for each module, those that move the logits least under a budget."""
+"""``suggest_bits``: the bits of each module that change the logits least within a budget."""
 
 import copy
 import glob
@@ -30,10 +30,10 @@ class BitSuggestion(dict[str, dict[str, Any]]):
     Attributes:
         unit: ``"bytes"`` or ``"operations"``.
         cost: of the modules whose bits were chosen, in that unit.
-        budget: the most that ``cost`` was allowed to be.
-        divergence: of the logits from those of the float model, measured with the suggested bits; in the unit of
-            ``analysis.sensitivity``.
-        divergence_before: the same with the bits that the model has.
+        budget: upper limit of ``cost``.
+        divergence: of the logits from those of the float model, measured with the suggested bits; see
+            ``analysis.divergence``.
+        divergence_before: the same with the model's current bits.
         sensitivity: full name of the module and field -> bits -> divergence with this operand quantized alone.
         chosen: full name of the module and field -> suggested bits.
     """
@@ -67,7 +67,7 @@ class BitSuggestion(dict[str, dict[str, Any]]):
             rows.append((module, field, str(number), *(f"{measured[each]:.3g}" for each in bits)))
         summary = (
             f"{self.cost:,} {self.unit} of at most {self.budget:,}; divergence of the logits from the float model "
-            f"{self.divergence:.3g}, with the bits that the model has {self.divergence_before:.3g}"
+            f"{self.divergence:.3g}, with the model's current bits {self.divergence_before:.3g}"
         )
         return "\n".join([*aligned(rows), "", summary])
 
@@ -81,11 +81,11 @@ def suggest_bits(
     bits: Sequence[int] = (2, 3, 4, 8),
     teacher: nn.Module | None = None,
 ) -> BitSuggestion:
-    """Choose the bits of each module by what they do to the logits, under a budget of bytes or of operations.
+    """Choose the bits of each module by their effect on the logits, within a budget of bytes or operations.
 
-    Each operand is quantized alone at each of ``bits``, all others in float, and the divergence of the logits from
-    those of the float model measured (see ``analysis.sensitivity``). Of all choices within the budget the result is the
-    one with the least sum of these, found exactly: an integer program, as in HAWQ-V3 (Yao et al. 2021). That
+    Each operand is quantized to each of ``bits`` with all others in float, and the divergence of the logits from those
+    of the float model is measured (see ``analysis.divergence``). The result is the choice within the budget with the
+    smallest sum of divergences: the exact solution of an integer program, as in HAWQ-V3 (Yao et al. 2021). That
     divergences add up is an approximation; ``BitSuggestion.divergence`` is measured with all operands quantized.
 
     - ``unit="bytes"`` chooses bits of weights, whose cost is the bytes of their integers and scales in a packed
@@ -95,8 +95,8 @@ def suggest_bits(
       multiply-accumulates times the bits of both operands (BOPs; van Baalen et al. 2020, *Bayesian Bits*). An operand
       in float counts 32 bits.
 
-    Bits that ``module_overrides`` or ``first_last_bits`` set, operands in float, and what the unit does not count (such
-    as tied weights in bytes, which ``pack_octav`` leaves in float) stay as they are and are outside the budget. Tied
+    Bits set by ``module_overrides`` or ``first_last_bits``, operands in float, and operands that the unit does not
+    count (such as tied weights in bytes, which ``pack_octav`` leaves in float) stay unchanged, outside the budget. Tied
     weights get the same bits::
 
         apply_octav(model, config)
@@ -104,25 +104,25 @@ def suggest_bits(
         remove_octav(model)
         apply_octav(model, dataclasses.replace(config, module_overrides=overrides))
 
-    Time: one forward pass of all batches for each operand and width. The model is left as it was.
+    This takes one forward pass on all batches for each operand and number of bits. The model is not changed.
 
     Args:
-        model: one that ``apply_octav`` was called on, with dynamic clips, neither packed nor converted. The bits that
-            it has do not matter.
-        batches: as of ``calibrate_octav``; a few are enough.
-        budget: a number of bits, such as 4 or 3.5: the modules together may take as much of ``unit`` as if all of their
-            operands had this many bits; between whole numbers, linearly. From the lowest to the highest of ``bits``.
+        model: one that ``apply_octav`` was called on, with dynamic clips, neither packed nor converted. Its current
+            bits do not matter.
+        batches: as for ``calibrate_octav``; a few are enough.
+        budget: a number of bits, such as 4 or 3.5, between the lowest and the highest of ``bits``. The limit is the
+            cost if all operands had this number of bits, interpolated linearly between whole numbers.
         unit: ``"bytes"`` or ``"operations"``.
-        bits: the widths to choose from, 2 to 8.
+        bits: the numbers of bits to choose from, 2 to 8.
         teacher: the float model to compare with. ``None``: ``model`` with all operands in float.
 
     Returns:
-        ``module_overrides`` with the bits of each module by its full name, beside the overrides that the config has.
+        ``module_overrides`` with the bits of each module by its full name, and with the config's own overrides.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``, or ``batches`` or a batch has another type.
-        ValueError: the model is not quantized by ``apply_octav``, packed, or has frozen clips; an argument is
-            impossible; or nothing is left to choose.
+        ValueError: the model is not quantized by ``apply_octav``, is packed, or has frozen clips; an argument is out of
+            range; or there are no bits to choose.
     """
     check_has_float_weights(model, "suggest_bits")
     request = _request_of(model)
@@ -181,7 +181,7 @@ def _request_of(model: nn.Module) -> Request:
     frozen = [name for name, module in model.named_modules() if isinstance(module, FakeQuantize) and module.is_frozen]
     if frozen:
         raise ValueError(
-            f"suggest_bits: clips of {kind} are frozen, which are for the bits that they were computed for "
+            f"suggest_bits: clips of {kind} are frozen and fit only the bits that they were computed for "
             f"({frozen[0]}, {len(frozen)} in all); call uncalibrate_octav(model) first, and calibrate_octav after "
             "apply_octav with the suggested bits"
         )
@@ -201,14 +201,14 @@ def _check_bits(bits: Sequence[int]) -> list[int]:
 
 
 def _limit(blocks: Sequence[Block], budget: float, bits: Sequence[int], unit: str) -> int:
-    """What the budget is in its unit."""
+    """The budget in its unit."""
     if not isinstance(budget, int | float) or not bits[0] <= budget <= bits[-1]:
         lowest, highest = (
             sum(_cost(block, [end] * len(block.widths)) for block in blocks) for end in (bits[0], bits[-1])
         )
         raise ValueError(
-            f"suggest_bits: budget is a number of bits from {bits[0]} ({lowest:,} {unit}) to {bits[-1]} ({highest:,} "
-            f"{unit}), those to choose from; got {budget!r}"
+            f"suggest_bits: budget must be a number of bits from {bits[0]} ({lowest:,} {unit}) to {bits[-1]} "
+            f"({highest:,} {unit}), the lowest and the highest of bits; got {budget!r}"
         )
     low = math.floor(budget)
     below, above = (
@@ -223,7 +223,7 @@ def _cost(block: Block, bits: Sequence[int]) -> int:
 
 
 def _overrides(request: Request, chosen: Mapping[Width, int]) -> dict[str, dict[str, Any]]:
-    """The overrides of the config, and the chosen bits by exact names."""
+    """The overrides of the config, with the chosen bits added under exact names."""
     overrides = copy.deepcopy(request.config.module_overrides)
     for width, number in chosen.items():
         for name, field in width.settings:

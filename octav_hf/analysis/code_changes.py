@@ -16,12 +16,12 @@ from ..nn.function_modes import outside_function_modes
 
 
 class CodeChanges:
-    """Context manager: while entered, compares each quantized weight's codes with those of the last time.
+    """Context manager: while entered, compares each quantized weight's codes with those of the previous time.
 
-    The code of a weight w is its integer on the grid, ``round(w / step)``. Codes are kept on the weight's device as
-    int8, one byte for each weight; only ``result`` reads values. A weight is looked at in the first call of its layer
-    after entering. Embedding tables, of which a step reads some rows, are left out, and so are packed weights, which
-    do not change.
+    The code of a weight w is its integer on the grid, ``round(w / step)``. Codes are kept as int8 on the weight's
+    device, one byte per weight; only ``result`` reads values. A weight is compared in the first call of its layer after
+    entering. Embedding tables are left out because a step reads only some rows, packed weights because they do not
+    change.
 
     Args:
         model: quantized by ``apply_octav``, or containing such a model.
@@ -46,7 +46,7 @@ class CodeChanges:
     def result(self) -> dict[str, float]:
         """Full name of the layer -> share of its weights whose code changed between the last two times.
 
-        Only layers that ran both times. They are forgotten: each change is returned once.
+        Only layers that ran both times are included, and each change is returned once.
         """
         changed, self._changed = self._changed, {}
         if not changed:

@@ -18,14 +18,14 @@ _WORST_SHARE = 0.5  # the modules that get more bits have this share of the sum 
 _SCALE_BITS = 32
 _BIT_FIELDS = ("weight_bits", "activation_bits")  # written even where they are the default
 
-# What changes ask of the hardware.
+# What changes require of the hardware.
 _SAME = "the same integer products"
 _SCALES = "a scale for each token and channel"
 _GROUPS = "products of groups"
 _BITS = "more bits"
 
-# In words, and as a share: of a training step, or a judgement (groups). The times are those of benchmarks/step.py for
-# MiniLM on a CPU: a step by the preset takes 1.04 times as long as the paper's, 1.16 over 1.11 times the float one.
+# Costs in words and as a number: a share of a training step, or an estimate (groups). Times are from benchmarks/step.py
+# for MiniLM on a CPU: a step with the preset takes 1.04 times as long as with the paper's recipe.
 _OF_OFFSETS = "one more number for each output feature, which is added as the bias is", 0.01
 _OF_MSE = "nothing in inference with static clips; a training step takes up to 1.04 times as long", 0.04
 _OF_SCALES = (
@@ -44,9 +44,9 @@ class Change:
     Attributes:
         title: in words.
         config: the whole one.
-        asks: of the hardware; of changes that ask the same, one is suggested.
+        asks: what it requires of the hardware; of changes that require the same, only one is suggested.
         cost: in words and measured numbers, without the bytes of the weights.
-        price: the same as a share.
+        price: the cost as a number.
     """
 
     title: str
@@ -57,7 +57,7 @@ class Change:
 
 
 def changes(model: nn.Module, config: OctavConfig, sensitivities: Sequence[ModuleSensitivity]) -> Iterator[Change]:
-    """Changes of ``config``, which quantized ``model``; none that it has already."""
+    """Changes of ``config``, the config of ``model``, except those that it already contains."""
     activation_mse, weight_mse = (
         {f"{side}_clip": "mse", f"{side}_clip_options": {}} for side in ("activation", "weight")
     )
@@ -93,7 +93,7 @@ def changes(model: nn.Module, config: OctavConfig, sensitivities: Sequence[Modul
 
 
 def _more_bits(model: nn.Module, config: OctavConfig, sensitivities: Sequence[ModuleSensitivity]) -> Iterator[Change]:
-    """8 bits for the worst modules, of those that have fewer."""
+    """8 bits for the most sensitive of the modules that have fewer."""
     names = {module for module, _, _ in operand_quantizers(model)}
     narrow = {module for module, _, quantizer in operand_quantizers(model) if quantizer.num_bits < _MORE_BITS}
     worst: list[str] = []
@@ -120,7 +120,7 @@ def _more_bits(model: nn.Module, config: OctavConfig, sensitivities: Sequence[Mo
 
 
 def packed_bits(model: nn.Module) -> int:
-    """Bits of the quantized weights once they are packed: integers, and a float32 scale for each clip."""
+    """Bits of the quantized weights when packed: integers, and a float32 scale for each clip."""
     total = 0
     for module, operand, quantizer in operand_quantizers(model):
         if operand == "weight":

@@ -14,24 +14,24 @@ from ..training.padding import inputs_by_name, mask_of
 from .simulated import check_has_float_weights
 from .switching import in_float
 
-_OTHER = "output"  # in the place of logits
+_OTHER = "output"  # name of an output that is compared in place of logits
 
 
 class FloatOutputs:
-    """The float model's outputs for some batches, to compare a quantized model's with.
+    """The float model's outputs on some batches, as the reference for a quantized model.
 
-    The divergence of logits (fields ``logits``, ``start_logits``, …) is ``KL(float || quantized)`` in nats, over their
-    last dimension: the mean over the batches' sequences, of each of these the mean over its other dimensions and the
-    fields. Padding is left out as in ``distill``. KL measures what the softmax, and so the answer, makes of the error:
-    the same error in a logit counts where the class has a chance, and not where it has none. It needs no labels. Models
-    without such logits (a base model, regression, several labels) have the relative squared error
-    ``sum((y - f)²) / sum(f²)`` of their first output instead, without padding tokens.
+    The divergence of logits (fields ``logits``, ``start_logits``, …) is ``KL(float || quantized)`` over their last
+    dimension, in nats, averaged over the fields, the other dimensions and the sequences of all batches. Padding is left
+    out, as in ``distill``. KL divergence needs no labels and weights the error of each logit by the probability of its
+    class. For models without such logits (base models, regression, multi-label classification) the divergence is the
+    relative squared error ``sum((y - f)²) / sum(f²)`` of the first output ``y``, with ``f`` that of the float model,
+    without padding tokens.
 
     Args:
-        model: quantized, and neither packed nor converted to multiply integers.
-        batches: as for ``calibrate_octav``; they are kept.
+        model: quantized, and neither packed nor converted to integer arithmetic.
+        batches: as for ``calibrate_octav``; kept in memory.
         teacher: the float model; ``None``: ``model`` with all its quantizers turned off.
-        function: the public function that this is for, with whose name errors begin.
+        function: name of the public function that calls this; errors begin with it.
 
     Attributes:
         batches: as a list.
@@ -40,10 +40,16 @@ class FloatOutputs:
         TypeError, ValueError: the model or the batches are none of these.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch], teacher: nn.Module | None, function: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        teacher: nn.Module | None = None,
+        function: str = "FloatOutputs",
+    ):
         check_has_float_weights(model, function)
         is_list = isinstance(batches, Iterable) and not isinstance(batches, Mapping | Tensor)
-        self.batches: Any = list(batches) if is_list else batches  # run_batches refuses what is none
+        self.batches: Any = list(batches) if is_list else batches  # run_batches refuses anything else
         self._function = function
         self._outputs: list[dict[str, Tensor]] = []
         source = model if teacher is None else teacher
@@ -56,15 +62,18 @@ class FloatOutputs:
 
     @property
     def measure(self) -> str:
-        """What the divergence is, in words."""
+        """Name of the divergence, with its unit."""
         is_other = _OTHER in self._outputs[0]
         return "relative squared error of the output" if is_other else "KL divergence of the logits (nats)"
 
     def divergence_of(self, model: nn.Module) -> float:
-        """The divergence of ``model``, whatever of it is quantized, over the batches.
+        """The divergence of ``model`` from the float model on the batches.
+
+        Args:
+            model: the quantized model, a part of it in float or not, or another one with the same outputs.
 
         Raises:
-            ValueError: its outputs have other names or shapes than the float model's.
+            ValueError: its outputs differ from the float model's in names or shapes.
         """
         found: list[Tensor] = []
         rows: list[int] = []
@@ -86,7 +95,7 @@ class FloatOutputs:
 
 
 def _compared(model: nn.Module, output: Any) -> dict[str, Tensor]:
-    """The outputs that are compared, by name: logits of classes, or else the first tensor that is no number."""
+    """The outputs to compare, by name: logits of classes, otherwise the first floating-point tensor but scalars."""
     logits = class_logits(model, output)
     if logits:
         return {name: values.detach() for name, values in logits.items()}
@@ -101,7 +110,7 @@ def _divergence(model: nn.Module, batch: Batch, outputs: dict[str, Tensor], targ
     args = (batch,) if isinstance(batch, Tensor) else () if isinstance(batch, Mapping) else tuple(batch)
     inputs = inputs_by_name(model, args, dict(batch) if isinstance(batch, Mapping) else {})
     if _OTHER not in outputs:
-        # In float64: the divergence of one module at 8 bits is near the rounding of a sum in float32.
+        # The divergence of one module at 8 bits is as small as the rounding errors of a float32 sum.
         outputs, targets = ({name: x.double() for name, x in each.items()} for each in (outputs, targets))
         return logit_loss(model, outputs, targets, 1.0, inputs)
     output, target = outputs[_OTHER], targets[_OTHER].to(outputs[_OTHER].device)

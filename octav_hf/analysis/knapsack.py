@@ -1,4 +1,4 @@
-"""One option for each block, under a limit on the total cost, with the least total error."""
+"""Choose one option for each block: the least total error under a limit of the total cost."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 RESOLUTION = 2**18
-"""The most steps that a limit is divided into."""
+"""Maximum number of steps that a limit is divided into."""
 
 
 def cheapest_errors(
@@ -14,17 +14,17 @@ def cheapest_errors(
 ) -> list[int]:
     """The option of each block for which the sum of errors is least and that of costs at most ``limit``.
 
-    The multiple-choice knapsack problem, by dynamic programming: ``best[c]``, the least error of the blocks so far at
-    a cost of at most c steps, follows for one block more from ``min over options o of best[c - cost_o] + error_o``. A
-    step is the greatest common divisor of what options cost more than the cheapest of their block; the result is then
-    exact. Costs of layers whose sizes have little in common would take more than ``resolution`` steps. These are
+    This is the multiple-choice knapsack problem, solved by dynamic programming. Let ``best[c]`` be the least error of
+    the blocks so far at a cost of at most c steps. With one more block it becomes the minimum over the block's options
+    o of ``best[c - cost_o] + error_o``. A step is the greatest common divisor of the cost differences to the cheapest
+    option of each block, which makes the result exact. If this would take more than ``resolution`` steps, costs are
     rounded up, each by less than ``limit / resolution``, so that the limit still holds.
 
     Args:
         costs: of the options of each block, integers.
         errors: of the same options.
         limit: of the sum of costs.
-        resolution: the most steps; time and memory grow with it.
+        resolution: maximum number of steps; time and memory grow with it.
 
     Returns:
         The index of an option for each block.

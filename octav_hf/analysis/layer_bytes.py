@@ -1,4 +1,4 @@
-"""The bytes of each module's parameters once the model is packed."""
+"""The bytes of each module's parameters in the packed model."""
 
 from dataclasses import dataclass
 

@@ -24,8 +24,8 @@ class Width:
     """A number of bits that can be chosen.
 
     Attributes:
-        settings: the full names of its modules and the field of ``ModuleSettings``; several of tied weights.
-        quantizers: those that have this number of bits.
+        settings: full name of the module and field of ``ModuleSettings``; several for tied weights.
+        quantizers: those with this number of bits.
     """
 
     settings: tuple[tuple[str, str], ...]
@@ -34,7 +34,7 @@ class Width:
 
 @dataclass(frozen=True)
 class Block:
-    """Widths on which one cost depends: ``cost()`` is for the bits that their quantizers have."""
+    """Widths with a common cost; ``cost()`` computes it from the current bits of their quantizers."""
 
     widths: tuple[Width, ...]
     cost: Callable[[], int]
@@ -57,7 +57,7 @@ def with_bits(widths: Iterable[Width], bits: Iterable[int]) -> Iterator[None]:
 
 
 class OpenWidths:
-    """The widths of a model that its config leaves open: no override and no ``first_last_bits`` sets them."""
+    """The widths of a model that neither an override nor ``first_last_bits`` sets."""
 
     def __init__(self, request: Request):
         self._request = request
@@ -72,10 +72,10 @@ class OpenWidths:
                 yield Block((width,), partial(_packed_bytes, layer))
 
     def of_operations(self, multiplications: Mapping[str, int]) -> Iterator[Block]:
-        """A block for each layer and attention module that multiplied, with its bit operations.
+        """A block for each layer and attention module that ran, with its bit operations.
 
-        Layers with one weight are one block. An override of an attention module is for the layers inside it too, so it
-        is left open only where all of those are.
+        Layers with a common weight are one block. An override of an attention module also applies to the layers inside
+        it, so its width is open only if the widths of all these layers are.
         """
         by_weight: dict[int, list[tuple[str, Any]]] = {}
         for name, layer in self._layers():
@@ -108,7 +108,7 @@ class OpenWidths:
         return ((name, module) for name, module in self._request.modules.items() if isinstance(module, QuantizedLayer))
 
     def _width(self, modules: Iterable[tuple[str, Any]], *operands: str) -> Width | None:
-        """That of these operands of ``modules``; ``None`` if it is not open for one of them, or one is in float."""
+        """The width of these operands of ``modules``; ``None`` if it is set for one of them, or one is in float."""
         settings, quantizers = [], []
         for name, module in modules:
             field = module.operands[operands[0]] if isinstance(module, QuantizedLayer) else "activation_bits"
@@ -145,7 +145,7 @@ def multiplications(model: nn.Module, batches: Iterable[Batch]) -> dict[str, int
 
 
 def _block(widths: Iterable[Width | None], factors: list[tuple[int, nn.Module, nn.Module]]) -> Iterator[Block]:
-    """The block of the widths that are open, if one is: its bit operations are the sum over products of ``factors``."""
+    """The block of the open widths, if there are any; its bit operations are the sum of the products in ``factors``."""
     found = tuple(width for width in widths if width is not None)
     if found:
         yield Block(found, lambda: sum(number * _bits(left) * _bits(right) for number, left, right in factors))

@@ -32,21 +32,21 @@ class OperandStatistics:
         module: full name; empty for the model itself.
         operand: ``"weight"``, ``"input"``, ``"query"``, ``"key"``, ``"probabilities"`` or ``"value"``.
         bits: of the grid.
-        signed: whether the grid was signed; ``None`` if it was in some calls only, or there was no call.
-        asymmetric: whether the grid began at an offset below 0; ``None`` likewise.
-        elements: how many were quantized. A weight counts once; of an embedding table count the rows looked up.
-            0 if no batch reached the operand: then all that follows is ``None``.
-        sqnr_db: ``10 log10(sum(x²) / sum((x - Q(x))²))``, the signal-to-quantization-noise ratio in dB: 6 dB more are
-            half the error. ``inf`` without error; ``None`` for a tensor of zeros, and for a packed weight, whose
-            float values are gone, unless there is a teacher.
+        signed: whether the grid was signed; ``None`` if calls differed, or there was no call.
+        asymmetric: whether the grid began at an offset below 0; ``None`` as for ``signed``.
+        elements: number of quantized elements. A weight counts once, an embedding table by the rows looked up. 0 if no
+            batch reached the operand; the following attributes are then ``None``.
+        sqnr_db: ``10 log10(sum(x²) / sum((x - Q(x))²))``, the signal-to-quantization-noise ratio in dB; 6 dB more
+            halve the error. ``inf`` without error; ``None`` for a tensor of zeros, and without a teacher for a packed
+            weight, whose float values are gone.
         clipped_share: share of elements outside the clip, where the gradient is clipped too: ``|x| > s``, or
             ``x < 0`` or ``x > s`` on an unsigned grid, of ``x - offset`` on an asymmetric one.
         zero_share: share of the elements other than 0 that become 0; on an asymmetric grid, the level nearest to 0.
-        clip, lowest_clip, highest_clip: mean and extremes of the clips, over calls and the parts with clips of
-            their own, in units of ``x``.
-        lowest, highest: values of ``x``.
-        histogram, levels: of the values, and the grid of the median call: its median clip, its sign and offset.
-            ``None`` if not asked for.
+        clip, lowest_clip, highest_clip: mean, minimum and maximum of the clips over calls and over the parts with their
+            own clip, such as channels, in units of ``x``.
+        lowest, highest: minimum and maximum of ``x``.
+        histogram, levels: histogram of the values, and levels of the grid with the median clip, sign and offset of all
+            calls. ``None`` if not requested.
     """
 
     module: str
@@ -70,19 +70,19 @@ class OperandStatistics:
 class OperandStatisticsHooks:
     """Context manager: while entered, collects statistics of every quantized operand, in training or evaluation.
 
-    Sums are kept on the device; only ``result`` reads them. Outputs and gradients stay the same bit for bit, but for
-    compiled models, which run eagerly meanwhile. Clips are computed a second time. A weight is measured in its first
-    call after entering, activations in all calls. Entered again, it adds to the same sums.
+    Sums are kept on the device; only ``result`` reads them. Outputs and gradients are bit-identical, except that
+    compiled models run eagerly meanwhile. Clips are computed a second time. A weight is measured in its first call
+    after entering, activations in all calls. Entering again adds to the same sums.
 
     Args:
         model: quantized by ``apply_octav``, or containing such a model; not one that multiplies integers.
-        histograms: whether to count histograms too.
+        histograms: whether to measure histograms too.
         teacher: a float model with modules of the same names, to compare packed weights with.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: the model is not quantized, or ``convert_octav`` was called on it; or the teacher has no weight like
-            a packed one.
+        ValueError: the model is not quantized, or ``convert_octav`` was called on it; or the teacher lacks a packed
+            weight, or has it in another shape.
     """
 
     def __init__(self, model: nn.Module, histograms: bool = False, teacher: nn.Module | None = None):
@@ -138,7 +138,7 @@ def operand_statistics(
 
 
 class _Collector:
-    """What is collected of one operand."""
+    """Collects the statistics of one operand."""
 
     def __init__(self, module: str, operand: str, quantizer: FakeQuantize, histograms: bool):
         self.module, self.operand, self.quantizer = module, operand, quantizer
@@ -148,7 +148,7 @@ class _Collector:
         self._grids: list[Tensor] = []  # median clip, offset and sign of each call, [3]
 
     def hook(self) -> Callable[..., None]:
-        """A forward hook of the quantizer; a weight, which is the same in all calls, is measured once."""
+        """A forward hook of the quantizer, which measures a weight once because it is the same in all calls."""
         calls = count()
 
         def add(quantizer: FakeQuantize, args: Any, kwargs: dict[str, Any], quantized: Tensor) -> None:
@@ -161,7 +161,7 @@ class _Collector:
     @torch.no_grad()
     @outside_function_modes
     def add_call(self, quantized: Tensor, x: Tensor, call_index: int = 0, known: Any = None) -> None:
-        """Add a call of the quantizer, whose other arguments these are."""
+        """Add a call of the quantizer, which got the other arguments."""
         if x.numel():
             self.add(x.detach(), quantized.detach(), self.quantizer.grid_of(x, call_index))
 
@@ -213,21 +213,17 @@ class _Collector:
 
 
 def _if_equal(number: float, calls: int) -> bool | None:
-    """Whether something was so in all calls; ``None`` if in some."""
+    """Whether something was true in all calls; ``None`` if only in some."""
     return bool(number) if number in (0, calls) else None
 
 
 def _weight_of(teacher: nn.Module, module: str, packed: PackedWeight) -> Tensor:
-    """The teacher's weight of a packed layer.
-
-    Raises:
-        ValueError: it has none of this shape.
-    """
+    """The teacher's weight of a packed layer; ``ValueError`` if it has none of this shape."""
     weight = getattr(dict(teacher.named_modules()).get(module), "weight", None)
     if not isinstance(weight, Tensor) or weight.shape != packed.shape:
         found = "no such weight" if weight is None else f"one of shape {tuple(weight.shape)}"
         raise ValueError(
-            f"{module}: its packed weight of shape {tuple(packed.shape)} is to be compared with the teacher's, and "
+            f"{module}: its packed weight of shape {tuple(packed.shape)} is compared with the teacher's, but "
             f"{type(teacher).__name__} has {found}; pass the float model that training started from"
         )
     return weight.detach().to(packed.scale.device)

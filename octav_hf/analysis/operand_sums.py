@@ -13,7 +13,7 @@ from ..nn.codes import Grid
 
 
 class Sums(NamedTuple):
-    """Over all calls, as numbers; ``clipped``, ``nonzero`` and ``zeroed`` are numbers of elements."""
+    """Sums over all calls; ``clipped``, ``nonzero`` and ``zeroed`` are numbers of elements."""
 
     signal: float  # sum(x²)
     noise: float  # sum((x - Q(x))²)
@@ -29,14 +29,14 @@ class Sums(NamedTuple):
     highest_clip: float
 
 
-_MAXIMA = 4  # of the fields, the last ones, which are maxima in truth
+_MAXIMA = 4  # number of fields at the end that are maxima instead of sums
 
 
 class OperandSums:
-    """Adds up the calls of a quantizer. The host reads nothing.
+    """Adds up the calls of a quantizer, without reading from the device.
 
     Attributes:
-        elements, calls, clips: how many there were.
+        elements, calls, clips: numbers of these.
         values: the fields of ``Sums``, ``[12]`` float64 on the device of the operand; ``None`` before the first call.
     """
 
@@ -86,7 +86,7 @@ def read(sums: list[OperandSums]) -> list[Sums | None]:
 
 
 def energy(x: Tensor) -> Tensor:
-    """``sum(x²)``, float64 ``[]``: of rows in the dtype of ``x``, which is faster, and of these in float64."""
+    """``sum(x²)``, float64 ``[]``; rows are summed in the dtype of ``x``, for speed, and their sums in float64."""
     return torch.linalg.vector_norm(x, dim=-1).double().square().sum()
 
 
@@ -98,10 +98,7 @@ def decibels(signal: float, noise: float) -> float | None:
 
 
 def _nonzero_after(quantizer: FakeQuantize, quantized: Tensor, clip: Tensor, grid: Grid) -> Tensor:
-    """The number of elements that do not become what 0 becomes.
-
-    On an asymmetric grid that is the level nearest to 0.
-    """
+    """Number of elements that are not rounded to 0, or on an asymmetric grid to the level nearest to 0."""
     if grid.offset is None:
         return torch.count_nonzero(quantized)
     step = step_size(clip, quantizer.num_bits, grid.signed)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._utils.forward_pass import Batch, device_of, in_evaluation_mode, on_device, run_batch, run_batches
 from .._utils.torch_private import tree_leaves, uncompiled
 from ..nn import QuantizedAttention, QuantizedLayer
+from ..training.teacher import teacher_modules
 from .operand_sums import decibels, energy
 from .simulated import check_has_float_weights, check_simulated
 from .switching import in_float
@@ -20,13 +21,13 @@ from .switching import in_float
 
 @dataclass(frozen=True)
 class OutputError:
-    """The error of one module's output ``y``, with that of all modules before it, over all batches.
+    """The error of one module's output ``y`` over all batches, including that caused by the modules before it.
 
     Attributes:
         module: full name.
         kind: ``"linear"``, ``"convolution"``, ``"embedding"`` or ``"attention"``.
-        sqnr_db: ``10 log10(sum(f²) / sum((y - f)²))`` in dB, with the output ``f`` in the float model; of attention the
-            first output. ``inf`` without error; ``None`` if no batch reached the module, or ``f`` is all zeros.
+        sqnr_db: ``10 log10(sum(f²) / sum((y - f)²))`` in dB, where ``f`` is the output in the float model; for
+            attention, the first output. ``inf`` without error; ``None`` if no batch reached the module, or ``f`` is 0.
     """
 
     module: str
@@ -37,36 +38,31 @@ class OutputError:
 def output_errors(model: nn.Module, batches: Iterable[Batch], teacher: nn.Module | None = None) -> list[OutputError]:
     """Compare the output of every quantized layer and attention module with the float model's on the same batches.
 
-    The errors of a layer's own operands and of its input add up, so that they show where the model leaves its course.
+    The error of a layer's output comes from its own operands and from its input, so the errors show where in the model
+    they arise and where they grow.
 
     Args:
         model: quantized by ``apply_octav``; packed only with a teacher. Mode, buffers and random state are restored.
-        batches: as for ``calibrate_octav``; both models run on each, and the outputs of one batch are kept meanwhile.
+        batches: as for ``calibrate_octav``. The outputs of all these modules are kept for one batch at a time.
         teacher: a float model with modules of the same names; ``None``: ``model`` with all its quantizers turned off.
 
     Returns:
         In the order of the model's modules.
 
     Raises:
-        TypeError, ValueError: ``model`` or ``batches`` is none of these; or a module is missing in the teacher, is
-            called another number of times, or returns another shape there.
+        TypeError, ValueError: ``model`` or ``batches`` is none of these; or the teacher lacks a module, or it is called
+            another number of times there, or returns another shape.
     """
     check_simulated(model, "output_errors")
     if teacher is None:
         check_has_float_weights(model, "output_errors")
     model, source = uncompiled(model), uncompiled(model if teacher is None else teacher)
-    modules = {
+    modules: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, QuantizedLayer | QuantizedAttention)
     }
-    in_source = dict(source.named_modules())
-    missing = [name for name in modules if name not in in_source]
-    if missing:
-        raise ValueError(
-            f"output_errors: {type(source).__name__}, the teacher, has no module {missing[0]!r}; pass the float model "
-            "that training started from"
-        )
+    in_source = teacher_modules(source, modules, "output_errors")
     calls: dict[str, list[Tensor]] = defaultdict(list)
     sums: dict[str, Tensor] = {}  # signal and noise, [2] float64
 
@@ -87,7 +83,7 @@ def output_errors(model: nn.Module, batches: Iterable[Batch], teacher: nn.Module
         calls.clear()
 
     with ExitStack() as stack:
-        for each in [modules] if source is model else [modules, {name: in_source[name] for name in modules}]:
+        for each in [modules] if source is model else [modules, in_source]:
             for name, module in each.items():
                 stack.callback(module.register_forward_hook(partial(keep, name)).remove)
         run_batches(model, batches, "output_errors", "comparing layers", compare)

@@ -1,4 +1,4 @@
-"""``report``: which layers and operands lose most, measured, as a page to look at and as data."""
+"""``report``: measure which layers and operands lose most, and write a page and its data."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from .operand_statistics import OperandStatistics, operand_statistics
 from .output_errors import output_errors
 from .page.render import render
 from .report_data import Report, Unmeasured
-from .sensitivity import sensitivity
+from .sensitivity import kind_sensitivity, sensitivity
 from .simulated import check_simulated
 from .suggestions import suggestions
 
@@ -31,22 +31,23 @@ def report(
 ) -> Report:
     """Measure which layers and operands lose most by quantization, and write a page that shows it.
 
-    The page, one HTML file that needs no other and no network, has for each operand its SQNR, clipped share and
-    histogram, for each module the error of its output, its sensitivity (the divergence of the logits with it quantized
-    alone, and how much it falls with it in float), its bytes, and what is in float and why; first come the changes of
-    the config that gain most, as code. The numbers are written to a JSON file of the same name, which ``Report.load``
-    reads. Existing files are replaced.
+    The page is one HTML file that loads nothing from the network. It begins with the sensitivity of the logits to each
+    kind of operand (their divergence with only this kind quantized, and how much it falls with only this kind in float)
+    and with the changes of the config that gain most, as code. It then shows the output error and the sensitivity of
+    each module, the SQNR, clipped share and histogram of each operand, the bytes of each layer, and what is in float
+    and why. The same data are written to a JSON file of the same name, which ``Report.load`` reads. Existing files are
+    replaced.
 
     The model runs on all batches a few times for each quantized module, in evaluation mode and without compilation; 64
     examples take seconds to minutes. Its mode, buffers and random state are restored.
 
     Args:
-        model: quantized by ``apply_octav``, in training form; of a packed one only the operands and, given a teacher,
+        model: quantized by ``apply_octav``, in training form. Of a packed model only the operands and, with a teacher,
             the outputs can be measured, and the page says so.
         batches: as for ``calibrate_octav``; kept in memory. Labels are not needed.
         teacher: the float model to compare with, with modules of the same names, such as the model before quantization-
-            aware training; ``None``: the same model with every quantizer off.
-        path: of the page, ending in ``.html``. Missing folders are made.
+            aware training; ``None``: ``model`` with all its quantizers turned off.
+        path: of the page, ending in ``.html``. Missing folders are created.
 
     Returns:
         What was measured.
@@ -61,11 +62,12 @@ def report(
     batches = _listed(batches)
     packed = is_packed(model)
     outputs = None if packed else FloatOutputs(model, batches, teacher, "report")
-    sensitivities = [] if packed else sensitivity(model, batches, teacher)
+    kinds = [] if outputs is None else kind_sensitivity(model, outputs)
+    sensitivities = [] if outputs is None else sensitivity(model, outputs)
     measured = operand_statistics(model, batches, histograms=True, teacher=teacher)
     unmeasured = _unmeasured(measured, packed)
     if packed:
-        unmeasured += [Unmeasured(what, _PACKED, []) for what in ("sensitivity", "suggestions")]
+        unmeasured += [Unmeasured(what, _PACKED, []) for what in ("kinds", "sensitivity", "suggestions")]
         if teacher is None:
             unmeasured.append(Unmeasured("outputs", _PACKED, []))
     result = Report(
@@ -79,8 +81,9 @@ def report(
         outputs=[] if packed and teacher is None else output_errors(model, batches, teacher),
         divergence=None if outputs is None else outputs.divergence_of(model),
         divergence_measure="" if outputs is None else outputs.measure,
+        kinds=kinds,
         sensitivity=sensitivities,
-        suggestions=[] if packed else suggestions(model, batches, teacher, sensitivities),
+        suggestions=[] if outputs is None else suggestions(model, outputs, sensitivities),
         layers=layer_bytes(model),
         unmeasured=unmeasured,
     )
@@ -91,7 +94,7 @@ def report(
 
 
 def _checked(page: Path) -> Path:
-    """``ValueError`` if the page cannot have this path, before anything is measured."""
+    """``page``, or ``ValueError`` if it is no path for a page."""
     if page.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"report: path must end in .html, since a .json file is written beside it; got {str(page)!r}")
     if page.is_dir():
@@ -100,7 +103,7 @@ def _checked(page: Path) -> Path:
 
 
 def _listed(batches: Iterable[Batch]) -> list[Batch]:
-    """The batches, which are run several times."""
+    """The batches as a list, to run them several times."""
     if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
         raise TypeError(
             f"report takes an iterable of batches, such as a DataLoader, got {type(batches).__name__}; write [batch] "

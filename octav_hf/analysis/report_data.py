@@ -12,7 +12,7 @@ from ..coverage.report import Operand
 from .layer_bytes import LayerBytes
 from .operand_statistics import OperandStatistics
 from .output_errors import OutputError
-from .sensitivity import ModuleSensitivity
+from .sensitivity import KindSensitivity, ModuleSensitivity
 from .suggestions import Suggestion
 from .verdict import verdict
 
@@ -45,8 +45,9 @@ class Report:
         functions: layer -> activation function whose output is its input.
         outputs: the error of each quantized module's output.
         divergence: of the logits from those of the float model; ``None`` if it could not be measured.
-        divergence_measure: what divergence and sensitivity are, with the unit.
-        sensitivity: the divergence with one module quantized alone, and by how much it falls with it alone in float.
+        divergence_measure: name and unit of the divergence, for ``kinds`` and ``sensitivity`` too.
+        kinds: sensitivity to each kind of operand in all layers, the largest first.
+        sensitivity: sensitivity to each module.
         suggestions: the changes of the config that gain most for their cost, best first.
         layers: the bytes of each module's parameters in the packed form.
         unmeasured: what is missing above, and why.
@@ -62,6 +63,7 @@ class Report:
     outputs: list[OutputError]
     divergence: float | None
     divergence_measure: str
+    kinds: list[KindSensitivity]
     sensitivity: list[ModuleSensitivity]
     suggestions: list[Suggestion]
     layers: list[LayerBytes]
@@ -69,8 +71,8 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """Which operands are worst, and what to change first."""
-        return verdict(self.statistics, self.functions, self.suggestions)
+        """Which operands change the logits most, and what to change first."""
+        return verdict(self.kinds, self.functions, self.divergence, self.statistics, self.suggestions)
 
     def __str__(self) -> str:
         lines = [f"-{100 * each.gain:.0f} %: {each.title}\n{each.code}" for each in self.suggestions]

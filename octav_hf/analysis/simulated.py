@@ -7,7 +7,7 @@ from ..nn import PackedLayer, QuantizedAttention
 
 
 def check_simulated(model: nn.Module, function: str) -> None:
-    """Check the argument of a public ``function``, whose name errors begin with.
+    """Check the argument ``model`` of a public function; errors begin with its name, ``function``.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -27,6 +27,6 @@ def check_has_float_weights(model: nn.Module, function: str) -> None:
     check_simulated(model, function)
     if is_packed(model):
         raise ValueError(
-            f"{function}: {type(model).__name__} is packed, and its float weights, which it is to be compared with, "
-            "are gone; analyse the model before pack_octav"
+            f"{function}: {type(model).__name__} is packed, and its float weights, the reference, are gone; analyse "
+            "the model before pack_octav"
         )

@@ -1,6 +1,6 @@
 """``suggestions``: the changes of the config that bring the model's outputs closest to the float model's."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -13,14 +13,14 @@ from ..conversion.convert import apply_octav, remove_octav
 from ..conversion.modules import activation_quantizers, layers_to_freeze
 from ..conversion.record import recorded_config
 from ..static_clips.calibrate import calibrate_octav
-from .config_changes import Change, changes, packed_bits, written
+from .config_changes import changes, packed_bits, written
 from .divergence import FloatOutputs
 from .operand_statistics import OperandStatistics, operand_statistics
-from .sensitivity import ModuleSensitivity, sensitivity
+from .sensitivity import ModuleSensitivity
 
 _MOST = 3  # suggestions
-_LEAST_GAIN = 0.02  # of the divergence: less may be chance
-_LEAST_RISE = 1.0  # dB, by which an operand that a change is for improves
+_LEAST_GAIN = 0.02  # share of the divergence; less may be chance
+_LEAST_RISE = 1.0  # dB, of an operand that counts as improved
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Suggestion:
     Attributes:
         title: what to change.
         reason: what was measured: the divergence before and after, and the worst operand that improves.
-        gain: share of the divergence from the float model that the change removes, up to 1.
-        cost: what it costs, in words and numbers.
-        code: Python to paste, with the whole config, to quantize the float model with before it is trained anew.
+        gain: share of the divergence from the float model that the change removes, at most 1.
+        cost: in words and numbers.
+        code: Python with the whole config, which quantizes the float model before it is trained again.
     """
 
     title: str
@@ -43,68 +43,53 @@ class Suggestion:
 
 
 def suggestions(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    teacher: nn.Module | None = None,
-    sensitivities: Sequence[ModuleSensitivity] | None = None,
+    model: nn.Module, outputs: FloatOutputs, sensitivities: Sequence[ModuleSensitivity]
 ) -> list[Suggestion]:
     """Measure changes of the config on copies of the model, and return those that gain most for their cost.
 
-    A copy is quantized anew by each changed config, without training, and its divergence from the float model
-    (``FloatOutputs``) is measured on the batches. Of the changes that ask the same of the hardware (the same products;
-    a scale for each token and channel; products of groups; more bits), the one with the highest ``gain / (1 + price)``
-    is kept, and at most three of these are returned in this order. The price is what ``cost`` says, as a share: of a
-    training step, of the bytes of the weights, or of the modules that multiply 8-bit integers; products of groups,
-    which ``convert_octav`` and the ONNX export do not have, count 0.25 more. A change that removes less than 2 % of the
-    divergence is left out. Static clips are calibrated anew on the batches, also for the divergence before the change.
+    For each change, a copy is quantized by the changed config, without training, and its divergence from the float
+    model (``FloatOutputs``) is measured. Changes with the same requirement on the hardware (the same integer products;
+    a scale for each token and channel; products of groups; more bits) compete, and the one with the highest
+    ``gain / (1 + price)`` is kept. At most three are returned, in this order. The price is the cost as a number: the
+    share of a training step, of the bytes of the weights, or of the modules that multiply 8-bit integers; products of
+    groups, which ``convert_octav`` and the ONNX export do not support, add 0.25. Changes that remove less than 2 % of
+    the divergence are left out. Static clips are calibrated again on the batches, also for the unchanged config.
 
-    The copies are not trained, while a model that is trained with a config adapts to it: what is ranked are errors.
+    The copies are not trained, whereas a model trained with a config adapts to it: the ranking is by errors before
+    training.
 
     Args:
         model: quantized by ``apply_octav``, before ``pack_octav``; it is not changed.
-        batches: as for ``calibrate_octav``; they are kept. Two of 16 sequences are enough to rank the changes.
-        teacher: the float model to compare with; ``None``: ``model`` with all its quantizers turned off.
-        sensitivities: what ``sensitivity`` returned for this model, to choose the modules that might get 8 bits;
-            measured here if ``None``.
+        outputs: those of the float model to compare with. Two batches of 16 sequences are enough to rank the changes.
+        sensitivities: what ``sensitivity`` returned for this model, to choose the modules that may get 8 bits.
 
     Returns:
-        Up to three, the best first; none if the model is as close to the float model as the changes would bring it.
-
-    Raises:
-        TypeError, ValueError: ``model``, ``batches`` or ``teacher`` is none of these.
+        Up to three, the best first; none if no change brings the model closer to the float model.
     """
-    outputs = FloatOutputs(model, batches, teacher, "suggestions")
-    if sensitivities is None:
-        sensitivities = sensitivity(model, outputs.batches, teacher)
     config = replace(recorded_config(model), frozen_weight_clips=False)
     base = _requantized(model, config, outputs.batches)
     before = outputs.divergence_of(base)
     if not before:
         return []
-    best: dict[str, tuple[float, float, float, Change]] = {}
+    statistics = operand_statistics(base, outputs.batches)
+    best: dict[str, tuple[float, Suggestion]] = {}  # what a change asks -> its score
     for change in progress(list(changes(base, config, sensitivities)), "measuring changes of the config"):
         changed = _requantized(model, change.config, outputs.batches)
         after = outputs.divergence_of(changed)
         gain = 1 - after / before
-        price = change.price + packed_bits(changed) / packed_bits(base) - 1
-        score = gain / (1 + price)
-        if gain >= _LEAST_GAIN and (change.asks not in best or score > best[change.asks][0]):
-            best[change.asks] = score, gain, after, change
-    chosen = sorted(best.values(), key=lambda each: each[0], reverse=True)[:_MOST]
-    statistics = operand_statistics(base, outputs.batches) if chosen else []
-    found = []
-    for _, gain, after, change in chosen:
-        changed = _requantized(model, change.config, outputs.batches)
-        reason = f"{outputs.measure}: {before:.3g} before and {after:.3g} after the change, on these batches"
-        reason += _worst_improved(statistics, operand_statistics(changed, outputs.batches))
         more = packed_bits(changed) / packed_bits(base) - 1
-        cost = f"{change.cost}; packed weights: {more:+.1%} bytes" if more else change.cost
-        found.append(Suggestion(change.title, reason, gain, cost, written(change.config)))
-    return found
+        score = gain / (1 + change.price + more)
+        if gain >= _LEAST_GAIN and (change.asks not in best or score > best[change.asks][0]):
+            reason = f"{outputs.measure}: {before:.3g} before and {after:.3g} after the change, on these batches"
+            reason += _worst_improved(statistics, operand_statistics(changed, outputs.batches))
+            cost = f"{change.cost}; packed weights: {more:+.1%} bytes" if more else change.cost
+            best[change.asks] = score, Suggestion(change.title, reason, gain, cost, written(change.config))
+    ranked = sorted(best.values(), key=lambda each: each[0], reverse=True)
+    return [suggestion for _, suggestion in ranked[:_MOST]]
 
 
 def _requantized(model: nn.Module, config: OctavConfig, batches: Sequence[Batch]) -> nn.Module:
-    """A copy of the model, quantized by another config, with static clips where the model has them."""
+    """A copy of the model quantized by ``config``, with static clips if the model has them."""
     weights = any(layer.weight_quantizer.is_frozen for layer in layers_to_freeze(model).values())
     activations = any(quantizer.is_frozen for _, _, quantizer in activation_quantizers(model))
     copy = apply_octav(remove_octav(deepcopy(model)), config)
@@ -114,7 +99,7 @@ def _requantized(model: nn.Module, config: OctavConfig, batches: Sequence[Batch]
 
 
 def _worst_improved(before: Sequence[OperandStatistics], after: Sequence[OperandStatistics]) -> str:
-    """The operand with the lowest SQNR of those that improve, in words."""
+    """A sentence about the operand with the lowest SQNR among those that improve."""
     now = {(each.module, each.operand): each.sqnr_db for each in after}
     pairs = [(each, each.sqnr_db, now.get((each.module, each.operand))) for each in before]
     improved = [(old, new, each) for each, old, new in pairs if old and new and new - old >= _LEAST_RISE]

@@ -22,7 +22,7 @@ def summary(
         first_clips: module and operand -> clip to compare with.
 
     Returns:
-        The figures by the names that ``OctavCallback`` documents, and for each extreme the operand that has it.
+        The figures, named as in ``OctavCallback``, and for each minimum and maximum the operand that has it.
     """
     found: dict[tuple[str, str], dict[str, float]] = {}
     for operand in statistics:
@@ -59,6 +59,6 @@ def per_layer(statistics: Sequence[OperandStatistics], changed_codes: Mapping[st
 
 
 def _figures(operand: OperandStatistics) -> dict[str, float]:
-    """Those that are finite numbers: an operand without error has no SQNR, one that was not reached has nothing."""
+    """The figures that are finite numbers; an operand without error has no SQNR, one that was not reached has none."""
     figures = {"sqnr_db": operand.sqnr_db, "clip": operand.clip, "clipped_share": operand.clipped_share}
     return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}

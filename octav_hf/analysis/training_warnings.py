@@ -1,11 +1,11 @@
-"""What goes wrong with quantizers in training, found from the statistics of its steps."""
+"""Find problems of quantizers in training from the statistics of its steps."""
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 
 from .operand_statistics import OperandStatistics
 
 _MAX_NAMES = 8  # of operands in one warning
-_EXPECTED = 10  # changed codes of a layer; if they come independently, none at all has the probability exp(-10)
+_EXPECTED = 10  # expected changed codes of a layer; if they are independent, P(no change) = exp(-10)
 
 
 class TrainingWarnings:
@@ -24,7 +24,7 @@ class TrainingWarnings:
     def look(
         self, statistics: Sequence[OperandStatistics], changed_codes: Mapping[str, float], trained: Set[str]
     ) -> Iterator[str]:
-        """The warnings that one measurement gives rise to.
+        """The warnings from one measurement.
 
         Args:
             statistics: of all operands.
@@ -46,9 +46,10 @@ class TrainingWarnings:
     def _still_layers(
         self, changed_codes: Mapping[str, float], weights: Mapping[str, int]
     ) -> Iterator[tuple[str, int]]:
-        """Layers that are still, although codes would have changed at the share of all layers, and for how many logs.
+        """Layers without a changed code that should have had some, and the number of logs for which this was so.
 
-        Of a small layer, or between two steps, no code may change in a healthy run.
+        The share of changed codes of all layers gives the expected number. In a small layer, or between two steps, it
+        can be normal that no code changes.
         """
         total = sum(weights[module] for module in changed_codes)
         share_of_all = sum(weights[module] * share for module, share in changed_codes.items()) / max(total, 1)

@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 _BINS = 1 << 14  # of equal width, half of them for negative values
-_SHOWN = 128  # at most so many bins are returned, beside those of the tails
+_SHOWN = 128  # maximum number of returned bins, without the tails
 _SMALLEST_RANGE = 2.0**-200
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many values lie between neighbouring edges.
+    """Numbers of values between neighbouring edges.
 
     Attributes:
         edges: ascending, one more than counts, in units of the operand; evenly spaced, except that the first and the
             last bin may be wider: they then hold a tail, up to the lowest or the highest value.
-        counts: how many values there are from one edge, which is included, to the next.
+        counts: numbers of values from one edge, which is included, to the next.
     """
 
     edges: tuple[float, ...]
@@ -25,10 +25,10 @@ class Histogram:
 
 
 class ValueHistogram:
-    """Counts values in bins of one width from ``-2^e`` to ``2^e``. Where e grows, bins merge exactly.
+    """Counts values in bins of equal width from ``-2^e`` to ``2^e``. When e grows, neighbouring bins are merged.
 
     Args:
-        device: where the values will be.
+        device: device of the values.
     """
 
     def __init__(self, device: torch.device):
@@ -36,7 +36,7 @@ class ValueHistogram:
         self._range = torch.full((), _SMALLEST_RANGE, dtype=torch.float64, device=device)  # 2^e
 
     def add(self, x: Tensor) -> None:
-        """Count ``x``, floating point, any shape, not empty and finite. The host reads nothing."""
+        """Count ``x``, floating point, any shape, not empty and finite, without reading from the device."""
         x, half = x.detach().double().flatten(), _BINS // 2
         peak = x.abs().amax()
         power = peak / torch.frexp(peak).mantissa  # the next power of two, without rounding; NaN for 0
@@ -50,10 +50,10 @@ class ValueHistogram:
         self._counts, self._range = counts.scatter_add(0, index, one.expand_as(index)), larger
 
     def read(self, lowest: float, highest: float, within: float) -> Histogram:
-        """Even bins where there are values from ``-within`` to ``within``, and the tails beyond.
+        """Even bins over the values from ``-within`` to ``within``, and the tails beyond.
 
         Args:
-            lowest, highest: of the values.
+            lowest, highest: minimum and maximum of the values.
             within: above 0, in units of the operand.
         """
         counts, width, half = self._counts.cpu(), float(self._range) * 2 / _BINS, _BINS // 2

@@ -1,51 +1,52 @@
-"""The verdict of a report in a sentence: which operands are worst, and what to change first."""
+"""The verdict of a report: which operands change the logits most, and what to change first."""
 
-import math
-import re
-from collections.abc import Iterable, Mapping
-from statistics import fmean
+from collections.abc import Mapping, Sequence
 
+from .kind_names import kind_names, listed
 from .operand_statistics import OperandStatistics
+from .sensitivity import KindSensitivity
 from .suggestions import Suggestion
 
-_PLURAL = {"input": "inputs", "weight": "weights", "query": "queries", "key": "keys", "value": "values"}
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-
-
-def worst_groups(statistics: Iterable[OperandStatistics]) -> list[tuple[str, str, float]]:
-    """Pattern of names, operand and mean SQNR in dB of the operands that differ only in a layer's number, worst first.
-
-    Operands without error or without signal are left out.
-    """
-    groups: dict[tuple[str, str], list[float]] = {}
-    for row in statistics:
-        if row.sqnr_db is not None and math.isfinite(row.sqnr_db):
-            groups.setdefault((_pattern(row.module), row.operand), []).append(row.sqnr_db)
-    means = [(pattern, operand, fmean(values)) for (pattern, operand), values in groups.items()]
-    return sorted(means, key=lambda group: group[2])
+_NAMED = 3  # kinds of operand
 
 
 def verdict(
-    statistics: Iterable[OperandStatistics], functions: Mapping[str, str], suggestions: list[Suggestion]
+    kinds: Sequence[KindSensitivity],
+    functions: Mapping[str, str],
+    divergence: float | None,
+    statistics: Sequence[OperandStatistics],
+    suggestions: Sequence[Suggestion],
 ) -> str:
     """Two sentences.
 
     Args:
+        kinds: the largest ``alone`` first. If they could not be measured, the operand with the lowest SQNR is named.
         functions: as from ``activation_functions``.
-        suggestions: best first.
+        divergence: of the model as it is.
+        suggestions: the best first.
     """
-    after = {(_pattern(module), "input"): f", after {function}" for module, function in functions.items()}
-    named = [
-        f"the {_PLURAL.get(operand, operand)} of {pattern}{after.get((pattern, operand), '')} ({sqnr:.1f} dB)"
-        for pattern, operand, sqnr in worst_groups(statistics)[:2]
-    ]
-    worst = f"Quantization loses most in {' and '.join(named)}." if named else "No operand could be measured."
+    found = _worst_operand(statistics) if divergence is None else _worst_kinds(kinds, functions, divergence)
     if not suggestions:
-        return worst
+        return found
     first = suggestions[0]
-    return f"{worst} Change first: {first.title}, which removes {100 * first.gain:.0f} % of the change of the logits."
+    return f"{found} Change first: {first.title}, which removes {100 * first.gain:.0f} % of the change of the logits."
 
 
-def _pattern(module: str) -> str:
-    """A module's name with ``*`` in place of the numbers of layers."""
-    return _NUMBER.sub("*", module)
+def _worst_kinds(kinds: Sequence[KindSensitivity], functions: Mapping[str, str], divergence: float) -> str:
+    named = zip(kind_names(kinds, functions), kinds, strict=True)
+    worst = [(f"the {name}", f"{kind.alone:.2g}") for name, kind in named if kind.alone > 0][:_NAMED]
+    if not worst:
+        return "No kind of operand changes the logits when it is quantized alone."
+    names, changes = (listed(parts) for parts in zip(*worst, strict=True))
+    return (
+        f"Quantization changes the logits most in {names}: by {changes} when quantized alone, and by {divergence:.2g} "
+        "when all operands are quantized."
+    )
+
+
+def _worst_operand(statistics: Sequence[OperandStatistics]) -> str:
+    found = [(row.sqnr_db, f"{row.module} {row.operand}") for row in statistics if row.sqnr_db is not None]
+    if not found:
+        return "No operand could be measured."
+    sqnr, name = min(found)
+    return f"The operand with the lowest signal-to-noise ratio is {name} ({sqnr:.1f} dB)."

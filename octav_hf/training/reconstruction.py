@@ -20,6 +20,7 @@ from ..nn import QuantizedLayer
 from .layer_outputs import LayerOutputs
 from .least_squares import LeastSquares
 from .padding import decoder_mask, has_decoder, inputs_by_name
+from .teacher import teacher_modules
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def reconstruct(
     kept, layers = _kept_batches(batches, student), _layers(student)
     left = _left(student, layers)
     layers = {name: layer for name, layer in layers.items() if name not in left}
-    teachers = _teachers_layers(uncompiled(teacher), layers)
+    teachers = teacher_modules(uncompiled(teacher), layers, "reconstruct")
     device = device_of(student)
     if device is not None and device_of(teacher) != device:
         teacher.to(device)
@@ -167,17 +168,6 @@ def _left(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
         elif not all(parameter is None or parameter.requires_grad for parameter in parameters.values()):
             left[name] = "it is frozen: requires_grad is False"
     return left
-
-
-def _teachers_layers(teacher: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
-    modules = dict(teacher.named_modules())
-    missing = [name for name in layers if name not in modules]
-    if missing:
-        raise ValueError(
-            f"{missing[0]}: the teacher {type(teacher).__name__} has no layer of this name; use the float model from "
-            "which the quantized model was made"
-        )
-    return {name: modules[name] for name in layers}
 
 
 @contextmanager

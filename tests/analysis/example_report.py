@@ -10,7 +10,7 @@ from octav_hf.analysis.layer_bytes import LayerBytes
 from octav_hf.analysis.operand_statistics import OperandStatistics
 from octav_hf.analysis.output_errors import OutputError
 from octav_hf.analysis.report_data import Report, Unmeasured
-from octav_hf.analysis.sensitivity import ModuleSensitivity
+from octav_hf.analysis.sensitivity import KindSensitivity, ModuleSensitivity
 from octav_hf.analysis.suggestions import Suggestion
 from octav_hf.analysis.value_histogram import Histogram
 from octav_hf.coverage.report import Operand
@@ -79,6 +79,21 @@ def is_after_gelu(module: str) -> bool:
     return module.endswith("output.dense") and "attention" not in module
 
 
+def kinds_of_operand(rename: str) -> list[KindSensitivity]:
+    """Kinds of operand with made-up figures, of which each is half of the one before."""
+    attention = f"{rename}.*.attention.self"
+    inputs = [f"{rename}.*.{name}" for name in LINEARS][3:]
+    projections = tuple(f"{attention}.{name}" for name in ("query", "key", "value"))
+    named = [((inputs[2],), "input"), (projections, "input"), ((attention,), "probabilities")]
+    named += [((attention,), operand) for operand in ("query", "key", "value")]
+    named += [((name,), "input") for name in inputs[:2]]
+    named += [((f"{rename}.*.{name}",), "weight") for name in LINEARS]
+    return [
+        KindSensitivity(modules, operand, 0.16 * 2.0**-number, 0.08 * (-0.5) ** number)
+        for number, (modules, operand) in enumerate(named)
+    ]
+
+
 def example_report(layers: int = LAYERS, rename: str = "bert.encoder.layer") -> Report:
     """The report; ``rename`` begins the names of its modules."""
     generator = torch.Generator().manual_seed(0)
@@ -116,6 +131,7 @@ def example_report(layers: int = LAYERS, rename: str = "bert.encoder.layer") -> 
         outputs=outputs,
         divergence=0.214,
         divergence_measure="KL divergence of the logits (nats)",
+        kinds=kinds_of_operand(rename),
         sensitivity=sensitivity,
         suggestions=[
             Suggestion(

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent.parent.parent / "docs" / "_static"
 VIEWS: dict[str, tuple[int, int, Any, str]] = {
-    "light": (1000, 1200, "light", "#filter"),
-    "dark": (1000, 1200, "dark", "#filter"),
+    "light": (1000, 1200, "light", "nav"),
+    "dark": (1000, 1200, "dark", "nav"),
     "phone": (375, 812, "light", "body"),
 }
 """Name of a picture -> width and height of the window in pixels, the system's colours, and what is at the top."""

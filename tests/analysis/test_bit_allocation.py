@@ -261,9 +261,9 @@ def test_the_table(bert: BertForQuestionAnswering, batch: dict[str, Tensor]) -> 
     ("change", "message"),
     [
         ({"budget": 1.9}, r"from 2 \(2,968 bytes\) to 8 \(9,160 bytes\).*got 1.9"),
-        ({"budget": 8.1}, "budget is a number of bits from 2"),
-        ({"budget": float("nan")}, "budget is a number of bits from 2"),
-        ({"budget": "4"}, "budget is a number of bits from 2"),
+        ({"budget": 8.1}, "budget must be a number of bits from 2"),
+        ({"budget": float("nan")}, "budget must be a number of bits from 2"),
+        ({"budget": "4"}, "budget must be a number of bits from 2"),
         ({"budget": 4, "bits": (5, 6)}, r"from 5 \(.*got 4"),
         ({"budget": 4, "bits": ()}, "bits must be integers from 2 to 8"),
         ({"budget": 4, "bits": (1, 4)}, "bits must be integers from 2 to 8"),

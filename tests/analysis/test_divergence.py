@@ -53,10 +53,10 @@ def span_divergence(target: nn.Module, model: nn.Module) -> float:
 
 def test_it_is_the_mean_kl_of_the_tokens_that_are_no_padding(small_bert: MakeBert) -> None:
     model, teacher = apply_octav(small_bert(), CONFIG), small_bert(seed=1)
-    found = FloatOutputs(model, iter(batches()), None, "test")
+    found = FloatOutputs(model, iter(batches()))
     assert found.divergence_of(model) == pytest.approx(span_divergence(small_bert(), model), rel=1e-4)
     assert found.measure == "KL divergence of the logits (nats)"
-    with_teacher = FloatOutputs(model, batches(), teacher, "test")
+    with_teacher = FloatOutputs(model, batches(), teacher)
     assert with_teacher.divergence_of(model) == pytest.approx(span_divergence(teacher, model), rel=1e-4)
     with in_float(model):
         assert found.divergence_of(model) == 0
@@ -74,7 +74,7 @@ def test_a_model_without_logits_has_the_relative_squared_error(small_bert: MakeB
             kept = batch["attention_mask"].numpy() if make is BertModel else np.ones(len(target[name]), dtype=bool)
             target, output = target[name][kept], output[name][kept]
             rows += [np.square(output - target).sum() / np.square(target).sum()] * len(batch["input_ids"])
-        found = FloatOutputs(model, batches(), None, "test")
+        found = FloatOutputs(model, batches())
         assert found.divergence_of(model) == pytest.approx(np.mean(rows), rel=1e-4)
         assert found.measure == "relative squared error of the output"
 
@@ -84,7 +84,7 @@ def test_modules_alone_and_all_but_them(small_bert: MakeBert) -> None:
     before = str(model)
     for other in (None, teacher):
         target = small_bert(num_hidden_layers=1) if other is None else other
-        found = {each.module: each for each in sensitivity(model, batches(), other)}
+        found = {each.module: each for each in sensitivity(model, FloatOutputs(model, batches(), other))}
         assert len(found) == 6 + 1 + 1
         drift = span_divergence(target, small_bert(num_hidden_layers=1))
         for name in (ATTENTION, LINEAR):
@@ -157,22 +157,22 @@ def test_architectures(name: str) -> None:
     errors = output_errors(model, [architecture.batch()])
     assert all(each.sqnr_db is None or each.sqnr_db > -10 for each in errors)
     assert sum(each.sqnr_db is not None for each in errors) >= len(errors) - 1
-    assert FloatOutputs(model, [architecture.batch()], None, "test").divergence_of(model) > 0
+    assert FloatOutputs(model, [architecture.batch()]).divergence_of(model) > 0
 
 
 def test_what_cannot_be_compared_is_refused(small_bert: MakeBert) -> None:
     model = apply_octav(small_bert(num_hidden_layers=1), OctavConfig())
-    with pytest.raises(ValueError, match=r"output_errors: Linear, the teacher, has no module 'bert.encoder"):
+    with pytest.raises(ValueError, match=r"output_errors: the teacher, a Linear, has no module 'bert.encoder"):
         output_errors(model, batches(), nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"layer.0.attention.self.* returned tensors of shapes"):
         output_errors(model, batches(), small_bert(hidden_size=16, num_hidden_layers=1))
     with pytest.raises(ValueError, match="no module quantized"):
-        sensitivity(small_bert(), batches())
+        FloatOutputs(small_bert(), batches())
     classifier = BertForSequenceClassification(small_bert().config).eval()
     with pytest.raises(ValueError, match="pass a teacher with the same head"):
-        sensitivity(model, batches(), classifier)
+        sensitivity(model, FloatOutputs(model, batches(), classifier))
     packed = pack_octav(copy.deepcopy(model))
-    for function in (sensitivity, output_errors):
+    for function in (FloatOutputs, output_errors):
         with pytest.raises(ValueError, match="is packed, and its float weights"):
             function(packed, batches())
     with pytest.raises(ValueError, match="convert_octav"):

@@ -21,9 +21,10 @@ from octav_hf import (
     pack_octav,
     report,
 )
+from octav_hf.analysis.divergence import FloatOutputs
 from octav_hf.analysis.operand_statistics import operand_statistics
 from octav_hf.analysis.page.render import render
-from octav_hf.analysis.sensitivity import sensitivity
+from octav_hf.analysis.sensitivity import kind_sensitivity, sensitivity
 from tests.analysis.example_report import example_report
 
 MakeBert = Callable[..., BertForQuestionAnswering]
@@ -46,7 +47,9 @@ def test_page_and_json_hold_what_is_measured(bert: nn.Module, padded_batch: dict
     assert OctavConfig.from_dict(found.config).weight_bits == 4
     assert found.operands == coverage_report(bert)
     assert found.statistics == operand_statistics(bert, [padded_batch], histograms=True)
-    assert found.sensitivity == sensitivity(bert, [padded_batch])
+    outputs = FloatOutputs(bert, [padded_batch])
+    assert found.kinds == kind_sensitivity(bert, outputs)
+    assert found.sensitivity == sensitivity(bert, outputs)
     assert found.functions == {"bert.encoder.layer.0.output.dense": "GELU"}
     assert found.unmeasured == []
     assert found.divergence > 0
@@ -97,10 +100,10 @@ def test_packed_model_says_what_cannot_be_measured(bert: nn.Module, padded_batch
     weights = [f"{row.module} weight" for row in found.operands if row.operand == "weight" and row.bits]
     (operands,) = (each for each in found.unmeasured if each.what == "operands")
     assert operands.names == weights
-    assert {each.what for each in found.unmeasured} == {"operands", "outputs", "sensitivity", "suggestions"}
+    assert {each.what for each in found.unmeasured} == {"operands", "outputs", "kinds", "sensitivity", "suggestions"}
     assert {row.operand for row in found.statistics if row.sqnr_db} >= {"input", "probabilities"}
     text = page.read_text(encoding="utf-8")
-    assert text.count("<strong>Not measured</strong>: the model is packed") == 3
+    assert text.count("<strong>Not measured</strong>: the model is packed") == 4
     assert Report.load(page.with_suffix(".json")) == found
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertForQuestionAnswering
 
-from octav_hf import OctavConfig, apply_octav, calibrate_octav, pack_octav, remove_octav
+from octav_hf import OctavConfig, apply_octav, calibrate_octav, pack_octav
 from octav_hf.analysis.config_changes import changes, packed_bits, written
 from octav_hf.analysis.divergence import FloatOutputs
 from octav_hf.analysis.sensitivity import ModuleSensitivity, sensitivity
@@ -38,11 +38,11 @@ def test_the_gain_is_that_of_a_model_quantized_by_the_code(small_bert: MakeBert,
     if frozen:
         calibrate_octav(model, batches(1))
     before, state = str(model), {name: x.clone() for name, x in model.state_dict().items()}
-    found = suggestions(model, batches(1), sensitivities=SENSITIVITIES)
+    found = suggestions(model, FloatOutputs(model, batches(1)), SENSITIVITIES)
     assert str(model) == before
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
     assert 1 <= len(found) <= 3
-    outputs = FloatOutputs(model, batches(1), None, "test")
+    outputs = FloatOutputs(model, batches(1))
     for each in found:
         other = small_bert(num_hidden_layers=1)
         other.load_state_dict({name: x for name, x in state.items() if "quantizer" not in name})
@@ -71,7 +71,7 @@ def test_the_best_of_each_kind_comes_first_for_its_cost(small_bert: MakeBert, mo
 
     monkeypatch.setattr(FloatOutputs, "divergence_of", divergence_of)
     model = apply_octav(small_bert(num_hidden_layers=1), start)
-    found = suggestions(model, batches(1), sensitivities=SENSITIVITIES)
+    found = suggestions(model, FloatOutputs(model, batches(1)), SENSITIVITIES)
     assert [each.gain for each in found] == pytest.approx([0.9, 0.95, 0.51])
     assert [config_of(each, small_bert(num_hidden_layers=1)) for each in found] == [
         OctavConfig.accurate(group_size=32),
@@ -136,12 +136,5 @@ def test_nothing_is_suggested_for_a_model_without_error(small_bert: MakeBert) ->
         for module in model.modules():
             if hasattr(module, "weight_quantizer"):
                 module.weight.zero_()
-    assert suggestions(model, batches(), sensitivities=sensitivity(model, batches()[:1])) == []
-
-
-def test_a_packed_model_is_refused(small_bert: MakeBert) -> None:
-    model = pack_octav(apply_octav(small_bert(), OctavConfig()))
-    with pytest.raises(ValueError, match="suggestions: BertForQuestionAnswering is packed"):
-        suggestions(model, batches())
-    with pytest.raises(ValueError, match="no module quantized"):
-        suggestions(remove_octav(model), batches())
+    outputs = FloatOutputs(model, batches())
+    assert suggestions(model, outputs, sensitivity(model, outputs)) == []

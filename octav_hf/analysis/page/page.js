@@ -1,6 +1,5 @@
 "use strict";
 
-const SHOWN_AT_FIRST = 20; // rows of a chart
 const WORST = 3; // bars that are marked
 const byId = (id) => document.getElementById(id);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
@@ -46,6 +45,7 @@ const ORDERS = {
 const filters = { module: byId("filter-module"), kind: byId("filter-kind"), operand: byId("filter-operand") };
 const order = byId("order");
 const charts = all(".chart");
+const filtered = new Set(all("#filter ~ section .chart"));
 const tableRows = all("#table tbody tr");
 
 function matches({ module, kind, operand }) {
@@ -56,16 +56,18 @@ function matches({ module, kind, operand }) {
 
 function updateChart(chart) {
   const list = chart.querySelector(".rows");
-  const rows = [...list.children].sort(ORDERS[order.value]);
-  const matching = rows.filter((row) => matches(row.dataset));
-  const shown = new Set(chart.dataset.all ? matching : matching.slice(0, SHOWN_AT_FIRST));
+  const rows = [...list.children];
+  if (filtered.has(chart)) rows.sort(ORDERS[order.value]);
+  const matching = filtered.has(chart) ? rows.filter((row) => matches(row.dataset)) : rows;
+  const first = Number(chart.dataset.first); // rows that are shown at first
+  const shown = new Set(chart.dataset.all ? matching : matching.slice(0, first));
   for (const row of rows) row.hidden = !shown.has(row);
   list.append(...rows);
   chart.querySelector(".none").hidden = matching.length > 0;
   chart.querySelector(".axes").hidden = matching.length === 0;
   const more = chart.querySelector(".more");
-  more.hidden = matching.length <= SHOWN_AT_FIRST;
-  more.textContent = chart.dataset.all ? `Show ${SHOWN_AT_FIRST} only` : `Show all ${matching.length}`;
+  more.hidden = matching.length <= first;
+  more.textContent = chart.dataset.all ? `Show ${first} only` : `Show all ${matching.length}`;
 }
 
 function update() {

@@ -2,22 +2,24 @@
 
 Charts are drawn here rather than by a charting library. A page for a BERT with twelve layers takes 0.5 MB; the script
 of Plotly alone takes 4.8 MB, of Bokeh 1.3 MB (1.9 MB with tables and controls), of Vega 0.9 MB from a package of 33 MB.
-What they would do here is little. Bars are rows of text with a length, so that names of 45 characters fit on a phone,
-the browser's search finds them, and a screen reader reads names and values, of which it sees nothing in a canvas; the
-colours are the page's, light and dark. Only the histogram is a drawing. Jinja2 fills in the template and escapes text.
+They would do little here. Bars are rows of text with a length: names of 45 characters fit on a phone, the browser's
+search finds them, a screen reader reads names and values, which it cannot in a canvas, and the colours are the page's,
+light and dark. Only the histogram is a drawing. Jinja2 fills in the template and escapes text.
 """
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ...coverage.report import Operand
+from ..kind_names import kind_names
 from ..operand_statistics import OperandStatistics
 from ..report_data import Report
+from ..sensitivity import KindSensitivity, ModuleSensitivity
 from .charts import Chart, chart
 from .histograms import histograms
 from .numbers import NOTHING, decibels, percent, relative_error, significant, size
@@ -47,6 +49,7 @@ def render(report: Report) -> str:
         bytes=sum(layer.bytes for layer in report.layers),
         float32_bytes=sum(layer.float32_bytes for layer in report.layers),
         errors=_errors(report),
+        kind_sensitivity=_kinds(report),
         sensitivity=_sensitivity(report, kinds),
         sizes=_sizes(report),
         missing={"suggestions": ""} | {each.what: each.reason for each in report.unmeasured},
@@ -59,7 +62,7 @@ def render(report: Report) -> str:
 
 
 def _order(row: OperandStatistics | None) -> tuple[bool, float]:
-    """What was not measured comes last."""
+    """Sort key: the lowest SQNR first, and operands without one last."""
     sqnr = None if row is None else row.sqnr_db
     return sqnr is None, math.inf if sqnr is None else sqnr
 
@@ -69,8 +72,8 @@ def _file(name: str) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """Text that may be broken after a dot or underscore in a name, and before a capital letter in one."""
-    parts = re.split(r"(?<=[._])|(?<=[a-z])(?=[A-Z])", name)
+    """Text in which names may be broken after a dot or underscore and before a capital letter, but numbers may not."""
+    parts = re.split(r"(?<=[._])(?!\d)|(?<=[a-z])(?=[A-Z])", name)
     return Markup("<wbr>").join(parts)
 
 
@@ -84,12 +87,23 @@ def _errors(report: Report) -> Chart:
     return chart(names, [("error of the output, relative to its size", lengths, texts)], percent)
 
 
+def _kinds(report: Report) -> Chart:
+    names = kind_names(report.kinds, report.functions)
+    return _alone_and_all_but([(name[0].upper() + name[1:], "") for name in names], report.kinds)
+
+
 def _sensitivity(report: Report, kinds: dict[str, str]) -> Chart:
+    return _alone_and_all_but(
+        [(row.module, kinds.get(row.module, "")) for row in report.sensitivity], report.sensitivity
+    )
+
+
+def _alone_and_all_but(names: list[tuple[str, str]], rows: Sequence[KindSensitivity | ModuleSensitivity]) -> Chart:
     columns = []
     for title, field in (("quantized alone", "alone"), ("saved with it in float", "all_but")):
-        values = [getattr(row, field) for row in report.sensitivity]
+        values = [getattr(row, field) for row in rows]
         columns.append((title, [max(value, 0.0) for value in values], [significant(value) for value in values]))
-    return chart([(row.module, kinds.get(row.module, "")) for row in report.sensitivity], columns, significant)
+    return chart(names, columns, significant)
 
 
 def _sizes(report: Report) -> Chart:
