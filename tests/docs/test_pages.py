@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from . import config_table, results_table
+from . import config_table, presets_table, results_table
 from .table_in_page import ROOT, TableInPage
 
 ON_GITHUB = [*ROOT.glob("*.md"), *(ROOT / "examples").glob("*/README.md")]
@@ -22,7 +22,9 @@ def test_the_readme_fits_a_few_screens() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
-@pytest.mark.parametrize("table", [config_table.TABLE, results_table.TABLE], ids=lambda table: table.name)
+@pytest.mark.parametrize(
+    "table", [config_table.TABLE, presets_table.TABLE, results_table.TABLE], ids=lambda table: table.name
+)
 def test_a_table_is_that_of_its_source(table: TableInPage) -> None:
     assert table.parts()[1] == table.render(), f"run python -m tests.docs.{table.name.split()[-1]}_table"
 
