@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> list[Line]:
     """
     options, passed_on = parse_arguments(argv)
     if options.render is not None:
-        return render(options.render)
+        return render(options.render, options.start_f1)
     recipe = shared_arguments(options, passed_on)
     arguments = {cell: [*recipe, *cell.arguments(options.static_batches, recipe[1])] for cell in options.cells}
     results = options.output_dir / RESULTS
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> list[Line]:
         raise errors[0]
     if options.clip_bits and CLIPS not in finished:
         append_line(results, measure(options, wanted[CLIPS]))
-    return render(results)
+    return render(results, options.start_f1)
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -130,6 +130,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
         "--jobs", type=int, default=1, help="cells to train in parallel, each with its share of the CPUs"
     )
     parser.add_argument("--render", type=Path, metavar=RESULTS, help="only write tables and plots from this file")
+    parser.add_argument(
+        "--start_f1",
+        type=float,
+        help="F1 of the model that training starts from; adds a table of losses, from the better of it and FP32",
+    )
     options, passed_on = parser.parse_known_args(argv)
     if options.render is not None and passed_on:
         raise ValueError(f"--render runs nothing, so leave out {' '.join(passed_on)}.")
@@ -285,7 +290,7 @@ class Progress:
         )
 
 
-def render(results: Path) -> list[Line]:
+def render(results: Path, start_f1: float | None) -> list[Line]:
     """Write tables and plots next to the results file, and print the tables of the cells.
 
     Returns:
@@ -298,7 +303,7 @@ def render(results: Path) -> list[Line]:
     for line in lines:
         if CLIPS in line:
             write_artefacts(line[CLIPS], results.parent / "clip_measurements")
-    tables = markdown_tables(cells)
+    tables = markdown_tables(cells, start_f1)
     (results.parent / "tables.md").write_text(tables, encoding="utf-8")
     write_plots(cells, results.parent)
     print(tables)

@@ -44,10 +44,12 @@ def operand_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantiz
 def start_on_devices(model: nn.Module) -> None:
     """Start the quantizers' records of NaN on the devices of their modules, before a model is compiled."""
     for module in quantized_modules(model):
-        tensor = next((each for each in (*module.parameters(), *module.buffers()) if has_values(each)), None)
-        for quantizer in module.operand_quantizers.values() if tensor is not None else ():
-            if isinstance(quantizer, FakeQuantize):
-                quantizer.start_on(torch.empty((), device=tensor.device))
+        tensors = (*module.parameters(), *module.buffers())
+        device = next((tensor.device for tensor in tensors if has_values(tensor)), None)
+        if device is not None:
+            for quantizer in module.operand_quantizers.values():
+                if isinstance(quantizer, FakeQuantize):
+                    quantizer.start_on(torch.empty((), device=device))
 
 
 def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]]:

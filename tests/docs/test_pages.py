@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from . import benchmark_tables, config_table, gpu_table, results_table
+from . import benchmark_tables, config_table, gpu_table, presets_table, results_table
 from .table_in_page import ROOT, TableInPage
 
 ON_GITHUB = [*ROOT.glob("*.md"), *(ROOT / "examples").glob("*/README.md")]
@@ -23,7 +23,7 @@ def test_the_readme_fits_a_few_screens() -> None:
 
 @pytest.mark.parametrize(
     "table",
-    [config_table.TABLE, gpu_table.TABLE, results_table.TABLE, *benchmark_tables.TABLES],
+    [config_table.TABLE, gpu_table.TABLE, presets_table.TABLE, results_table.TABLE, *benchmark_tables.TABLES],
     ids=lambda table: table.name,
 )
 def test_a_table_is_that_of_its_source(table: TableInPage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -64,8 +65,9 @@ def plot_f1(lines: Sequence[Line]) -> Figure:
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     if fp32:
         axes.axhline(statistics.fmean(fp32), color=FP32_COLOUR, linewidth=1, label="FP32")
-        spread = statistics.stdev(fp32) if len(fp32) > 1 else 0
-        axes.axhspan(statistics.fmean(fp32) - spread, statistics.fmean(fp32) + spread, color=FP32_COLOUR, alpha=0.12)
+        if len(fp32) > 1:
+            low, high = (statistics.fmean(fp32) + sign * statistics.stdev(fp32) for sign in (-1, 1))
+            axes.axhspan(low, high, color=FP32_COLOUR, alpha=0.12)
     # shifted sideways, so that markers and error bars do not overlap
     offsets = {label: 0.02 * (place - (len(curves) - 1) / 2) for place, label in enumerate(curves)}
     for label, curve in curves.items():
@@ -73,7 +75,7 @@ def plot_f1(lines: Sequence[Line]) -> Figure:
         axes.errorbar(
             [bits + offsets[label] for bits in widths],
             [statistics.fmean(curve[bits]) for bits in widths],
-            [statistics.stdev(curve[bits]) if len(curve[bits]) > 1 else 0 for bits in widths],
+            [spread(curve[bits]) for bits in widths],
             capsize=2,
             markersize=5,
             linewidth=1.4,
@@ -102,7 +104,7 @@ def plot_bytes(lines: Sequence[Line]) -> Figure:
     for label, cell in cells.items():
         of_label = {size: f1 for (name, size), f1 in points.items() if name == label}
         means = [statistics.fmean(f1) for f1 in of_label.values()]
-        spreads = [statistics.stdev(f1) if len(f1) > 1 else 0 for f1 in of_label.values()]
+        spreads = [spread(f1) for f1 in of_label.values()]
         appearance = {"color": FP32_COLOUR, "marker": "*"} if cell.bits is None else look(cell)
         appearance["linestyle"] = "none"
         axes.errorbar(list(of_label), means, spreads, capsize=2, markersize=6, label=label, **appearance)
@@ -110,6 +112,11 @@ def plot_bytes(lines: Sequence[Line]) -> Figure:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     return figure
+
+
+def spread(values: Sequence[float]) -> float:
+    """The sample standard deviation; NaN, which draws no error bar, for one value."""
+    return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def look(cell: Cell) -> dict[str, str]:

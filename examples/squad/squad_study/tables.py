@@ -23,11 +23,12 @@ _CELL_HEADER = (
 )
 
 
-def markdown_tables(lines: Sequence[Line]) -> str:
-    """All tables: F1 and EM in the layout of the paper's Table 5, and one line per cell."""
+def markdown_tables(lines: Sequence[Line], start_f1: float | None = None) -> str:
+    """All tables: F1 and EM in the layout of the paper's Table 5, losses if `start_f1` is given, one line per cell."""
     parts = [
         f"## F1\n\n{scores_table(lines, 'eval_f1')}",
         f"## Exact match\n\n{scores_table(lines, exact_match(lines))}",
+        *([] if start_f1 is None else [f"## Loss of F1\n\n{losses_table(lines, start_f1)}"]),
         f"## Cells\n\n{cells_table(lines)}",
     ]
     return "\n\n".join(parts) + "\n"
@@ -60,6 +61,31 @@ def mean_and_spread(values: Sequence[float]) -> str:
         return ""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{spread}"
+
+
+def losses_table(lines: Iterable[Line], start_f1: float) -> str:
+    """F1 over seeds (mean, sample standard deviation, range), and the points that the mean loses.
+
+    The loss is counted from the better of FP32's mean and `start_f1`, the F1 of the model that training starts from,
+    because a recipe that makes FP32 worse would hide it.
+    """
+    scores: dict[tuple[str, str], list[float]] = {}
+    for line in lines:
+        cell = cell_of(line)
+        scores.setdefault((cell.label, cell.width), []).append(line["metrics"]["eval_f1"])
+    best = max([start_f1, *(statistics.fmean(values) for (_, width), values in scores.items() if width == FLOAT_WIDTH)])
+    rows = [
+        (
+            label,
+            width,
+            str(len(values)),
+            mean_and_spread(values),
+            f"{min(values):.2f} to {max(values):.2f}" if len(values) > 1 else "",
+            f"{best - statistics.fmean(values):.2f}",
+        )
+        for (label, width), values in scores.items()
+    ]
+    return markdown_table(("method", "bits", "seeds", "F1", "lowest to highest", "loss"), 1, rows)
 
 
 def cells_table(lines: Sequence[Line]) -> str:

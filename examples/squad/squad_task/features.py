@@ -7,6 +7,7 @@ comes first; only the context is split.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
@@ -80,6 +81,7 @@ def training_features(examples: Dataset, tokenizer: PreTrainedTokenizerBase, win
 
     Raises:
         ValueError: the tokenizer is not fast, or a question leaves no room for the context.
+        RuntimeError: the installed version of tokenizers leaves out the end of a context.
     """
     windows.check(tokenizer)
 
@@ -106,7 +108,7 @@ def evaluation_features(examples: Dataset, tokenizer: PreTrainedTokenizerBase, w
         the context.
 
     Raises:
-        ValueError: as `training_features`.
+        ValueError, RuntimeError: as `training_features`.
     """
     windows.check(tokenizer)
 
@@ -152,7 +154,7 @@ def _encode(batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, win
                 f"tokens and --doc_stride {windows.doc_stride} it leaves no room for the context in --max_seq_length "
                 f"{windows.max_seq_length}. Raise --max_seq_length, or lower --doc_stride or --max_query_length."
             )
-    return tokenizer(
+    encoded = tokenizer(
         questions,
         batch["context"],
         truncation="only_second",
@@ -163,6 +165,27 @@ def _encode(batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, win
         return_offsets_mapping=True,
         return_attention_mask=True,
     )
+    _check_whole_contexts(encoded, batch, tokenizer)
+    return encoded
+
+
+def _check_whole_contexts(
+    encoded: BatchEncoding, batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    # tokenizers 0.23.1 and 0.23.2 stop before the end of a context that has several windows
+    covered = [0] * len(batch["context"])
+    for feature, example in enumerate(encoded["overflow_to_sample_mapping"]):
+        parts = zip(encoded["offset_mapping"][feature], encoded.sequence_ids(feature), strict=True)
+        covered[example] = max([covered[example], *(end for (_, end), part in parts if part == 1)])
+    for identifier, context, end in zip(batch["id"], batch["context"], covered, strict=True):
+        if not context[end:].strip():
+            continue
+        offsets = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if offsets and offsets[-1][1] > end:
+            raise RuntimeError(
+                f"The windows of question {identifier!r} end at character {end} of {offsets[-1][1]} of its context: "
+                f"tokenizers {version('tokenizers')} leaves the rest out. Install tokenizers 0.22.2 or 0.23.3."
+            )
 
 
 def _model_inputs(encoded: BatchEncoding) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from compare_answers import table
 from squad_study.cells import cell_of
-from squad_study.record import read_lines
-from squad_study.tables import cells_table, scores_table
+from squad_study.record import Line, read_lines
+from squad_study.tables import cells_table, losses_table, markdown_tables, scores_table
 
 FOLDER = Path(__file__).resolve().parents[3] / "examples" / "squad"
 RESULTS = FOLDER / "results"
@@ -75,14 +75,24 @@ def test_a_number_that_is_not_recorded_is_found(recorded: list[float]) -> None:
         assert not any(math.isclose(round(each, 2), number, abs_tol=1e-9) for each in recorded)
 
 
-@pytest.mark.parametrize("name", ["demo", "real_squad", "four_bits"])
-def test_tables_are_those_of_the_records(name: str) -> None:
-    lines = sorted(
-        (line for line in read_lines(RESULTS / name / "results.jsonl") if "clips" not in line),
-        key=lambda line: cell_of(line).place,
-    )
-    table = cells_table(lines) if name == "demo" else scores_table(lines, "eval_f1")
-    assert table in README
+def cells(name: str) -> list[Line]:
+    """The cells of a record, in the order of the tables."""
+    lines = [line for line in read_lines(RESULTS / name) if "clips" not in line]
+    return sorted(lines, key=lambda line: cell_of(line).place)
+
+
+def test_tables_are_those_of_the_records() -> None:
+    assert cells_table(cells("demo/results.jsonl")) in README
+    for name in ("real_squad/results.jsonl", "four_bits/long.jsonl"):
+        assert scores_table(cells(name), "eval_f1") in README
+
+
+def test_losses_at_four_bits_are_those_of_the_record() -> None:
+    lines = cells("four_bits/results.jsonl")
+    start = json.loads((RESULTS / "four_bits/float_model.json").read_text(encoding="utf-8"))["metrics"]["eval_f1"]
+    assert losses_table(lines, start) in README
+    assert (RESULTS / "four_bits/tables.md").read_text(encoding="utf-8") == markdown_tables(lines, start)
+    assert f"--start_f1 {start}\n" in README
 
 
 def test_the_table_of_answers_is_that_of_the_record() -> None:

@@ -7,15 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import study
+from matplotlib.figure import Figure
 from squad_study.cells import parse_cells
+from squad_study.plots import plot_bytes, plot_f1
 from squad_study.record import append_line, read_lines
-from squad_study.tables import cells_table, scores_table
+from squad_study.tables import cells_table, losses_table, scores_table
 
 MODEL = ["--model_name_or_path", "m"]
 ARTEFACTS = {"tables.md", "f1.png", "f1.svg", "convergence.png", "convergence.svg"}
@@ -277,6 +280,28 @@ def test_table_has_the_papers_layout() -> None:
     ]
 
 
+@pytest.mark.parametrize(("start", "best"), [(90.0, 90.0), (80.0, 88.5)], ids=["start", "FP32"])
+def test_losses_are_from_the_better_of_fp32_and_the_start(start: float, best: float) -> None:
+    lines = [line("fp32", f1=88.0), line("fp32", seed=1, f1=89.0)]
+    lines += [line("dynamic-octav:4", seed, f1) for seed, f1 in enumerate((80.0, 82.0, 87.0))]
+    assert losses_table([*lines, line("dynamic-octav:W4A8", f1=88.25)], start).splitlines()[2:] == [
+        f"| FP32 | 32 | 2 | 88.50 ± 0.71 | 88.00 to 89.00 | {best - 88.5:.2f} |",
+        f"| dynamic OCTAV | 4 | 3 | 83.00 ± 3.61 | 80.00 to 87.00 | {best - 83:.2f} |",
+        f"| dynamic OCTAV | W4A8 | 1 | 88.25 |  | {best - 88.25:.2f} |",
+    ]
+
+
+@pytest.mark.parametrize("plot", [plot_f1, plot_bytes])
+def test_error_bars_are_of_several_seeds_alone(plot: Callable[[list[dict[str, Any]]], Figure]) -> None:
+    lines = [line("dynamic-octav:4", seed, f1) for seed, f1 in enumerate((80.0, 82.0, 87.0))]
+    lines += [line("fp32"), line("dynamic-octav:8", f1=88.5)]
+    for each in lines:
+        each["metrics"]["checkpoint_bytes"] = {None: 9e7, 4: 5e7, 8: 6e7}[each["bits"]]
+    drawn = [container.lines[2][0].get_segments() for container in plot(lines).axes[0].containers]
+    bars = [bar for segments in drawn for bar in segments if len(bar)]
+    assert [bar[1][1] - bar[0][1] for bar in bars] == [pytest.approx(2 * 13**0.5)]  # deviations -3, -1, 4
+
+
 def test_steps_are_compared_with_the_float_models_of_the_same_seed() -> None:
     lines = [line("fp32", 0, seconds=2.0), line("fp32", 1, seconds=4.0), line("dynamic-octav-ste:4", 1, seconds=5.0)]
     last = cells_table(lines).splitlines()[-1]
@@ -288,7 +313,13 @@ def test_everything_is_drawn_again_from_the_file_alone(tmp_path: Path) -> None:
     lines = [line(method, seed) for seed in (0, 1) for method in ("dynamic-max:4", "fp32", "dynamic-octav-pwl:4")]
     for each in [*lines, line("dynamic-octav:4"), line("static-percentile99.9:8"), line("dynamic-mse_sweep:5")]:
         append_line(path, each)
+    study.main(["--render", str(path), "--start_f1", "60"])
+    assert (
+        "| dynamic max-scaling | 4 | 2 | 50.00 ± 0.00 | 50.00 to 50.00 | 10.00 |"
+        in (tmp_path / "tables.md").read_text()
+    )
     study.main(["--render", str(path)])
+    assert "Loss" not in (tmp_path / "tables.md").read_text()
     drawn = {name: (tmp_path / name).read_bytes() for name in ARTEFACTS}
     assert {file.name for file in tmp_path.iterdir()} == ARTEFACTS | {"results.jsonl"}
     assert drawn["f1.png"].startswith(b"\x89PNG")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from squad_files import CONTEXT, DATA, examples
 from squad_task.features import Windows, evaluation_features, training_batch, training_features
 from squad_task.scores import normalize
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 SHORT = Windows(max_seq_length=128, doc_stride=32)
 
@@ -102,6 +103,23 @@ def test_question_without_room_names_it(tokenizer: PreTrainedTokenizerBase) -> N
     with pytest.raises(ValueError, match="'q1' has 6 tokens.*Raise --max_seq_length"):
         training_features(examples(CONTEXT, "one two three four five six", "Egypt"), tokenizer, Windows(17, 8))
     assert len(training_features(examples(CONTEXT, "one two three four five six", "Egypt"), tokenizer, Windows(18, 8)))
+
+
+def test_a_context_whose_end_is_in_no_window_is_refused(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tokenizers 0.23.1 and 0.23.2 leave out the end of a context that is longer than a window."""
+    whole = type(tokenizer).__call__
+
+    def without_the_end(self: Any, text: Any, text_pair: list[str] | None = None, **options: Any) -> BatchEncoding:
+        return whole(self, text, text_pair and [context[:-5] for context in text_pair], **options)
+
+    long, windows = "one two three four five " * 9 + "last", Windows(32, 8)
+    monkeypatch.setattr(type(tokenizer), "__call__", without_the_end)
+    for make in (training_features, evaluation_features):
+        with pytest.raises(RuntimeError, match=r"end at character 215 of 220 of its context: tokenizers \d"):
+            make(examples(long, "Who?", "one"), tokenizer, windows)
+        assert len(make(examples(long + " \n  \n", "Who?", "last"), tokenizer, windows)) > 1  # only blanks are left out
 
 
 def test_windows_longer_than_the_model(tokenizer: PreTrainedTokenizerBase) -> None:
