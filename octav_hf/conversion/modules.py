@@ -49,7 +49,7 @@ def start_on_devices(model: nn.Module) -> None:
         if device is not None:
             for quantizer in module.operand_quantizers.values():
                 if isinstance(quantizer, FakeQuantize):
-                    quantizer.start_on(torch.empty((), device=device))
+                    quantizer.start_on(torch.empty((), dtype=torch.float32, device=device))
 
 
 def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]]:
