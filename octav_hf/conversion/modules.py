@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .._utils.torch_private import has_values, own_parameters
+from .._utils.torch_private import own_parameters
 from ..nn import FakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
 
 _MAX_NAMES = 3  # operands listed in a message
@@ -42,10 +42,10 @@ def operand_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantiz
 
 
 def start_on_devices(model: nn.Module) -> None:
-    """Start the quantizers' records of NaN on the devices of their modules, before a model is compiled."""
+    """Start the quantizers' records of NaN on their modules' devices, before the model is compiled; they are on CPU."""
     for module in quantized_modules(model):
         tensors = (*module.parameters(), *module.buffers())
-        device = next((tensor.device for tensor in tensors if has_values(tensor)), None)
+        device = next((tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")), None)
         if device is not None:
             for quantizer in module.operand_quantizers.values():
                 if isinstance(quantizer, FakeQuantize):

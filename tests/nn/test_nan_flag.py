@@ -92,19 +92,27 @@ def test_records_that_a_graph_starts_stay_apart() -> None:
     assert met_nan(quantizers) == [quantizer.name.endswith("input") for quantizer in quantizers]
 
 
-def test_records_start_where_the_weights_are(
+def test_records_start_where_the_weights_are() -> None:
+    """Before the model is compiled, because a graph that starts them is compiled again."""
+    with FakeTensorMode():
+        model = SameInput()
+        for layer in (model.query, model.key):
+            layer.weight = nn.Parameter(torch.empty(8, 8, device="cuda"))
+        apply_octav(model, OctavConfig.paper())
+        records = [module._sum_of_clips for module in model.modules() if isinstance(module, FakeQuantize)]
+    assert [record.device.type for record in records] == ["cuda"] * 4
+
+
+def test_records_start_when_weights_are_loaded(
     small_bert: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the model is compiled, because a graph that starts them is compiled again."""
-    started: list[torch.device] = []
-    monkeypatch.setattr(FakeQuantize, "start_on", lambda quantizer, like: started.append(like.device))
     model = apply_octav(small_bert(), OctavConfig.paper())
-    count = sum(isinstance(module, FakeQuantize) for module in model.modules())
-    assert started == [torch.device("cpu")] * count
     model.save_pretrained(tmp_path)
-    started.clear()
+    started: list[bool] = []
+    name = "octav_hf.integrations.transformers_quantizer.start_on_devices"
+    monkeypatch.setattr(name, lambda model: started.append(any(p.is_meta for p in model.parameters())))
     type(model).from_pretrained(tmp_path)
-    assert started == [torch.device("cpu")] * count
+    assert started == [False]
 
 
 def test_on_the_cpu_the_error_comes_at_once_and_nothing_is_remembered() -> None:
