@@ -43,13 +43,13 @@ def operand_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantiz
 
 def start_on_devices(model: nn.Module) -> None:
     """Start the quantizers' records of NaN on their modules' devices, before the model is compiled; they are on CPU."""
+    if {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} <= {"cpu", "meta"}:
+        return
     for module in quantized_modules(model):
-        tensors = (*module.parameters(), *module.buffers())
-        device = next((tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")), None)
-        if device is not None:
+        for tensor in [each for each in (*module.parameters(), *module.buffers()) if not each.is_meta][:1]:
             for quantizer in module.operand_quantizers.values():
                 if isinstance(quantizer, FakeQuantize):
-                    quantizer.start_on(torch.empty((), dtype=torch.float32, device=device))
+                    quantizer.start_on(torch.empty((), dtype=torch.float32, device=tensor.device))
 
 
 def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]]:
