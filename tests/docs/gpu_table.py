@@ -20,16 +20,23 @@ FORMS = {
 }
 
 
+def milliseconds(form: str, variant: str) -> float:
+    """The time of a step, from the record."""
+    part, name = FORMS[form]
+    rows = json.loads(RECORD.read_text(encoding="utf-8"))["parts"][part]["rows"]
+    return next(row["ms"] for row in rows if row["name"] == name.format(variant))
+
+
+def ratio(form: str, variant: str) -> float:
+    """The time of a step over that of the float model with eager attention."""
+    return milliseconds(form, variant) / milliseconds(form, BASE)
+
+
 def render() -> str:
     """The table, in Markdown."""
-    parts = json.loads(RECORD.read_text(encoding="utf-8"))["parts"]
-    times = {part: {row["name"]: row["ms"] for row in found["rows"] if "ms" in row} for part, found in parts.items()}
     lines = [f"| | {' | '.join(FORMS)} |", f"|---|{'---:|' * len(FORMS)}"]
     for variant in VARIANTS:
-        cells = []
-        for part, name in FORMS.values():
-            taken, base = times[part][name.format(variant)], times[part][name.format(BASE)]
-            cells.append(f"{taken:.1f} ({taken / base:.2f})")
+        cells = [f"{milliseconds(form, variant):.1f} ({ratio(form, variant):.2f})" for form in FORMS]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

@@ -30,6 +30,14 @@ def test_a_table_is_that_of_its_source(table: TableInPage) -> None:
     assert table.parts()[1] == table.render(), f"run python -m {table.render.__module__}"
 
 
+def test_what_is_said_of_a_gpu_is_in_its_record() -> None:
+    compiled, eager = (f"{gpu_table.ratio(form, 'paper'):.1f}" for form in ('`"reduce-overhead"`', "MiniLM, eager"))
+    readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/benchmarks.md"))
+    assert f'{compiled} times as long as in float with `torch.compile(mode="reduce-overhead")`, {eager} times' in readme
+    assert f"it takes {eager} times as long as in float" in page
+    assert f"replays the step as CUDA graphs: {compiled} times" in page
+
+
 def test_the_benchmark_measures_all_rows_of_the_readme() -> None:
     forms = runpy.run_path(str(ROOT / "benchmarks/inference_forms.py"))["FORMS"]
     assert {form for _, form, _ in results_table.ROWS} <= forms.keys()
