@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .._utils.forward_pass import device_of
 from .._utils.torch_private import own_parameters
 from ..nn import FakeQuantize, QuantizedAttention, QuantizedLayer, WeightFakeQuantize
 
@@ -46,10 +47,10 @@ def start_on_devices(model: nn.Module) -> None:
     if {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} <= {"cpu", "meta"}:
         return
     for module in quantized_modules(model):
-        for tensor in [each for each in (*module.parameters(), *module.buffers()) if not each.is_meta][:1]:
-            for quantizer in module.operand_quantizers.values():
-                if isinstance(quantizer, FakeQuantize):
-                    quantizer.start_on(torch.empty((), dtype=torch.float32, device=tensor.device))
+        device = device_of(module)
+        for quantizer in module.operand_quantizers.values():
+            if device is not None and isinstance(quantizer, FakeQuantize):
+                quantizer.start_on(torch.empty((), dtype=torch.float32, device=device))
 
 
 def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]]:
