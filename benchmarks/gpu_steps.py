@@ -126,16 +126,14 @@ def times_of_compiled(shape: str, device: torch.device, quick: bool) -> Iterator
     children = {}
     for variant, mode in itertools.product(COMPILED[1:3] if quick else COMPILED, MODES[:1] if quick else MODES):
         command = [sys.executable, __file__, shape, variant, mode, str(device), *["--quick"] * quick]
-        children[variant, mode] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-    for child in children.values():
-        child.stdout.readline()
+        children[variant, mode] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # A child whose first steps fail prints its row at once.
+    first_lines = [child.stdout.readline() for child in children.values()]
     float_rows: dict[str, dict[str, Row]] = {mode: {} for mode in MODES}
-    for (variant, mode), child in children.items():
-        output, errors = child.communicate("measure\n")
-        name = f"{shape} {variant}, {mode}"
-        measured = json.loads(output) if output else {"name": name, "error": errors[-500:]}
+    for ((variant, mode), child), first_line in zip(children.items(), first_lines, strict=True):
+        output = child.communicate("measure\n")[0] or first_line
+        ended = {"name": f"{shape} {variant}, {mode}", "error": f"exit status {child.returncode}"}
+        measured = json.loads(output) if output.startswith("{") else ended
         if variant in ("float sdpa", "float eager"):
             float_rows[mode][variant] = measured
         yield measured | over_float(measured, float_rows[mode])

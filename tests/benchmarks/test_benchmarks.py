@@ -153,6 +153,17 @@ def test_gpu_parts(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatc
     assert steps["MiniLM float eager"]["ms / float eager"] == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the steps would not fail")
+def test_gpu_compiled_steps_that_fail(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row of a process says why its steps failed."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+    run("gpu.py", "--device", "cuda", "--quick", "--part", "minilm_compiled")
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["name"] for row in rows] == ["MiniLM float eager, default", "MiniLM paper, default"]
+    assert all("CUDA" in row["error"] or "NVIDIA" in row["error"] for row in rows)
+
+
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_gpu_judge(monkeypatch: pytest.MonkeyPatch, signed: bool, bits: int) -> None:
