@@ -5,7 +5,7 @@ Only `save_by_own_names` handles differences between versions >= 5.0.
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel, TrainerCallback, conversion_mapping, core_model_loading, modeling_utils
@@ -44,6 +44,11 @@ def save_by_own_names(model: PreTrainedModel) -> None:
     if used:
         legacy = [each.source_patterns for each in conversion_mapping.get_checkpoint_conversion_mapping("legacy")]
         model._weight_conversions = [each for each in used if each.source_patterns not in legacy]  # type: ignore[assignment]
+
+
+def ignored_on_save(model: PreTrainedModel) -> Collection[str]:
+    """The tensors that a model's class computes, such as Marian's positions, and that are therefore not saved."""
+    return model._keys_to_ignore_on_save or ()
 
 
 def tied_to(model: PreTrainedModel, parameter: str) -> set[str]:

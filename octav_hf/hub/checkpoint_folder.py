@@ -24,7 +24,7 @@ from ..nn import FakeQuantize
 from ..nn.granularity import ACTIVATION_GRANULARITIES
 from ..packing.clips_in_files import prepare_frozen
 from ..packing.clips_of_version_1 import freeze_version_1, match_version_1
-from ..packing.names import SCALE
+from ..packing.names import SCALE, names_in_model
 from .model_card import card_of, write_card
 from .output_dir import UNFINISHED
 from .training_run import TrainingRun
@@ -141,14 +141,15 @@ class CheckpointFolder:
 
     @cached_property
     def _stored(self) -> dict[str, tuple[str, int]]:
-        """Name -> dtype and bytes, for the tensors in the files."""
+        """Name in the model -> dtype and bytes, for the tensors in the files."""
         stored: dict[str, tuple[str, int]] = {}
         for file in self.weight_files:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  # not a dictionary
                     tensor = opened.get_tensor(name)
                     stored[name] = str(tensor.dtype).removeprefix("torch."), tensor.nbytes
-        return stored
+        in_model = names_in_model(stored, self.structure)
+        return {name: stored[in_file] for name, (in_file, _) in in_model.items()}
 
     @property
     def frozen_activations(self) -> int:

@@ -31,8 +31,8 @@ _SIGNATURE = inspect.signature(_transformers_save_pretrained)
 
 @functools.wraps(_transformers_save_pretrained)
 def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    state_dict = _SIGNATURE.bind(self, *args, **kwargs).arguments.get("state_dict")
-    with _as_recorded(self, state_dict):
+    given = _SIGNATURE.bind(self, *args, **kwargs).arguments
+    with _as_recorded(self, given.get("state_dict"), given.get("save_original_format", True)):
         return _transformers_save_pretrained(self, *args, **kwargs)
 
 
@@ -40,7 +40,9 @@ PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
 @contextmanager
-def _as_recorded(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None) -> Iterator[None]:
+def _as_recorded(
+    model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None, in_original_format: bool
+) -> Iterator[None]:
     """Context in which the model has the quantizer and the ``quantization_config`` to save.
 
     The model gets a copy of its config, because other models may share the config and be saved at the same time.
@@ -62,7 +64,7 @@ def _as_recorded(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None
         if not has_adapters(model):  # with adapters, only these are saved
             check_comes_back(model, record, state_dict)
         quantizer = OctavQuantizer(record)
-        quantizer.state_dict = state_dict
+        quantizer.state_dict, quantizer.saves_original_format = state_dict, in_original_format
     saved, had = copy.deepcopy(config), model.__dict__.get("hf_quantizer")
     for each in _octav_configs(saved):
         del each.quantization_config

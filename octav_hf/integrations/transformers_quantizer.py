@@ -11,6 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from .._utils.transformers_compat import (
     argument_of_from_pretrained,
     has_adapters,
+    ignored_on_save,
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
     save_by_own_names,
@@ -49,6 +50,7 @@ class OctavQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: OctavConfig
     state_dict: Mapping[str, Tensor] | None = None  # saved instead of the model's own
+    saves_original_format = True  # argument of ``save_pretrained``: whether to convert names and tensors back
     # Set while weights are loaded:
     _renamings: tuple[PackedNames, ...] = ()
     _clips_of_version_1: tuple[OperandClips, ...] = ()
@@ -143,8 +145,10 @@ class OctavQuantizer(HfQuantizer):
                     f"{name} of shape {tuple(tensor.shape)} is offloaded, but saving a packed checkpoint needs all "
                     "values to compute their hashes; load the model without a device_map before saving it"
                 )
-        # The record describes the tensors in the files, so convert names and tensors as Transformers will do.
-        stored = revert_weight_conversion(model, remove_tied_weights_from_state_dict(dict(state), model))
+        # The record describes the tensors in the files, so leave out, rename and convert them as Transformers will do.
+        saved = {name: tensor for name, tensor in state.items() if name not in ignored_on_save(model)}
+        stored = remove_tied_weights_from_state_dict(saved, model)
+        stored = revert_weight_conversion(model, stored) if self.saves_original_format else stored
         kept = {id(tensor) for tensor in state.values()}
         for name, tensor in stored.items():
             if id(tensor) not in kept:

@@ -24,13 +24,17 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MarianConfig,
+    MarianMTModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav, coverage_report, pack_octav, unpack_octav
+from octav_hf.hub.checkpoint_folder import CheckpointFolder
 from octav_hf.nn import PackedLayer
 from octav_hf.packing.pack import packed_layers
+from tests.architectures.models import ARCHITECTURES
 from tests.question_answering import logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
@@ -142,6 +146,37 @@ def test_a_tied_head_comes_back_tied(small_bert: MakeBert, padded_batch: dict, t
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(**padded_batch).logits, model(**padded_batch).logits)
     assert loaded.cls.predictions.decoder.weight is loaded.bert.embeddings.word_embeddings.weight
+
+
+def test_what_the_class_does_not_save_is_not_expected_in_the_files(padded_batch: dict, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sides = {f"{side}_{size}": n for side in ("encoder", "decoder") for size, n in (("layers", 1), ("ffn_dim", 24))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = MarianConfig(vocab_size=100, d_model=16, **sides, **heads, pad_token_id=1, decoder_start_token_id=1)
+    model = pack_octav(apply_octav(MarianMTModel(config).eval(), OctavConfig()))
+    model.save_pretrained(tmp_path)
+    assert "model.encoder.embed_positions.weight" not in tensors_in(tmp_path)  # Transformers computes it
+    tokens = {"input_ids": padded_batch["input_ids"], "decoder_input_ids": padded_batch["input_ids"]}
+    loaded = MarianMTModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**tokens).logits, model(**tokens).logits)
+
+
+@pytest.mark.parametrize("form", ["training", "packed"])
+@pytest.mark.parametrize("in_original_format", [True, False])
+def test_with_the_names_of_the_original_files_and_with_the_models(
+    tmp_path: Path, in_original_format: bool, form: str
+) -> None:
+    vit = ARCHITECTURES["ViT"]
+    model, batch = apply_octav(vit.make(), OctavConfig.groups()), vit.batch()
+    calibrate_octav(model, [batch], weights=True, progress_bar=False)
+    if form == "packed":
+        pack_octav(model)
+    model.save_pretrained(tmp_path, save_original_format=in_original_format)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    folder = CheckpointFolder(str(tmp_path))
+    assert {layer.stored for layer in folder.layers()} == {"packed" if form == "packed" else "float32"}
+    assert folder.frozen_weights == len(folder.layers())
 
 
 def test_the_base_model_can_be_loaded_from_it(folder: Path, packed: nn.Module, padded_batch: dict) -> None:
