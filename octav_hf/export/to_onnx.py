@@ -41,7 +41,8 @@ def to_onnx(
     these with the matmul into an integer matmul: ``sum(a * b) * scale_a * scale_b``. A convolution becomes ConvInteger
     followed by scaling, because runtimes fuse the other form only if the result is quantized too. The offset of an
     asymmetric grid is added to the bias. Operands in float stay in float, and a matmul with one quantized operand is
-    computed in float with the dequantized values. All other arithmetic is float32, without dropout.
+    computed in float with the dequantized values. All other arithmetic is float32, without dropout. Decoders are
+    exported without a key-value cache.
 
     The folder contains ``model.onnx`` (above 2 GB with weights in a separate file), the ``config.json`` of the float
     model, the tokenizer, and ``octav_export.json`` with facts about the export and the SHA-256 of the files.
@@ -79,6 +80,9 @@ def to_onnx(
     if dynamic_shapes is None:
         dynamic_shapes = {name: {0: "batch"} | ({1: "length"} if x.dim() == 2 else {}) for name, x in inputs.items()}
     recorded = nn.Module.float(copy.deepcopy(model).cpu()).eval()  # Transformers' own float() refuses
+    for module in recorded.modules():
+        if getattr(getattr(module, "config", None), "use_cache", False):
+            module.config.use_cache = False  # type: ignore[union-attr]
     for part in transformers_models(recorded):
         if attn_implementation(part.config) != "eager":
             part.set_attn_implementation("eager")

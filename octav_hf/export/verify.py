@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from .._utils.forward_pass import in_evaluation_mode
 from .._utils.torch_private import uncompiled
@@ -152,6 +153,8 @@ def _run(
 def _tensors(outputs: Any) -> list[Tensor]:
     if isinstance(outputs, Tensor):
         return [outputs]
+    if isinstance(outputs, Cache):  # exports have none
+        return []
     values = outputs.values() if isinstance(outputs, Mapping) else outputs
     return [x for value in values for x in _tensors(value)]
 

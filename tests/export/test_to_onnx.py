@@ -86,6 +86,19 @@ def test_the_preset_with_clips_that_have_learned(small_bert: MakeBert, padded_ba
     assert_same(model, tmp_path, padded_batch)
 
 
+@pytest.mark.slow
+def test_a_decoder_is_exported_without_its_cache(tmp_path: Path) -> None:
+    whole = ARCHITECTURES["GPT-2"]
+    batch = {name: x for name, x in whole.batch().items() if name != "labels"}
+    model = quantized(replace(whole, config=whole.config | {"n_layer": 1}).make(), batch)
+    assert model(**batch).past_key_values is not None
+    to_onnx(model, tmp_path, batch)
+    check = verify_onnx(model, tmp_path, batch)
+    assert (check.integer_products, check.float_products) == (4 + 1 + 2, [])
+    np.testing.assert_allclose(run(tmp_path, batch)["logits"], expected(model, batch)["logits"], rtol=0, atol=2e-6)
+    assert model.config.use_cache
+
+
 def test_weights_in_the_file(exported: tuple[Any, Path, Batch]) -> None:
     model, folder, _ = exported
     graph = onnx.load(folder / "model.onnx").graph
