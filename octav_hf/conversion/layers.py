@@ -7,7 +7,7 @@ from torch import nn
 
 from .._utils.torch_private import own_parameters
 from ..config import OctavConfig
-from ..nn import QuantizedLayer, WeightFakeQuantize, quantized_class_of
+from ..nn import FakeQuantize, QuantizedLayer, WeightFakeQuantize, quantized_class_of
 from ..nn.granularity import Granularity
 from .operands import activation_quantizer, weight_quantizer
 from .request import ModulePlan, Request
@@ -63,9 +63,10 @@ def unknown_weights(module: nn.Module) -> list[str]:
     """Names of the parameters that a module of an unregistered class may use in a matmul.
 
     These are floating-point parameters with two or more dimensions (weights of experts have three), except those of
-    norms, which multiply elementwise, and those named bias. Some of them, such as position embeddings, are only added.
+    norms, which multiply elementwise, learned clips, and those named bias. Some of them, such as position embeddings,
+    are only added.
     """
-    if isinstance(module, _NORMS):
+    if isinstance(module, (*_NORMS, FakeQuantize)):
         return []
     return [
         name

@@ -18,6 +18,7 @@ from octav_hf import (
     apply_octav,
     calibrate_octav,
     calibrating,
+    coverage_report,
     pack_octav,
     uncalibrate_octav,
     unpack_octav,
@@ -73,6 +74,7 @@ def test_they_begin_as_calibrated(
         for operand in operands
     }
     assert frozen_activations(model) == frozen_activations(static)
+    assert coverage_report(model) == coverage_report(static)
     assert torch.equal(logits(model, padded_batch), logits(static, padded_batch))
 
 
