@@ -86,6 +86,17 @@ def test_a_percentile_of_many_elements(family: str, percentile: float, signed: b
     assert int(bins[1]) <= bins[0] <= int(bins[1]) + 1
 
 
+@SIGNS
+@pytest.mark.parametrize("percentile", [0.001, 50, 99.9, 99.999], ids=str)
+def test_a_percentile_far_below_the_largest_value(percentile: float, signed: bool) -> None:
+    """The outlier is 130 octaves above the other values, which fill more than 60 octaves."""
+    x = torch.randn(50_000, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([1e-20 * x * torch.linspace(-20, 20, len(x)).exp(), torch.tensor([1e30])])
+    expected = twins.percentile_clip_twin(x, percentile, signed)
+    got = percentile_clip(x, 4, signed=signed, percentile=percentile)
+    assert got.item() == pytest.approx(expected, rel=2**-7, abs=0)
+
+
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_bin_in_a_table_is_exact(default: torch.dtype) -> None:
     """For every default dtype; float32 cannot represent the rank for this many elements."""
