@@ -18,7 +18,9 @@ Sign = bool | Tensor
 
 
 def check_floating(x: Tensor, operation: str) -> None:
-    """Raise ``TypeError`` for an integer, boolean or complex tensor."""
+    """Raise ``TypeError`` for a number, and for an integer, boolean or complex tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{operation}: expected a floating-point tensor, got {type(x).__name__}; write torch.tensor(…)")
     if not x.is_floating_point():
         raise TypeError(
             f"{operation}: x of shape {tuple(x.shape)} has dtype {x.dtype}; pass a floating-point tensor (x.float())"

@@ -7,7 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from octav_hf.functional import max_clip, mse_clip, mse_sweep_clip, octav_clip, percentile_clip
+from octav_hf.functional import (
+    fake_quantize,
+    max_clip,
+    mse_clip,
+    mse_sweep_clip,
+    octav_clip,
+    percentile_clip,
+    quantization_error,
+    round_to_grid,
+)
 from octav_hf.functional.percentile import percentile_of_table
 from tests import twins
 
@@ -71,6 +80,14 @@ def test_a_tensor_that_is_no_sign_is_refused(rule: Callable[..., torch.Tensor], 
     """Compiled code reads one byte of it, which is 0 in the 1.0 of a float."""
     with pytest.raises(ValueError, match="signed must be True, False or a bool tensor"):
         rule(torch.ones(5000), 4, signed=signed)
+
+
+@pytest.mark.parametrize("function", [fake_quantize, round_to_grid, quantization_error])
+def test_a_clip_that_is_a_number_is_refused(function: Callable[..., torch.Tensor]) -> None:
+    with pytest.raises(
+        TypeError, match=rf"^{function.__name__} \(clip\): expected a .* tensor, got float; write torch."
+    ):
+        function(torch.ones(3), 2.5, 4)
 
 
 @SIGNS
