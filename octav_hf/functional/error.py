@@ -23,6 +23,7 @@ def quantization_error(x: Tensor, clip: Tensor, num_bits: int, *, signed: bool =
         float32 (float64 for float64 input), shape of ``clip``; 0 where ``x`` is all zero or empty.
     """
     check_floating(x, "quantization_error")
+    check_floating(clip, "quantization_error (clip)")
     rows, shape = to_rows(x, dim)
     return rows_errors(rows, clip.reshape(1, -1), num_bits, signed)[0].reshape(shape)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import Sign, statistics_dtype
+from .rows import Sign, check_floating, statistics_dtype
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -59,7 +59,11 @@ def round_to_grid(x: Tensor, clip: Tensor, num_bits: int, *, signed: Sign = True
 
     Returns:
         ``step * clamp(round(x / step))``, same shape as ``x``, float32 (float64 for float64 input). NaN stays NaN.
+
+    Raises:
+        TypeError: ``clip`` is not a floating-point tensor.
     """
+    check_floating(clip, "round_to_grid (clip)")
     step = step_size(clip.to(statistics_dtype(x.dtype)), num_bits, signed)
     return round_to_step(x, step, *bounds_for_sign(*range_and_sign(num_bits, signed), step.dtype))
 

@@ -21,12 +21,17 @@ def _check_options(percentile: float = 99.9) -> None:
 
 def percentile_of_table(table: Tensor, num_bits: int, signed: Tensor, percentile: float = 99.9) -> Tensor:
     """``percentile_clip`` of a magnitude table; arguments and result as in ``octav_of_table``. The bin is exact."""
-    tails, number = Tails(table, signed), table[0].sum()
+    counts = (table[0] * torch.stack([torch.ones_like(signed), signed]).view(2, 1)).sum(dim=0)
+    number, bins = table[0].sum(), torch.arange(len(counts), dtype=torch.int64, device=table.device)
     # 99.9 % of 1000 is 999.0000000000001 in floating point; the rank is 999.
     rank = (number.double() * (percentile / 100) - 1e-6).ceil().clamp(min=1)
     above = number - rank
-    clip = tails.crossing(lambda _, count, excess: above + 0.5 - count)
-    return torch.where(is_finite(table), torch.where(above < tails.nonzero, clip, 0.0), torch.nan).float()
+    bin_of_rank = (counts.sum() - counts.cumsum(0) > above).sum()
+    # Tails uses only the 32 octaves below the highest bin, and the rank may be below them.
+    is_near = bins <= bin_of_rank + 1
+    above_near = above - (counts * ~is_near).sum()
+    clip = Tails(table * is_near, signed).crossing(lambda _, count, excess: above_near + 0.5 - count)
+    return torch.where(is_finite(table), torch.where(bin_of_rank > 0, clip, 0.0), torch.nan).float()
 
 
 @register_clip_rule("percentile", check_options=_check_options, of_table=percentile_of_table, tensor_sign=True)

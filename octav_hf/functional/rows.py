@@ -18,7 +18,9 @@ Sign = bool | Tensor
 
 
 def check_floating(x: Tensor, operation: str) -> None:
-    """Raise ``TypeError`` for an integer, boolean or complex tensor."""
+    """Raise ``TypeError`` for a number, and for an integer, boolean or complex tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{operation}: expected a floating-point tensor, got {type(x).__name__}; write torch.tensor(…)")
     if not x.is_floating_point():
         raise TypeError(
             f"{operation}: x of shape {tuple(x.shape)} has dtype {x.dtype}; pass a floating-point tensor (x.float())"
@@ -52,10 +54,17 @@ def to_rows(x: Tensor, dim: Dim) -> tuple[Tensor, tuple[int, ...]]:
     if not reduced or len(set(reduced)) != len(reduced):
         raise ValueError(f"dim {dim} must name one or more different dimensions of x of shape {tuple(x.shape)}")
     kept = [d for d in range(x.dim()) if d not in reduced]
-    shape = tuple(1 if d in reduced else size for d, size in enumerate(x.shape))
     rows = math.prod([x.shape[d] for d in kept])
     columns = math.prod([x.shape[d] for d in reduced])
-    return x.permute(*kept, *reduced).reshape(rows, columns), shape
+    return x.permute(*kept, *reduced).reshape(rows, columns), shape_of_clips(x, dim)
+
+
+def shape_of_clips(x: Tensor, dim: Dim) -> tuple[int, ...]:
+    """The shape of the clips of ``x``, whose dimension(s) ``dim`` share a clip."""
+    if dim is None:
+        return ()
+    reduced = [d % x.dim() for d in ((dim,) if isinstance(dim, int) else dim)]
+    return tuple(1 if d in reduced else size for d, size in enumerate(x.shape))
 
 
 def memory_order(x: Tensor) -> list[int]:

@@ -13,7 +13,7 @@ from .frozen_clips import FrozenClips
 
 
 class MeanObserver(ClipObserver):
-    """Adds up the dynamic clips of one quantizer, per call index and sign."""
+    """Adds up the upper ends (clip plus offset) of the dynamic grids of one quantizer, per call index and sign."""
 
     def __init__(self, quantizer: FakeQuantize):
         super().__init__(quantizer)
@@ -47,7 +47,7 @@ class MeanObserver(ClipObserver):
             clips: signed -> sum of ``count`` clips on that grid, for each grid that this tensor allows; ``[*parts]`` as
                 in ``FrozenClips``. Empty for an empty tensor.
             count: number of samples in the sums.
-            offset: lowest value of an asymmetric grid.
+            offset: lowest value of an asymmetric grid, to which the clip of ``False`` is relative.
             like: a tensor with the dtype and device of clips.
 
         Raises:
@@ -62,6 +62,7 @@ class MeanObserver(ClipObserver):
         if offset is not None:
             low = offset.detach().cpu().double()
             self._offset = low if self._offset is None else torch.minimum(self._offset, low)
+            sums[False] = sums[False] + count * low
         for signed, clip in sums.items():
             total = self._sums.get((call_index, signed))
             self._sums[call_index, signed] = clip if total is None else total + clip
@@ -72,7 +73,7 @@ class MeanObserver(ClipObserver):
         """The mean clip of each call index; unsigned if all calls allowed it.
 
         The mean is over all calls, or over all samples of all calls if clips are granular, in float64. An asymmetric
-        grid begins at the lowest value of all calls.
+        grid extends from the lowest value of all calls to the mean of their upper ends.
         """
         indices = range(max(self.call_counts, default=0))
         # A tensor with negative values has only a signed clip; one that allows both grids has both clips.
@@ -83,8 +84,10 @@ class MeanObserver(ClipObserver):
         shapes = {tuple(mean.shape) for mean in means}
         if len(shapes) > 1:
             raise ValueError(f"clips of different shapes in one forward pass: {sorted(shapes)}")
-        offset = None if signed or self._offset is None or not self._offset < 0 else self._offset.to(self._like)
-        return FrozenClips(signed, torch.stack(means).to(self._like), offset)
+        clips = torch.stack(means)
+        if signed or self._offset is None:
+            return FrozenClips(signed, clips.to(self._like))
+        return FrozenClips(False, (clips - self._offset).to(self._like), self._offset.to(self._like))
 
     def _sum_over_batch(self, x: Tensor, clip: Tensor) -> tuple[Tensor, int]:
         """The sum of the clips over the samples of ``x``, float64 ``[*parts_of(x)]``; and the number of samples."""

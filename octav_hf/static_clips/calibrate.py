@@ -41,7 +41,8 @@ def calibrate_octav(
       data as a whole, where batches with large values count more.
     - An attention operand has one clip per matmul in one forward pass of its module; DeBERTa, for example, multiplies
       content and positions separately.
-    - An activation that may be signed or unsigned gets the unsigned grid if no tensor had a negative value.
+    - An activation that may be signed or unsigned gets the unsigned grid if no tensor had a negative value. An
+      asymmetric grid begins at the lowest value of all calls; with ``"mean"``, it ends at the mean of their upper ends.
     - With ``activation_granularity``, all calls and samples share the clips per attention head or channel (and all
       heads do if the module merges them with the batch, as DeBERTa does). Tokens have no identity across batches, so an
       operand with a clip per token gets one clip for the whole tensor. A layer's input in groups has one clip per group

@@ -184,7 +184,7 @@ def test_a_model_calibrated_packed_saved_and_exported(config: OctavConfig, tmp_p
     assert not asymmetric_inputs(loaded)
 
 
-def test_a_frozen_grid_is_the_mean_clip_from_the_lowest_value_of_all_calls() -> None:
+def test_a_frozen_grid_extends_from_the_lowest_value_to_the_mean_upper_end_of_all_calls() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4))
     apply_octav(net, OctavConfig(asymmetric_activations=True))
@@ -193,13 +193,29 @@ def test_a_frozen_grid_is_the_mean_clip_from_the_lowest_value_of_all_calls() -> 
         hidden = [net[:2](part) for part in x]
     calibrate_octav(net, list(x), progress_bar=False)
     frozen = net[2].input_quantizer.frozen
-    clips = [twins.octav_clip_twin(h - h.min(), 4, signed=False) for h in hidden]
-    assert frozen.clips.tolist() == [pytest.approx(sum(clips) / 3, rel=1e-4)]
-    assert frozen.offset.item() == pytest.approx(min(float(h.min()) for h in hidden), rel=1e-6)
+    ends = [float(h.min()) + twins.octav_clip_twin(h - h.min(), 4, signed=False) for h in hidden]
+    lowest = min(float(h.min()) for h in hidden)
+    assert frozen.clips.tolist() == [pytest.approx(sum(ends) / 3 - lowest, rel=1e-5)]
+    assert frozen.offset.item() == pytest.approx(lowest, rel=1e-6)
     out = net[2].input_quantizer(hidden[0])
     np.testing.assert_allclose(
         out.detach().numpy(), asymmetric_twin(hidden[0], frozen.clips.item(), frozen.offset.item(), 4), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_calls_without_negative_values_keep_their_upper_end(groups: bool) -> None:
+    """Their clips are relative to 0, and the frozen one to the offset."""
+    granularity = {"activation_granularity": {"input": "group"}, "group_size": 32} if groups else {}
+    config = OctavConfig(activation_clip="max", asymmetric_activations=True, **granularity)
+    net = apply_octav(nn.Sequential(nn.Linear(64, 4)), config)
+    x = torch.rand(4, 2, 50, 64, generator=torch.Generator().manual_seed(0))
+    x[:, :, 0, ::32] = torch.tensor([3.0, 5.0])
+    x[0, :, 0, 1] = -2.0
+    calibrate_octav(net, list(x), progress_bar=False)
+    frozen = net[0].input_quantizer.frozen
+    assert (frozen.signed, frozen.offset.item()) == (False, -2.0)
+    assert frozen.clips.tolist() == [pytest.approx([5.0, 7.0]) if groups else pytest.approx(7.0)]
 
 
 def test_one_call_on_the_signed_grid_decides_for_it() -> None:

@@ -7,7 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from octav_hf.functional import max_clip, mse_clip, mse_sweep_clip, octav_clip, percentile_clip
+from octav_hf.functional import (
+    fake_quantize,
+    max_clip,
+    mse_clip,
+    mse_sweep_clip,
+    octav_clip,
+    percentile_clip,
+    quantization_error,
+    round_to_grid,
+)
 from octav_hf.functional.percentile import percentile_of_table
 from tests import twins
 
@@ -73,6 +82,14 @@ def test_a_tensor_that_is_no_sign_is_refused(rule: Callable[..., torch.Tensor], 
         rule(torch.ones(5000), 4, signed=signed)
 
 
+@pytest.mark.parametrize("function", [fake_quantize, round_to_grid, quantization_error])
+def test_a_clip_that_is_a_number_is_refused(function: Callable[..., torch.Tensor]) -> None:
+    with pytest.raises(
+        TypeError, match=rf"^{function.__name__} \(clip\): expected a .* tensor, got float; write torch."
+    ):
+        function(torch.ones(3), 2.5, 4)
+
+
 @SIGNS
 @pytest.mark.parametrize("percentile", [0.001, 10, 50, 90, 99.9, 99.99, 100], ids=str)
 @pytest.mark.parametrize("family", twins.FAMILIES)
@@ -84,6 +101,17 @@ def test_a_percentile_of_many_elements(family: str, percentile: float, signed: b
     # The upper edge of a bin is the lower one of the next.
     bins = [clip.view(torch.int32).item() / 2**16 for clip in (got, expected)]
     assert int(bins[1]) <= bins[0] <= int(bins[1]) + 1
+
+
+@SIGNS
+@pytest.mark.parametrize("percentile", [0.001, 50, 99.9, 99.999], ids=str)
+def test_a_percentile_far_below_the_largest_value(percentile: float, signed: bool) -> None:
+    """The outlier is 130 octaves above the other values, which fill more than 60 octaves."""
+    x = torch.randn(50_000, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([1e-20 * x * torch.linspace(-20, 20, len(x)).exp(), torch.tensor([1e30])])
+    expected = twins.percentile_clip_twin(x, percentile, signed)
+    got = percentile_clip(x, 4, signed=signed, percentile=percentile)
+    assert got.item() == pytest.approx(expected, rel=2**-7, abs=0)
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -1,10 +1,12 @@
 """The quantizer module, and the linear layer with two of them."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
-from octav_hf.functional import fake_quantize, max_clip, octav_clip, percentile_clip
+from octav_hf.functional import CLIP_RULES, fake_quantize, max_clip, octav_clip, percentile_clip, register_clip_rule
 from octav_hf.nn import FakeQuantize, QuantizedLinear
 
 
@@ -60,6 +62,43 @@ def test_by_sign_of_no_values_and_of_nan() -> None:
 def test_an_error_names_where_it_stands() -> None:
     with pytest.raises(ValueError, match=r"layer.3 input: octav_clip: x of shape \(2,\).*1 NaN"):
         FakeQuantize(4, name="layer.3 input")(torch.tensor([1.0, torch.nan]))
+
+
+@pytest.mark.parametrize(
+    ("clips", "message"),
+    [
+        (lambda x, dim: x.abs().amax(dim), r"the clip rule 'mine' returned a tensor of shape \(3,\) for x of shape "),
+        (lambda x, dim: x.abs().max().item(), r"returned a float for x of shape \(3, 3\) and dim=1; it must return a "),
+        (
+            lambda x, dim: x.log().amax(dim, keepdim=True),
+            r"returned NaN, Inf or a negative clip for x of shape \(3, 3\)",
+        ),
+        (
+            lambda x, dim: -x.abs().amax(dim, keepdim=True),
+            r"returned NaN, Inf or a negative clip for x of shape \(3, 3\)",
+        ),
+    ],
+    ids=["shape", "number", "nan", "negative"],
+)
+def test_an_invalid_clip_of_a_users_rule_is_an_error(
+    clips: Callable[[torch.Tensor, int], object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a square matrix, clips of shape [3] would be those of columns."""
+    monkeypatch.setattr("octav_hf.functional.registry.CLIP_RULES", dict(CLIP_RULES))
+    register_clip_rule("mine")(lambda x, num_bits, *, signed, dim: clips(x, dim))
+    with pytest.raises(ValueError, match=r"^dense weight: .*" + message):
+        FakeQuantize(4, clip="mine", dim=1, name="dense weight")(torch.arange(-4.0, 5.0).view(3, 3))
+
+
+@pytest.mark.parametrize("signed", [True, None])
+def test_nan_under_a_users_rule_names_where_it_stands(signed: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octav_hf.functional.registry.CLIP_RULES", dict(CLIP_RULES))
+    register_clip_rule("mine")(lambda x, num_bits, *, signed, dim: x.float().square().mean().sqrt())
+    quantizer = FakeQuantize(4, clip="mine", signed=signed, name="layer.3 input")
+    assert quantizer(torch.empty(0, 3)).shape == (0, 3)
+    assert quantizer.compute_clip(torch.ones(3, dtype=torch.float64, requires_grad=True)).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"^layer.3 input: mine: x of shape \(2,\) .* holds 1 NaN"):
+        quantizer(torch.tensor([1.0, torch.nan]))
 
 
 def test_says_what_it_is() -> None:
