@@ -100,7 +100,7 @@ def _more_bits(model: nn.Module, config: OctavConfig, sensitivities: Sequence[Mo
     narrow = {name for name, _, quantizer in operands if quantizer.num_bits < _MORE_BITS}
     ranked = sorted((each for each in sensitivities if each.module in narrow), key=lambda each: -each.alone)
     rest = _WORST_SHARE * sum(each.alone for each in ranked)
-    worst, wider = 0, set()
+    worst, wider = 0, set[str]()
     for each in ranked:
         inside = {name for name in names if name == each.module or name.startswith(f"{each.module}.")}
         bits = {field: _MORE_BITS for name, field, _ in operands if name in inside}  # what is in float stays so

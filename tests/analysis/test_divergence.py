@@ -171,6 +171,13 @@ def test_what_cannot_be_compared_is_refused(small_bert: MakeBert) -> None:
     classifier = BertForSequenceClassification(small_bert().config).eval()
     with pytest.raises(ValueError, match="pass a teacher with the same head"):
         sensitivity(model, FloatOutputs(model, batches(), classifier))
+    with pytest.raises(ValueError, match="FloatOutputs: the teacher.*is quantized"):
+        FloatOutputs(model, batches(), copy.deepcopy(model))
+    masked = small_bert(num_hidden_layers=1)
+    with torch.no_grad():
+        masked.qa_outputs.bias[1] = -torch.inf  # the difference of two is NaN
+    with pytest.raises(ValueError, match=r"end_logits of the float BertFor.* \(1, 16\), holds NaN or Inf in batch 1"):
+        FloatOutputs(model, batches(), masked)
     packed = pack_octav(copy.deepcopy(model))
     for function in (FloatOutputs, output_errors):
         with pytest.raises(ValueError, match="is packed, and its float weights"):

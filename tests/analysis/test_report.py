@@ -1,5 +1,6 @@
 """``report``: what it measures is what the functions measure, and what it refuses it refuses before it writes."""
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -107,6 +108,15 @@ def test_packed_model_says_what_cannot_be_measured(bert: nn.Module, padded_batch
     assert Report.load(page.with_suffix(".json")) == found
 
 
+def test_compiled_model_is_measured_as_the_model_inside(
+    bert: nn.Module, small_bert: MakeBert, padded_batch: dict, tmp_path: Path
+) -> None:
+    teacher = small_bert(num_hidden_layers=1)
+    expected = report(bert, [padded_batch], teacher, path=tmp_path / "report.html")
+    compiled = torch.compile(bert), [padded_batch], torch.compile(teacher)
+    assert report(*compiled, path=tmp_path / "report.html") == expected
+
+
 def test_layers_that_no_batch_reaches_are_named(bert: nn.Module, padded_batch: dict, tmp_path: Path) -> None:
     model = nn.ModuleDict({"reached": bert, "other": apply_octav(nn.Sequential(nn.Linear(2, 2)), OctavConfig())})
     model.forward = lambda **batch: bert(**batch)
@@ -144,6 +154,15 @@ def test_what_is_refused_leaves_files_as_they_are(
     for model, batches, error, message in refused:
         with pytest.raises(error, match=f"report.*{message}"):
             report(model, batches, path=page)
+    teachers = [
+        ("runs/float", TypeError, "takes a teacher that is a model.*got str"),
+        (apply_octav(small_bert(num_hidden_layers=1), OctavConfig()), ValueError, "is quantized; pass the float model"),
+        (nn.Linear(2, 2), ValueError, "the teacher, a Linear, has no module 'bert.encoder"),
+    ]
+    for model in (bert, pack_octav(copy.deepcopy(bert))):
+        for teacher, error, message in teachers:
+            with pytest.raises(error, match=f"report.*{message}"):
+                report(model, [padded_batch], teacher, path=page)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert page.read_text() == "before"
 
