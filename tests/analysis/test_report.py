@@ -147,6 +147,8 @@ def test_what_is_refused_leaves_files_as_they_are(
         (bert, [], ValueError, "got no batch"),
         (bert, padded_batch, TypeError, r"write \[batch\]"),
         (bert, [7], TypeError, "here number 1"),
+        (bert, [{"input_ids": [1, 2], "label": 0}], TypeError, r"number 1.*got lists \(input_ids, label\).*DataLoader"),
+        (bert, [{"input_ids": [[1, 2], [3, 4]]}], TypeError, 'return_tensors="pt"'),
         (small_bert(), [padded_batch], ValueError, "has no module quantized"),
         (bert.state_dict(), [padded_batch], TypeError, "takes a model"),
         (convert_octav(apply_octav(small_bert(), OctavConfig())), [padded_batch], ValueError, "unpack_octav"),
