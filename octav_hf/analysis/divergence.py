@@ -62,8 +62,8 @@ class FloatOutputs:
                 if not values.isfinite().all():
                     raise ValueError(
                         f"{function}: {name} of the float {type(source).__name__}, of shape {tuple(values.shape)}, "
-                        f"holds NaN or Inf in batch {len(self._outputs) + 1}, so nothing can be compared with it; mask by "
-                        "torch.finfo(dtype).min instead of -inf"
+                        f"holds NaN or Inf in batch {len(self._outputs) + 1}, so nothing can be compared with it; to "
+                        "mask, write torch.finfo(dtype).min instead of -inf"
                     )
             self._outputs.append(outputs)
 
