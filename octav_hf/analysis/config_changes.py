@@ -110,9 +110,9 @@ def _more_bits(model: nn.Module, config: OctavConfig, sensitivities: Sequence[Mo
         if rest > 0 and _is_consistent(changed, inside):
             config, rest, worst, wider = changed, rest - each.alone, worst + 1, wider | inside
     if worst:
-        modules = "module and what is in it" if worst == 1 else f"{worst} modules and what is in them"
+        several = f"{worst} most sensitive modules and what is in them"
         yield Change(
-            f"{_MORE_BITS} bits for the most sensitive {modules}",
+            f"{_MORE_BITS} bits for the {'most sensitive module and what is in it' if worst == 1 else several}",
             config,
             _BITS,
             f"{len(wider)} of {len(names)} modules get {_MORE_BITS} bits",

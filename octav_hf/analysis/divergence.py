@@ -74,7 +74,7 @@ class FloatOutputs:
     def measure(self) -> str:
         """Name of the divergence, with its unit."""
         is_other = _OTHER in self._outputs[0]
-        return "relative squared error of the output" if is_other else "KL divergence of the logits (nats)"
+        return "Relative squared error of the output" if is_other else "KL divergence of the logits (nats)"
 
     def divergence_of(self, model: nn.Module) -> float:
         """The divergence of ``model`` from the float model on the batches.

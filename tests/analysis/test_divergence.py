@@ -76,7 +76,7 @@ def test_a_model_without_logits_has_the_relative_squared_error(small_bert: MakeB
             rows += [np.square(output - target).sum() / np.square(target).sum()] * len(batch["input_ids"])
         found = FloatOutputs(model, batches())
         assert found.divergence_of(model) == pytest.approx(np.mean(rows), rel=1e-4)
-        assert found.measure == "relative squared error of the output"
+        assert found.measure == "Relative squared error of the output"
 
 
 def test_modules_alone_and_all_but_them(small_bert: MakeBert) -> None:
