@@ -357,6 +357,41 @@ def test_without_logs_nothing_is_measured(
     assert 'logging_strategy is "no"' in caplog.text
 
 
+class FailingTrainer(Trainer):
+    """Fails in its first step, in the model or before it is called."""
+
+    in_model = True
+
+    def compute_loss(self, model: nn.Module, inputs: Any, **kwargs: Any) -> Any:
+        if not self.in_model:
+            raise IndexError("no loss")
+        return model(input_ids=inputs["input_ids"] + 1000)  # IndexError: there are no such tokens
+
+
+@pytest.mark.parametrize("in_model", [True, False])
+def test_a_step_that_fails_leaves_nothing_behind(
+    model: BertForQuestionAnswering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_model: bool
+) -> None:
+    monkeypatch.setattr(FailingTrainer, "in_model", in_model)
+    with pytest.raises(IndexError):
+        trainer_of(model, tmp_path, OctavCallback(), trainer_class=FailingTrainer).train()
+    if not in_model:
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long))  # the first forward pass ends it
+    assert not [module for module in model.modules() if module is not model and module._forward_hooks]
+    compiled: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compile(nn.Linear(2, 2), backend=backend)(torch.zeros(1, 2))
+    assert compiled  # nothing is compiled in the stance of a measurement
+
+    trainer = trainer_of(model, tmp_path, OctavCallback())  # the same model, another callback
+    trainer.train()
+    assert len(octav_logs(trainer)) == 2
+
+
 def test_no_codes_are_kept_after_training(model: BertForQuestionAnswering, tmp_path: Path) -> None:
     def codes() -> int:
         gc.collect()
