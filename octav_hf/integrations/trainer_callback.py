@@ -106,8 +106,8 @@ class OctavCallback(TrainerCallback):
             entered = self._entered
             for each in (hooks, self._changes):
                 entered.enter_context(each)
-            # No event follows a step that fails: the hooks would go on measuring, and nothing would be compiled. The hook
-            # that ends the measurement is removed by the next event, because torch is looping over the hooks here.
+            # No event follows a step that fails: the hooks would go on measuring, and nothing would be compiled. The
+            # next event removes the hook that ends the measurement, since torch is looping over the hooks when it runs.
             end = kwargs["model"].register_forward_hook(lambda *_: entered.close(), always_call=True)
             self._ends.callback(end.remove)
 
