@@ -124,10 +124,10 @@ class OctavCallback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "loss" not in kwargs["logs"]:  # of an evaluation, or at the end
             return
-        measured, self._measured = self._measured, {}
-        if state.global_step not in measured:
+        if state.global_step not in self._measured:
             self._warn_of_log(state.global_step)
             return
+        measured, self._measured = self._measured, {}
         if not state.is_world_process_zero:
             return
         trained = _trained_layers(kwargs["model"], kwargs["optimizer"])

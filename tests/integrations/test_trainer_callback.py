@@ -263,6 +263,22 @@ def test_an_epoch_of_unknown_length_is_warned_of(
     assert "The log at step 6 has no values of OctavCallback" in record.getMessage()
 
 
+class LogsStep2(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log |= state.global_step == 2
+
+
+def test_a_log_of_another_callback_does_not_move_the_first_step(small_bert: MakeBert, tmp_path: Path) -> None:
+    found = []
+    for others in ([], [LogsStep2()]):
+        model = apply_octav(small_bert(num_hidden_layers=1), OctavConfig())
+        trainer = trainer_of(model, tmp_path, OctavCallback(), *others, logging_steps=4)
+        trainer.train()
+        found.append(octav_logs(trainer))
+    assert list(found[0]) == [4]
+    assert found[1] == found[0]
+
+
 def test_of_several_batches_of_a_step_the_first_is_measured(model: BertForQuestionAnswering, tmp_path: Path) -> None:
     capture = Capture(model)  # it keeps what comes first
     trainer = trainer_of(
