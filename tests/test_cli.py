@@ -22,6 +22,7 @@ from octav_hf.cli import main
 from octav_hf.hub import output_dir
 from octav_hf.hub.checkpoint_folder import CheckpointFolder, summary
 from octav_hf.hub.output_dir import atomic_output_dir
+from tests.architectures.models import ARCHITECTURES
 from tests.question_answering import logits
 
 MakeBert = Callable[..., BertForQuestionAnswering]
@@ -142,6 +143,26 @@ def test_inspect_a_model_with_a_shared_table_and_a_convolutional_one(
     assert {layer["bits"] for layer in json.loads(capsys.readouterr().out)["layers"]} == {4, 8}
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_inspect_a_model_whose_tensors_have_other_names_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture, packed: bool
+) -> None:
+    model = apply_octav(ARCHITECTURES["ViT"].make(), OctavConfig())
+    calibrate_octav(model, weights=True)
+    (pack_octav(model) if packed else model).save_pretrained(tmp_path / "vit")
+    names = load_file(tmp_path / "vit" / "model.safetensors")
+    assert "vit.encoder.layer.0.attention.attention.query.weight" in names  # as in the file; the module is another
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "vit"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    layers = {layer["name"]: layer for layer in facts["layers"]}
+    query = layers["vit.layers.0.attention.q_proj"]
+    assert query["stored"] == ("packed" if packed else "float32")
+    assert query["bytes"] == (32 * 32 // 2 + 4 * 32 if packed else 4 * 32 * 32)
+    assert {layer["stored"] for layer in layers.values()} == {query["stored"]}
+    assert facts["frozen_weight_clips"] == len(layers) == 14
+
+
 def test_a_damaged_checkpoint_is_named(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     main(["pack", str(trained), str(tmp_path / "packed")])
     capsys.readouterr()
@@ -211,6 +232,8 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(
     (trained / "config.json").write_text(json.dumps(newer))
     assert "format version 9" in error_of(capsys, "inspect", trained)
     assert "is not a folder" in error_of(capsys, "push", tmp_path / "nowhere", "me/x")
+    for source in (tmp_path / "nowhere", "nowhere"):
+        assert f"there is no folder {source}, and no such repository" in error_of(capsys, "inspect", source)
 
 
 def test_a_hub_that_cannot_be_reached(

@@ -15,11 +15,18 @@ Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 
 
 def check_batch(batch: Any, caller: str) -> None:
-    """Raise ``TypeError`` unless ``batch`` is a ``Batch``; ``caller`` begins the message."""
+    """Raise ``TypeError`` unless ``batch`` is a ``Batch`` of tensors; ``caller`` begins the message."""
     if not isinstance(batch, Mapping | tuple | list | Tensor):
         raise TypeError(
             f"{caller} a batch as a mapping of keyword arguments, such as {{'input_ids': …}}, a tuple of "
             f"positional ones, or a tensor; got {type(batch).__name__}"
+        )
+    values = batch.values() if isinstance(batch, Mapping) else ()
+    if any(isinstance(value, list) for value in values) and not any(isinstance(value, Tensor) for value in values):
+        raise TypeError(
+            f"{caller} a batch of tensors; got lists ({', '.join(batch)}), as in an example of a dataset. Call the "
+            'tokenizer with return_tensors="pt", or write DataLoader(dataset, batch_size=8, '
+            "collate_fn=transformers.default_data_collator)"
         )
 
 

@@ -120,9 +120,9 @@ def suggest_bits(
         ``module_overrides`` with the bits of each module by its full name, and with the config's own overrides.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``, or ``batches`` or a batch has another type.
-        ValueError: the model is not quantized by ``apply_octav``, is packed, or has frozen clips; an argument is out of
-            range; or there are no bits to choose.
+        TypeError: ``model`` or ``teacher`` is not an ``nn.Module``, or ``batches`` or a batch has another type.
+        ValueError: the model is not quantized by ``apply_octav``, is packed, or has frozen clips; the teacher is
+            quantized; an argument is out of range; or there are no bits to choose.
     """
     check_has_float_weights(model, "suggest_bits")
     request = _request_of(model)

@@ -1,7 +1,7 @@
 """Changes of a config that may bring a model closer to the float model, and what they cost."""
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config import WRITTEN_FIELDS, OctavConfig
 from ..conversion.modules import operand_quantizers
+from ..nn import QuantizedLayer
 from ..nn.granularity import FINEST
 from .sensitivity import ModuleSensitivity
 
@@ -93,30 +94,45 @@ def changes(model: nn.Module, config: OctavConfig, sensitivities: Sequence[Modul
 
 
 def _more_bits(model: nn.Module, config: OctavConfig, sensitivities: Sequence[ModuleSensitivity]) -> Iterator[Change]:
-    """8 bits for the most sensitive of the modules that have fewer."""
-    names = {module for module, _, _ in operand_quantizers(model)}
-    narrow = {module for module, _, quantizer in operand_quantizers(model) if quantizer.num_bits < _MORE_BITS}
-    worst: list[str] = []
+    """8 bits for the most sensitive of the modules that have fewer, and for the modules inside them."""
+    operands = [(name, _bits_field(model, name, operand), each) for name, operand, each in operand_quantizers(model)]
+    names = {name for name, _, _ in operands}
+    narrow = {name for name, _, quantizer in operands if quantizer.num_bits < _MORE_BITS}
     ranked = sorted((each for each in sensitivities if each.module in narrow), key=lambda each: -each.alone)
     rest = _WORST_SHARE * sum(each.alone for each in ranked)
+    worst, wider = 0, set[str]()
     for each in ranked:
-        if rest > 0:
-            worst.append(each.module)
-            rest -= each.alone
-    if not worst:
-        return
-    overrides = dict(config.module_overrides)
-    for name in worst:
-        pattern = glob.escape(name)
-        overrides[pattern] = overrides.get(pattern, {}) | {"weight_bits": _MORE_BITS, "activation_bits": _MORE_BITS}
-    wider = {name for name in names for module in worst if name == module or name.startswith(f"{module}.")}
-    yield Change(
-        f"{_MORE_BITS} bits for the {len(worst)} most sensitive modules and what is in them",
-        replace(config, module_overrides=overrides),
-        _BITS,
-        f"{len(wider)} of {len(names)} modules multiply {_MORE_BITS}-bit integers",
-        len(wider) / len(names),
-    )
+        inside = {name for name in names if name == each.module or name.startswith(f"{each.module}.")}
+        bits = {field: _MORE_BITS for name, field, _ in operands if name in inside}  # what is in float stays so
+        pattern = glob.escape(each.module)
+        own = config.module_overrides.get(pattern, {})
+        changed = replace(config, module_overrides=config.module_overrides | {pattern: own | bits})
+        if rest > 0 and _is_consistent(changed, inside):
+            config, rest, worst, wider = changed, rest - each.alone, worst + 1, wider | inside
+    if worst:
+        several = f"{worst} most sensitive modules and what is in them"
+        yield Change(
+            f"{_MORE_BITS} bits for the {'most sensitive module and what is in it' if worst == 1 else several}",
+            config,
+            _BITS,
+            f"{len(wider)} of {len(names)} modules get {_MORE_BITS} bits",
+            len(wider) / len(names),
+        )
+
+
+def _bits_field(model: nn.Module, name: str, operand: str) -> str:
+    """The field of ``ModuleSettings`` with the bits of an operand."""
+    module = model.get_submodule(name)
+    return module.operands[operand] if isinstance(module, QuantizedLayer) else "activation_bits"
+
+
+def _is_consistent(config: OctavConfig, names: Iterable[str]) -> bool:
+    """Whether no pattern with wildcards sets for modules inside another one what the override of that one sets."""
+    try:
+        config.settings_for(names)
+    except ValueError:
+        return False
+    return True
 
 
 def packed_bits(model: nn.Module) -> int:

@@ -11,7 +11,7 @@ from .._utils.forward_pass import Batch, run_batches
 from .._utils.torch_private import tree_leaves
 from ..training.logits import class_logits, logit_loss
 from ..training.padding import inputs_by_name, mask_of
-from .simulated import check_has_float_weights
+from .simulated import check_has_float_weights, check_teacher
 from .switching import in_float
 
 _OTHER = "output"  # name of an output that is compared in place of logits
@@ -37,7 +37,8 @@ class FloatOutputs:
         batches: as a list.
 
     Raises:
-        TypeError, ValueError: the model or the batches are none of these.
+        TypeError, ValueError: the model, the batches or the teacher is none of these; or the float model's outputs hold
+            NaN or Inf.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class FloatOutputs:
         function: str = "FloatOutputs",
     ):
         check_has_float_weights(model, function)
+        check_teacher(teacher, function)
         is_list = isinstance(batches, Iterable) and not isinstance(batches, Mapping | Tensor)
         self.batches: Any = list(batches) if is_list else batches  # run_batches refuses anything else
         self._function = function
@@ -55,7 +57,15 @@ class FloatOutputs:
         source = model if teacher is None else teacher
 
         def keep(_: Batch, output: Any) -> None:
-            self._outputs.append(_compared(source, output))
+            outputs = _compared(source, output)
+            for name, values in outputs.items():
+                if not values.isfinite().all():
+                    raise ValueError(
+                        f"{function}: {name} of the float {type(source).__name__}, of shape {tuple(values.shape)}, "
+                        f"holds NaN or Inf in batch {len(self._outputs) + 1}, so nothing can be compared with it; to "
+                        "mask, write torch.finfo(dtype).min instead of -inf"
+                    )
+            self._outputs.append(outputs)
 
         with in_float(model) if teacher is None else nullcontext():
             run_batches(source, self.batches, function, None, keep)
@@ -64,7 +74,7 @@ class FloatOutputs:
     def measure(self) -> str:
         """Name of the divergence, with its unit."""
         is_other = _OTHER in self._outputs[0]
-        return "relative squared error of the output" if is_other else "KL divergence of the logits (nats)"
+        return "Relative squared error of the output" if is_other else "KL divergence of the logits (nats)"
 
     def divergence_of(self, model: nn.Module) -> float:
         """The divergence of ``model`` from the float model on the batches.

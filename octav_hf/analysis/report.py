@@ -7,8 +7,11 @@ from torch import Tensor, nn
 
 from .._utils.atomic_file import write_atomically
 from .._utils.forward_pass import Batch
+from .._utils.torch_private import uncompiled
+from ..conversion.modules import operand_quantizers
 from ..conversion.record import is_packed, recorded_config
 from ..coverage.report import coverage_report
+from ..training.teacher import teacher_modules
 from .activation_functions import activation_functions
 from .divergence import FloatOutputs
 from .layer_bytes import layer_bytes
@@ -17,7 +20,7 @@ from .output_errors import output_errors
 from .page.render import render
 from .report_data import Report, Unmeasured
 from .sensitivity import kind_sensitivity, sensitivity
-from .simulated import check_simulated
+from .simulated import check_simulated, check_teacher
 from .suggestions import suggestions
 
 _PACKED = (
@@ -53,12 +56,16 @@ def report(
         What was measured.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``, or ``batches`` or a batch has another type.
+        TypeError: ``model`` or ``teacher`` is not an ``nn.Module``, or ``batches`` or a batch has another type.
         ValueError: the model is not quantized, or multiplies integers (``convert_octav``); there is no batch; ``path``
-            does not end in ``.html`` or is a folder. Nothing is written then.
+            does not end in ``.html`` or is a folder; the teacher is quantized, lacks a module or has another head; the
+            float model's outputs hold NaN or Inf. Nothing is written then.
     """
     check_simulated(model, "report")
-    page = _checked(Path(path))
+    model, page = uncompiled(model), _checked(Path(path))
+    check_teacher(teacher, "report")
+    if teacher is not None:
+        teacher_modules(uncompiled(teacher), [name for name, _, _ in operand_quantizers(model)], "report")
     batches = _listed(batches)
     packed = is_packed(model)
     outputs = None if packed else FloatOutputs(model, batches, teacher, "report")

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from ..conversion.modules import is_quantized
 from ..conversion.record import check_quantized, is_packed
 from ..nn import PackedLayer, QuantizedAttention
 
@@ -29,4 +30,20 @@ def check_has_float_weights(model: nn.Module, function: str) -> None:
         raise ValueError(
             f"{function}: {type(model).__name__} is packed, and its float weights, the reference, are gone; analyse "
             "the model before pack_octav"
+        )
+
+
+def check_teacher(teacher: nn.Module | None, function: str) -> None:
+    """Check the argument ``teacher`` in the same way: a float model, or ``None``."""
+    if teacher is None:
+        return
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(
+            f"{function} takes a teacher that is a model (an nn.Module), got {type(teacher).__name__}; load it first, "
+            "such as by AutoModelForQuestionAnswering.from_pretrained"
+        )
+    if is_quantized(teacher):
+        raise ValueError(
+            f"{function}: the teacher, a {type(teacher).__name__}, is quantized; pass the float model, or leave it out "
+            "to compare with the model itself with every quantizer off"
         )

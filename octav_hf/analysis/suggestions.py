@@ -51,7 +51,7 @@ def suggestions(
     model (``FloatOutputs``) is measured. Changes with the same requirement on the hardware (the same integer products;
     a scale for each token and channel; products of groups; more bits) compete, and the one with the highest
     ``gain / (1 + price)`` is kept. At most three are returned, in this order. The price is the cost as a number: the
-    share of a training step, of the bytes of the weights, or of the modules that multiply 8-bit integers; products of
+    share of a training step, of the bytes of the weights, or of the modules that get 8 bits; products of
     groups, which ``convert_octav`` and the ONNX export do not support, add 0.25. Changes that remove less than 2 % of
     the divergence are left out. Static clips are calibrated again on the batches, also for the unchanged config.
 
@@ -71,13 +71,13 @@ def suggestions(
     before = outputs.divergence_of(base)
     if not before:
         return []
-    statistics = operand_statistics(base, outputs.batches)
+    statistics, stored = operand_statistics(base, outputs.batches), packed_bits(base)
     best: dict[str, tuple[float, Suggestion]] = {}  # what a change asks -> its score
     for change in progress(list(changes(base, config, sensitivities)), "measuring changes of the config"):
         changed = _requantized(model, change.config, outputs.batches)
         after = outputs.divergence_of(changed)
         gain = 1 - after / before
-        more = packed_bits(changed) / packed_bits(base) - 1
+        more = packed_bits(changed) / stored - 1 if stored else 0.0
         score = gain / (1 + change.price + more)
         if gain >= _LEAST_GAIN and (change.asks not in best or score > best[change.asks][0]):
             reason = f"{outputs.measure}: {before:.3g} before and {after:.3g} after the change, on these batches"

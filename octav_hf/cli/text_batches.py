@@ -32,12 +32,18 @@ def text_batches(path: Path, folder: Path, config: PreTrainedConfig, max_example
         with its context the context.
 
     Raises:
-        ValueError: the file has another form or no example, a number is below 1, or the folder has no tokenizer.
+        ValueError: the file has another form or no example, a number is below 1, the folder has no tokenizer, or the
+            model is an encoder-decoder, which needs the decoder's tokens too.
         OSError: the file cannot be read.
     """
     for name, value in (("--max-examples", max_examples), ("--batch-size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"{folder} is an encoder-decoder model, and the examples have no tokens for its decoder; call "
+            "octav_hf.report(model, batches) in Python with batches that have labels or decoder_input_ids"
+        )
     examples, truncation = _examples(path)
     chosen = list(islice(examples, max_examples))
     if not chosen:
@@ -67,6 +73,8 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # Without its files Transformers makes one that knows its special tokens alone.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError(_no_tokenizer(folder, "it would have no vocabulary"))
+    if tokenizer.pad_token is None:  # as of GPT-2; any token will do, because padding is masked
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -80,7 +88,7 @@ def _no_tokenizer(folder: Path, reason: str) -> str:
 def _examples(path: Path) -> tuple[Iterator[tuple[str, str | None]], Any]:
     """Texts with the text of the pair, and how a pair is cut off."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text; {_FORMS}") from error
     try:
@@ -106,7 +114,7 @@ def _squad(path: Path, whole: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, str | None]]:
     has_pairs = None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold U+2028 and its like in a string
         if not line.strip():
             continue
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
@@ -63,8 +64,7 @@ class CheckpointFolder:
     """
 
     def __init__(self, source: str):
-        is_folder = Path(source).is_dir()
-        self.path = Path(source if is_folder else snapshot_download(source, ignore_patterns=PICKLES))
+        self.path = Path(source) if Path(source).is_dir() else _downloaded(source)
         config_file = self.path / "config.json"
         if not config_file.is_file():
             raise ValueError(f"{source} has no config.json, so it is not a model{self._transformer_elsewhere()}")
@@ -291,6 +291,14 @@ class CheckpointFolder:
         """The model's config, read by its known class, so that config.json cannot make Transformers load code."""
         config_class: Any = self.model_class.config_class
         return config_class.from_pretrained(self.path)
+
+
+def _downloaded(repo_id: str) -> Path:
+    """The folder in the cache of a repository on the Hub."""
+    try:
+        return Path(snapshot_download(repo_id, ignore_patterns=PICKLES))
+    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        raise FileNotFoundError(f"there is no folder {repo_id}, and no such repository on the Hub: {error}") from error
 
 
 def _model_class(architectures: Any, config_file: Path) -> type[PreTrainedModel]:

@@ -75,12 +75,14 @@ class OctavCallback(TrainerCallback):
         self._per_layer = per_layer
         self._thresholds = clip_factor, dead_sqnr_db, still_logs
         self._entered = ExitStack()
+        self._ends = ExitStack()  # removes the hook that ends a measurement
         self._warned_of_log = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_quantized(kwargs["model"], "OctavCallback")
+        self._end()  # of a training that failed
         if args.n_gpu > 1:
             raise NotImplementedError(
                 f"OctavCallback: this process uses {args.n_gpu} devices (nn.DataParallel), whose copies of the model "
@@ -101,26 +103,31 @@ class OctavCallback(TrainerCallback):
         if is_logged or (step == self._first_step and args.logging_strategy != "no"):
             hooks = OperandStatisticsHooks(kwargs["model"])
             self._measured[step] = hooks
+            entered = self._entered
             for each in (hooks, self._changes):
-                self._entered.enter_context(each)
+                entered.enter_context(each)
+            # No event follows a step that fails: the hooks would go on measuring, and nothing would be compiled. The
+            # next event removes the hook that ends the measurement, since torch is looping over the hooks when it runs.
+            end = kwargs["model"].register_forward_hook(lambda *_: entered.close(), always_call=True)
+            self._ends.callback(end.remove)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._entered.close()
+        self._end()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._entered.close()
+        self._end()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "loss" not in kwargs["logs"]:  # of an evaluation, or at the end
             return
-        measured, self._measured = self._measured, {}
-        if state.global_step not in measured:
+        if state.global_step not in self._measured:
             self._warn_of_log(state.global_step)
             return
+        measured, self._measured = self._measured, {}
         if not state.is_world_process_zero:
             return
         trained = _trained_layers(kwargs["model"], kwargs["optimizer"])
@@ -141,6 +148,10 @@ class OctavCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         del self._changes, self._measured
+
+    def _end(self) -> None:
+        self._entered.close()
+        self._ends.close()
 
     def _warn_of_log(self, step: int) -> None:
         if not self._warned_of_log:

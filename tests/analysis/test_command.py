@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertForQuestionAnswering, PreTrainedTokenizerFast
+from transformers import BertForQuestionAnswering, PreTrainedTokenizerFast, T5Config
 
 from octav_hf import OctavConfig, Report, apply_octav
 from octav_hf.cli import main
@@ -90,6 +90,30 @@ def test_lines_of_text_and_of_pairs(checkpoint: Path, tmp_path: Path) -> None:
     file.write_text('{"text": "w1", "text_pair": "w2"}')
     (batch,) = batches_of(checkpoint, file)
     assert batch["input_ids"].tolist() == [[IDS[word] for word in ("[CLS]", "w1", "[SEP]", "w2", "[SEP]")]]
+
+
+def test_lines_as_other_programs_write_them(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    file.write_bytes('\ufeff{"text": "w1"}\r\n{"text": "w2\u2028w3\x85w4"}\r\n'.encode())
+    (batch,) = batches_of(checkpoint, file)
+    words = ["[CLS]", "w1", "[SEP]", "[PAD]", "[PAD]"], ["[CLS]", "w2", "w3", "w4", "[SEP]"]
+    assert batch["input_ids"].tolist() == [[IDS[word] for word in row] for row in words]
+
+
+def test_a_tokenizer_without_padding_uses_the_end_of_the_text(checkpoint: Path, tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    tokenizer.pad_token, tokenizer.eos_token = None, "w9"
+    tokenizer.save_pretrained(checkpoint)
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"text": "w1 w2"}\n{"text": "w3"}\n')
+    (batch,) = batches_of(checkpoint, file)
+    assert batch["input_ids"][1].tolist() == [IDS[word] for word in ("[CLS]", "w3", "[SEP]", "w9")]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+
+
+def test_encoder_decoder_models_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is an encoder-decoder model.*labels or decoder_input_ids"):
+        text_batches(tmp_path / "lines.jsonl", checkpoint, T5Config(), 64, 8)
 
 
 BOTH = '{"text": "a", "text_pair": "b"}\n{"text": "a"}'

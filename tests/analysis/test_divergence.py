@@ -76,7 +76,7 @@ def test_a_model_without_logits_has_the_relative_squared_error(small_bert: MakeB
             rows += [np.square(output - target).sum() / np.square(target).sum()] * len(batch["input_ids"])
         found = FloatOutputs(model, batches())
         assert found.divergence_of(model) == pytest.approx(np.mean(rows), rel=1e-4)
-        assert found.measure == "relative squared error of the output"
+        assert found.measure == "Relative squared error of the output"
 
 
 def test_modules_alone_and_all_but_them(small_bert: MakeBert) -> None:
@@ -171,6 +171,13 @@ def test_what_cannot_be_compared_is_refused(small_bert: MakeBert) -> None:
     classifier = BertForSequenceClassification(small_bert().config).eval()
     with pytest.raises(ValueError, match="pass a teacher with the same head"):
         sensitivity(model, FloatOutputs(model, batches(), classifier))
+    with pytest.raises(ValueError, match="FloatOutputs: the teacher.*is quantized"):
+        FloatOutputs(model, batches(), copy.deepcopy(model))
+    masked = small_bert(num_hidden_layers=1)
+    with torch.no_grad():
+        masked.qa_outputs.bias[1] = -torch.inf  # the difference of two is NaN
+    with pytest.raises(ValueError, match=r"end_logits of the float BertFor.* \(1, 16\), holds NaN or Inf in batch 1"):
+        FloatOutputs(model, batches(), masked)
     packed = pack_octav(copy.deepcopy(model))
     for function in (FloatOutputs, output_errors):
         with pytest.raises(ValueError, match="is packed, and its float weights"):

@@ -109,6 +109,26 @@ def test_kinds_of_operand_by_name_largest_first_whatever_is_filtered(
     assert chart.locator(".worst .name").all_inner_texts() == names
 
 
+@pytest.mark.parametrize("width", [375, 1200])
+def test_figures_that_are_all_0_have_an_axis_and_no_bars(
+    open_page: Callable[..., Page], report: Report, tmp_path: Path, width: int
+) -> None:
+    kinds = [replace(each, alone=0.0, all_but=-0.1) for each in report.kinds]
+    path = tmp_path / "report.html"
+    path.write_text(render(replace(report, kinds=kinds, suggestions=[], divergence=0.0)), encoding="utf-8")
+    page = open_page(path, width=width)
+    chart = page.locator("#chart-kinds")
+    for ticks in chart.locator(".ticks").all():
+        assert ticks.inner_text().split() == ["0", "1"]
+        outer, first = (each.bounding_box() for each in (ticks, ticks.locator("span").first))
+        assert first["x"] == pytest.approx(outer["x"], abs=1)
+    tracks = chart.locator(".track").evaluate_all("all => all.map((each) => getComputedStyle(each).backgroundImage)")
+    assert len(set(tracks)) == 1
+    assert "calc(100% - 1px)" in tracks[0]  # from one tick to the next; divided by 0 they would fill the track
+    assert {box["width"] for box in map(Locator.bounding_box, chart.locator(".bar").all()) if box} == {0}
+    assert "on these batches the logits are those of the float model" in page.locator("main").inner_text()
+
+
 def test_names_may_be_broken_and_numbers_may_not(open_page: Callable[..., Page]) -> None:
     text = open_page().locator(".verdict").inner_html()
     assert "the outputs of GELU (inputs of output.<wbr>dense)" in text

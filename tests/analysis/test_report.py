@@ -1,5 +1,6 @@
 """``report``: what it measures is what the functions measure, and what it refuses it refuses before it writes."""
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -107,6 +108,18 @@ def test_packed_model_says_what_cannot_be_measured(bert: nn.Module, padded_batch
     assert Report.load(page.with_suffix(".json")) == found
 
 
+@pytest.mark.slow
+def test_compiled_model_is_measured_as_the_model_inside(bert: nn.Module, padded_batch: dict, tmp_path: Path) -> None:
+    expected = coverage_report(bert)
+    found = report(torch.compile(bert), [padded_batch], path=tmp_path / "report.html")
+    assert found.model == "BertForQuestionAnswering"
+    assert found.operands == expected
+    assert {(row.module, row.operand) for row in found.statistics} == {
+        (row.module, row.operand) for row in expected if row.bits is not None
+    }
+    assert "_orig_mod" not in (tmp_path / "report.json").read_text()
+
+
 def test_layers_that_no_batch_reaches_are_named(bert: nn.Module, padded_batch: dict, tmp_path: Path) -> None:
     model = nn.ModuleDict({"reached": bert, "other": apply_octav(nn.Sequential(nn.Linear(2, 2)), OctavConfig())})
     model.forward = lambda **batch: bert(**batch)
@@ -137,6 +150,8 @@ def test_what_is_refused_leaves_files_as_they_are(
         (bert, [], ValueError, "got no batch"),
         (bert, padded_batch, TypeError, r"write \[batch\]"),
         (bert, [7], TypeError, "here number 1"),
+        (bert, [{"input_ids": [1, 2], "label": 0}], TypeError, r"number 1.*got lists \(input_ids, label\).*DataLoader"),
+        (bert, [{"input_ids": [[1, 2], [3, 4]]}], TypeError, 'return_tensors="pt"'),
         (small_bert(), [padded_batch], ValueError, "has no module quantized"),
         (bert.state_dict(), [padded_batch], TypeError, "takes a model"),
         (convert_octav(apply_octav(small_bert(), OctavConfig())), [padded_batch], ValueError, "unpack_octav"),
@@ -144,6 +159,15 @@ def test_what_is_refused_leaves_files_as_they_are(
     for model, batches, error, message in refused:
         with pytest.raises(error, match=f"report.*{message}"):
             report(model, batches, path=page)
+    teachers = [
+        ("runs/float", TypeError, "takes a teacher that is a model.*got str"),
+        (apply_octav(small_bert(num_hidden_layers=1), OctavConfig()), ValueError, "is quantized; pass the float model"),
+        (nn.Linear(2, 2), ValueError, "the teacher, a Linear, has no module 'bert.encoder"),
+    ]
+    for model in (bert, pack_octav(copy.deepcopy(bert))):
+        for teacher, error, message in teachers:
+            with pytest.raises(error, match=f"report.*{message}"):
+                report(model, [padded_batch], teacher, path=page)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert page.read_text() == "before"
 

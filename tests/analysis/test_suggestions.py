@@ -14,11 +14,14 @@ from octav_hf.analysis.config_changes import changes, packed_bits, written
 from octav_hf.analysis.divergence import FloatOutputs
 from octav_hf.analysis.sensitivity import ModuleSensitivity, sensitivity
 from octav_hf.analysis.suggestions import Suggestion, suggestions
+from octav_hf.conversion.modules import operand_quantizers
 
 from .test_operand_statistics import batches
 
 MakeBert = Callable[..., BertForQuestionAnswering]
 LINEAR = "bert.encoder.layer.0.output.dense"
+ATTENTION = "bert.encoder.layer.0.attention.self"
+EMBEDDING = "bert.embeddings.word_embeddings"
 SENSITIVITIES = [ModuleSensitivity("qa_outputs", 0.1, 0.1), ModuleSensitivity(LINEAR, 0.3, 0.3)]
 
 
@@ -101,6 +104,49 @@ def test_changes_differ_from_the_config_and_name_what_they_ask(small_bert: MakeB
         else:
             assert more_bits["*.output.dense"] == {"activation_clip": "max"}
     assert len(list(changes(model, OctavConfig(), []))) == 4 + 7 + 2
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "bits"),
+    [
+        (OctavConfig(activation_bits=None), LINEAR, {"weight_bits": 8}),
+        (OctavConfig(weight_bits=None), LINEAR, {"activation_bits": 8}),
+        (OctavConfig(weight_bits=None), ATTENTION, {"activation_bits": 8}),
+        (OctavConfig(activation_bits=8), ATTENTION, None),
+        (OctavConfig(), ATTENTION, {"weight_bits": 8, "activation_bits": 8}),
+        (OctavConfig(embedding_bits=4), EMBEDDING, {"embedding_bits": 8}),
+        # Of two patterns for a module one cannot win; of a pattern and a full name the full name wins.
+        (OctavConfig(module_overrides={"bert.*.self": {"activation_bits": 3}}), ATTENTION, None),
+        (
+            OctavConfig(module_overrides={"bert.*.output": {"activation_bits": 3}}),
+            LINEAR,
+            {"weight_bits": 8, "activation_bits": 8},
+        ),
+    ],
+)
+def test_more_bits_are_for_what_is_quantized(
+    small_bert: MakeBert, config: OctavConfig, module: str, bits: dict[str, int] | None
+) -> None:
+    model = apply_octav(small_bert(num_hidden_layers=1), config)
+    widths = {(name, operand): each.num_bits for name, operand, each in operand_quantizers(model)}
+    found = [each.config for each in changes(model, config, [ModuleSensitivity(module, 1.0, 1.0)])]
+    more = [each for each in found if each.module_overrides != config.module_overrides]
+    assert [each.module_overrides for each in more] == (
+        [] if bits is None else [config.module_overrides | {module: bits}]
+    )
+    for each in more:
+        changed = apply_octav(small_bert(num_hidden_layers=1), each)
+        expected = {
+            (name, operand): 8 if name.startswith(module) else before for (name, operand), before in widths.items()
+        }
+        assert {(name, operand): each.num_bits for name, operand, each in operand_quantizers(changed)} == expected
+
+
+def test_weights_may_be_in_float(small_bert: MakeBert) -> None:
+    model = apply_octav(small_bert(num_hidden_layers=1), OctavConfig(weight_bits=None))
+    found = suggestions(model, FloatOutputs(model, batches(1)), SENSITIVITIES)
+    assert found
+    assert not any("packed weights" in each.cost for each in found)  # they have no bytes to compare
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Every number in the prose of ``docs/benchmarks.md`` follows from a record, except those of the section on GPUs."""
+"""Every number in the prose of ``docs/benchmarks.md`` follows from a record."""
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Iterator
@@ -12,14 +13,15 @@ from transformers import BertConfig, BertForQuestionAnswering
 from octav_hf import OctavConfig, apply_octav, coverage_report
 from tests.host_reads import MINILM
 
+from . import gpu_table
 from .benchmark_tables import PAGE, record
 from .table_in_page import ROOT
 
-NO_PROSE = re.compile(r"^\|.*?$|^##+ On a GPU$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+NO_PROSE = re.compile(r"^\|.*?$", re.MULTILINE)
 # Code, the targets of links, names, what the commands choose, and what tests/test_host_reads.py compares.
 NO_FIGURE = re.compile(
     r"dispatches .* in float\.|`[^`]*`|\]\([^)]*\)|4 bits|4-bit|F1|FP32|10\^\d|AVX-512|2 CPU cores|2 threads"
-    r"|8 × 128 tokens|seed 0|hidden size 384|x86"
+    r"|8 × 128 tokens|32 × 384 tokens|bfloat16|float32|float64|H100|seed 0|hidden size 384|x86"
 )
 
 
@@ -62,10 +64,41 @@ def sentences() -> Iterator[str]:
     matmuls = {row["quantized_matmuls"] for row in record("benchmarks/results/peers.json")} - {""}
     ours, theirs = sorted((int(text.split(" of ")[0]) for text in matmuls), reverse=True)
     yield f"each of the {ours - theirs} attention matmuls"
+    yield from on_a_gpu()
+
+
+def on_a_gpu() -> Iterator[str]:
+    """Those of the section on GPUs. What is "within" or "at most" a figure is rounded up."""
+    found = record("benchmarks/results/gpu.json")
+    rows = {part: {row["name"]: row for row in each["rows"]} for part, each in found["parts"].items()}
+    device = {row["name"]: row["device ms"] for row in found["profiler"]["rows"]}
+    eager, replayed = (gpu_table.ratio(form, "paper") for form in ("MiniLM, eager", '`"reduce-overhead"`'))
+    yield f"it takes {eager:.1f} times as long as in float"
+    yield f"only {device['paper, eager']:.0f} ms of it ({device['float eager, eager']:.0f} ms in float)"
+    yield f"replays the step as CUDA graphs: {replayed:.1f} times."
+    yield f"It ran with torch {found['machine']['torch'].rpartition('.')[0]}, which"
+
+    def worst(rule: str, digits: int) -> str:
+        largest = max(row["worst"] for name, row in rows["clip_accuracy"].items() if name.startswith(rule))
+        return f"{math.ceil(largest * 10**digits) / 10**digits:.{digits}f}"
+
+    yield f"within {1e6 * float(worst('octav', 7)):.1f}e-6 of float64 and equal to the CPU's"
+    assert {row["from the CPU's clip"] for name, row in rows["clip_accuracy"].items() if "octav" in name} == {0}
+    tensors, of_rows = (f"1{worst(rule, digits)[1:]}" for rule, digits in (("mse, tensor", 4), ("mse, rows", 3)))
+    yield f"at most {tensors} times the lowest (rows {of_rows})"
+    graphs = (rows["cuda_graphs"][name]["ms replayed"] for name in ("paper", "accurate", "float sdpa"))
+    yield "{:.1f} ms for the paper's recipe, {:.1f} ms for `accurate()`, {:.1f} ms for float with".format(*graphs)
+    clips = [rows["clip_speed"][f"probabilities 8x12x384x384, {dtype}"] for dtype in ("float32", "bfloat16")]
+    (elements,) = {row["elements"] for row in clips}
+    yield f"A clip of {elements / 1e6:.1f} million values"
+    (full, full_share), (half, half_share) = ((row["octav graph ms"], 100 * row["octav share"]) for row in clips)
+    yield f"{full:.2f} ms in float32 ({full_share:.0f} % of the bandwidth of a copy)"
+    yield f"and {half:.2f} ms in bfloat16 ({half_share:.0f} %)"
+    yield "called eagerly, {:.2f} to {:.2f} ms".format(*(row["octav ms"] for row in clips))
 
 
 def prose(page: str) -> str:
-    """Without tables and the section on GPUs, on one line."""
+    """Without tables, on one line."""
     return re.sub(r"\s+", " ", NO_PROSE.sub("", page))
 
 

@@ -263,6 +263,22 @@ def test_an_epoch_of_unknown_length_is_warned_of(
     assert "The log at step 6 has no values of OctavCallback" in record.getMessage()
 
 
+class LogsStep2(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log |= state.global_step == 2
+
+
+def test_a_log_of_another_callback_does_not_move_the_first_step(small_bert: MakeBert, tmp_path: Path) -> None:
+    found = []
+    for others in ([], [LogsStep2()]):
+        model = apply_octav(small_bert(num_hidden_layers=1), OctavConfig())
+        trainer = trainer_of(model, tmp_path, OctavCallback(), *others, logging_steps=4)
+        trainer.train()
+        found.append(octav_logs(trainer))
+    assert list(found[0]) == [4]
+    assert found[1] == found[0]
+
+
 def test_of_several_batches_of_a_step_the_first_is_measured(model: BertForQuestionAnswering, tmp_path: Path) -> None:
     capture = Capture(model)  # it keeps what comes first
     trainer = trainer_of(
@@ -355,6 +371,41 @@ def test_without_logs_nothing_is_measured(
         counts.append(trainer.counts)
     assert counts[0] == counts[1]
     assert 'logging_strategy is "no"' in caplog.text
+
+
+class FailingTrainer(Trainer):
+    """Fails in its first step, in the model or before it is called."""
+
+    in_model = True
+
+    def compute_loss(self, model: nn.Module, inputs: Any, **kwargs: Any) -> Any:
+        if not self.in_model:
+            raise IndexError("no loss")
+        return model(input_ids=inputs["input_ids"] + 1000)  # IndexError: there are no such tokens
+
+
+@pytest.mark.parametrize("in_model", [True, False])
+def test_a_step_that_fails_leaves_nothing_behind(
+    model: BertForQuestionAnswering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_model: bool
+) -> None:
+    monkeypatch.setattr(FailingTrainer, "in_model", in_model)
+    with pytest.raises(IndexError):
+        trainer_of(model, tmp_path, OctavCallback(), trainer_class=FailingTrainer).train()
+    if not in_model:
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long))  # the first forward pass ends it
+    assert not [module for module in model.modules() if module is not model and module._forward_hooks]
+    compiled: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compile(nn.Linear(2, 2), backend=backend)(torch.zeros(1, 2))
+    assert compiled  # nothing is compiled in the stance of a measurement
+
+    trainer = trainer_of(model, tmp_path, OctavCallback())  # the same model, another callback
+    trainer.train()
+    assert len(octav_logs(trainer)) == 2
 
 
 def test_no_codes_are_kept_after_training(model: BertForQuestionAnswering, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def relative_error(sqnr: float | None) -> float:
 def scale(largest: float) -> tuple[float, list[float]]:
     """The end of an axis from 0 that holds ``largest``, and its ticks: multiples of 1, 2 or 5 times a power of ten."""
     if not 0 < largest < math.inf:
-        return 1.0, [0.0]
+        return 1.0, [0.0, 1.0]
     power = 10.0 ** math.floor(math.log10(largest / 4))
     step = next(factor * power for factor in (1, 2, 5, 10) if largest <= 4 * factor * power)
     ticks = [number * step for number in range(math.ceil(largest / step - 1e-9) + 1)]
