@@ -1,7 +1,18 @@
 """Writing a file atomically."""
 
 import os
+import tempfile
 from pathlib import Path
+
+
+def check_writable(path: Path) -> None:
+    """Raise ``OSError`` if ``write_atomically`` could not write ``path``. Nothing is created."""
+    place = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .._utils.atomic_file import write_atomically
+from .._utils.atomic_file import check_writable, write_atomically
 from .._utils.forward_pass import Batch
 from .._utils.torch_private import uncompiled
 from ..conversion.modules import operand_quantizers
@@ -60,6 +60,7 @@ def report(
         ValueError: the model is not quantized, or multiplies integers (``convert_octav``); there is no batch; ``path``
             does not end in ``.html`` or is a folder; the teacher is quantized, lacks a module or has another head; the
             float model's outputs hold NaN or Inf. Nothing is written then.
+        OSError: ``path`` cannot be written; nothing has been measured then.
     """
     check_simulated(model, "report")
     model, page = uncompiled(model), _checked(Path(path))
@@ -101,11 +102,12 @@ def report(
 
 
 def _checked(page: Path) -> Path:
-    """``page``, or ``ValueError`` if it is no path for a page."""
+    """``page``; raises an error if it is no path for a page, or cannot be written."""
     if page.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"report: path must end in .html, since a .json file is written beside it; got {str(page)!r}")
     if page.is_dir():
         raise ValueError(f"report: {page} is a folder; write {str(page / 'report.html')!r}")
+    check_writable(page)
     return page
 
 

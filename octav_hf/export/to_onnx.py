@@ -86,29 +86,16 @@ def to_onnx(
     for part in transformers_models(recorded):
         if attn_implementation(part.config) != "eager":
             part.set_attn_implementation("eager")
-    with torch.no_grad(), progress(None, "exporting", total=1) as bar:
-        names = _output_names(recorded(**inputs))
-        record_modules(recorded)
-        bar.set_description("exporting: translating the model into ONNX")  # one call of ten seconds and more
-        program: Any = torch.onnx.export(
-            recorded,
-            kwargs=inputs,
-            output_names=names,
-            dynamic_shapes=dynamic_shapes,
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
-        bar.update()
     facts = {
         "octav_hf_version": __version__,
         "weight_bits": str(bits.weight_bits),
         "activation_bits": str(bits.activation_bits),
         "embedding_bits": str(bits.embedding_bits),
     }
-    finish(program.model)
-    program.model.metadata_props.update({f"octav_hf.{name}": value for name, value in facts.items()})
-    with atomic_output_dir(Path(folder)) as unfinished:
+    with atomic_output_dir(Path(folder)) as unfinished:  # around the slow part, so that a bad folder is noticed first
+        program = _exported(recorded, inputs, dynamic_shapes)
+        finish(program.model)
+        program.model.metadata_props.update({f"octav_hf.{name}": value for name, value in facts.items()})
         program.save(unfinished / MODEL_FILE)
         if config is not None:
             float_config = copy.deepcopy(config)
@@ -119,6 +106,25 @@ def to_onnx(
             tokenizer.save_pretrained(unfinished)
         write_record(unfinished, {**facts, "session_options": _EXACT_AT_8_BITS if _has_8_bits(recorded) else {}})
     return Path(folder) / MODEL_FILE
+
+
+def _exported(recorded: nn.Module, inputs: dict[str, Tensor], dynamic_shapes: dict[str, Any]) -> Any:
+    """The ONNX program of ``recorded``, whose modules are changed."""
+    with torch.no_grad(), progress(None, "exporting", total=1) as bar:
+        names = _output_names(recorded(**inputs))
+        record_modules(recorded)
+        bar.set_description("exporting: translating the model into ONNX")  # one call of ten seconds and more
+        program = torch.onnx.export(
+            recorded,
+            kwargs=inputs,
+            output_names=names,
+            dynamic_shapes=dynamic_shapes,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+        bar.update()
+    return program
 
 
 def _has_8_bits(recorded: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 import copy
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +94,17 @@ def test_image_model(small_resnet: Callable[..., ResNetForImageClassification], 
     assert {row.kind for row in found.operands} == {"convolution", "linear"}
     assert {row.bits for row in found.statistics} == {4, 8}
     assert "ReLU" in found.functions.values()
+
+
+def test_path_that_cannot_be_written_is_refused_before_measuring(bert: nn.Module, tmp_path: Path) -> None:
+    def batches() -> Iterator[dict]:
+        raise AssertionError("a batch was read")
+        yield {}
+
+    (tmp_path / "file").touch()
+    page = tmp_path / "file" / "new" / "report.html"
+    with pytest.raises(NotADirectoryError, match=re.escape(str(page))):
+        report(bert, batches(), path=page)
 
 
 def test_packed_model_says_what_cannot_be_measured(bert: nn.Module, padded_batch: dict, tmp_path: Path) -> None:

@@ -222,8 +222,8 @@ def test_models_that_are_refused(small_bert: MakeBert, padded_batch: Batch, tmp_
     with pytest.raises(TypeError, match="mapping"):
         to_onnx(model, tmp_path, padded_batch["input_ids"])  # type: ignore[arg-type]
     (tmp_path / "there").touch()
-    with pytest.raises(FileExistsError):
-        to_onnx(model, tmp_path, padded_batch)
+    with pytest.raises(FileExistsError):  # before the model runs, which would raise the error of labels
+        to_onnx(model, tmp_path, padded_batch | labels)
 
 
 def test_made_up_batches(small_bert: MakeBert) -> None:
