@@ -21,6 +21,9 @@ class GradientEstimator(StrEnum):
     MAD = "mad"
 
 
+_GRADIENTS = tuple(map(str, GradientEstimator))
+
+
 def fake_quantize(
     x: Tensor,
     clip: Tensor,
@@ -88,8 +91,8 @@ def checked_grid(
     check_floating(x, "fake_quantize")
     check_floating(clip, "fake_quantize (clip)")
     check_num_bits(num_bits)
-    if gradient not in list(GradientEstimator):
-        raise ValueError(f"gradient must be one of {sorted(map(str, GradientEstimator))}, got {gradient!r}")
+    if gradient not in _GRADIENTS:
+        raise ValueError(f"gradient must be one of {sorted(_GRADIENTS)}, got {gradient!r}")
     shape = x.shape if groups is None else groups.shape(x)
     trailing = shape[len(shape) - clip.dim() :] if clip.dim() <= len(shape) else None
     if trailing is None or any(c not in (1, n) for c, n in zip(clip.shape, trailing, strict=True)):

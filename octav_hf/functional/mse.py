@@ -66,7 +66,6 @@ def lowest_error_of_table(table: Tensor, num_bits: int, signed: Tensor) -> Tenso
 
 
 @register_clip_rule("mse", of_table=lowest_error_of_table, tensor_sign=True)
-@torch.no_grad()
 def mse_clip(x: Tensor, num_bits: int, *, signed: Sign = True, dim: Dim = None, skip: Tensor | None = None) -> Tensor:
     r"""Clipping scalar(s) with nearly the lowest measured squared error, by a search around OCTAV's clip.
 

@@ -38,7 +38,6 @@ def octav_of_table(table: Tensor, num_bits: int, signed: Tensor, max_iterations:
 
 
 @register_clip_rule("octav", check_options=_check_options, of_table=octav_of_table, tensor_sign=True)
-@torch.no_grad()
 def octav_clip(
     x: Tensor,
     num_bits: int,

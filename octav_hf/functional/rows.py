@@ -80,7 +80,7 @@ def flat_rows(rows: Tensor) -> Tensor:
     """
     if rows.dim() > 2 and rows.numel() >= LONG_ROW * len(rows):
         rows = rows.permute(0, *(d + 1 for d in memory_order(rows[0])))
-    return rows.reshape(len(rows), -1)
+    return rows if rows.dim() == 2 else rows.reshape(len(rows), -1)
 
 
 def clips_of(

@@ -403,11 +403,12 @@ extern "C" void clip_of_table(int64_t *table, int64_t num_bits, const bool *is_s
   *clip = clip_of_table(all, grid, static_cast<const Search *>(search));
 }
 
-// The clips of rows of n > 0 elements; NaN for rows with NaN or Inf.
-extern "C" void clips_of_rows(const void *x, int64_t dtype, int64_t rows, int64_t n, int64_t by_table, int64_t num_bits,
+// The clips of rows of n > 0 elements; NaN for rows with NaN or Inf. Returns whether there is no such row.
+extern "C" bool clips_of_rows(const void *x, int64_t dtype, int64_t rows, int64_t n, int64_t by_table, int64_t num_bits,
                               const bool *is_signed, const void *search, int64_t threads, float *clips) {
   const Grid grid{num_bits, *is_signed};
   with_type(x, dtype, [=](auto values) {
     clips_of_rows(values, rows, n, by_table, grid, static_cast<const Search *>(search), threads, clips);
   });
+  return std::none_of(clips, clips + rows, [](float clip) { return std::isnan(clip); });
 }

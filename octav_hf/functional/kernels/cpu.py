@@ -4,8 +4,8 @@ Functions have the arguments and results of their namesakes in ``rows.py``, ``ta
 """
 
 import platform
-from ctypes import c_double, c_int64, c_void_p
-from functools import partial
+from ctypes import Array, c_bool, c_double, c_int64, c_void_p
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,12 @@ if platform.machine() in ("x86_64", "AMD64"):
     LOOPS.append("-mprefer-vector-width=512")  # by default GCC prefers 256; no effect without AVX-512
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: -1}  # int64 is a table
 _libraries: dict[tuple[str, ...], Any] = {}  # by flags
+_SIGNATURES: dict[str, tuple[Any, ...]] = {  # result and arguments
+    "has_negative": (None, c_void_p, c_int64, c_int64, c_void_p),
+    "magnitude_table": (None, c_void_p, c_int64, c_int64, c_int64, c_void_p),
+    "clip_of_table": (None, c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
+    "clips_of_rows": (c_bool, c_void_p, *[c_int64] * 5, c_void_p, c_void_p, c_int64, c_void_p),
+}
 
 
 def is_supported(x: Tensor) -> bool:
@@ -38,36 +44,44 @@ def is_supported(x: Tensor) -> bool:
         library = load("clips.cpp", (*LOOPS, *FLAGS))
         if library is None:
             return False
+        for name, (result, *arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
         _libraries[FLAGS] = library
     return True
 
 
 def has_negative(x: Tensor) -> Tensor:
-    found = torch.empty((), dtype=torch.bool, device=x.device)
-    _call("has_negative", x, _DTYPES[x.dtype], x.numel(), found)
+    x, found = _in_memory(x), torch.empty((), dtype=torch.bool, device=x.device)
+    _libraries[FLAGS].has_negative(x.data_ptr(), _DTYPES[x.dtype], x.numel(), found.data_ptr())
     return found
 
 
 def magnitude_table(x: Tensor) -> Tensor:
-    table = torch.zeros(2, 2, 1 << 15, dtype=torch.int64, device=x.device)
-    _call("magnitude_table", x, _DTYPES[x.dtype], x.numel(), torch.get_num_threads(), table)
+    x, table = _in_memory(x), torch.zeros(2, 2, 1 << 15, dtype=torch.int64, device=x.device)
+    threads = torch.get_num_threads()
+    _libraries[FLAGS].magnitude_table(x.data_ptr(), _DTYPES[x.dtype], x.numel(), threads, table.data_ptr())
     return table
 
 
 def _clip_of_table(table: Tensor, num_bits: int, signed: Tensor, mse: bool) -> Tensor:
-    clip = torch.empty((), dtype=torch.float32, device=table.device)
-    _call("clip_of_table", table, num_bits, signed, SEARCH_OF_TABLE[num_bits] if mse else None, clip)
+    table, clip = _in_memory(table), torch.empty((), dtype=torch.float32, device=table.device)
+    search = _array(SEARCH_OF_TABLE[num_bits]) if mse else None
+    _libraries[FLAGS].clip_of_table(table.data_ptr(), num_bits, _address(signed), search, clip.data_ptr())
     return clip
 
 
 def _clips_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | None, check: bool, mse: bool) -> Tensor:
-    clips = torch.zeros(len(rows), dtype=torch.float32, device=rows.device)
-    if skip is None or not bool(skip):
-        by_table, threads = uses_table(rows), torch.get_num_threads()
-        search = (SEARCH_OF_TABLE if by_table else SEARCH_OF_ROW)[num_bits] if mse else None
-        shape = (_DTYPES[rows.dtype], *rows.shape, by_table)
-        _call("clips_of_rows", rows, *shape, num_bits, signed, search, threads, clips)
-    if check and bool(clips.isnan().any()):
+    count, length = rows.shape
+    if skip is not None and bool(skip):
+        return torch.zeros(count, dtype=torch.float32, device=rows.device)
+    rows, clips = _in_memory(rows), torch.empty(count, dtype=torch.float32, device=rows.device)
+    by_table = uses_table(rows)
+    search = _array((SEARCH_OF_TABLE if by_table else SEARCH_OF_ROW)[num_bits]) if mse else None
+    form = _DTYPES[rows.dtype], count, length, by_table
+    grid = num_bits, _address(signed), search
+    finite = _libraries[FLAGS].clips_of_rows(rows.data_ptr(), *form, *grid, torch.get_num_threads(), clips.data_ptr())
+    if check and not finite:
         raise NotFinite
     return clips
 
@@ -78,22 +92,22 @@ octav_of_rows = partial(_clips_of_rows, mse=False)
 mse_of_rows = partial(_clips_of_rows, mse=True)
 
 
-def _call(name: str, *arguments: Tensor | Search | int | None) -> None:
-    """Call a function of the library with the addresses of tensors; the last tensor receives the result."""
-    passed: list[Any] = []
-    tensors = []  # keeps the memory alive
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            if argument.device.type != "cpu":
-                shape = tuple(argument.shape)
-                raise ValueError(f"a tensor of shape {shape} is on {argument.device}; C++ kernels need it on the CPU")
-            tensors.append(argument.contiguous().resolve_neg())
-            passed.append(c_void_p(tensors[-1].data_ptr()))
-        elif isinstance(argument, Search):
-            passed.append((c_double * len(argument))(*argument))
-        else:
-            passed.append(c_int64(argument or 0))
-    getattr(_libraries[FLAGS], name)(*passed)
+def _in_memory(x: Tensor) -> Tensor:
+    """``x`` with its values in the order of its dimensions and as they are, not to be negated when they are read."""
+    return x.contiguous().resolve_neg()
+
+
+def _address(signed: Tensor) -> int:
+    if signed.device.type != "cpu":
+        raise ValueError(
+            f"signed, of shape {tuple(signed.shape)}, is on {signed.device}; C++ kernels need it on the CPU"
+        )
+    return signed.data_ptr()
+
+
+@cache
+def _array(search: Search) -> Array[c_double]:
+    return (c_double * len(search))(*search)
 
 
 def load(file: str, flags: tuple[str, ...]) -> Any:
