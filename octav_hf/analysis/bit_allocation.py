@@ -1,4 +1,4 @@
-"""``suggest_bits``: the bits of each module that change the logits least within a budget."""
+"""``suggest_bits``: the bits of each module that change the outputs least within a budget."""
 
 import copy
 import glob
@@ -31,7 +31,7 @@ class BitSuggestion(dict[str, dict[str, Any]]):
         unit: ``"bytes"`` or ``"operations"``.
         cost: of the modules whose bits were chosen, in that unit.
         budget: upper limit of ``cost``.
-        divergence: of the logits from those of the float model, measured with the suggested bits; see
+        divergence: of the outputs from those of the float model, measured with the suggested bits; see
             ``analysis.divergence``.
         divergence_before: the same with the model's current bits.
         sensitivity: full name of the module and field -> bits -> divergence with this operand quantized alone.
@@ -66,7 +66,7 @@ class BitSuggestion(dict[str, dict[str, Any]]):
             measured = self.sensitivity[module, field]
             rows.append((module, field, str(number), *(f"{measured[each]:.3g}" for each in bits)))
         summary = (
-            f"{self.cost:,} {self.unit} of at most {self.budget:,}; divergence of the logits from the float model "
+            f"{self.cost:,} {self.unit} of at most {self.budget:,}; divergence of the outputs from the float model "
             f"{self.divergence:.3g}, with the model's current bits {self.divergence_before:.3g}"
         )
         return "\n".join([*aligned(rows), "", summary])
@@ -81,9 +81,9 @@ def suggest_bits(
     bits: Sequence[int] = (2, 3, 4, 8),
     teacher: nn.Module | None = None,
 ) -> BitSuggestion:
-    """Choose the bits of each module by their effect on the logits, within a budget of bytes or operations.
+    """Choose the bits of each module by their effect on the outputs, within a budget of bytes or operations.
 
-    Each operand is quantized to each of ``bits`` with all others in float, and the divergence of the logits from those
+    Each operand is quantized to each of ``bits`` with all others in float, and the divergence of the outputs from those
     of the float model is measured (see ``analysis.divergence``). The result is the choice within the budget with the
     smallest sum of divergences: the exact solution of an integer program, as in HAWQ-V3 (Yao et al. 2021). That
     divergences add up is an approximation; ``BitSuggestion.divergence`` is measured with all operands quantized.

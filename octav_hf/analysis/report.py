@@ -34,7 +34,7 @@ def report(
 ) -> Report:
     """Measure which layers and operands lose most by quantization, and write a page that shows it.
 
-    The page is one HTML file that loads nothing from the network. It begins with the sensitivity of the logits to each
+    The page is one HTML file that loads nothing from the network. It begins with the sensitivity of the outputs to each
     kind of operand (their divergence with only this kind quantized, and how much it falls with only this kind in float)
     and with the changes of the config that gain most, as code. It then shows the output error and the sensitivity of
     each module, the SQNR, clipped share and histogram of each operand, the bytes of each layer, and what is in float

@@ -44,7 +44,7 @@ class Report:
         statistics: of every quantized operand, with a histogram.
         functions: layer -> activation function whose output is its input.
         outputs: the error of each quantized module's output.
-        divergence: of the logits from those of the float model; ``None`` if it could not be measured.
+        divergence: of the outputs from those of the float model; ``None`` if it could not be measured.
         divergence_measure: name and unit of the divergence, for ``kinds`` and ``sensitivity`` too.
         kinds: sensitivity to each kind of operand in all layers, the largest first.
         sensitivity: sensitivity to each module.
@@ -71,7 +71,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """Which operands change the logits most, and what to change first."""
+        """Which operands change the outputs most, and what to change first."""
         return verdict(self.kinds, self.functions, self.divergence, self.statistics, self.suggestions)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The verdict of a report: which operands change the logits most, and what to change first."""
+"""The verdict of a report: which operands change the outputs most, and what to change first."""
 
 from collections.abc import Mapping, Sequence
 
@@ -29,17 +29,17 @@ def verdict(
     if not suggestions:
         return found
     first = suggestions[0]
-    return f"{found} Change first: {first.title}, which removes {100 * first.gain:.0f} % of the change of the logits."
+    return f"{found} Change first: {first.title}, which removes {100 * first.gain:.0f} % of the change of the outputs."
 
 
 def _worst_kinds(kinds: Sequence[KindSensitivity], functions: Mapping[str, str], divergence: float) -> str:
     named = zip(kind_names(kinds, functions), kinds, strict=True)
     worst = [(f"the {name}", f"{kind.alone:.2g}") for name, kind in named if kind.alone > 0][:_NAMED]
     if not worst:
-        return "No kind of operand changes the logits when it is quantized alone."
+        return "No kind of operand changes the outputs when it is quantized alone."
     names, changes = (listed(parts) for parts in zip(*worst, strict=True))
     return (
-        f"Quantization changes the logits most in {names}: by {changes} when quantized alone, and by {divergence:.2g} "
+        f"Quantization changes the outputs most in {names}: by {changes} when quantized alone, and by {divergence:.2g} "
         "when all operands are quantized."
     )
 

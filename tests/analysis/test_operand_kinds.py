@@ -1,4 +1,4 @@
-"""Kinds of operand: what belongs together, what it is called, and what it does to the logits."""
+"""Kinds of operand: what belongs together, what it is called, and what it does to the outputs."""
 
 from __future__ import annotations
 
@@ -145,15 +145,15 @@ def test_names() -> None:
 def test_the_verdict_names_three_kinds_that_change_the_logits() -> None:
     kinds = [made("a.*.x", alone=1.234), made("a.*.y", alone=0.5), made("a.*.z", alone=0.0123), made("b", alone=0.01)]
     assert verdict(kinds, {"a.0.y": "GELU"}, 1.5, [], []) == (
-        "Quantization changes the logits most in the inputs of x, the outputs of GELU (inputs of y) and the inputs of "
+        "Quantization changes the outputs most in the inputs of x, the outputs of GELU (inputs of y) and the inputs of "
         "z: by 1.2, 0.5 and 0.012 when quantized alone, and by 1.5 when all operands are quantized."
     )
     assert verdict([*kinds[:1], made("b", alone=-1.0)], {}, 1.5, [], []) == (
-        "Quantization changes the logits most in the inputs of x: by 1.2 when quantized alone, and by 1.5 when all "
+        "Quantization changes the outputs most in the inputs of x: by 1.2 when quantized alone, and by 1.5 when all "
         "operands are quantized."
     )
     assert verdict([made("b")], {}, 0.0, [], []) == (
-        "No kind of operand changes the logits when it is quantized alone."
+        "No kind of operand changes the outputs when it is quantized alone."
     )
 
 

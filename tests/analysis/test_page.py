@@ -126,7 +126,7 @@ def test_figures_that_are_all_0_have_an_axis_and_no_bars(
     assert len(set(tracks)) == 1
     assert "calc(100% - 1px)" in tracks[0]  # from one tick to the next; divided by 0 they would fill the track
     assert {box["width"] for box in map(Locator.bounding_box, chart.locator(".bar").all()) if box} == {0}
-    assert "on these batches the logits are those of the float model" in page.locator("main").inner_text()
+    assert "on these batches the outputs are those of the float model" in page.locator("main").inner_text()
 
 
 def test_names_may_be_broken_and_numbers_may_not(open_page: Callable[..., Page]) -> None:
