@@ -67,7 +67,7 @@ def magnitude_table(x: Tensor) -> Tensor:
 def _clip_of_table(table: Tensor, num_bits: int, signed: Tensor, mse: bool) -> Tensor:
     table, clip = _in_memory(table), torch.empty((), dtype=torch.float32, device=table.device)
     search = _array(SEARCH_OF_TABLE[num_bits]) if mse else None
-    _libraries[FLAGS].clip_of_table(table.data_ptr(), num_bits, _address(signed), search, clip.data_ptr())
+    _libraries[FLAGS].clip_of_table(table.data_ptr(), num_bits, _in_memory(signed).data_ptr(), search, clip.data_ptr())
     return clip
 
 
@@ -79,7 +79,7 @@ def _clips_of_rows(rows: Tensor, num_bits: int, signed: Tensor, skip: Tensor | N
     by_table = uses_table(rows)
     search = _array((SEARCH_OF_TABLE if by_table else SEARCH_OF_ROW)[num_bits]) if mse else None
     form = _DTYPES[rows.dtype], count, length, by_table
-    grid = num_bits, _address(signed), search
+    grid = num_bits, _in_memory(signed).data_ptr(), search
     finite = _libraries[FLAGS].clips_of_rows(rows.data_ptr(), *form, *grid, torch.get_num_threads(), clips.data_ptr())
     if check and not finite:
         raise NotFinite
@@ -94,15 +94,10 @@ mse_of_rows = partial(_clips_of_rows, mse=True)
 
 def _in_memory(x: Tensor) -> Tensor:
     """``x`` with its values in the order of its dimensions and as they are, not to be negated when they are read."""
+    if x.device.type != "cpu":
+        shape = tuple(x.shape)
+        raise ValueError(f"a tensor of shape {shape} is on {x.device}; C++ kernels need it on the CPU")
     return x.contiguous().resolve_neg()
-
-
-def _address(signed: Tensor) -> int:
-    if signed.device.type != "cpu":
-        raise ValueError(
-            f"signed, of shape {tuple(signed.shape)}, is on {signed.device}; C++ kernels need it on the CPU"
-        )
-    return signed.data_ptr()
 
 
 @cache
