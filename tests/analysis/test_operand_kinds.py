@@ -142,7 +142,7 @@ def test_names() -> None:
     ]
 
 
-def test_the_verdict_names_three_kinds_that_change_the_logits() -> None:
+def test_the_verdict_names_three_kinds_that_change_the_outputs() -> None:
     kinds = [made("a.*.x", alone=1.234), made("a.*.y", alone=0.5), made("a.*.z", alone=0.0123), made("b", alone=0.01)]
     assert verdict(kinds, {"a.0.y": "GELU"}, 1.5, [], []) == (
         "Quantization changes the outputs most in the inputs of x, the outputs of GELU (inputs of y) and the inputs of "
