@@ -1,14 +1,13 @@
 """Integer matmuls with a weight, with exact sums before scaling; the only file that calls torch's quantized kernels.
 
-oneDNN's kernel takes uint8 codes and scales its int32 sums itself; it needs AVX512-VNNI. FBGEMM's kernel runs on every
-x86 processor with ``vpmaddubsw``, which adds two products in 16 bits and saturates: 255 * -128 twice overflows, so an
-8-bit weight with 8-bit codes is split in two. Other processors multiply integer-valued floats, with exact sums.
+oneDNN's kernels take uint8 codes and scale their int32 sums themselves. Without VNNI they multiply with ``vpmaddubsw``,
+which adds two products in 16 bits and saturates: 255 * -128 twice overflows, so an 8-bit weight with 8-bit codes is
+split in two. Processors without AVX2 multiply integer-valued floats, with exact sums.
 """
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,15 +55,18 @@ class OneDNN(Kernel):
     dtype = torch.uint8
 
     def __init__(self, layer: Any, integers: Tensor, num_bits: tuple[int, int]):
-        self._weight = torch.ops.onednn.qlinear_prepack(integers, None)
+        self._weights = [torch.ops.onednn.qlinear_prepack(part, None) for part in _parts(integers, num_bits)]
         self._zero_points = torch.zeros(len(integers), dtype=torch.int32, device=integers.device)
 
     def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        weight = self._weight, scale, self._zero_points, bias
-        if not torch.compiler.is_compiling():
-            return multiply_linear.reference(codes.integers, step, codes.lowest, *weight)
-        lowest = torch.as_tensor(codes.lowest, dtype=torch.int32, device="cpu")
-        return multiply_linear(codes.integers, step, lowest, *weight)
+        is_compiling = torch.compiler.is_compiling()
+        multiply = multiply_linear if is_compiling else multiply_linear.reference
+        lowest = torch.as_tensor(codes.lowest, dtype=torch.int32, device="cpu") if is_compiling else codes.lowest
+        first, *others = self._weights
+        result = multiply(codes.integers, step, lowest, first, scale, self._zero_points, bias)
+        for weight in others:
+            result.add_(multiply(codes.integers, step, lowest, weight, scale, self._zero_points, None))
+        return result
 
 
 # A custom operation, because Inductor supports oneDNN's operation only with constant weights.
@@ -82,43 +84,28 @@ def multiply_linear(
     )
 
 
-class FBGEMM(Kernel):
-    """Linear layers with FBGEMM, which takes integer-valued floats and converts them to uint8 codes."""
-
-    dtype = torch.float32
-
-    def __init__(self, layer: Any, integers: Tensor, num_bits: tuple[int, int]):
-        upper = integers >> 1
-        parts = [upper, integers - upper] if saturates(num_bits) else [integers]
-        with warnings.catch_warnings(), _engine("fbgemm"):
-            warnings.simplefilter("ignore")  # torch has deprecated the tensor type that holds the weight
-            self._weights = [torch.ops.quantized.linear_prepack(_with_scale_one(part), None) for part in parts]
-
-    def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        sums = [multiply(codes.integers, 1.0, -int(codes.lowest), weight) for weight in self._weights]
-        return scaled(sums[0] if len(sums) == 1 else sums[0].add_(sums[1]), step * scale, bias)
-
-
 class OneDNNConvolution(Kernel):
     """Convolutions with oneDNN, which takes uint8 codes and pads with the code of zero."""
 
     dtype = torch.uint8
 
     def __init__(self, layer: Any, integers: Tensor, num_bits: tuple[int, int]):
-        zero_points = torch.zeros(len(integers), dtype=torch.int32, device=integers.device)
         scales = torch.ones(len(integers), dtype=torch.float32, device=integers.device)
         self._window = *(list(x) for x in (layer.stride, layer.padding, layer.dilation)), layer.groups
-        self._weight = torch.ops.onednn.qconv_prepack(integers, scales, 1.0, 0, *self._window)
-        self._zero_points = zero_points
+        prepack = torch.ops.onednn.qconv_prepack
+        self._weights = [prepack(part, scales, 1.0, 0, *self._window) for part in _parts(integers, num_bits)]
+        self._zero_points = torch.zeros(len(integers), dtype=torch.int32, device=integers.device)
 
     def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         x = codes.integers
         batched = x if x.dim() == len(self._window[0]) + 2 else x[None]
-        weight = self._weight, scale, self._zero_points, bias, *self._window
-        result = torch.ops.onednn.qconv_pointwise(
-            batched, float(step), -int(codes.lowest), *weight, 1.0, 0, torch.float32, "none", [], None
-        )
+        multiply = functools.partial(torch.ops.onednn.qconv_pointwise, batched, float(step), -int(codes.lowest))
+        scales = scale, self._zero_points
+        to_float: tuple[Any, ...] = 1.0, 0, torch.float32, "none", [], None
+        first, *others = self._weights
+        result = multiply(first, *scales, bias, *self._window, *to_float)
+        for weight in others:
+            result.add_(multiply(weight, *scales, None, *self._window, *to_float))
         result = result if batched is x else result[0]
         return result.contiguous() if x.is_contiguous() else result  # as in the float layer
 
@@ -174,6 +161,18 @@ def saturates(num_bits: tuple[int, int]) -> bool:
     return 2 * _largest_product(num_bits) >= 2**15
 
 
+def _parts(integers: Tensor, num_bits: tuple[int, int]) -> list[Tensor]:
+    """Weights whose sum is the weight and of whose sums none saturates on this processor."""
+    if _has_vnni() or not saturates(num_bits):
+        return [integers]
+    half = integers >> 1
+    return [half, integers - half]
+
+
+def _has_vnni() -> bool:
+    return torch.cpu.get_capabilities().get("avx512_vnni", False)
+
+
 def _largest_product(num_bits: tuple[int, int]) -> int:
     return (2 ** num_bits[0] - 1) * 2 ** (num_bits[1] - 1)
 
@@ -198,11 +197,10 @@ def kernel_for(layer: Any, integers: Tensor, num_bits: tuple[int, int], dtype: t
 
 @functools.cache
 def _exact_kernel(is_convolution: bool, num_bits: tuple[int, int]) -> type[Kernel] | None:
-    """The kernel for this processor, if a test with the largest codes is exact; convolutions need oneDNN."""
-    has_vnni = torch.cpu.get_capabilities().get("avx512_vnni", False)
-    if is_convolution and not has_vnni:
-        return None
-    kernel: type[Kernel] = OneDNNConvolution if is_convolution else OneDNN if has_vnni else FBGEMM
+    """oneDNN's kernel, if this processor has AVX2 and a test with the largest codes is exact."""
+    if not torch.cpu.get_capabilities().get("avx2", False):
+        return None  # oneDNN would be exact, but slower than floats
+    kernel: type[Kernel] = OneDNNConvolution if is_convolution else OneDNN
     low, high = integer_range(num_bits[1], signed=True)
     weight = torch.tensor([[low] * 64, [high] * 64, [low, high] * 32], dtype=torch.int8, device="cpu")
     codes = torch.tensor([[0] * 64, [2 ** num_bits[0] - 1] * 64], dtype=torch.int64, device="cpu")
@@ -223,17 +221,3 @@ def _exact_kernel(is_convolution: bool, num_bits: tuple[int, int]) -> type[Kerne
 @functools.cache
 def _warn_of_fallback(reason: str) -> None:
     warnings.warn(f"Integer matmuls are computed in floating point, exactly but more slowly, {reason}", stacklevel=2)
-
-
-@contextmanager
-def _engine(name: str) -> Iterator[None]:
-    """Context that sets torch's engine for packing quantized weights."""
-    before, torch.backends.quantized.engine = torch.backends.quantized.engine, name
-    try:
-        yield
-    finally:
-        torch.backends.quantized.engine = before
-
-
-def _with_scale_one(integers: Tensor) -> Tensor:
-    return torch.quantize_per_tensor(integers.float(), 1.0, 0, torch.qint8)

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from octav_hf.inference import integer_matmul
-from octav_hf.inference.integer_matmul import FBGEMM, Float, Kernel, OneDNN, kernel_for, multiply, saturates
+from octav_hf.inference.integer_matmul import Float, Kernel, OneDNN, OneDNNConvolution, kernel_for, multiply, saturates
 from octav_hf.nn.codes import Codes
 
 ONE = torch.ones(1)
-has_vnni = torch.cpu.get_capabilities().get("avx512_vnni", False)
-needs_vnni = pytest.mark.skipif(not has_vnni, reason="oneDNN's 8-bit kernels need AVX512-VNNI")
-KERNELS = [pytest.param(OneDNN, marks=needs_vnni), FBGEMM, Float]
+CAPABILITIES = torch.cpu.get_capabilities()
+needs_avx2 = pytest.mark.skipif(not CAPABILITIES.get("avx2", False), reason="oneDNN's kernels need AVX2")
+needs_vnni = pytest.mark.skipif(not CAPABILITIES.get("avx512_vnni", False), reason="needs AVX512-VNNI")
+KERNELS = [pytest.param(OneDNN, marks=needs_avx2), Float]
 BITS = [(8, 8), (8, 7), (7, 8), (8, 4), (4, 4), (2, 2)]  # of codes and weight
 
 
@@ -65,18 +66,37 @@ def vpmaddubsw(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return products.unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1).sum(-1)
 
 
+@needs_avx2
 @pytest.mark.parametrize("num_bits", BITS)
-def test_no_pair_of_products_that_fbgemm_gets_saturates(
-    num_bits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_pair_of_products_saturates_without_vnni(num_bits: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integer_matmul, "_has_vnni", lambda: False)
     codes, weight = integers(num_bits)
-    parts = []
-    made = integer_matmul._with_scale_one
-    monkeypatch.setattr(integer_matmul, "_with_scale_one", lambda part: parts.append(part) or made(part))
-    FBGEMM(nn.Linear(1, 1), weight.to(torch.int8), num_bits)
+    parts = integer_matmul._parts(weight.to(torch.int8), num_bits)
     assert torch.equal(sum(vpmaddubsw(codes, part.long()) for part in parts), codes @ weight.t())
     exact = torch.equal(vpmaddubsw(codes, weight), codes @ weight.t())
     assert exact is (not saturates(num_bits))  # whole, the 8-bit weight of 8-bit codes would be wrong
+    assert torch.equal(
+        run(OneDNN(nn.Linear(1, 1), weight.to(torch.int8), num_bits), codes, 8, 0).long(), codes @ weight.t()
+    )
+
+
+@needs_avx2
+@pytest.mark.parametrize("num_bits", BITS)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("vnni", [pytest.param(True, marks=needs_vnni), False])
+def test_convolutions_are_exact(
+    vnni: bool, groups: int, num_bits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(integer_matmul, "_has_vnni", lambda: vnni)
+    codes, weight = (x.unflatten(-1, (-1, 4, 4)) for x in integers(num_bits))
+    weight = weight.unflatten(1, (groups, -1))[:, 0].contiguous()
+    layer = nn.Conv2d(12, 24, 4, stride=2, padding=1, groups=groups)
+    made = OneDNNConvolution(layer, weight.to(torch.int8), num_bits)
+    images = codes.repeat(1, 1, 3, 2)
+    bias = torch.arange(24.0)
+    sums = made(Codes(images.to(made.dtype), 0, num_bits[0], ONE), ONE[0], torch.ones(24), bias)
+    expected = nn.functional.conv2d(images.double(), weight.double(), bias.double(), 2, 1, 1, groups)
+    assert torch.equal(sums.double(), expected)
 
 
 class Wrong(OneDNN):
@@ -103,7 +123,6 @@ def fresh_checks() -> object:
 @pytest.mark.usefixtures("fresh_checks")
 def test_a_processor_whose_sums_are_wrong_gets_floats_and_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integer_matmul, "OneDNN", Wrong)
-    monkeypatch.setattr(integer_matmul, "FBGEMM", Wrong)
     codes, weight = integers((8, 8))
     with pytest.warns(UserWarning, match="no exact integer kernel") as caught:
         kernels = [kernel_for(nn.Linear(1, 1), weight.to(torch.int8), (8, 8), torch.float32) for _ in range(2)]
@@ -115,13 +134,15 @@ def test_a_processor_whose_sums_are_wrong_gets_floats_and_one_warning(monkeypatc
 
 
 @pytest.mark.usefixtures("fresh_checks")
-@pytest.mark.parametrize("kernel", [FBGEMM, pytest.param(OneDNN, marks=needs_vnni)])
-def test_this_processor_has_an_exact_kernel(kernel: type[Kernel], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": kernel is OneDNN})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+@pytest.mark.parametrize("kernel", [pytest.param(OneDNN, marks=needs_avx2), Float])
+def test_kernel_of_this_processor(kernel: type[Kernel], monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel is Float:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         made = kernel_for(nn.Linear(1, 1), integers((8, 8))[1].to(torch.int8), (8, 8), torch.float32)
     assert type(made) is kernel
+    assert len(caught) == (kernel is Float)
 
 
 @pytest.mark.usefixtures("fresh_checks")
