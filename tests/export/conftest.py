@@ -1,5 +1,6 @@
 """Fixtures of the export tests."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,11 @@ def quantized(model: Any, batch: Batch, config: OctavConfig | None = None) -> An
 
 
 def run(folder: Path, batch: Batch) -> dict[str, np.ndarray]:
-    """The outputs of an exported folder by name, with the defaults of ONNX Runtime."""
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    """The outputs of an exported folder by name, with the session options that it names and otherwise the defaults."""
+    options = onnxruntime.SessionOptions()
+    for name, value in json.loads((folder / "octav_export.json").read_text())["session_options"].items():
+        options.add_session_config_entry(name, value)
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, {name: x.numpy() for name, x in batch.items()}), strict=True))
 
