@@ -1,5 +1,6 @@
 """Integer matmuls of packed layers."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,10 +60,16 @@ class IntegerArithmetic:
     def __init__(self, layer: PackedLayer, reference: bool):
         self.reference = reference
         self._made: tuple[Plan, tuple[Tensor, Tensor], list[int | None]] | None = None
+        self.prepare(layer)
+
+    def prepare(self, layer: Any) -> None:
+        """Make the plan now and whenever the packed weight is moved or loaded: a compiler cannot, nor sees that."""
+        layer.weight_quantizer.on_change = partial(self._plan, layer)
         self._plan(layer)
 
     @outside_function_modes  # saves a Python call per operation for layers inside an attention module
     def __call__(self, layer: Any, input: Tensor) -> Tensor:
+        _check_shape(layer, input.shape)
         plan = self._plan(layer)
         codes = quantize_input(layer.input_quantizer, input, codes=plan.kernel.dtype)
         return plan(codes, layer.bias).to(input.dtype)
@@ -87,3 +94,21 @@ class IntegerArithmetic:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"reference": self.reference, "_made": None}
+
+
+def _check_shape(layer: Any, shape: torch.Size) -> None:
+    """Raise ``RuntimeError``, as the float layer does, for a shape of the input that does not fit the weight."""
+    packed = layer.weight_quantizer
+    size = packed.shape[2:]
+    if size:
+        fits = len(shape) - len(size) in (1, 2) and shape[-len(size) - 1] == packed.shape[1] * layer.groups
+        if fits and not isinstance(layer.padding, str):
+            window = zip(shape[-len(size) :], size, layer.padding, layer.dilation, strict=True)
+            fits = all(n + 2 * p > d * (k - 1) for n, k, p, d in window)
+    else:
+        fits = len(shape) > 0 and shape[-1] == packed.shape[0 if layer.float_class is Conv1D else 1]
+    if not fits:
+        raise RuntimeError(
+            f"{packed.name.removesuffix(' weight')}: an input of shape {tuple(shape)} does not fit this "
+            f"{layer.float_class.__name__} with a weight of shape {tuple(packed.shape)}"
+        )

@@ -50,28 +50,45 @@ class Kernel:
 
 
 class OneDNN(Kernel):
-    """Linear layers with oneDNN, which takes uint8 codes, scales and adds the bias."""
+    """oneDNN, which takes uint8 codes, scales and adds the bias; it pads convolutions with the code of zero."""
 
     dtype = torch.uint8
 
     def __init__(self, layer: Any, integers: Tensor, num_bits: tuple[int, int]):
-        self._weights = [torch.ops.onednn.qlinear_prepack(part, None) for part in _parts(integers, num_bits)]
+        parts = _parts(integers, num_bits)
         self._zero_points = torch.zeros(len(integers), dtype=torch.int32, device=integers.device)
+        self._multiply: Any
+        self._window: tuple[Any, ...] = ()
+        if integers.dim() > 2:
+            window = *(list(x) for x in (layer.stride, layer.padding, layer.dilation)), layer.groups
+            scales = torch.ones(len(integers), dtype=torch.float32, device=integers.device)
+            self._weights = [torch.ops.onednn.qconv_prepack(part, scales, 1.0, 0, *window) for part in parts]
+            self._multiply, self._window = multiply_convolution, (list(integers.shape[2:]), *window)
+        else:
+            self._weights = [torch.ops.onednn.qlinear_prepack(part, None) for part in parts]
+            self._multiply = multiply_linear
 
     def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        is_compiling = torch.compiler.is_compiling()
-        multiply = multiply_linear if is_compiling else multiply_linear.reference
-        lowest = torch.as_tensor(codes.lowest, dtype=torch.int32, device="cpu") if is_compiling else codes.lowest
+        multiply, lowest = self._multiply, codes.lowest
+        if torch.compiler.is_compiling():
+            lowest = torch.as_tensor(lowest, dtype=torch.int32, device="cpu")
+        else:
+            multiply = multiply.reference
         first, *others = self._weights
-        result = multiply(codes.integers, step, lowest, first, scale, self._zero_points, bias)
+        scaling = scale, self._zero_points
+        result = multiply(codes.integers, step, lowest, first, *scaling, bias, *self._window)
         for weight in others:
-            result.add_(multiply(codes.integers, step, lowest, weight, scale, self._zero_points, None))
+            result.add_(multiply(codes.integers, step, lowest, weight, *scaling, None, *self._window))
         return result
 
 
-# A custom operation, because Inductor supports oneDNN's operation only with constant weights.
+_ARGUMENTS = "Tensor x, Tensor step, Tensor lowest, Tensor weight, Tensor scale, Tensor zero_points, Tensor? bias"
+_TO_FLOAT = 1.0, 0, torch.float32
+
+
+# Custom operations, because Inductor supports oneDNN's operations only with constant weights.
 @operation(
-    "(Tensor x, Tensor step, Tensor lowest, Tensor weight, Tensor scale, Tensor zero_points, Tensor? bias) -> Tensor",
+    f"({_ARGUMENTS}) -> Tensor",
     lambda x, step, lowest, weight, *_: x.new_empty([*x.shape[:-1], weight.shape[-1]], dtype=torch.float32),
 )
 def multiply_linear(
@@ -80,34 +97,44 @@ def multiply_linear(
     if x.numel() == 0:  # oneDNN loses dimensions of empty tensors
         return x.new_zeros([*x.shape[:-1], weight.shape[-1]], dtype=torch.float32)
     return torch.ops.onednn.qlinear_pointwise(
-        x, float(step), -int(lowest), weight, scale, zero_points, bias, 1.0, 0, torch.float32, "none", [], ""
+        x, float(step), -int(lowest), weight, scale, zero_points, bias, *_TO_FLOAT, "none", [], ""
     )
 
 
-class OneDNNConvolution(Kernel):
-    """Convolutions with oneDNN, which takes uint8 codes and pads with the code of zero."""
+def _empty_convolution(x: Tensor, *arguments: Any) -> Tensor:
+    zero_points, _, size, stride, padding, dilation, _ = arguments[4:]
+    space = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(x.shape[-len(size) :], size, stride, padding, dilation, strict=True)
+    ]
+    lead = x.shape[: -len(size) - 1]
+    return torch.empty(
+        [*lead, len(zero_points), *space], dtype=torch.float32, device=x.device, memory_format=_memory_format(x)
+    )
 
-    dtype = torch.uint8
 
-    def __init__(self, layer: Any, integers: Tensor, num_bits: tuple[int, int]):
-        scales = torch.ones(len(integers), dtype=torch.float32, device=integers.device)
-        self._window = *(list(x) for x in (layer.stride, layer.padding, layer.dilation)), layer.groups
-        prepack = torch.ops.onednn.qconv_prepack
-        self._weights = [prepack(part, scales, 1.0, 0, *self._window) for part in _parts(integers, num_bits)]
-        self._zero_points = torch.zeros(len(integers), dtype=torch.int32, device=integers.device)
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """That of the result, as in the float layer."""
+    others = {4: torch.channels_last, 5: torch.channels_last_3d}
+    is_other = not x.is_contiguous() and x.dim() in others and x.is_contiguous(memory_format=others[x.dim()])
+    return others[x.dim()] if is_other else torch.contiguous_format
 
-    def __call__(self, codes: Codes, step: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        x = codes.integers
-        batched = x if x.dim() == len(self._window[0]) + 2 else x[None]
-        multiply = functools.partial(torch.ops.onednn.qconv_pointwise, batched, float(step), -int(codes.lowest))
-        scales = scale, self._zero_points
-        to_float: tuple[Any, ...] = 1.0, 0, torch.float32, "none", [], None
-        first, *others = self._weights
-        result = multiply(first, *scales, bias, *self._window, *to_float)
-        for weight in others:
-            result.add_(multiply(weight, *scales, None, *self._window, *to_float))
-        result = result if batched is x else result[0]
-        return result.contiguous() if x.is_contiguous() else result  # as in the float layer
+
+@operation(
+    f"({_ARGUMENTS}, int[] size, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor", _empty_convolution
+)
+def multiply_convolution(
+    x: Tensor, step: Tensor, lowest: Any, weight: Tensor, scale: Tensor, zero_points: Tensor, bias: Tensor | None,
+    size: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    window = stride, padding, dilation, groups
+    if x.numel() == 0:  # oneDNN returns another number of dimensions
+        return _empty_convolution(x, step, lowest, weight, scale, zero_points, bias, size, *window).zero_()
+    batched = x if x.dim() == len(size) + 2 else x[None]
+    result = torch.ops.onednn.qconv_pointwise(
+        batched, float(step), -int(lowest), weight, scale, zero_points, bias, *window, *_TO_FLOAT, "none", [], None
+    )
+    return (result if batched is x else result[0]).contiguous(memory_format=_memory_format(x))
 
 
 class Float(Kernel):
@@ -200,7 +227,6 @@ def _exact_kernel(is_convolution: bool, num_bits: tuple[int, int]) -> type[Kerne
     """oneDNN's kernel, if this processor has AVX2 and a test with the largest codes is exact."""
     if not torch.cpu.get_capabilities().get("avx2", False):
         return None  # oneDNN would be exact, but slower than floats
-    kernel: type[Kernel] = OneDNNConvolution if is_convolution else OneDNN
     low, high = integer_range(num_bits[1], signed=True)
     weight = torch.tensor([[low] * 64, [high] * 64, [low, high] * 32], dtype=torch.int8, device="cpu")
     codes = torch.tensor([[0] * 64, [2 ** num_bits[0] - 1] * 64], dtype=torch.int64, device="cpu")
@@ -211,11 +237,11 @@ def _exact_kernel(is_convolution: bool, num_bits: tuple[int, int]) -> type[Kerne
         weight, codes, expected = weight[..., None], codes[..., None], expected[..., None]
     one = torch.ones(1, dtype=torch.float32, device="cpu")
     try:
-        run = kernel(layer, weight, num_bits)
+        run = OneDNN(layer, weight, num_bits)
         sums = run(Codes(codes.to(run.dtype), 0, num_bits[0], one), one[0], one, None)
     except RuntimeError:
         return None
-    return kernel if torch.equal(sums.long(), expected) else None
+    return OneDNN if torch.equal(sums.long(), expected) else None
 
 
 @functools.cache

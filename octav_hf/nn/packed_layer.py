@@ -1,7 +1,6 @@
 """Layers whose weight is stored as packed integers and scales instead of a float parameter."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -24,8 +23,8 @@ class PackedLayer(QuantizedLayer):
     other_form: ClassVar[str] = "weight"
     other_form_by: ClassVar[str] = "unpack_octav"
     weight_quantizer: PackedWeight
-    # Computes ``forward`` instead of the layer's class; set by ``octav_hf.inference``.
-    arithmetic: Callable[[Any, Tensor], Tensor] | None = None
+    # ``arithmetic(layer, input)`` computes ``forward`` instead of the layer's class; set by ``octav_hf.inference``.
+    arithmetic: Any = None
 
     def forward(self, input: Tensor) -> Tensor:
         """As in the quantized layer."""
@@ -87,6 +86,11 @@ class PackedLayer(QuantizedLayer):
     def __reduce__(self) -> tuple[Any, ...]:
         # The generated class cannot be imported by name, so its base is pickled.
         return _rebuild, (type(self).__bases__[1],), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.arithmetic is not None:
+            self.arithmetic.prepare(self)
 
 
 class PackedEmbedding(PackedLayer):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.torch_private import own_parameters, set_own_parameters
+from .._utils.torch_private import has_values, own_parameters, set_own_parameters
 from ..functional.bit_packing import pack_bits, packed_row_bytes, unpack_bits
 from ..functional.fake_quantize import fake_quantize
 from ..functional.grid import step_size
@@ -43,6 +43,8 @@ class PackedWeight(FakeQuantize):
 
     packed_data: Tensor
     scale: Tensor
+    on_change: Callable[[], None] | None = None  # called when the weight was moved or loaded; copies have none
+    _left_by_calls = (*FakeQuantize._left_by_calls, "on_change")
 
     def __init__(self, quantizer: FakeQuantize, weight: Tensor, is_frozen: bool):
         super().__init__(**quantizer.init_kwargs)
@@ -175,7 +177,7 @@ class PackedWeight(FakeQuantize):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
         super()._apply(fn, recurse)
-        self._renew_guard()
+        self._changed()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -194,7 +196,12 @@ class PackedWeight(FakeQuantize):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with self._without_guard():
             super()._load_from_state_dict(*args, **kwargs)
-        self._renew_guard()  # assign=True may move the weight from the meta device
+        self._changed()  # assign=True may move the weight from the meta device
+
+    def _changed(self) -> None:
+        self._renew_guard()
+        if self.on_change is not None and has_values(self.packed_data):
+            self.on_change()
 
     @contextmanager
     def _without_guard(self) -> Iterator[None]:

@@ -191,3 +191,93 @@ def test_compiled_whole(small_bert: MakeBert, frozen: bool) -> None:
     torch.compiler.reset()
     result = logits(torch.compile(model, fullgraph=True), batch())
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-2)
+
+
+def two_layers(kind: str, seed: int = 0, bits: int = 8) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(seed)
+    layers = {
+        "Linear": lambda: (nn.Linear(16, 8), nn.Linear(8, 4)),
+        "Conv1d": lambda: (nn.Conv1d(3, 4, 3, padding=1), nn.Conv1d(4, 4, 3)),
+        "Conv2d": lambda: (nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3)),
+    }
+    x = torch.randn({"Linear": (5, 16), "Conv1d": (2, 3, 8), "Conv2d": (2, 3, 8, 8)}[kind])
+    first, second = layers[kind]()
+    model = apply_octav(nn.Sequential(first, nn.ReLU(), second).eval(), OctavConfig(bits, 8, quantize_attention=False))
+    return calibrate_octav(model, [x], weights=True, progress_bar=False), x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Linear", "Conv1d", "Conv2d"])
+@torch.no_grad()
+def test_compiled_and_exported_alone(kind: str) -> None:
+    model, x = two_layers(kind)
+    convert_octav(model)
+    expected = model(x)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for each in (x, torch.cat([x, x, x]), x[1:]):
+        torch.testing.assert_close(compiled(each), model(each), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_memory_format_of_convolutions() -> None:
+    model, x = two_layers("Conv2d")
+    x = x.to(memory_format=torch.channels_last)
+    expected = model(x)
+    result = convert_octav(model)(x)
+    assert result.stride() == expected.stride()
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1d", "Conv2d"])
+@torch.no_grad()
+def test_empty_and_unbatched_inputs(kind: str) -> None:
+    model, x = two_layers(kind)
+    expected = [model(each) for each in (x[:0], x[0])]
+    convert_octav(model)
+    for each, of_float in zip((x[:0], x[0]), expected, strict=True):
+        torch.testing.assert_close(model(each), of_float, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        *(("Linear", shape) for shape in [(2, 7), (0, 7), ()]),
+        *(("Conv1d", shape) for shape in [(2, 4, 8), (2, 3, 0), (8,)]),
+        *(("Conv2d", shape) for shape in [(2, 4, 8, 8), (2, 3, 0, 8), (1, 2, 3, 8, 8)]),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_an_error_with_the_name(kind: str, shape: tuple[int, ...]) -> None:
+    model, _ = two_layers(kind)
+    with torch.no_grad(), pytest.raises(RuntimeError):  # as of the float layer
+        model(torch.zeros(shape))
+    convert_octav(model)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"^0: an input of shape .* {kind} with a weight of shape"):
+        model(torch.zeros(shape))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+@torch.no_grad()
+def test_a_loaded_weight_is_compiled_and_exported(bits: int, assign: bool) -> None:
+    """The integers that a kernel has prepared follow the weight."""
+    (model, x), (other, _) = two_layers("Linear", 0, bits), two_layers("Linear", 1, bits)
+    convert_octav(model)
+    expected = convert_octav(other)(x)
+    model.load_state_dict(other.state_dict(), assign=assign)
+    torch.compiler.reset()
+    for run in (torch.export.export(model, (x,)).module(), torch.compile(model, fullgraph=True), model):
+        assert torch.equal(run(x), expected)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_copies_are_compiled_and_exported() -> None:
+    model, x = two_layers("Linear")
+    expected = convert_octav(model)(x)
+    torch.compiler.reset()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for run in (torch.export.export(copied, (x,)).module(), torch.compile(copied, fullgraph=True)):
+            assert torch.equal(run(x), expected)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from octav_hf.inference import integer_matmul
-from octav_hf.inference.integer_matmul import Float, Kernel, OneDNN, OneDNNConvolution, kernel_for, multiply, saturates
+from octav_hf.inference.integer_matmul import Float, Kernel, OneDNN, kernel_for, multiply, saturates
 from octav_hf.nn.codes import Codes
 
 ONE = torch.ones(1)
@@ -91,7 +91,7 @@ def test_convolutions_are_exact(
     codes, weight = (x.unflatten(-1, (-1, 4, 4)) for x in integers(num_bits))
     weight = weight.unflatten(1, (groups, -1))[:, 0].contiguous()
     layer = nn.Conv2d(12, 24, 4, stride=2, padding=1, groups=groups)
-    made = OneDNNConvolution(layer, weight.to(torch.int8), num_bits)
+    made = OneDNN(layer, weight.to(torch.int8), num_bits)
     images = codes.repeat(1, 1, 3, 2)
     bias = torch.arange(24.0)
     sums = made(Codes(images.to(made.dtype), 0, num_bits[0], ONE), ONE[0], torch.ones(24), bias)
