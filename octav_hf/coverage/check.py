@@ -33,7 +33,8 @@ class CoverageCheck(list[FloatOperand]):
 
         An operand belongs to the innermost enclosing module that the report lists as a layer or attention module. If
         the report lists a weight of it in float, weights are explained; if it lists an input in float, inputs are. For
-        other modules, a parameter in float explains operands of this module, but not of modules inside.
+        other modules, a parameter in float explains operands of this module, but not of modules inside. Where a module
+        reads the weight of a quantized layer and does not call the layer, the operands belong to that layer.
         """
         listed: dict[str, list[Operand]] = {}
         for operand in report:
@@ -53,11 +54,11 @@ _ACTIVATIONS = {"input", *ATTENTION_OPERANDS}
 
 
 def _explained(row: FloatOperand, listed: dict[str, list[Operand]]) -> bool:
-    parts = row.module.split(".")
+    parts = (row.layer or row.module).split(".")
     names = (".".join(parts[:end]) for end in range(len(parts), -1, -1))
     around = ([x for x in listed.get(name, ()) if x.of_layer or name == row.module] for name in names)
     operands = next(filter(None, around), [])
-    weight = row.parameter or row.position == MATMULS.get(row.operation, (None,))[-1]
+    weight = row.parameter or (not row.layer and row.position == MATMULS.get(row.operation, (None,))[-1])
     same_kind = [operand for operand in operands if (operand.operand not in _ACTIVATIONS) is weight]
     # The report lists no weights for attention modules, and only parameters for modules that are not layers.
     return any(operand.bits is None for operand in same_kind or operands)

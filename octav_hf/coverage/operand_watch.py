@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from .._utils.torch_private import OpOverload, TorchDispatchMode, schema, storage_id, tree_leaves
+from .._utils.torch_private import OpOverload, TorchDispatchMode, own_parameters, schema, storage_id, tree_leaves
 from ..functional.rows import to_rows
-from ..nn import FakeQuantize, PackedLayer, QuantizedEmbedding
+from ..nn import FakeQuantize, PackedLayer, QuantizedEmbedding, QuantizedLayer
 from ..nn.codes import Codes
 
 MATMULS: dict[str, tuple[int, ...]] = {
@@ -25,7 +25,7 @@ MATMULS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("_conv_depthwise2d", "conv_depthwise3d", "conv_tbc", "mkldnn_linear"), (0, 1)),
     **dict.fromkeys(("_cdist_forward", "_euclidean_dist"), (0, 1)),
     "_trilinear": (0, 1, 2),
-    **dict.fromkeys(("qlinear_pointwise", "qconv_pointwise", "linear_with_input_q_dq_qweight_dq_output_fp32"), (0,)),
+    **dict.fromkeys(("qlinear_pointwise", "qconv_pointwise"), (0,)),
 }
 """Operation -> positions of the operands, a layer's weight last; other operations decompose into these."""
 
@@ -56,6 +56,7 @@ class FloatOperand:
     position: int  # of the operation's argument, from 0
     shape: tuple[int, ...]
     parameter: bool  # whether it is a parameter, or a view or copy of one
+    layer: str = ""  # quantized layer whose weight it is or is multiplied by, if another module reads that weight
 
     def cells(self) -> tuple[str, ...]:
         kind = "parameter" if self.parameter else "activation"
@@ -83,10 +84,11 @@ class OperandWatch(TorchDispatchMode):
         self._origins: dict[int, tuple[Origin, Tensor]] = {}
         for parameter in model.parameters():
             self._mark(parameter, "parameter")
-        self._tables: dict[int, list[nn.Module]] = {}  # by storage: several modules may share one table
+        self._owners: dict[int, dict[nn.Module, None]] = {}  # by storage: several modules may share a parameter
         for module in model.modules():
-            if isinstance(module, QuantizedEmbedding) and not isinstance(module, PackedLayer):
-                self._tables.setdefault(_key(module.weight), []).append(module)
+            for own in own_parameters(module).values():
+                if own is not None:
+                    self._owners.setdefault(_key(own), {})[module] = None
 
     @contextmanager
     def watching(self) -> Iterator["OperandWatch"]:
@@ -115,6 +117,8 @@ class OperandWatch(TorchDispatchMode):
                 self._origins.pop(_key(tensor), None)
             if origin is not None:
                 self._mark(tensor, origin)
+            if origin == "parameter":
+                self._owners[_key(tensor)] = {module: None for x in _tensors(args) for module in self._owners_of(x)}
         return result
 
     def _record(self, name: str, namespace: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -139,15 +143,26 @@ class OperandWatch(TorchDispatchMode):
 
     def _add(self, name: str, unquantized: Iterable[tuple[int, Tensor]]) -> None:
         module = next((self._names[module] for module in reversed(self._running) if module in self._names), "")
-        for position, x in unquantized:
-            if _is_float(x):
-                row = FloatOperand(module, name, position, tuple(x.shape), self.origin(x) == "parameter")
-                self.float_operands[row] = None
+        operands = [(position, x) for position, x in unquantized if _is_float(x)]
+        layer = next(filter(None, (self._layer_read_by_others(x) for _, x in operands)), "")
+        for position, x in operands:
+            row = FloatOperand(module, name, position, tuple(x.shape), self.origin(x) == "parameter", layer)
+            self.float_operands[row] = None
 
     def _is_unquantized_table(self, x: Any) -> bool:
         """Whether this is the table of a quantized embedding, used outside its module."""
-        sharing = self._tables.get(_key(x), []) if isinstance(x, Tensor) else []
-        return bool(sharing) and not any(module in sharing for module in self._running)
+        owners = self._owners_of(x) if isinstance(x, Tensor) else {}
+        tables = [x for x in owners if isinstance(x, QuantizedEmbedding) and not isinstance(x, PackedLayer)]
+        return bool(tables) and not any(module in tables for module in self._running)
+
+    def _layer_read_by_others(self, x: Tensor) -> str:
+        """The name of the quantized layer whose weight this is, if none of the modules that own it is running."""
+        owners = self._owners_of(x)
+        layers = (self._names[module] for module in owners if isinstance(module, QuantizedLayer))
+        return "" if any(module in owners for module in self._running) else next(layers, "")
+
+    def _owners_of(self, x: Tensor) -> dict[nn.Module, None]:
+        return self._owners.get(_key(x), {})
 
     def _is_outer_product(self, name: str, operands: list[Tensor]) -> bool:
         """Whether each sum has one term and no operand is a parameter, so that this is elementwise multiplication."""

@@ -349,7 +349,7 @@ class Tables(nn.Module):
 def test_an_embedding_table_that_is_read_past_its_quantizer_is_found() -> None:
     model = apply_octav(Tables(reads_weight=True), OctavConfig(embedding_bits=4))
     (found,) = check = check_coverage(model, torch.arange(5))
-    assert found == FloatOperand("norm", "native_layer_norm", 0, (9, 8), parameter=True)
+    assert found == FloatOperand("norm", "native_layer_norm", 0, (9, 8), parameter=True, layer="first")
     assert check.unexplained(coverage_report(model)) == [found]
     assert check.matmuls == 1
 

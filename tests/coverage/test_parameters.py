@@ -186,3 +186,27 @@ def test_modules_of_torch_that_are_no_layers(module: nn.Module, operands: list[s
     apply_octav(model, OctavConfig(exclude_modules=["0*"]))
     reasons = {row.reason for row in coverage_report(model) if row.kind == kind}
     assert reasons == ({"excluded by '0*'"} if operands else set())
+
+
+class Reader(nn.Module):
+    """Multiplies by the weight of a layer that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer, self.out = nn.Parameter(torch.randn(6, 8)), nn.Linear(8, 7), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out((x + self.table) @ self.layer.weight.clone().t())
+
+
+def test_the_weight_of_a_quantized_layer_that_another_module_reads_is_not_explained() -> None:
+    model = apply_octav(nn.Sequential(Reader()))
+    report, check = coverage_report(model), check_coverage(model, torch.randn(2, 6, 8))
+    assert [row.operand for row in report if row.bits is None] == ["table"]
+    rows = [(row.module, row.layer, row.parameter) for row in check.unexplained(report)]
+    assert rows == [("0", "0.layer", False), ("0", "0.layer", True)]
+
+
+def test_what_the_report_lists_of_a_layer_explains_its_weight_in_another_module() -> None:
+    model = apply_octav(nn.Sequential(Reader()), OctavConfig(exclude_modules=["0.layer"]))
+    assert check_coverage(model, torch.randn(2, 6, 8)).unexplained(coverage_report(model)) == []
