@@ -114,6 +114,14 @@ class Calibration:
                 "%d of %d activations were not reached by the calibration, so their clips stay dynamic: %s",
                 *(len(dynamic), len(frozen), ", ".join(dynamic)),
             )
+        known = {operand: clips for operand, clips in frozen.items() if clips is not None}
+        zero = [f"{operand.path} {operand.name}" for operand, each in known.items() if not bool(each.clips.any())]
+        if zero:
+            logger.warning(
+                "These activations were all 0 in the calibration, so their frozen clip is 0 and they will be quantized "
+                "to 0: %s. Calibrate with batches in which they are not.",
+                ", ".join(zero),
+            )
         warn_of_adapters(self._model)
 
 

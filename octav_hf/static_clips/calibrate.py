@@ -60,7 +60,8 @@ def calibrate_octav(
     ``pack_octav`` and the exports store learned clips as static clips.
 
     **Weights.** Embedding tables keep dynamic clips, because their rows are quantized when they are looked up. So do
-    weights that several modules share, such as a head tied to the token embeddings; a warning names these.
+    weights that several modules share, such as a head tied to the token embeddings, and weights that are all 0, which a
+    frozen clip of 0 would keep from training; warnings name these.
 
     Clips are stored in buffers of the quantizers: ``<module>.<operand>_quantizer.clips`` (on the unsigned grid
     ``.unsigned_clips``, with an ``.offset`` if it is asymmetric), ``[calls, *parts]``, for weights ``[rows, 1, ...]``

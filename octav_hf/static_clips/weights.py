@@ -28,6 +28,13 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers.values():
             layer.weight_quantizer.freeze_at(layer.weight)
+        stuck = [name for name, layer in layers.items() if not bool(layer.weight_quantizer.frozen.clips.all())]
+        if stuck:
+            logger.warning(
+                "These weights have rows or groups that are all 0, whose frozen clip is 0, so that they stay 0 in "
+                "training: %s. To train them, call uncalibrate_octav(model, activations=False).",
+                ", ".join(stuck),
+            )
         yield
     except BaseException:
         for layer, frozen in before.items():
@@ -64,4 +71,8 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     dynamic = [name for name in found if name not in layers]
     if dynamic:
         logger.warning("Several modules share these weights, so their clips stay dynamic: %s", ", ".join(dynamic))
-    return layers
+    # A clip of 0 lets no value and no gradient through.
+    zero = [name for name, layer in layers.items() if not bool(layer.weight.any())]
+    if zero:
+        logger.warning("These weights are all 0, so their clips stay dynamic: %s", ", ".join(zero))
+    return {name: layer for name, layer in layers.items() if name not in zero}

@@ -560,3 +560,13 @@ def test_models_without_quantized_activations_are_refused() -> None:
             refused(floating, [GOOD])
         with pytest.raises(TypeError, match="takes a model"):
             refused(None, [GOOD])
+
+
+def test_an_activation_that_was_zero_in_the_calibration_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = apply_octav(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
+    with torch.no_grad():
+        model[0].bias.fill_(-100)
+    calibrate_octav(model, [torch.ones(1, 8)], progress_bar=False)
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert "all 0 in the calibration" in warning
+    assert "to 0: 2 input. " in warning

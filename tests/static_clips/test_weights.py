@@ -342,3 +342,22 @@ def test_config_json_stays_small(frozen: BertForQuestionAnswering, tmp_path: Pat
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config["frozen_weight_clips"] is True
     assert "activation_clips" not in config
+
+
+def test_a_weight_of_zeros_can_still_be_trained(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = apply_octav(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
+    with torch.no_grad():
+        model[0].weight[3] = 0
+        model[2].weight.zero_()
+    calibrate_octav(model, weights=True)
+    whole, rows = (record.getMessage() for record in caplog.records)
+    assert whole == "These weights are all 0, so their clips stay dynamic: 2"
+    assert "rows or groups that are all 0" in rows
+    assert "in training: 0. " in rows
+    assert frozen_layers(model).keys() == {"0"}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for _ in range(2):  # the first step moves the weight away from 0
+        model(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+    assert model[2].weight_quantizer(model[2].weight).abs().max() > 0
