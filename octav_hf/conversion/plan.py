@@ -63,6 +63,13 @@ def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = 
                 "quantization_config=OctavConfig(…) to from_pretrained, or call apply_octav first"
             )
     planned = {module_plan.name for module_plan in plan}
+    for name, module in request.modules.items():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(each.startswith(f"{name}.") for each in planned):
+            raise ValueError(
+                f"{name or 'the model'}: in evaluation, nn.TransformerEncoderLayer computes its linear layers in one "
+                "fused kernel, so they would be quantized in training only; "
+                + (f"add {name!r} to exclude_modules" if name else "write the layer with modules of your own")
+            )
     _warn_of_float(
         request,
         {name: found for name, found in others.items() if running_module(name, request.modules) not in planned},

@@ -306,6 +306,10 @@ class WithAttentionFunction(nn.Linear):
         ({"special": WithAttentionFunction(4, 3)}, r"special: WithAttentionFunction with weight of shape \(3, 4\)"),
         ({"attention": nn.MultiheadAttention(8, 2)}, "attention: nn.MultiheadAttention fuses its matmuls"),
         (
+            {"head": nn.Linear(2, 2), "layer": nn.TransformerEncoderLayer(8, 2)},
+            r"layer: in evaluation, nn.TransformerEncoderLayer .* fused kernel.*'layer' to exclude_modules",
+        ),
+        (
             {"head": nn.Linear(2, 2), "conv": nn.Conv3d(2, 3, 1)},
             r"conv: Conv3d with weight of shape \(3, 2, 1, 1, 1\) is not a layer.*exclude_modules",
         ),
@@ -314,11 +318,12 @@ class WithAttentionFunction(nn.Linear):
             r"rnn: LSTM with weight_ih_l0 of shape \(20, 4\) is not a layer.*exclude_modules",
         ),
     ],
-    ids=["no layer", "subclass", "multihead attention", "unknown layer", "recurrent layer"],
+    ids=["no layer", "subclass", "multihead attention", "fused layer", "unknown layer", "recurrent layer"],
 )
 def test_models_that_cannot_be_quantized_are_refused(layers: dict[str, nn.Module], message: str) -> None:
+    config = OctavConfig(exclude_modules=["*.self_attn"]) if "layer" in layers else OctavConfig()
     with pytest.raises(ValueError, match=message):
-        apply_octav(Net(**layers), OctavConfig())
+        apply_octav(Net(**layers), config)
 
 
 def test_an_unknown_layer_can_be_left_in_float() -> None:
