@@ -20,12 +20,12 @@ _OTHER = "output"  # name of an output that is compared in place of logits
 class FloatOutputs:
     """The float model's outputs on some batches, as the reference for a quantized model.
 
-    The divergence of logits (fields ``logits``, ``start_logits``, …) is ``KL(float || quantized)`` over their last
-    dimension, in nats, averaged over the fields, the other dimensions and the sequences of all batches. Padding is left
-    out, as in ``distill``. KL divergence needs no labels and weights the error of each logit by the probability of its
-    class. For models without such logits (base models, regression, multi-label classification) the divergence is the
-    relative squared error ``sum((y - f)²) / sum(f²)`` of the first output ``y``, with ``f`` that of the float model,
-    without padding tokens.
+    The divergence of logits (fields ``logits``, ``start_logits``, …) is ``KL(float || quantized)`` over their classes
+    or tokens, in nats, averaged over the fields, the other dimensions and the examples of all batches. Classes and
+    padding are those of ``distill``; logits of anything else, such as MaskFormer's masks, are left out. KL divergence
+    needs no labels and weights the error of each logit by the probability of its class. For models without logits of
+    classes (base models, regression, multi-label classification) the divergence is the relative squared error
+    ``sum((y - f)²) / sum(f²)`` of the first output ``y``, with ``f`` that of the float model, without padding tokens.
 
     Args:
         model: quantized, and neither packed nor converted to integer arithmetic.

@@ -42,8 +42,9 @@ def distill(
 
     The output's ``loss`` becomes ``(1 - weight) * label loss + weight * T² * KL(teacher || model)``, with a temperature
     ``T`` in both softmaxes (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"). KL is computed in
-    float32 or wider over the last dimension of each output named ``logits`` or ending in ``_logits``, then averaged
-    over all other positions, then over these outputs. Padding is left out of the softmaxes of ``start_logits`` and
+    float32 or wider over the last dimension of each output named ``logits`` or ending in ``_logits``, and of a
+    segmentation's ``logits`` ``[batch, config.num_labels, height, width]`` over dimension 1; then averaged over all
+    other positions, then over these outputs. Padding is left out of the softmaxes of ``start_logits`` and
     ``end_logits`` and of the average over ``[batch, tokens, classes]``, if an ``attention_mask`` of shape
     ``[batch, tokens]`` is given, or for a decoder a ``decoder_attention_mask`` or labels of -100.
 
@@ -89,8 +90,8 @@ def distill(
     Raises:
         TypeError: ``model`` or ``teacher`` is not an ``nn.Module``.
         ValueError: an argument is out of range or has no effect, ``model`` is already distilled, or training it would
-            change ``teacher``. In a training step: logits or features differ in names or shapes, there is no loss, or
-            features have no gradient.
+            change ``teacher``. In a training step: logits are not of two or more classes (such as MaskFormer's masks),
+            logits or features differ in names or shapes, there is no loss, or features have no gradient.
         RuntimeError: in a training step outside Trainer with ``feature_steps`` below 1.
     """
     for role, module in (("model", model), ("teacher", teacher)):

@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from .padding import decoder_mask, has_decoder, mask_of
 
-# Logits of question answering, whose last dimension is tokens; for all others it is classes.
+# Logits of question answering, whose last dimension is tokens; in those of all other heads a dimension is classes.
 TOKEN_LOGITS = ("start_logits", "end_logits")
 
 
@@ -21,7 +21,7 @@ def class_logits(model: nn.Module, output: Any) -> dict[str, Tensor]:
     """Logits of single-label classification in an output, by field; empty if there are none."""
     if not isinstance(output, ModelOutput) or _problem_type(model) in _OTHER_PROBLEMS:
         return {}
-    return {field: values for field, values in _by_field(output).items() if _is_of_classes(field, values)}
+    return {field: values for field, values in _by_field(output).items() if _is_of_classes(model, field, values)}
 
 
 def logits_of(model: nn.Module, output: Any, name: str) -> dict[str, Tensor]:
@@ -29,7 +29,7 @@ def logits_of(model: nn.Module, output: Any, name: str) -> dict[str, Tensor]:
 
     Raises:
         TypeError: the output is not a ``ModelOutput``.
-        ValueError: it has no logits, or they are not those of a classification with two or more classes.
+        ValueError: it has no logits, or some are not those of a classification with two or more classes.
     """
     if not isinstance(output, ModelOutput) or not is_dataclass(output):
         raise TypeError(
@@ -42,10 +42,13 @@ def logits_of(model: nn.Module, output: Any, name: str) -> dict[str, Tensor]:
     if _problem_type(model) in _OTHER_PROBLEMS:
         raise ValueError(f"distill compares probabilities of classes, but {name} is for {_problem_type(model)}")
     for field, values in found.items():
-        if not _is_of_classes(field, values):
+        if not _is_of_classes(model, field, values):
+            reason = "have fewer than two classes"
+            if _class_dim(model, field, values) is None:
+                reason = "have no known dimension of classes, such as [batch, config.num_labels, height, width]"
             raise ValueError(
                 f"distill compares probabilities of classes, but {field} of {name}, of shape {tuple(values.shape)}, "
-                "have fewer than two classes"
+                f"{reason}"
             )
     return found
 
@@ -60,12 +63,15 @@ def logit_loss(
     """``KL(teacher || student)`` at a temperature, without the padding in ``inputs``, averaged over the fields."""
     losses = []
     for field, values in logits.items():
+        target = targets[field].to(values.device)
+        if _class_dim(student, field, values) == 1:
+            target, values = target.movedim(1, -1), values.movedim(1, -1)
         over_tokens = field in TOKEN_LOGITS
         tokens = values.shape[-1:] if over_tokens else values.shape[1:-1]
         is_decoders = has_decoder(student) and not over_tokens
         mask = decoder_mask(inputs) if is_decoders else inputs.get("attention_mask")
         mask = mask_of(mask, (*values.shape[:1], *tokens), values)
-        losses.append(_divergence(targets[field].to(values.device), values, temperature, over_tokens, mask))
+        losses.append(_divergence(target, values, temperature, over_tokens, mask))
     return torch.stack(losses).mean()
 
 
@@ -74,8 +80,21 @@ def _by_field(output: ModelOutput) -> dict[str, Tensor]:
     return {field: output[field] for field in fields if isinstance(output[field], Tensor)}
 
 
-def _is_of_classes(field: str, values: Tensor) -> bool:
-    return values.ndim >= 2 and (values.shape[-1] >= 2 or field in TOKEN_LOGITS)
+def _is_of_classes(model: nn.Module, field: str, values: Tensor) -> bool:
+    dim = _class_dim(model, field, values)
+    return dim is not None and values.ndim >= 2 and (values.shape[dim] >= 2 or field in TOKEN_LOGITS)
+
+
+def _class_dim(model: nn.Module, field: str, values: Tensor) -> int | None:
+    """The dimension of classes, or of tokens; ``None`` if none is known, as in masks ``[batch, queries, h, w]``."""
+    if values.ndim <= 3:
+        return -1
+    if field != "logits":
+        return None  # masks, which may be as many as there are labels
+    config = getattr(model, "config", None)
+    if values.shape[-1] == getattr(config, "vocab_size", None):
+        return -1  # of several sequences, such as the choices of GPT2DoubleHeadsModel
+    return 1 if values.shape[1] == getattr(config, "num_labels", None) else None
 
 
 def _problem_type(model: nn.Module) -> str | None:

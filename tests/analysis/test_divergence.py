@@ -17,6 +17,7 @@ from octav_hf.analysis.output_errors import output_errors
 from octav_hf.analysis.sensitivity import sensitivity
 from octav_hf.analysis.switching import in_float
 from tests.architectures.models import ARCHITECTURES
+from tests.training.test_distillation import segformer
 
 from .test_operand_statistics import batches
 
@@ -77,6 +78,23 @@ def test_a_model_without_logits_has_the_relative_squared_error(small_bert: MakeB
         found = FloatOutputs(model, batches())
         assert found.divergence_of(model) == pytest.approx(np.mean(rows), rel=1e-4)
         assert found.measure == "Relative squared error of the output"
+
+
+@pytest.mark.parametrize("classes", [3, 1])
+def test_segmentation_compares_the_classes_of_pixels(classes: int) -> None:
+    """A single class has no alternative, so its logits have no KL divergence."""
+    float_model, batch = segformer(0, num_labels=classes).eval(), {"pixel_values": torch.randn(1, 3, 32, 32)}
+    model = apply_octav(copy.deepcopy(float_model), CONFIG)
+    with torch.no_grad():
+        target, output = (each(**batch).logits.movedim(1, -1).double().numpy() for each in (float_model, model))
+    found = FloatOutputs(model, [batch])
+    if classes == 1:
+        expected = np.square(output - target).sum() / np.square(target).sum()
+        assert found.measure == "Relative squared error of the output"
+    else:
+        expected = mean_kl(target, output, np.ones(classes, dtype=bool)).mean()
+        assert found.measure == "KL divergence of the logits (nats)"
+    assert found.divergence_of(model) == pytest.approx(expected, rel=1e-4)
 
 
 def test_modules_alone_and_all_but_them(small_bert: MakeBert) -> None:

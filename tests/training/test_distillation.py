@@ -18,9 +18,17 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    DetrConfig,
+    GPT2Config,
+    GPT2DoubleHeadsModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MaskFormerConfig,
+    MaskFormerForInstanceSegmentation,
     PreTrainedModel,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SwinConfig,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -28,6 +36,7 @@ from transformers import (
 )
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav, distill
+from octav_hf.training.logits import class_logits
 from tests.question_answering import Spans
 
 MakeBert = Callable[..., BertForQuestionAnswering]
@@ -119,6 +128,53 @@ def test_a_decoder_has_its_own_padding(padded_batch: dict) -> None:
     expected = 4 * mean_divergence(logits_of(teacher, batch), logits_of(student, batch), 2.0, (labels != -100).numpy())
     distill(student, teacher)
     assert student(**batch).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def segformer(seed: int, **changes: Any) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"num_encoder_blocks": 2, "depths": [1, 1], "hidden_sizes": [8, 16], "num_attention_heads": [1, 2]}
+    sizes |= {"sr_ratios": [2, 1], "patch_sizes": [3, 3], "strides": [2, 2], "mlp_ratios": [2, 2]}
+    sizes |= {"decoder_hidden_size": 8, "num_labels": 3}
+    rates = dict.fromkeys(("hidden_dropout_prob", "classifier_dropout_prob", "drop_path_rate"), 0.0)
+    model = SegformerForSemanticSegmentation(SegformerConfig(**(sizes | rates | changes))).train()
+    nn.init.normal_(model.decode_head.classifier.weight, std=100)
+    model.decode_head.batch_norm.eval()
+    return model
+
+
+def maskformer() -> Any:
+    """With as many masks as labels."""
+    torch.manual_seed(0)
+    backbone = SwinConfig(image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2)
+    decoder = DetrConfig(d_model=32, decoder_layers=1, encoder_layers=1, num_queries=5)
+    sizes = {"fpn_feature_size": 32, "mask_feature_size": 32, "num_labels": 5}
+    config = MaskFormerConfig(backbone_config=backbone, decoder_config=decoder, **sizes)
+    return MaskFormerForInstanceSegmentation(config).train()
+
+
+def test_classes_of_pixels() -> None:
+    student, teacher = segformer(0), segformer(1)
+    batch = {"pixel_values": torch.randn(2, 3, 16, 32)}
+    ours, theirs = (logits_of(model, batch).movedim(1, -1) for model in (student, teacher))
+    assert ours.shape == (2, 8, 16, 3)
+    expected = 4 * mean_divergence(theirs, ours, 2.0, np.ones((2, 8, 16), dtype=bool))
+    distill(student, teacher)
+    assert student(**batch).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_tokens_of_several_choices() -> None:
+    """Logits of four dimensions, as in segmentation, but over the vocabulary."""
+    sizes = {"vocab_size": 100, "n_embd": 32, "n_layer": 1, "n_head": 4, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"), 0.0)
+    student, teacher = (GPT2DoubleHeadsModel(GPT2Config(**sizes, **rates)).train() for _ in range(2))
+    batch = {"input_ids": torch.randint(0, 100, (2, 3, 6)), "mc_token_ids": torch.full((2, 3), 5)}
+    parts = [
+        mean_divergence(logits_of(teacher, batch, field), logits_of(student, batch, field), 2.0, np.ones(shape, bool))
+        for field, shape in (("logits", (2, 3, 6)), ("mc_logits", (2,)))
+    ]
+    distill(student, teacher)
+    assert student(**batch).loss.item() == pytest.approx(2 * sum(parts), rel=1e-5)
 
 
 def test_gradients_are_those_of_the_loss_written_out(padded_batch: dict) -> None:
@@ -436,6 +492,20 @@ def test_outputs_that_are_refused(
     distill(student, teacher, **settings)
     with pytest.raises((TypeError, ValueError), match=error):
         student(**padded_batch)
+
+
+def test_logits_of_pixels_that_are_no_classes_are_refused() -> None:
+    """One class, which has no alternative, and masks, even if they are as many as the labels."""
+    batch = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    distill(student := segformer(0, num_labels=1), segformer(1, num_labels=1))
+    with pytest.raises(ValueError, match=r"logits of Segf.*, of shape \(2, 1, 8, 8\), have fewer than two classes"):
+        student(**batch)
+    student, teacher = maskformer(), maskformer()
+    distill(student, teacher)
+    with pytest.raises(ValueError, match=r"masks_queries_logits of M.* \(2, 5, 16, 16\), have no known dimension of"):
+        student(pixel_values=torch.randn(2, 3, 64, 64))
+    output = teacher(pixel_values=torch.randn(2, 3, 64, 64))
+    assert list(class_logits(teacher, output)) == ["class_queries_logits"], "what analysis compares"
 
 
 def test_replicas_and_unnamed_inputs_are_refused(padded_batch: dict) -> None:
