@@ -92,8 +92,9 @@ def convert_modules(model: nn.Module, config: OctavConfig, plan: Sequence[Module
     start_on_devices(model)
     model.__dict__["octav_config"] = copy.deepcopy(config)
     model.octav_state_dict_hook = model.register_load_state_dict_pre_hook(_before_loading)
-    for inner in transformers_models(model):
-        output_embeddings.attach(inner)
+    for inner in model.modules():  # also the decoder in an EncoderDecoderModel, which is resized on its own
+        if isinstance(inner, PreTrainedModel):
+            output_embeddings.attach(inner)
 
 
 def restore_modules(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from .modules import shared_weights
 
 
 class RequantizeOutputEmbeddings:
-    """A forward pre-hook of a Transformers model with a quantized head; also called before it is changed or saved.
+    """A forward pre-hook of a Transformers model with a quantized head; also called after resizing and before saving.
 
     A float layer that has replaced the head gets the quantizers of the last quantized head, and is frozen and packed
     like it.
@@ -58,7 +58,7 @@ def detach(module: nn.Module) -> None:
 
 
 def requantize_output_embeddings(model: nn.Module) -> None:
-    """Call the hooks of all Transformers models in ``model``; used before the model is changed or recorded."""
+    """Call the hooks of all Transformers models in ``model``; used after resizing, before packing and saving."""
     for module in model.modules():
         if "octav_output_embeddings" in module.__dict__:
             module.__dict__["octav_output_embeddings"][0](module)

@@ -9,7 +9,13 @@ import pytest
 import torch
 from datasets.fingerprint import Hasher
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+)
 
 from octav_hf import (
     OctavConfig,
@@ -19,6 +25,7 @@ from octav_hf import (
     coverage_report,
     pack_octav,
     remove_octav,
+    uncalibrate_octav,
 )
 from octav_hf.conversion.record import recorded_config
 from octav_hf.nn import FakeQuantize, QuantizedAttention, QuantizedLinear
@@ -217,6 +224,35 @@ def test_resized_token_embeddings_stay_quantized(tied: bool) -> None:
     remove_octav(model)
     assert type(model.get_output_embeddings()) is nn.Linear
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("duplicate", [None, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_resized_head_is_quantized_before_the_model_runs(duplicate: Callable | None) -> None:
+    ids = torch.arange(50)[None]
+    model = calibrate_octav(apply_octav(masked_lm(tied=False)), [ids], learned=True, progress_bar=False)
+    if duplicate:
+        model = duplicate(model)
+    model.resize_token_embeddings(60)
+    assert "cls.predictions.decoder.input_quantizer.clip_correction" in dict(model.named_parameters())  # for optimizers
+    assert {row.module for row in coverage_report(model).left_in_float()} == {
+        row.module for row in coverage_report(model) if row.kind == "embedding"
+    }
+    uncalibrate_octav(model)
+    model.resize_token_embeddings(70)
+    calibrate_octav(model, [ids], progress_bar=False)
+    assert model.get_output_embeddings().input_quantizer.is_frozen
+    remove_octav(model).resize_token_embeddings(80)
+    assert type(model.get_output_embeddings()) is nn.Linear
+
+
+def test_a_decoder_is_resized_on_its_own() -> None:
+    """``EncoderDecoderModel`` refuses to resize, and asks for this."""
+    configs = masked_lm(tied=False).config, masked_lm(tied=False).config
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*configs, tie_word_embeddings=False))
+    apply_octav(model).decoder.resize_token_embeddings(60)
+    assert isinstance(model.get_output_embeddings(), QuantizedLinear)
+    remove_octav(model)
+    assert not model.decoder._forward_pre_hooks
 
 
 def test_only_inputs_without_negative_values_are_unsigned(small_bert: MakeBert, padded_batch: dict) -> None:
