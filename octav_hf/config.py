@@ -219,7 +219,11 @@ class OctavConfig(ModuleSettings, QuantizationConfigMixin):
         "for ResNets and MobileNets. The first layer must be a convolution and the last a linear layer; other models "
         "are refused.",
     )
-    exclude_modules: list[str] = _field([], 'Name patterns of modules to leave in float, such as `["qa_outputs"]`.')
+    exclude_modules: list[str] = _field(
+        [],
+        'Name patterns of modules to leave in float, such as `["qa_outputs"]`. `""` is the model itself, without the '
+        "modules in it.",
+    )
     target_modules: list[str] | None = _field(
         None,
         "Name patterns of the only modules to quantize. As in PEFT, the last part of a name is enough, such as "

@@ -8,7 +8,7 @@ from .._utils.transformers_compat import attn_implementation
 from ..nn import ATTENTION_OPERANDS, QuantizedAttention, quantized_class_of
 from .attention_modules import attention_modules
 from .operands import activation_quantizer
-from .request import ModulePlan, Request
+from .request import ModulePlan, Request, prefix, to_exclude
 
 # Attention implementations whose matmuls a function mode sees; None: the module does not use one.
 _REACHABLE_IMPLEMENTATIONS = ("eager", "sdpa", None)
@@ -69,11 +69,12 @@ def _check_named(name: str, module: nn.Module, attention: Collection[str]) -> No
 def _check_reachable(model: nn.Module, name: str, module: nn.Module) -> None:
     remedy = "or set quantize_attention=False to leave the attention matmuls in float"
     if isinstance(module, nn.MultiheadAttention):
-        raise ValueError(f"{name}: nn.MultiheadAttention fuses its matmuls; add {name!r} to exclude_modules")
+        raise ValueError(f"{prefix(name)}nn.MultiheadAttention fuses its matmuls; {to_exclude(name)}")
     module_config = getattr(module, "config", getattr(model, "config", None))
     implementation = attn_implementation(module_config)
     if implementation not in _REACHABLE_IMPLEMENTATIONS:
         raise ValueError(
-            f"{name}: attn_implementation {implementation!r} computes the matmuls of this {type(module).__name__} in a "
-            f"fused kernel; load the model with attn_implementation='sdpa' or 'eager', {remedy}"
+            f"{prefix(name)}attn_implementation {implementation!r} computes the matmuls of this "
+            f"{type(module).__name__} in a fused kernel; load the model with attn_implementation='sdpa' or 'eager', "
+            f"{remedy}"
         )

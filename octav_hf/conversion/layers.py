@@ -10,7 +10,7 @@ from ..config import OctavConfig
 from ..nn import FakeQuantize, QuantizedLayer, WeightFakeQuantize, quantized_class_of
 from ..nn.granularity import Granularity
 from .operands import activation_quantizer, weight_quantizer
-from .request import ModulePlan, Request
+from .request import ModulePlan, Request, prefix, to_exclude
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
@@ -52,8 +52,8 @@ def left_in_float(request: Request) -> dict[str, list[str]]:
             if weight is not None:
                 shape = tuple(module.get_parameter(weight).shape)
                 raise ValueError(
-                    f"{name}: {type(module).__name__} with {weight} of shape {shape} is not a layer that can be "
-                    f"quantized; add {name!r} to exclude_modules to leave it in float"
+                    f"{prefix(name)}{type(module).__name__} with {weight} of shape {shape} is not a layer that can be "
+                    f"quantized; {to_exclude(name)} to leave it in float"
                 )
             found[name] = names
     return found
@@ -94,7 +94,7 @@ def _plan_layer(
         # A general setting for groups applies to the layers that support them.
         if weight_granularity != Granularity.GROUP or "weight_granularity" in override:
             raise ValueError(
-                f"{name}: the weight of {type(module).__name__} has one clip per channel (row), not per "
+                f"{prefix(name)}the weight of {type(module).__name__} has one clip per channel (row), not per "
                 f"{weight_granularity}; write module_overrides={{{name!r}: {{'weight_granularity': 'channel'}}}}"
             )
         weight_granularity = Granularity.CHANNEL
@@ -123,14 +123,14 @@ def _check_override(
     granularity = override.get("activation_granularity", {}).get("input", Granularity.TENSOR)
     if granularity not in layer_class.input_granularities:
         raise ValueError(
-            f"{name}: the input of this {type(module).__name__} has one clip per tensor, not per {granularity}: the "
-            "layer sums over positions, so the scale of a position does not factor out; write "
+            f"{prefix(name)}the input of this {type(module).__name__} has one clip per tensor, not per {granularity}: "
+            "the layer sums over positions, so the scale of a position does not factor out; write "
             f"module_overrides={{{name!r}: {{'activation_granularity': {{'input': 'tensor'}}}}}}, or leave it out"
         )
     if override.get("asymmetric_activations") and not layer_class.supports_asymmetric_input:
         raise ValueError(
-            f"{name}: the input of this {type(module).__name__} cannot be asymmetric, because padding zeros have no "
-            f"offset; remove asymmetric_activations from module_overrides[{name!r}]"
+            f"{prefix(name)}the input of this {type(module).__name__} cannot be asymmetric, because padding zeros have "
+            f"no offset; remove asymmetric_activations from module_overrides[{name!r}]"
         )
 
 
@@ -146,15 +146,16 @@ def _first_last_bits(bits: dict[str, int | None], name: str, config: OctavConfig
 
 def _check_convertible(name: str, module: nn.Module, quantized_class: type[QuantizedLayer]) -> None:
     float_class = quantized_class.float_class
-    remedy = f"add {name!r} to exclude_modules to leave it in float"
+    remedy = f"{to_exclude(name)} to leave it in float"
     described = type(module).__name__
     weight = own_parameters(module).get("weight")
     if weight is not None:
         described += f" with weight of shape {tuple(weight.shape)}"
     if type(module) is not float_class:
         raise ValueError(
-            f"{name}: {described} is a subclass of nn.{float_class.__name__} and may compute something else; {remedy}"
+            f"{prefix(name)}{described} is a subclass of nn.{float_class.__name__} and may compute something else; "
+            f"{remedy}"
         )
     reason = quantized_class.unsupported_reason(module)
     if reason:
-        raise ValueError(f"{name}: {described} cannot be quantized: {reason}, or {remedy}")
+        raise ValueError(f"{prefix(name)}{described} cannot be quantized: {reason}, or {remedy}")

@@ -16,7 +16,7 @@ from ..nn import QUANTIZED_LAYERS, quantized_class_of
 from .attention import plan_attention
 from .first_last import check_nothing_else_is_asked
 from .layers import left_in_float, plan_layers, running_module
-from .request import ModulePlan, Request
+from .request import ModulePlan, Request, prefix
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = 
     for module_plan in plan:
         if "forward" in module_plan.module.__dict__:
             raise ValueError(
-                f"{module_plan.name}: the forward of this {type(module_plan.module).__name__} has been replaced on the "
-                "instance (by a device_map, or another library), so a quantized forward would never run; pass "
+                f"{prefix(module_plan.name)}the forward of this {type(module_plan.module).__name__} has been replaced "
+                "on the instance (by a device_map, or another library), so a quantized forward would never run; pass "
                 "quantization_config=OctavConfig(…) to from_pretrained, or call apply_octav first"
             )
     planned = {module_plan.name for module_plan in plan}
@@ -148,8 +148,9 @@ def _warn_of_float(request: Request, others: Mapping[str, Sequence[str]]) -> Non
 
 
 def _check_patterns(request: Request) -> None:
-    names = [name for name in request.modules if name]
     for field, options in _PATTERN_FIELDS.items():
+        # Only exclude_modules may name the model itself: elsewhere "" would look like the whole model.
+        names = [name for name in request.modules if name or field == "exclude_modules"]
         patterns = getattr(request.config, field) or ()
         matched = NamePatterns(patterns, **options).by_pattern(names)
         for pattern in patterns:

@@ -32,6 +32,16 @@ class Request:
         return cls(model, config, modules, left_out, settings, edges)
 
 
+def prefix(name: str) -> str:
+    """The beginning of a message about a module; the name of the model itself is empty."""
+    return f"{name}: " if name else ""
+
+
+def to_exclude(name: str) -> str:
+    """What to write to leave a module in float."""
+    return f"add {name!r}{'' if name else ' (the model itself, without the modules in it)'} to exclude_modules"
+
+
 class QuantizerPlan(NamedTuple):
     """A quantizer to create: its class and the arguments of its constructor."""
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import logging
 import pickle
 from collections.abc import Callable
 
@@ -371,6 +372,40 @@ def test_an_unknown_layer_can_be_left_in_float() -> None:
         ("rnn", "weight_ih_l0"): "excluded by 'rnn'",
         ("rnn", "weight_hh_l0"): "excluded by 'rnn'",
     }
+
+
+@pytest.mark.parametrize("parameter", ["table", "my_weight"])
+def test_the_models_own_parameter_can_be_left_in_float(parameter: str, caplog: pytest.LogCaptureFixture) -> None:
+    net = Net(head=nn.Linear(2, 2))
+    net.register_parameter(parameter, nn.Parameter(torch.zeros(5, 2)))
+    caplog.set_level(logging.WARNING, "octav_hf")
+    if parameter == "table":
+        apply_octav(copy.deepcopy(net))
+        assert "Net (table). coverage_report lists them; exclude_modules=['']" in caplog.text
+        caplog.clear()
+    else:
+        with pytest.raises(ValueError, match=r"^Net with my_weight of shape \(5, 2\) .* add '' \(the model itself"):
+            apply_octav(net)
+    report = coverage_report(apply_octav(net, OctavConfig(exclude_modules=[""])))
+    assert {row.operand: row.reason for row in report.left_in_float()} == {parameter: "excluded by ''"}
+    assert isinstance(net.head, QuantizedLinear)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("model", [WithAttentionFunction(4, 3), nn.MultiheadAttention(8, 2), nn.Linear(4, 3)])
+def test_a_message_about_the_model_itself_begins_with_its_class(model: nn.Module) -> None:
+    model.forward = model.forward  # replaced on the instance
+    with pytest.raises(
+        ValueError, match=r"^(WithAttentionFunction|nn\.MultiheadAttention|the forward of this Linear) "
+    ):
+        apply_octav(model)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "attention_modules", "module_overrides"])
+def test_no_other_field_names_the_model_itself(field: str) -> None:
+    value = {"": {"weight_bits": 8}} if field == "module_overrides" else [""]
+    with pytest.raises(ValueError, match=f"{field}: '' matches no module of Net"):
+        apply_octav(Net(head=nn.Linear(2, 2)), OctavConfig(**{field: value}))
 
 
 def test_everything_excluded_is_refused() -> None:
