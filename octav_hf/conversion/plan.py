@@ -16,7 +16,7 @@ from ..nn import QUANTIZED_LAYERS, quantized_class_of
 from .attention import plan_attention
 from .first_last import check_nothing_else_is_asked
 from .layers import left_in_float, plan_layers, running_module
-from .request import ModulePlan, Request, prefix
+from .request import ModulePlan, Request, prefix, to_exclude
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +66,9 @@ def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = 
     for name, module in request.modules.items():
         if isinstance(module, nn.TransformerEncoderLayer) and any(each.startswith(f"{name}.") for each in planned):
             raise ValueError(
-                f"{name or 'the model'}: in evaluation, nn.TransformerEncoderLayer computes its linear layers in one "
-                "fused kernel, so they would be quantized in training only; "
-                + (f"add {name!r} to exclude_modules" if name else "write the layer with modules of your own")
+                f"{prefix(name)}in evaluation, nn.TransformerEncoderLayer computes its linear layers in one fused "
+                "kernel, so they would be quantized in training only; "
+                + (to_exclude(name) if name else "write the layer with modules of your own")
             )
     _warn_of_float(
         request,
