@@ -36,13 +36,15 @@ def importable(folder: Path) -> Iterator[None]:
         sys.path[:] = before
 
 
-def of_benchmark(name: str, rows_of: Callable[[Any], Any] = lambda record: record) -> Callable[[], str]:
-    """What the function ``table`` of a benchmark makes of that benchmark's record."""
+def of_benchmark(
+    name: str, rows_of: Callable[[Any], Any] = lambda record: record, *, file: str = ""
+) -> Callable[[], str]:
+    """What the function ``table`` of a benchmark makes of that benchmark's record, or of the record ``file``."""
 
     def render() -> str:
         with importable(BENCHMARKS):
             table = runpy.run_path(str(BENCHMARKS / f"{name}.py"))["table"]
-        return f"{table(rows_of(record(f'benchmarks/results/{name}.json')))}\n"
+        return f"{table(rows_of(record(f'benchmarks/results/{file or name}.json')))}\n"
 
     return render
 
@@ -57,6 +59,9 @@ def demo() -> str:
 TABLES = (
     TableInPage(PAGE, "table of the demo", demo),
     TableInPage(PAGE, "table of inference", of_benchmark("inference", lambda record: record["rows"])),
+    TableInPage(
+        PAGE, "table of inference with AVX2", of_benchmark("inference", lambda r: r["rows"], file="inference_avx2")
+    ),
     TableInPage(PAGE, "table of steps", of_benchmark("step")),
     TableInPage(PAGE, "table of libraries", of_benchmark("peers")),
     TableInPage(PAGE, "table of clips", of_benchmark("clip")),

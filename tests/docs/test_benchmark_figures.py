@@ -21,7 +21,7 @@ NO_PROSE = re.compile(r"^\|.*?$", re.MULTILINE)
 # Code, the targets of links, names, what the commands choose, and what tests/test_host_reads.py compares.
 NO_FIGURE = re.compile(
     r"dispatches .* in float\.|`[^`]*`|\]\([^)]*\)|4 bits|4-bit|F1|FP32|10\^\d|AVX-512|2 CPU cores|2 threads"
-    r"|8 × 128 tokens|32 × 384 tokens|bfloat16|float32|float64|H100|seed 0|hidden size 384|x86"
+    r"|AVX2|8-bit|8 × 128 tokens|32 × 384 tokens|bfloat16|float32|float64|H100|seed 0|hidden size 384|x86"
 )
 
 
