@@ -162,7 +162,8 @@ class OperandWatch(TorchDispatchMode):
         return "" if any(module in owners for module in self._running) else next(layers, "")
 
     def _owners_of(self, x: Tensor) -> dict[nn.Module, None]:
-        return self._owners.get(_key(x), {})
+        """The modules that own the parameter that this is, or a view or copy of."""
+        return self._owners.get(_key(x), {}) if self.origin(x) == "parameter" else {}
 
     def _is_outer_product(self, name: str, operands: list[Tensor]) -> bool:
         """Whether each sum has one term and no operand is a parameter, so that this is elementwise multiplication."""
