@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from .._utils.torch_private import version_counter
+from .._utils.torch_private import has_values, version_counter
 from ..nn import PackedLayer
 from ..nn.codes import Codes
 from ..nn.function_modes import outside_function_modes
@@ -64,8 +64,10 @@ class IntegerArithmetic:
 
     def prepare(self, layer: Any) -> None:
         """Make the plan now and whenever the packed weight is moved or loaded: a compiler cannot, nor sees that."""
-        layer.weight_quantizer.on_change = partial(self._plan, layer)
-        self._plan(layer)
+        packed = layer.weight_quantizer
+        packed.on_change = partial(self._plan, layer)
+        if has_values(packed.packed_data):
+            self._plan(layer)
 
     @outside_function_modes  # saves a Python call per operation for layers inside an attention module
     def __call__(self, layer: Any, input: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -270,6 +271,19 @@ def test_a_loaded_weight_is_compiled_and_exported(bits: int, assign: bool) -> No
     torch.compiler.reset()
     for run in (torch.export.export(model, (x,)).module(), torch.compile(model, fullgraph=True), model):
         assert torch.equal(run(x), expected)
+
+
+def test_a_copy_without_values_prepares_nothing() -> None:
+    model, x = two_layers("Linear")
+    file = io.BytesIO()
+    torch.save(convert_octav(model), file)
+    file.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copied = torch.load(file, map_location="meta", weights_only=False)
+    copied.to_empty(device="cpu").load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(copied(x), model(x))
 
 
 @pytest.mark.slow
