@@ -152,7 +152,7 @@ class OperandWatch(TorchDispatchMode):
     def _is_unquantized_table(self, x: Any) -> bool:
         """Whether this is the table of a quantized embedding, used outside its module."""
         owners = self._owners_of(x) if isinstance(x, Tensor) else {}
-        tables = [x for x in owners if isinstance(x, QuantizedEmbedding) and not isinstance(x, PackedLayer)]
+        tables = [each for each in owners if isinstance(each, QuantizedEmbedding) and not isinstance(each, PackedLayer)]
         return bool(tables) and not any(module in tables for module in self._running)
 
     def _layer_read_by_others(self, x: Tensor) -> str:

@@ -65,7 +65,7 @@ class IntegerArithmetic:
     def prepare(self, layer: Any) -> None:
         """Make the plan now and whenever the packed weight is moved or loaded: a compiler cannot, nor sees that."""
         packed = layer.weight_quantizer
-        packed.on_change = partial(self._plan, layer)
+        packed.on_change = partial(self.prepare, layer)
         if has_values(packed.packed_data):
             self._plan(layer)
 

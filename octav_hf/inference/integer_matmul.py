@@ -206,8 +206,8 @@ def _largest_product(num_bits: tuple[int, int]) -> int:
 
 def kernel_for(layer: Any, integers: Tensor, num_bits: tuple[int, int], dtype: torch.dtype) -> Kernel:
     """The fastest exact kernel for a layer and codes whose scale has ``dtype``; ``Float`` if there is no other."""
-    kernel = _exact_kernel(isinstance(layer, QuantizedConvolution), num_bits)
-    reason = "" if kernel else "because this processor has no exact integer kernel"
+    is_exact = _is_exact(isinstance(layer, QuantizedConvolution), num_bits)
+    reason = "" if is_exact else "because this processor has no exact integer kernel"
     if integers[0].numel() * _largest_product(num_bits) >= 2**31:
         reason = "because sums may overflow 32 bits"
     if isinstance(layer, QuantizedConvolution) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
@@ -216,17 +216,17 @@ def kernel_for(layer: Any, integers: Tensor, num_bits: tuple[int, int], dtype: t
         reason = f"for values in {dtype}"
     if integers.device.type != "cpu":
         reason = f"on the device {integers.device.type}"
-    if kernel is None or reason:
+    if reason:
         _warn_of_fallback(reason)
         return Float(layer, integers, num_bits, why=reason)
-    return kernel(layer, integers, num_bits)
+    return OneDNN(layer, integers, num_bits)
 
 
 @functools.cache
-def _exact_kernel(is_convolution: bool, num_bits: tuple[int, int]) -> type[Kernel] | None:
-    """oneDNN's kernel, if this processor has AVX2 and a test with the largest codes is exact."""
+def _is_exact(is_convolution: bool, num_bits: tuple[int, int]) -> bool:
+    """Whether this processor has AVX2, and oneDNN is exact in a test with the largest codes."""
     if not torch.cpu.get_capabilities().get("avx2", False):
-        return None  # oneDNN would be exact, but slower than floats
+        return False  # oneDNN would be exact, but slower than floats
     low, high = integer_range(num_bits[1], signed=True)
     weight = torch.tensor([[low] * 64, [high] * 64, [low, high] * 32], dtype=torch.int8, device="cpu")
     codes = torch.tensor([[0] * 64, [2 ** num_bits[0] - 1] * 64], dtype=torch.int64, device="cpu")
@@ -240,8 +240,8 @@ def _exact_kernel(is_convolution: bool, num_bits: tuple[int, int]) -> type[Kerne
         run = OneDNN(layer, weight, num_bits)
         sums = run(Codes(codes.to(run.dtype), 0, num_bits[0], one), one[0], one, None)
     except RuntimeError:
-        return None
-    return OneDNN if torch.equal(sums.long(), expected) else None
+        return False
+    return torch.equal(sums.long(), expected)
 
 
 @functools.cache

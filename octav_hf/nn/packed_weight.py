@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.torch_private import has_values, own_parameters, set_own_parameters
+from .._utils.torch_private import own_parameters, set_own_parameters
 from ..functional.bit_packing import pack_bits, packed_row_bytes, unpack_bits
 from ..functional.fake_quantize import fake_quantize
 from ..functional.grid import step_size
@@ -200,7 +200,7 @@ class PackedWeight(FakeQuantize):
 
     def _changed(self) -> None:
         self._renew_guard()
-        if self.on_change is not None and has_values(self.packed_data):
+        if self.on_change is not None:
             self.on_change()
 
     @contextmanager

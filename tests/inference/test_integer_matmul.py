@@ -113,10 +113,10 @@ class Wrong(OneDNN):
 
 @pytest.fixture
 def fresh_checks() -> object:
-    for cached in (integer_matmul._exact_kernel, integer_matmul._warn_of_fallback):
+    for cached in (integer_matmul._is_exact, integer_matmul._warn_of_fallback):
         cached.cache_clear()
     yield
-    for cached in (integer_matmul._exact_kernel, integer_matmul._warn_of_fallback):
+    for cached in (integer_matmul._is_exact, integer_matmul._warn_of_fallback):
         cached.cache_clear()
 
 
