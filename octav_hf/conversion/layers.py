@@ -10,7 +10,7 @@ from ..config import OctavConfig
 from ..nn import FakeQuantize, QuantizedLayer, WeightFakeQuantize, quantized_class_of
 from ..nn.granularity import Granularity
 from .operands import activation_quantizer, weight_quantizer
-from .request import ModulePlan, Request, prefix, to_exclude
+from .request import ModulePlan, Request, prefix, to_exclude, to_set
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
@@ -95,7 +95,7 @@ def _plan_layer(
         if weight_granularity != Granularity.GROUP or "weight_granularity" in override:
             raise ValueError(
                 f"{prefix(name)}the weight of {type(module).__name__} has one clip per channel (row), not per "
-                f"{weight_granularity}; write module_overrides={{{name!r}: {{'weight_granularity': 'channel'}}}}"
+                f"{weight_granularity}; write {to_set(name, 'weight_granularity', 'channel')}"
             )
         weight_granularity = Granularity.CHANNEL
     quantizers = {"weight": weight_quantizer(request, name, bits["weight"], layer_class, weight_granularity)}
@@ -125,7 +125,7 @@ def _check_override(
         raise ValueError(
             f"{prefix(name)}the input of this {type(module).__name__} has one clip per tensor, not per {granularity}: "
             "the layer sums over positions, so the scale of a position does not factor out; write "
-            f"module_overrides={{{name!r}: {{'activation_granularity': {{'input': 'tensor'}}}}}}, or leave it out"
+            f"{to_set(name, 'activation_granularity', {'input': 'tensor'})}, or leave it out"
         )
     if override.get("asymmetric_activations") and not layer_class.supports_asymmetric_input:
         raise ValueError(

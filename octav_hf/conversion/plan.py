@@ -16,6 +16,7 @@ from ..nn import QUANTIZED_LAYERS, quantized_class_of
 from .attention import plan_attention
 from .first_last import check_nothing_else_is_asked
 from .layers import left_in_float, plan_layers, running_module
+from .overrides import check_overrides_apply
 from .request import ModulePlan, Request, prefix, to_exclude
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def plan_conversion(model: nn.Module, config: OctavConfig, *, from_file: bool = 
     request = Request.of(model, config)
     if not from_file:
         _check_patterns(request)
+        check_overrides_apply(request)
         for edge in request.edges:
             check_nothing_else_is_asked(edge, config)
     if not any(quantized_class_of(module) for module in request.modules.values()):

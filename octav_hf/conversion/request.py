@@ -42,6 +42,11 @@ def to_exclude(name: str) -> str:
     return f"add {name!r}{'' if name else ' (the model itself, without the modules in it)'} to exclude_modules"
 
 
+def to_set(name: str, field: str, value: object) -> str:
+    """What to write to set a field of ``ModuleSettings`` for a module."""
+    return f"module_overrides={{{name!r}: {{{field!r}: {value!r}}}}}" if name else f"{field}={value!r}"
+
+
 class QuantizerPlan(NamedTuple):
     """A quantizer to create: its class and the arguments of its constructor."""
 

@@ -60,6 +60,8 @@ class FloatOperand:
 
     def cells(self) -> tuple[str, ...]:
         kind = "parameter" if self.parameter else "activation"
+        if self.layer:
+            kind += f" {'of' if self.parameter else 'multiplied by the weight of'} {self.layer}"
         return self.module or "(the model itself)", self.operation, str(self.position), kind, str(list(self.shape))
 
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .._utils.escaping import shown
 from ..conversion.modules import activation_quantizers
 from ..conversion.record import check_quantized, is_packed
+from ..conversion.request import to_set
 from ..nn import ClipObserver, FakeQuantize, FrozenClips, HistogramObserver, MeanObserver
 
 logger = logging.getLogger(__name__)
@@ -191,8 +192,8 @@ def _check_call_counts(operand: _Activation, counts: set[int]) -> None:
         raise ValueError(
             f"{operand.path}: its forward used the attention operand {operand.name} in {min(counts)} matmul(s) in one "
             f"pass and in {max(counts)} in another, so there is no fixed number of clips to freeze; calibrate with "
-            f"batches of one kind, or leave its matmuls in float in apply_octav: module_overrides={{{name!r}: "
-            "{'quantize_attention': False}}"
+            "batches of one kind, or leave its matmuls in float in apply_octav: "
+            f"{to_set(name, 'quantize_attention', False)}"
         )
 
 

@@ -26,9 +26,18 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
     layers = _layers(model)
     before = {layer: layer.weight_quantizer.frozen for layer in layers.values()}
     try:
-        for layer in layers.values():
-            layer.weight_quantizer.freeze_at(layer.weight)
-        stuck = [name for name, layer in layers.items() if not bool(layer.weight_quantizer.frozen.clips.all())]
+        zero, stuck = [], []
+        for name, layer in layers.items():
+            quantizer = layer.weight_quantizer
+            if not bool(layer.weight.any()):  # a clip of 0 would let no value and no gradient through
+                quantizer.unfreeze()
+                zero.append(name)
+                continue
+            quantizer.freeze_at(layer.weight)
+            if not bool(quantizer.frozen.clips.all()):
+                stuck.append(name)
+        if zero:
+            logger.warning("These weights are all 0, so their clips are dynamic: %s", ", ".join(zero))
         if stuck:
             logger.warning(
                 "These weights have rows or groups that are all 0, whose frozen clip is 0, so that they stay 0 in "
@@ -71,8 +80,4 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     dynamic = [name for name in found if name not in layers]
     if dynamic:
         logger.warning("Several modules share these weights, so their clips stay dynamic: %s", ", ".join(dynamic))
-    # A clip of 0 lets no value and no gradient through.
-    zero = [name for name, layer in layers.items() if not bool(layer.weight.any())]
-    if zero:
-        logger.warning("These weights are all 0, so their clips stay dynamic: %s", ", ".join(zero))
-    return {name: layer for name, layer in layers.items() if name not in zero}
+    return layers

@@ -90,6 +90,10 @@ def test_custom_attention(attend: Callable[..., Tensor], error: type[Exception],
     x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(error, match=f"{problem}.*{REMEDY}"):
         apply_octav(Model(attend), OctavConfig())(x)
+    with pytest.raises(
+        error, match=f"^this .*{problem.removeprefix('mixer: ').removeprefix('its ')}.* quantize_attention=False"
+    ):
+        apply_octav(CustomAttention(attend), OctavConfig())(x)
 
     model = apply_octav(Model(attend), OctavConfig(module_overrides={"mixer": {"quantize_attention": False}}))
     check = check_coverage(model, x)

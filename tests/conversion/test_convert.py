@@ -401,6 +401,11 @@ def test_a_message_about_the_model_itself_begins_with_its_class(model: nn.Module
         apply_octav(model)
 
 
+def test_advice_about_the_model_itself_needs_no_name() -> None:
+    with pytest.raises(ValueError, match=r"^the weight of Embedding .* write weight_granularity='channel'$"):
+        apply_octav(nn.Embedding(4, 3), OctavConfig(embedding_bits=4, weight_granularity="tensor"))
+
+
 @pytest.mark.parametrize("field", ["target_modules", "attention_modules", "module_overrides"])
 def test_no_other_field_names_the_model_itself(field: str) -> None:
     value = {"": {"weight_bits": 8}} if field == "module_overrides" else [""]

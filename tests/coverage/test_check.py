@@ -352,6 +352,7 @@ def test_an_embedding_table_that_is_read_past_its_quantizer_is_found() -> None:
     assert found == FloatOperand("norm", "native_layer_norm", 0, (9, 8), parameter=True, layer="first")
     assert check.unexplained(coverage_report(model)) == [found]
     assert check.matmuls == 1
+    assert "parameter of first" in str(check)
 
 
 @pytest.mark.parametrize(("reads_weight", "bits"), [(False, 4), (True, None)])

@@ -352,7 +352,7 @@ def test_a_weight_of_zeros_can_still_be_trained(caplog: pytest.LogCaptureFixture
         model[2].weight.zero_()
     calibrate_octav(model, weights=True)
     whole, rows = (record.getMessage() for record in caplog.records)
-    assert whole == "These weights are all 0, so their clips stay dynamic: 2"
+    assert whole == "These weights are all 0, so their clips are dynamic: 2"
     assert "rows or groups that are all 0" in rows
     assert "in training: 0. " in rows
     assert frozen_layers(model).keys() == {"0"}
@@ -361,3 +361,13 @@ def test_a_weight_of_zeros_can_still_be_trained(caplog: pytest.LogCaptureFixture
         model(torch.ones(1, 8)).sum().backward()
         optimizer.step()
     assert model[2].weight_quantizer(model[2].weight).abs().max() > 0
+
+
+def test_a_frozen_weight_that_became_zero_is_not_frozen_again() -> None:
+    torch.manual_seed(0)
+    model = apply_octav(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
+    calibrate_octav(model, weights=True)
+    with torch.no_grad():
+        model[2].weight.zero_()
+    calibrate_octav(model, weights=True)
+    assert frozen_layers(model).keys() == {"0"}

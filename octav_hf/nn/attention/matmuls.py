@@ -92,7 +92,7 @@ class AttentionMatmuls(TorchFunctionMode):
         missing = [operand for operand, calls in self._call_counts.items() if calls == 0]
         if missing:
             raise RuntimeError(
-                f"{self._name}: its forward ran without a matmul on the attention operand(s) {', '.join(missing)}, so "
+                f"{self._its} forward ran without a matmul on the attention operand(s) {', '.join(missing)}, so "
                 "they were not quantized. If it uses a fused attention kernel, load the model with "
                 "attn_implementation='sdpa' or 'eager'. If its probabilities do not come from a softmax, or are "
                 f"changed before their matmul, they are not recognized: {self._remedy}"
@@ -140,7 +140,7 @@ class AttentionMatmuls(TorchFunctionMode):
 
     def _wrong_call_count(self, operand: str, calls: str, expected: int) -> RuntimeError:
         return RuntimeError(
-            f"{self._name}: its forward used the attention operand {operand} in {calls} matmul(s), but it has "
+            f"{self._its} forward used the attention operand {operand} in {calls} matmul(s), but it has "
             f"{expected} frozen clips, one per matmul; run it on batches like those of the calibration, calibrate it "
             f"with batches like these, or leave its matmuls in float: {self._remedy}"
         )
@@ -166,10 +166,17 @@ class AttentionMatmuls(TorchFunctionMode):
         return self._get_name if isinstance(self._get_name, str) else self._get_name()
 
     def _unsupported(self, problem: str) -> NotImplementedError:
-        return NotImplementedError(f"{self._name}: its attention {problem}; {self._remedy}")
+        return NotImplementedError(f"{self._its} attention {problem}; {self._remedy}")
+
+    @property
+    def _its(self) -> str:
+        """The beginning of a message; a module that is the whole model has no name."""
+        return f"{self._name}: its" if self._name else "this"
 
     @property
     def _remedy(self) -> str:
+        if not self._name:
+            return "set quantize_attention=False to leave its matmuls in float"
         return (
             f"set module_overrides={{{self._name!r}: {{'quantize_attention': False}}}} to leave its matmuls in float, "
             "or quantize_attention=False for those of all attention modules"
