@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BertForQuestionAnswering, MobileNetV2ForImageClassification, ResNetForImageClassification
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav
+from tests.replicas import replica_of
 
 MakeBert = Callable[..., BertForQuestionAnswering]
 MakeImageModel = Callable[..., ResNetForImageClassification | MobileNetV2ForImageClassification]
@@ -215,11 +216,6 @@ def test_threads_do_not_disturb_each_other(small_bert: MakeBert) -> None:
 def test_replicas_compute_as_the_model_does(small_bert: MakeBert, padded_batch: dict) -> None:
     """The replication of ``nn.DataParallel``, with shared parameters, which is possible on one device."""
     model = apply_octav(small_bert(), OctavConfig())
-    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
-    for module, replica in replicas.items():
-        for name, child in module._modules.items():
-            replica._modules[name] = None if child is None else replicas[child]
-        replica._parameters, replica._buffers = dict(module._parameters), dict(module._buffers)
     with torch.no_grad():
         expected = model(**padded_batch).start_logits
-        assert torch.equal(replicas[model](**padded_batch).start_logits, expected)
+        assert torch.equal(replica_of(model)(**padded_batch).start_logits, expected)

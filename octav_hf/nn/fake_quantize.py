@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._utils.torch_private import own_parameters
 from ..functional import fake_quantize, fake_quantize_learned_clip, integer_range
 from ..functional.groups import Groups
 from ..functional.registry import clip_for_sign, takes_skip
@@ -130,7 +129,7 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
     @property
     def _frozen(self) -> FrozenClips | None:
         """The frozen clips as stored, without the correction applied."""
-        buffers, correction = self._buffers, own_parameters(self).get("clip_correction")
+        buffers, correction = self._buffers, self.clip_correction  # no parameter in a replica of nn.DataParallel
         clips, unsigned_clips = buffers["clips"], buffers["unsigned_clips"]
         if clips is not None:
             return FrozenClips(True, clips, None, correction)
@@ -141,7 +140,9 @@ class FakeQuantize(NanFlag, FullPrecisionBuffers):
         self.register_buffer("clips", frozen.clips if frozen.signed else None)
         self.register_buffer("unsigned_clips", None if frozen.signed else frozen.clips)
         self.register_buffer("offset", frozen.offset)
-        correction = None if frozen.correction is None else nn.Parameter(frozen.correction)
+        correction = frozen.correction
+        if correction is not None and not isinstance(correction, nn.Parameter):
+            correction = nn.Parameter(correction)
         self.register_parameter("clip_correction", correction)
 
     def unfreeze(self) -> None:

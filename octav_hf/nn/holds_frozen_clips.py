@@ -124,6 +124,9 @@ class HoldsFrozenClips(nn.Module):
         device = next((tensor.device for tensor in chain(self.parameters(), self.buffers())), clips[0].device)
         own = {name: tensor.detach().to(device, forms[name][1], copy=True) for name, tensor in found.items()}
         clips_name = "clips" if frozen.signed else "unsigned_clips"
+        learned = known["clip_correction"]
+        if learned is not None and forms.get("clip_correction") == (learned.shape, learned.dtype):
+            own["clip_correction"] = learned  # an optimizer may have it; the values of the checkpoint are loaded next
         quantizer.freeze(FrozenClips(frozen.signed, own[clips_name], own.get("offset"), own.get("clip_correction")))
         return ""
 

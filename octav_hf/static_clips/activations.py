@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from .._utils.escaping import shown
+from .._utils.sharded_weights import sharded_shape
 from ..conversion.modules import activation_quantizers
 from ..conversion.record import check_quantized, is_packed
 from ..conversion.request import to_set
@@ -158,10 +160,11 @@ def _check_trainable(model: nn.Module) -> None:
             f"{kind} has adapters, whose checkpoints do not contain clips of the base model, so learned clips would be "
             "lost; leave learned=True out, or train the whole model before you add adapters"
         )
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+    wrapped = any(isinstance(module, DistributedDataParallel | FullyShardedDataParallel) for module in model.modules())
+    if wrapped or any(sharded_shape(parameter) is not None for parameter in model.parameters()):
         raise ValueError(
-            f"{kind} is wrapped in DistributedDataParallel, which does not average the gradients of parameters added "
-            "later; calibrate the model before you wrap it"
+            f"{kind} is wrapped in DistributedDataParallel or sharded, and the gradients of parameters added later "
+            "are not averaged over the processes; calibrate the model before you wrap or shard it"
         )
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertForQuestionAnswering
 
@@ -28,6 +30,7 @@ from octav_hf.nn import FakeQuantize, FrozenClips
 from octav_hf.nn.frozen_clips import CORRECTION_RATE
 from tests.frozen_activations import frozen_activations
 from tests.question_answering import Spans, logits
+from tests.replicas import replica_of
 from tests.test_memory import kept_bytes
 from tests.training.interrupted_training import make_trainer
 
@@ -171,6 +174,20 @@ def test_a_parameter_that_fits_stays_the_same(small_bert: MakeBert, padded_batch
     model.load_state_dict(state)
     assert all(after is before[name] for name, after in corrections(model).items())
     assert all((after == 0).all() for after in corrections(model).values())
+
+
+def test_a_parameter_that_fits_the_other_grid_stays_the_same() -> None:
+    torch.manual_seed(0)
+    nets = [apply_octav(nn.Sequential(nn.Linear(8, 8))) for _ in range(2)]
+    for net, x in zip(nets, (torch.rand(4, 8), torch.randn(4, 8)), strict=True):  # the unsigned and the signed grid
+        learned(net, x)
+    move(nets[1])
+    (before,) = corrections(nets[0]).values()
+    nets[0].load_state_dict(nets[1].state_dict())
+    (after,), (wanted,) = corrections(nets[0]).values(), corrections(nets[1]).values()
+    assert after is before
+    assert torch.equal(after, wanted)
+    assert frozen_activations(nets[0]) == frozen_activations(nets[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -355,10 +372,34 @@ def test_a_wrapped_model_is_refused(small_bert: MakeBert, padded_batch: dict, tm
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = DistributedDataParallel(apply_octav(small_bert(), OctavConfig()))
-        with pytest.raises(ValueError, match="wrapped in DistributedDataParallel.* calibrate the model before"):
+        with pytest.raises(
+            ValueError, match="wrapped in DistributedDataParallel or sharded.* calibrate the model before"
+        ):
+            learned(model, padded_batch)
+        model = apply_octav(small_bert(), OctavConfig())
+        fully_shard(model.bert, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(
+            ValueError, match="wrapped in DistributedDataParallel or sharded.* calibrate the model before"
+        ):
             learned(model, padded_batch)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_replicas_use_and_train_them(small_bert: MakeBert, padded_batch: dict) -> None:
+    """As in ``nn.DataParallel``, whose replicas have no parameters."""
+    model = learned(apply_octav(small_bert(**NO_DROPOUT), OctavConfig()), padded_batch)
+    move(model)
+    expected = loss_of(model, padded_batch)
+    expected.backward()
+    gradients = {name: value.grad for name, value in corrections(model).items()}
+    model.zero_grad(set_to_none=True)
+    loss = loss_of(replica_of(model), padded_batch)
+    assert torch.equal(loss, expected)
+    loss.backward()
+    for name, value in corrections(model).items():
+        assert value.grad.any(), name
+        torch.testing.assert_close(value.grad, gradients[name])
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from transformers import (
 from octav_hf import OctavConfig, apply_octav, calibrate_octav, distill
 from octav_hf.training.logits import class_logits
 from tests.question_answering import Spans
+from tests.replicas import replica_of
 
 MakeBert = Callable[..., BertForQuestionAnswering]
 Tensor = torch.Tensor
@@ -511,15 +512,10 @@ def test_logits_of_pixels_that_are_no_classes_are_refused() -> None:
 def test_replicas_and_unnamed_inputs_are_refused(padded_batch: dict) -> None:
     student = make(TOKENS)
     distill(student, make(TOKENS, seed=1))
-    replicas = {module: module._replicate_for_data_parallel() for module in student.modules()}
-    for module, replica in replicas.items():
-        for name, child in module._modules.items():
-            replica._modules[name] = None if child is None else replicas[child]
-        replica._parameters, replica._buffers = dict(module._parameters), dict(module._buffers)
     with pytest.raises(
         RuntimeError, match="nn.DataParallel would share one teacher between several devices; start one process"
     ):
-        replicas[student](**padded_batch)
+        replica_of(student)(**padded_batch)
 
     class Wrapped(nn.Module):
         def __init__(self) -> None:
