@@ -95,7 +95,7 @@ def checked_grid(
         raise ValueError(f"gradient must be one of {sorted(_GRADIENTS)}, got {gradient!r}")
     shape = x.shape if groups is None else groups.shape(x)
     trailing = shape[len(shape) - clip.dim() :] if clip.dim() <= len(shape) else None
-    if trailing is None or any(c not in (1, n) for c, n in zip(clip.shape, trailing, strict=True)):
+    if trailing is None or any(c != 1 and c != n for c, n in zip(clip.shape, trailing, strict=True)):
         raise ValueError(
             f"fake_quantize: clip of shape {tuple(clip.shape)} cannot be broadcast to x of shape {tuple(shape)}; "
             "compute it with dim=, which keeps the reduced dimensions with size 1"

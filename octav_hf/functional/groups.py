@@ -67,9 +67,9 @@ class Groups(NamedTuple):
 
     def of_elements(self, clip: Tensor, x: Tensor) -> Tensor:
         """Expand group clips along the split dimension, so that they broadcast to ``x``."""
-        dim = self._last(x)
-        group = torch.arange(x.shape[dim], dtype=torch.int64, device=x.device) // self.size
-        return clip.squeeze(dim - x.dim()).index_select(dim - x.dim(), group)
+        dim = self._last(x) - x.dim()
+        # Not index_select: Inductor reads out of bounds where a dynamic size is smaller than a group.
+        return clip.squeeze(dim).repeat_interleave(self.size, dim).narrow(dim, 0, x.shape[dim])
 
     def _dims(self, x: Tensor) -> list[int]:
         """The dimensions whose elements share a clip, sorted."""

@@ -103,8 +103,10 @@ def clips_of(
         return torch.zeros(shape, dtype=statistics_dtype(x.dtype), device=x.device)
     if not isinstance(signed, Tensor):
         signed = torch.full((), signed, dtype=torch.bool, device=x.device)
+    if torch.compiler.is_compiling():  # a try block would break the graph
+        return operation(rows, num_bits, signed, skip, False, *options).reshape(shape)
     try:
-        return operation(rows, num_bits, signed, skip, not torch.compiler.is_compiling(), *options).reshape(shape)
+        return operation(rows, num_bits, signed, skip, True, *options).reshape(shape)
     except NotFinite:
         raise not_finite_error(x, name) from None
 

@@ -336,3 +336,20 @@ def test_nothing_more_is_kept_for_the_backward_pass(gradient: str, bytes_each: i
     quantizer = FakeQuantize(4, gradient_estimator=gradient, dim=(-1,), group_size=32)
     clips = 4 * 40 * 2
     assert kept_bytes(lambda: quantizer(x).sum(), quantizer) <= x.numel() * bytes_each + clips + 16
+
+
+@pytest.mark.parametrize(("dim", "gradient"), [(-1, "mad"), (-2, "pwl")])
+def test_a_compiled_quantizer_serves_lengths_below_and_above_a_group(dim: int, gradient: str) -> None:
+    """Compiled by Inductor, whose code once read out of bounds where the length was below the group size."""
+    quantizer = FakeQuantize(4, clip="max", dim=(dim,), group_size=32, gradient_estimator=gradient)
+    torch._dynamo.reset()
+    compiled = torch.compile(quantizer, dynamic=True, fullgraph=True)
+    for length in (10, 31, 33, 77):
+        x = data(3, length, 5).requires_grad_() if dim == -2 else data(3, 5, length).requires_grad_()
+        results = []
+        for each in (compiled, quantizer):
+            y = each(x)
+            (grad,) = torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), x)
+            results.append((y.detach(), grad))
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
