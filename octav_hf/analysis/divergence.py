@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .._utils.forward_pass import Batch, run_batches
 from .._utils.torch_private import tree_leaves
 from ..training.logits import class_logits, logit_loss
-from ..training.padding import inputs_by_name, mask_of
+from ..training.padding import inputs_of, mask_of
 from .simulated import check_has_float_weights, check_teacher
 from .switching import in_float
 
@@ -56,8 +56,8 @@ class FloatOutputs:
         self._outputs: list[dict[str, Tensor]] = []
         source = model if teacher is None else teacher
 
-        def keep(_: Batch, output: Any) -> None:
-            outputs = _compared(source, output)
+        def keep(batch: Batch, output: Any) -> None:
+            outputs = _compared(source, batch, output)
             for name, values in outputs.items():
                 if not values.isfinite().all():
                     raise ValueError(
@@ -89,7 +89,7 @@ class FloatOutputs:
         rows: list[int] = []
 
         def compare(batch: Batch, output: Any) -> None:
-            outputs, targets = _compared(model, output), self._outputs[len(found)]
+            outputs, targets = _compared(model, batch, output), self._outputs[len(found)]
             ours, theirs = ({name: tuple(x.shape) for name, x in each.items()} for each in (outputs, targets))
             if ours != theirs:
                 raise ValueError(
@@ -104,9 +104,9 @@ class FloatOutputs:
         return float((torch.stack(found) * weights).sum() / weights.sum())
 
 
-def _compared(model: nn.Module, output: Any) -> dict[str, Tensor]:
+def _compared(model: nn.Module, batch: Batch, output: Any) -> dict[str, Tensor]:
     """The outputs to compare, by name: logits of classes, otherwise the first floating-point tensor but scalars."""
-    logits = class_logits(model, output)
+    logits = class_logits(model, output, inputs_of(model, batch))
     if logits:
         return {name: values.detach() for name, values in logits.items()}
     tensors = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
@@ -117,8 +117,7 @@ def _compared(model: nn.Module, output: Any) -> dict[str, Tensor]:
 
 
 def _divergence(model: nn.Module, batch: Batch, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
-    args = (batch,) if isinstance(batch, Tensor) else () if isinstance(batch, Mapping) else tuple(batch)
-    inputs = inputs_by_name(model, args, dict(batch) if isinstance(batch, Mapping) else {})
+    inputs = inputs_of(model, batch)
     if _OTHER not in outputs:
         # The divergence of one module at 8 bits is as small as the rounding errors of a float32 sum.
         outputs, targets = ({name: x.double() for name, x in each.items()} for each in (outputs, targets))

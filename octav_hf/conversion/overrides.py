@@ -1,6 +1,7 @@
-"""Check that the fields of ``module_overrides`` concern operands of the modules that they are set for."""
+"""Check that ``module_overrides`` concern operands of the modules that they are for."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -30,20 +31,26 @@ _OPERANDS_OF: dict[str, Sequence[str]] = {
 
 
 def check_overrides_apply(request: Request) -> None:
-    """Raise ``ValueError`` if a field of an override concerns no operand of the modules that its pattern matches."""
+    """Raise ``ValueError`` for an override whose fields concern no operand of the modules that its pattern matches.
+
+    One field of several may concern none: one override can be for modules of several kinds.
+    """
     overrides = request.config.module_overrides
     if not overrides:
         return
     attention = attention_modules(request.modules, request.config.attention_modules)
     for pattern, names in NamePatterns(overrides).by_pattern(request.modules).items():
         found = {operand for name in names for operand in _operands(request.modules[name], name in attention)}
-        for field, value in overrides[pattern].items():
-            operands = tuple(value) if field == "activation_granularity" else _OPERANDS_OF.get(field, ())
-            if operands and found.isdisjoint(operands):
-                raise ValueError(
-                    f"module_overrides[{pattern!r}]: {field} has no effect, because no module that the pattern matches "
-                    f"has an operand that it concerns ({', '.join(operands)}); remove it, or name other modules"
-                )
+        concerned = {operand for field, value in overrides[pattern].items() for operand in _concerned(field, value)}
+        if concerned and found.isdisjoint(concerned):
+            raise ValueError(
+                f"module_overrides[{pattern!r}] has no effect: {', '.join(overrides[pattern])} of modules without "
+                f"{', '.join(sorted(concerned))} to quantize; remove it, or name other modules"
+            )
+
+
+def _concerned(field: str, value: Any) -> Sequence[str]:
+    return tuple(value) if field == "activation_granularity" else _OPERANDS_OF.get(field, ())
 
 
 def _operands(module: nn.Module, is_attention: bool) -> Collection[str]:

@@ -68,7 +68,8 @@ def distill(
       it raises an error.
     - If Trainer passes ``num_items_in_batch``, the KL of a micro-batch is weighted by its share of the labels, as is
       the label loss if the model uses that argument.
-    - With ``bf16=True`` or ``fp16=True``, the teacher runs in its own dtype; load it in bfloat16 to make it faster.
+    - With ``bf16=True`` or ``fp16=True``, the teacher runs in its own dtype, to which floating-point inputs but masks
+      are cast; load it in bfloat16 to make it faster.
 
     Args:
         model: the student, whose forward returns a ``ModelOutput``; before or after ``apply_octav``.
@@ -91,7 +92,8 @@ def distill(
         TypeError: ``model`` or ``teacher`` is not an ``nn.Module``.
         ValueError: an argument is out of range or has no effect, ``model`` is already distilled, or training it would
             change ``teacher``. In a training step: logits are not of two or more classes (such as MaskFormer's masks),
-            logits or features differ in names or shapes, there is no loss, or features have no gradient.
+            logits or features differ in names or shapes, there is no loss, features have no gradient, or there are
+            ``past_key_values``.
         RuntimeError: in a training step outside Trainer with ``feature_steps`` below 1.
     """
     for role, module in (("model", model), ("teacher", teacher)):
@@ -162,7 +164,7 @@ class Distillation:
 
     def at_step(self, step: int, steps: int) -> None:
         """Decide whether features are learned: ``step`` (from 0) of ``steps`` is about to begin."""
-        self.learns_features = self.features is not None and step < round(self.feature_steps * steps)
+        self.learns_features = self.features is not None and step < max(1, round(self.feature_steps * steps))
 
     def outside_training(self) -> None:
         """Reset after training: the step is unknown."""
@@ -181,7 +183,7 @@ class Distillation:
                 "process per device with torchrun or accelerate launch"
             )
         inputs = inputs_by_name(model, args, kwargs)
-        logits = logits_of(model, output, name)
+        logits = logits_of(model, output, name, inputs)
         if all(field.name != "loss" for field in fields(output)):
             raise ValueError(
                 f"{name} is distilled, but its output, {type(output).__name__}, has no field loss; use a model with a "
@@ -216,10 +218,17 @@ class Distillation:
         # The inputs of a decoder may be computed from the labels.
         given = {name: value for name, value in inputs.items() if has_decoder(self.teacher) or not _is_label(name)}
         given.pop("num_items_in_batch", None)
+        if given.get("past_key_values") is not None:
+            raise ValueError(
+                f"{student} is distilled, and the teacher cannot use past_key_values, the cache of {student}; train on "
+                "whole sequences without a cache"
+            )
+        dtype = next((value.dtype for value in self.teacher.parameters() if value.is_floating_point()), None)
+        given = {name: _in_dtype(name, value, dtype) for name, value in given.items()}
         with torch.no_grad(), in_evaluation_mode(self.teacher):
             output = self.teacher(**given)
         name = f"the teacher {type(self.teacher).__name__}"
-        targets = logits_of(self.teacher, output, name)
+        targets = logits_of(self.teacher, output, name, given)
         for field, values in logits.items():
             found = tuple(targets[field].shape) if field in targets else "missing"
             if found != tuple(values.shape):
@@ -280,6 +289,12 @@ def _share(model: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
         if LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss and not has_decoder(model):
             labels = labels[..., 1:]
     return (labels != IGNORED).sum().to(torch.float32) / items
+
+
+def _in_dtype(name: str, value: Any, dtype: torch.dtype | None) -> Any:
+    """An input in the dtype of a model; masks keep theirs, in which their lowest value is finite."""
+    is_input = isinstance(value, Tensor) and value.is_floating_point() and "mask" not in name
+    return value.to(dtype) if is_input and dtype is not None else value
 
 
 def _is_label(name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .padding import decoder_mask, has_decoder, mask_of
+from .padding import attention_mask, decoder_mask, has_decoder, mask_of
 
 _Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -32,7 +32,7 @@ class Features:
 
     def fields(self, output: Any, asked: Collection[str]) -> list[str]:
         """The fields of an output with features, except those whose argument is in ``asked``."""
-        return [name for name in output if _kind(name) in self.weights and f"output_{_kind(name)}" not in asked]
+        return [name for kind in self.weights if f"output_{kind}" not in asked for name in _fields(output, kind)]
 
     def loss(self, student: nn.Module, outputs: Any, teacher: nn.Module, targets: Any, inputs: dict[str, Any]) -> Any:
         """The weighted sum of the losses, each averaged over layers.
@@ -43,7 +43,7 @@ class Features:
         total: Tensor | float = 0.0
         for kind, weight in self.weights.items():
             losses = []
-            for field in (name for name in outputs if _kind(name) == kind and outputs[name]):
+            for field in _fields(outputs, kind):
                 found = self._of_layers(student, field, outputs)
                 wanted = self._of_layers(teacher, field, targets)
                 _check(student, field, found, teacher, wanted)
@@ -58,10 +58,9 @@ class Features:
 
     def _of_layers(self, model: nn.Module, field: str, output: Any) -> list[Tensor]:
         """The features of the chosen layers, without the first hidden state, which is the input of the first layer."""
-        values = output.get(field)
-        if not values:
+        if field not in _fields(output, _kind(field)):
             raise ValueError(_missing(_kind(field), model, field))
-        values = values[1:] if _kind(field) == "hidden_states" else values
+        values = output[field][1:] if _kind(field) == "hidden_states" else output[field]
         if self.layers is None:
             return list(values)
         outside = [number for number in self.layers if not -len(values) <= number < len(values)]
@@ -135,10 +134,15 @@ def _kind(field: str) -> str:
     return next((kind for kind in _LOSSES if field == kind or field.endswith(f"_{kind}")), "")
 
 
+def _fields(output: Any, kind: str) -> list[str]:
+    """The fields of an output with features of this kind by layer, unlike LLaVA's tensor ``image_hidden_states``."""
+    return [name for name in output if _kind(name) == kind and isinstance(output[name], tuple | list) and output[name]]
+
+
 def _mask(model: nn.Module, field: str, inputs: dict[str, Any]) -> Any:
     """The attention mask of the tokens, or of the queries, of this field."""
     is_decoders = has_decoder(model) and not field.startswith("encoder_")
-    return decoder_mask(inputs) if is_decoders else inputs.get("attention_mask")
+    return decoder_mask(inputs) if is_decoders else attention_mask(inputs)
 
 
 def _tokens(kind: str, values: Tensor) -> tuple[int, ...]:

@@ -17,14 +17,14 @@ TOKEN_LOGITS = ("start_logits", "end_logits")
 _OTHER_PROBLEMS = ("regression", "multi_label_classification")
 
 
-def class_logits(model: nn.Module, output: Any) -> dict[str, Tensor]:
-    """Logits of single-label classification in an output, by field; empty if there are none."""
+def class_logits(model: nn.Module, output: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Logits of single-label classification in the output for these inputs, by field; empty if there are none."""
     if not isinstance(output, ModelOutput) or _problem_type(model) in _OTHER_PROBLEMS:
         return {}
-    return {field: values for field, values in _by_field(output).items() if _is_of_classes(model, field, values)}
+    return {field: values for field, values in _by_field(output).items() if not _problem(model, field, values, inputs)}
 
 
-def logits_of(model: nn.Module, output: Any, name: str) -> dict[str, Tensor]:
+def logits_of(model: nn.Module, output: Any, name: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """The logits of an output by field; errors call the model ``name``.
 
     Raises:
@@ -42,13 +42,11 @@ def logits_of(model: nn.Module, output: Any, name: str) -> dict[str, Tensor]:
     if _problem_type(model) in _OTHER_PROBLEMS:
         raise ValueError(f"distill compares probabilities of classes, but {name} is for {_problem_type(model)}")
     for field, values in found.items():
-        if not _is_of_classes(model, field, values):
-            reason = "have fewer than two classes"
-            if _class_dim(model, field, values) is None:
-                reason = "have no known dimension of classes, such as [batch, config.num_labels, height, width]"
+        problem = _problem(model, field, values, inputs)
+        if problem:
             raise ValueError(
                 f"distill compares probabilities of classes, but {field} of {name}, of shape {tuple(values.shape)}, "
-                f"{reason}"
+                f"{problem}"
             )
     return found
 
@@ -80,9 +78,26 @@ def _by_field(output: ModelOutput) -> dict[str, Tensor]:
     return {field: output[field] for field in fields if isinstance(output[field], Tensor)}
 
 
-def _is_of_classes(model: nn.Module, field: str, values: Tensor) -> bool:
+def _problem(model: nn.Module, field: str, values: Tensor, inputs: dict[str, Any]) -> str:
+    """Why logits are not those of two or more classes; empty if they are."""
     dim = _class_dim(model, field, values)
-    return dim is not None and values.ndim >= 2 and (values.shape[dim] >= 2 or field in TOKEN_LOGITS)
+    if dim is None:
+        return "have no known dimension of classes, such as [batch, config.num_labels, height, width]"
+    if field in TOKEN_LOGITS and values.ndim >= 2:
+        return ""
+    if values.ndim < 2 or values.shape[dim] < 2:
+        return "have fewer than two classes"
+    if values.shape[-1] != _num_labels(model) and tuple(values.shape) in _places(inputs):
+        return "have one value for each token or pixel"  # such as those of ELECTRA's discriminator and of CLIPSeg
+    return ""
+
+
+def _places(inputs: dict[str, Any]) -> list[tuple[int, ...]]:
+    """``(batch, tokens)`` and ``(batch, height, width)`` of the inputs."""
+    ids, embeds, pixels = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values"))
+    found = [tuple(ids.shape)] if isinstance(ids, Tensor) else []
+    found += [tuple(embeds.shape[:-1])] if isinstance(embeds, Tensor) else []
+    return [*found, (len(pixels), *pixels.shape[-2:])] if isinstance(pixels, Tensor) else found
 
 
 def _class_dim(model: nn.Module, field: str, values: Tensor) -> int | None:
@@ -94,7 +109,11 @@ def _class_dim(model: nn.Module, field: str, values: Tensor) -> int | None:
     config = getattr(model, "config", None)
     if values.shape[-1] == getattr(config, "vocab_size", None):
         return -1  # of several sequences, such as the choices of GPT2DoubleHeadsModel
-    return 1 if values.shape[1] == getattr(config, "num_labels", None) else None
+    return 1 if values.shape[1] == _num_labels(model) else None
+
+
+def _num_labels(model: nn.Module) -> int | None:
+    return getattr(getattr(model, "config", None), "num_labels", None)
 
 
 def _problem_type(model: nn.Module) -> str | None:

@@ -1,9 +1,12 @@
 """Padding masks, and the inputs of a batch by name."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+from .._utils.forward_pass import Batch
 
 IGNORED = -100  # label that losses ignore
 
@@ -19,9 +22,22 @@ def inputs_by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return dict(zip(names, args, strict=False)) | kwargs
 
 
+def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The inputs of a batch by name; errors as for ``inputs_by_name``."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    return inputs_by_name(model, (batch,) if isinstance(batch, Tensor) else tuple(batch), {})
+
+
 def has_decoder(model: nn.Module) -> bool:
     """Whether this is an encoder-decoder model."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def attention_mask(inputs: dict[str, Any]) -> Any:
+    """The attention mask, ``[batch, tokens]`` also for multiple choice, where each choice is one of the batch."""
+    mask = inputs.get("attention_mask")
+    return mask.flatten(0, -2) if isinstance(mask, Tensor) and mask.dim() == 3 else mask
 
 
 def decoder_mask(inputs: dict[str, Any]) -> Any:

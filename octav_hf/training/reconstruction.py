@@ -19,8 +19,8 @@ from ..conversion.record import check_quantized, is_packed
 from ..nn import QuantizedLayer
 from .layer_outputs import LayerOutputs
 from .least_squares import LeastSquares
-from .padding import decoder_mask, has_decoder, inputs_by_name
 from .teacher import teacher_modules
+from .token_rows import TokenRows
 
 logger = logging.getLogger(__name__)
 
@@ -98,14 +98,18 @@ def reconstruct(
         without_trace(teacher) as target,
         _restored_after_error(layers.values()),
     ):
-        ours, theirs = LayerOutputs(student, layers, kept), LayerOutputs(target, teachers, kept)
+        tokens = TokenRows(student)
+        with tokens.watching():
+            ours = LayerOutputs(student, layers, kept)
+        tokens.note(ours.calls)
+        theirs = LayerOutputs(target, teachers, kept)
         groups, unreached = _groups(layers, ours.calls)
         left |= unreached
         for outputs in (ours, theirs):
             outputs.finish(unreached)
         errors: dict[str, LayerError] = {}
         for group in progress(groups, "reconstructing layers") if progress_bar else groups:
-            for name, sums in _sums(ours, theirs, group, [_masks(student, batch) for batch in kept]).items():
+            for name, sums in _sums(ours, theirs, group, kept, tokens).items():
                 errors[name] = _improve(name, layers[name], sums, ridge)
             for outputs in (ours, theirs):
                 outputs.finish(group)
@@ -202,14 +206,16 @@ def _groups(layers: Iterable[str], calls: Sequence[tuple[str, Tensor]]) -> tuple
 
 
 def _sums(
-    ours: LayerOutputs, theirs: LayerOutputs, group: Sequence[str], masks: Sequence[Sequence[Tensor]]
+    ours: LayerOutputs, theirs: LayerOutputs, group: Sequence[str], batches: Sequence[Batch], tokens: TokenRows
 ) -> dict[str, LeastSquares]:
-    """The sums for each layer of a group, over the tokens of all batches that no mask of equal size excludes."""
+    """The sums for each layer of a group, over the tokens of all batches."""
     found: dict[str, LeastSquares] = {}
-    for number, known in enumerate(masks):
+    for number, batch in enumerate(batches):
         targets = theirs.take(number, group, lambda layer, x, output: _rows(output))
-        inputs = ours.take(number, group, lambda layer, x, output: (_rows(layer.input_quantizer(x)), output.shape[-1]))
-        for name, (x, width) in inputs.items():
+        inputs = ours.take(
+            number, group, lambda layer, x, output: (_rows(layer.input_quantizer(x)), x.shape[:-1], output.shape[-1])
+        )
+        for name, (x, shape, width) in inputs.items():
             y = targets.get(name)
             if y is None or y.shape != (len(x), width):
                 given = "was not called" if y is None else f"returned outputs of shape {tuple(y.shape)}"
@@ -217,28 +223,18 @@ def _sums(
                     f"{name}: the teacher's layer {given}, but this one outputs of shape {(len(x), width)} (tokens, "
                     "features); use the float model from which the quantized model was made"
                 )
-            kept = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            for mask in known:
-                kept = kept & mask.to(x.device) if mask.shape == kept.shape else kept
+            y, kept = y.to(x.device), tokens.kept(name, batch, shape)
+            if kept is not None:
+                x, y = x[kept.to(x.device)], y[kept.to(x.device)]
             if name not in found:
                 found[name] = LeastSquares(x.shape[1], width, x.device)
-            found[name].add(x[kept], y.to(x.device)[kept])
+            found[name].add(x, y)
     return found
 
 
 def _rows(x: Tensor) -> Tensor:
     """A float64 copy of ``x``, ``[tokens, features]``."""
     return x.reshape(-1, x.shape[-1]).to(torch.float64, copy=True)
-
-
-def _masks(model: nn.Module, batch: Batch) -> list[Tensor]:
-    """The known masks, flattened; a layer of an encoder-decoder model may see tokens of the encoder or the decoder."""
-    if isinstance(batch, Mapping):
-        inputs = dict(batch)
-    else:
-        inputs = inputs_by_name(model, (batch,) if isinstance(batch, Tensor) else tuple(batch), {})
-    found = [inputs.get("attention_mask"), decoder_mask(inputs) if has_decoder(model) else None]
-    return [mask.bool().flatten() for mask in found if isinstance(mask, Tensor) and mask.dim() == 2]
 
 
 def _improve(name: str, layer: Any, sums: LeastSquares, ridge: float) -> LayerError:

@@ -1,4 +1,4 @@
-"""A field of ``module_overrides`` that concerns nothing in the modules that its pattern matches is refused."""
+"""An override that concerns nothing in the modules that its pattern matches is refused."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ WORDS = "bert.embeddings.word_embeddings"
 @pytest.mark.parametrize(
     ("pattern", "field", "value", "operands"),
     [
-        (f"{SELF}.query", "quantize_attention", False, "query, key, probabilities, value"),
+        (f"{SELF}.query", "quantize_attention", False, "key, probabilities, query, value"),
         ("qa_outputs", "embedding_bits", 4, "embedding"),
         ("qa_outputs", "activation_granularity", {"key": "token"}, "key"),
         (WORDS, "weight_bits", 8, "weight"),
         (WORDS, "unsigned_activations", False, "input"),
-        ("*.LayerNorm", "activation_clip", "max", "input, query, key, probabilities, value"),
+        ("*.LayerNorm", "activation_clip", "max", "input, key, probabilities, query, value"),
     ],
 )
 def test_without_effect(small_bert: MakeBert, pattern: str, field: str, value: Any, operands: str) -> None:
     model, override = small_bert(), {"group_size": 32, field: value}
     classes = [type(module) for module in model.modules()]
-    expected = re.escape(f"module_overrides[{pattern!r}]: {field} has no effect") + rf".* \({operands}\)"
+    expected = re.escape(f"module_overrides[{pattern!r}] has no effect: group_size, {field} of") + f".* {operands} to"
     with pytest.raises(ValueError, match=expected):
         apply_octav(model, OctavConfig(module_overrides={pattern: override}))
     assert [type(module) for module in model.modules()] == classes
@@ -45,6 +45,7 @@ def test_without_effect(small_bert: MakeBert, pattern: str, field: str, value: A
         (SELF, {"quantize_attention": False, "weight_bits": 8}),  # the linear layers in it have the weights
         (WORDS, {"embedding_bits": 4, "weight_clip": "max"}),
         ("qa_outputs", {"activation_granularity": {"input": "token", "query": "token"}}),
+        ("qa_outputs", {"weight_bits": None, "activation_bits": None, "quantize_attention": False}),
         ("bert", {"asymmetric_activations": True, "embedding_bits": 8}),
     ],
 )

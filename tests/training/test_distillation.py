@@ -19,8 +19,12 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
     DetrConfig,
+    DynamicCache,
+    ElectraConfig,
+    ElectraForPreTraining,
     GPT2Config,
     GPT2DoubleHeadsModel,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MaskFormerConfig,
@@ -161,6 +165,27 @@ def test_classes_of_pixels() -> None:
     expected = 4 * mean_divergence(theirs, ours, 2.0, np.ones((2, 8, 16), dtype=bool))
     distill(student, teacher)
     assert student(**batch).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_bfloat16_teacher_of_float_inputs() -> None:
+    """In Accelerate's autocast, which is only around the student's forward."""
+    student, teacher = segformer(0), segformer(1).bfloat16()
+    batch = {"pixel_values": torch.randn(2, 3, 16, 32)}
+    with torch.no_grad():
+        theirs = teacher.eval()(pixel_values=batch["pixel_values"].bfloat16()).logits
+        student.forward = torch.autocast("cpu", torch.bfloat16)(student.forward)
+        ours = student(**batch).logits
+    expected = 4 * mean_divergence(*(x.movedim(1, -1).float() for x in (theirs, ours)), 2.0, np.ones((2, 8, 16), bool))
+    distill(student, teacher)
+    assert student(**batch).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_cache_of_the_student_is_not_the_teachers() -> None:
+    sizes = {"vocab_size": 100, "n_embd": 32, "n_layer": 1, "n_head": 4}
+    student, teacher = (GPT2LMHeadModel(GPT2Config(**sizes)).train() for _ in range(2))
+    distill(student, teacher)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel is distilled, and the teacher cannot use past_key_values"):
+        student(input_ids=torch.ones(1, 3, dtype=torch.long), past_key_values=DynamicCache())
 
 
 def test_tokens_of_several_choices() -> None:
@@ -479,13 +504,29 @@ CLASSIFIER, TOKENS = BertForSequenceClassification, BertForTokenClassification
             "compares probabilities of classes, but BertForSequenceClassification is for multi_label_classification",
         ),
         (
+            ElectraForPreTraining(ElectraConfig(**SIZES)).train(),
+            ElectraForPreTraining(ElectraConfig(**SIZES)),
+            {},
+            r"logits of Electra.*, of shape \(2, 16\), have one value for each token or pixel",
+        ),
+        (
             BertModel(BertConfig(**SIZES)).train(),
             make(TOKENS),
             {},
             "output of BertModel has only: last_hidden_state, pooler_output",
         ),
     ],
-    ids=["no labels", "tuple", "teacher's tuple", "labels", "fields", "one class", "sigmoids", "no logits"],
+    ids=[
+        "no labels",
+        "tuple",
+        "teacher's tuple",
+        "labels",
+        "fields",
+        "one class",
+        "sigmoids",
+        "discriminator",
+        "no logits",
+    ],
 )
 def test_outputs_that_are_refused(
     padded_batch: dict, student: nn.Module, teacher: nn.Module, settings: dict[str, Any], error: str
@@ -506,7 +547,7 @@ def test_logits_of_pixels_that_are_no_classes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"masks_queries_logits of M.* \(2, 5, 16, 16\), have no known dimension of"):
         student(pixel_values=torch.randn(2, 3, 64, 64))
     output = teacher(pixel_values=torch.randn(2, 3, 64, 64))
-    assert list(class_logits(teacher, output)) == ["class_queries_logits"], "what analysis compares"
+    assert list(class_logits(teacher, output, {})) == ["class_queries_logits"], "what analysis compares"
 
 
 def test_replicas_and_unnamed_inputs_are_refused(padded_batch: dict) -> None:

@@ -11,9 +11,15 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
     BertForQuestionAnswering,
+    CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -85,7 +91,7 @@ def by_hand(
             place = layer if kind == "attentions" else layer + 1
             one = maps_by_hand if kind == "attentions" else hidden_by_hand
             losses[kind].append(one(theirs[field][place], ours[field][place], mask))
-    return sum(w * torch.stack(each).mean() for w, each in zip(weights, losses.values(), strict=True))  # type: ignore[return-value]
+    return sum(w * torch.stack(each).mean() for w, each in zip(weights, losses.values(), strict=True) if each)  # type: ignore[return-value]
 
 
 def added(student: Any, teacher: Any, batch: dict[str, Tensor], **settings: Any) -> float:
@@ -136,6 +142,58 @@ def test_an_encoder_and_its_decoder(padded_batch: dict) -> None:
     expected = by_hand(ours, theirs, masks, [0, 1], (1.0, 2.0))
     found = added(student, teacher, batch, hidden_states=1.0, attentions=2.0)
     assert found == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_choices_count_without_their_padding(padded_batch: dict) -> None:
+    """BERT runs ``[batch * choices, tokens]``, and gets a mask ``[batch, choices, tokens]``."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = BertConfig(vocab_size=100, initializer_range=0.2, **sizes, **NO_DROPOUT)
+        models.append(BertForMultipleChoice._from_config(config, attn_implementation="eager").train())
+    student, teacher = models
+    batch = {name: values.view(1, 2, -1) for name, values in padded_batch.items()}
+    mask = padded_batch["attention_mask"].bool()
+    ours, theirs = (outputs_of(model, batch) for model in (student, teacher))
+    expected = by_hand(ours, theirs, {"hidden_states": mask, "attentions": mask}, [0, 1], (3.0, 0.5))
+    found = added(student, teacher, batch, hidden_states=3.0, attentions=0.5)
+    assert found == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_tensor_is_no_hidden_states_of_layers() -> None:
+    """LLaVA returns its projected images as ``image_hidden_states``."""
+    vision = CLIPVisionConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=8
+    )
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    text = LlamaConfig(**sizes, num_attention_heads=4, initializer_range=0.2)
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=49, image_seq_length=4)
+        models.append(LlavaForConditionalGeneration(config).train())
+    student, teacher = models
+    ids = torch.randint(0, 40, (2, 8))
+    ids[:, 1:5] = 49
+    batch = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16), "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        ours, theirs = (model(**batch, output_hidden_states=True) for model in (student, teacher))
+    expected = by_hand(ours, theirs, {"hidden_states": torch.ones_like(ids).bool()}, [0, 1], (2.0, 0.0))
+    assert added(student, teacher, batch, hidden_states=2.0) == pytest.approx(expected.item(), rel=1e-4)
+    distill(student, teacher, hidden_states=1.0)
+    assert student(**batch).image_hidden_states is not None
+
+
+def test_a_small_fraction_of_few_steps_is_one_step(bert: Any) -> None:
+    student = bert(0)
+    distill(student, bert(1), hidden_states=1.0, feature_steps=0.1)
+    (distillation,) = distillations(student)
+    learned = []
+    for step in range(4):
+        distillation.at_step(step, 4)
+        learned.append(distillation.learns_features)
+    assert learned == [True, False, False, False]
 
 
 def test_gradients_are_those_of_the_loss_written_out(bert: Any, padded_batch: dict) -> None:

@@ -14,15 +14,20 @@ from torch.nn.utils import parametrize
 from transformers import (
     AlbertConfig,
     AlbertForQuestionAnswering,
+    BertConfig,
+    BertForMultipleChoice,
     BertForQuestionAnswering,
     GPT2Config,
     GPT2LMHeadModel,
+    LongformerConfig,
+    LongformerModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from octav_hf import OctavConfig, apply_octav, calibrate_octav, pack_octav, reconstruct
 from octav_hf.training.least_squares import LeastSquares
+from octav_hf.training.reconstruction import LayerError
 from tests.question_answering import Spans
 
 Tensor = torch.Tensor
@@ -173,7 +178,8 @@ def test_transposed_layers_without_masks() -> None:
     assert "lm_head" not in errors, "its weight is the embedding table"
 
 
-def test_an_encoder_and_its_decoder(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("length", [10, 16], ids=["shorter targets", "targets as long as sources"])
+def test_an_encoder_and_its_decoder(length: int) -> None:
     """Layers without a bias; the queries of cross-attention are the decoder's tokens, its keys the encoder's."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
@@ -181,14 +187,14 @@ def test_an_encoder_and_its_decoder(caplog: pytest.LogCaptureFixture) -> None:
     model = apply_octav(copy.deepcopy(teacher), CONFIG)
     data = []
     for batch in batches():
-        labels = batch["input_ids"][:, :10].clone()
+        labels = batch["input_ids"][:, :length].clone()
         labels[0, 6:] = -100
         data.append(batch | {"labels": labels})
     errors = reconstruct(model, teacher, data, ridge=0.05, progress_bar=False)
-    assert "decoder.block.0.layer.1.EncDecAttention.k" in errors
-    for name, lengths in (
-        ("decoder.block.0.layer.1.EncDecAttention.q", 10),
-        ("encoder.block.0.layer.1.DenseReluDense.wo", 16),
+    for name, of_encoder in (
+        ("decoder.block.0.layer.1.EncDecAttention.q", False),
+        ("decoder.block.0.layer.1.EncDecAttention.k", True),
+        ("encoder.block.0.layer.1.DenseReluDense.wo", True),
     ):
         found: dict[str, list[Tensor]] = {"x": [], "y": []}
         layer, other = model.get_submodule(name), teacher.get_submodule(name)
@@ -197,7 +203,7 @@ def test_an_encoder_and_its_decoder(caplog: pytest.LogCaptureFixture) -> None:
         with torch.no_grad():
             for batch in data:
                 model(**batch), teacher(**batch)
-        masks = [batch["labels"] != -100 if lengths == 10 else batch["attention_mask"].bool() for batch in data]
+        masks = [batch["attention_mask"].bool() if of_encoder else batch["labels"] != -100 for batch in data]
         x, y = (
             torch.cat([part[mask] for part, mask in zip(parts, masks, strict=True)]).double()
             for parts in found.values()
@@ -205,6 +211,50 @@ def test_an_encoder_and_its_decoder(caplog: pytest.LogCaptureFixture) -> None:
         quantized = layer.weight_quantizer(layer.weight).detach().double()
         error = (y - x @ quantized.t()).square().sum() / y.square().sum()
         assert errors[name].after == pytest.approx(error.item(), rel=1e-6), name
+
+
+def rows_of_first_layer(model: nn.Module, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The sum over the rows from which the first layer is reconstructed."""
+    found = []
+    monkeypatch.setattr(LeastSquares, "add", lambda self, x, y: found.append(x.sum(dim=0)))
+    monkeypatch.setattr("octav_hf.training.reconstruction._improve", lambda *_: LayerError(1.0, 1.0))
+    teacher = copy.deepcopy(model)
+    apply_octav(model, OctavConfig(activation_bits=None, quantize_attention=False))
+    reconstruct(model, teacher, [batch], progress_bar=False)
+    return found[0]
+
+
+def test_layers_on_tokens_before_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    model = LongformerModel(LongformerConfig(vocab_size=50, attention_window=[4], **sizes)).eval()
+    (batch,) = batches(1, 4)
+    batch = {name: values[:, :8].contiguous() % 50 for name, values in batch.items()}
+    batch["attention_mask"][0, 2:] = 0
+    seen = []
+    model.encoder.layer[0].attention.self.query.register_forward_hook(lambda _, args, output: seen.append(args[0]))
+    with torch.no_grad():
+        model(**batch)
+    assert seen[0].shape == (8, 4, 32)
+    expected = seen[0][batch["attention_mask"].bool().t()].double().sum(dim=0)
+    torch.testing.assert_close(rows_of_first_layer(model, batch, monkeypatch), expected)
+
+
+def test_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask is ``[batch, choices, tokens]``, and layers see ``[batch * choices, tokens]``."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    model = BertForMultipleChoice(BertConfig(vocab_size=100, **sizes)).eval()
+    (batch,) = batches(1, 4)
+    batch = {name: values.view(2, 2, -1) for name, values in batch.items()}
+    batch["attention_mask"][0, 1, 2:] = 0
+    seen = []
+    query = model.bert.encoder.layer[0].attention.self.query
+    query.register_forward_hook(lambda _, args, output: seen.append(args[0]))
+    with torch.no_grad():
+        model(**batch)
+    expected = seen[0][batch["attention_mask"].flatten(0, 1).bool()].double().sum(dim=0)
+    torch.testing.assert_close(rows_of_first_layer(model, batch, monkeypatch), expected)
 
 
 def test_layers_that_are_left(small_bert: MakeBert, caplog: pytest.LogCaptureFixture) -> None:
