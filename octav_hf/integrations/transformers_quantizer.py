@@ -149,12 +149,12 @@ class OctavQuantizer(HfQuantizer):
         saved = {name: tensor for name, tensor in state.items() if name not in ignored_on_save(model)}
         stored = remove_tied_weights_from_state_dict(saved, model)
         stored = revert_weight_conversion(model, stored) if self.saves_original_format else stored
-        kept = {id(tensor) for tensor in state.values()}
-        for name, tensor in stored.items():
-            if id(tensor) not in kept:
+        kept = {id(tensor) for tensor in stored.values()}
+        for layer in packed_layers(model):
+            if f"{layer}.weight" in saved and id(saved[f"{layer}.weight"]) not in kept:
                 raise NotImplementedError(
-                    f"{name}: Transformers stores this weight of {type(model).__name__} merged with others or split, "
-                    "which is not possible for packed weights; add its layer to exclude_modules, or save the training "
+                    f"{layer}: Transformers stores this weight of {type(model).__name__} merged with others or split, "
+                    "which is not possible for packed weights; add the layer to exclude_modules, or save the training "
                     "form"
                 )
         return state, describe_tensors(stored, self.quantization_config)

@@ -28,8 +28,9 @@ def pack_octav(model: Model, *, embedding_bits: int | None = None) -> Model:
     """Store the quantized weights as packed integers and one scale per row or group, in place.
 
     The outputs stay the same, bit for bit: a packed layer dequantizes its weight whenever it is used. The only
-    exceptions are quantized embeddings. If the model reads the ``weight`` of one without calling the module, it was in
-    float and is quantized now. And the clip of a row may change by float32 rounding (1e-7): before packing it is
+    exceptions are convolutions in ``channels_last``, where torch may choose another kernel for the packed weight, which
+    is contiguous; and quantized embeddings. If the model reads the ``weight`` of one without calling the module, it was
+    in float and is quantized now. And the clip of a row may change by float32 rounding (1e-7): before packing it is
     computed among the rows that are looked up, here among all, and only 4096 elements or more use the C++ kernel.
     ``save_pretrained`` and ``push_to_hub`` of a Transformers model then write the packed form, which
     ``from_pretrained`` loads. Packed weights are read-only: writing to one, replacing it or making it trainable raises

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from octav_hf.functional import mse_clip, octav_clip
+from octav_hf.functional import fake_quantize, mse_clip, octav_clip
 from tests import twins
 
 Array = np.ndarray
@@ -218,3 +218,12 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
         mse_clip(torch.arange(3), 4)
     with pytest.raises(ValueError, match="num_bits"):
         mse_clip(torch.ones(3), 9)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("numel", [2000, 40000])
+def test_no_rounded_value_overflows_float16(bits: int, numel: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = ((torch.rand(numel, generator=generator) * 2 - 1) * torch.finfo(torch.float16).max).half()
+    x[0], x[1] = 65504, -65504
+    assert fake_quantize(x, mse_clip(x, bits), bits).isfinite().all()

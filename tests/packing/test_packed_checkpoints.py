@@ -26,6 +26,8 @@ from transformers import (
     LlamaModel,
     MarianConfig,
     MarianMTModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -118,6 +120,34 @@ def test_offloaded_weights_come_back_for_each_use(
     ):
         model.save_pretrained(tmp_path / "saved")
     assert not list(tmp_path.glob("saved/*.safetensors"))
+
+
+def test_experts_in_float_are_stored_as_transformers_stores_them(tmp_path: Path) -> None:
+    """Transformers splits the experts' weights for the files and merges them again; packed layers are beside them."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
+    pack_octav(apply_octav(model, OctavConfig(exclude_modules=["*.gate"])))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert any("experts.3" in name for name in tensors_in(tmp_path))
+    loaded = MixtralForCausalLM.from_pretrained(tmp_path).eval()
+    assert packed_layers(loaded).keys() == packed_layers(model).keys()
+    ids = torch.arange(12).view(2, 6)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_packed_weight_that_would_be_merged_is_not_saved(
+    packed: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def merge(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        name, state_dict = "bert.encoder.layer.0.attention.self", dict(state_dict)
+        parts = [state_dict.pop(f"{name}.{part}.weight") for part in ("query", "key")]
+        return {**state_dict, f"{name}.qk.weight": torch.cat(parts)}
+
+    monkeypatch.setattr("octav_hf.integrations.transformers_quantizer.revert_weight_conversion", merge)
+    with pytest.raises(NotImplementedError, match=r"^bert.*\.query: Transformers .* add the layer to exclude_mod"):
+        packed.save_pretrained(tmp_path)
 
 
 def test_another_dtype_rounds_the_weights_and_not_the_scales(folder: Path, packed: nn.Module) -> None:
