@@ -135,9 +135,11 @@ def test_inspect_a_model_with_a_shared_table_and_a_convolutional_one(
 
     pack_octav(apply_octav(BertForMaskedLM(small_bert().config), OctavConfig())).save_pretrained(tmp_path / "tied")
     assert main(["inspect", str(tmp_path / "tied"), "--json"]) == 0
-    stored = {layer["name"]: layer["stored"] for layer in json.loads(capsys.readouterr().out)["layers"]}
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    stored = {layer["name"]: layer["stored"] for layer in layers}
     assert stored["cls.predictions.decoder"] == "shared"
     assert stored["cls.predictions.transform.dense"] == "packed"
+    assert {(layer["bytes"], layer["float32_bytes"]) for layer in layers if layer["stored"] == "shared"} == {(0, 0)}
     pack_octav(apply_octav(small_resnet(), OctavConfig(first_last_bits=8))).save_pretrained(tmp_path / "resnet")
     assert main(["inspect", str(tmp_path / "resnet"), "--json"]) == 0
     assert {layer["bits"] for layer in json.loads(capsys.readouterr().out)["layers"]} == {4, 8}

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .._utils.forward_pass import Batch, run_batches
@@ -85,8 +84,8 @@ class FloatOutputs:
         Raises:
             ValueError: its outputs differ from the float model's in names or shapes.
         """
-        found: list[Tensor] = []
-        rows: list[int] = []
+        found: list[float] = []
+        weights: list[float] = []
 
         def compare(batch: Batch, output: Any) -> None:
             outputs, targets = _compared(model, batch, output), self._outputs[len(found)]
@@ -96,12 +95,21 @@ class FloatOutputs:
                     f"{self._function}: the model's outputs have the shapes {ours}, and the float model's {theirs}; "
                     "pass a teacher with the same head"
                 )
-            found.append(_divergence(model, batch, outputs, targets).double())
-            rows.append(next(iter(ours.values()))[0])
+            if _OTHER in outputs:
+                error, size = _squares(model, batch, outputs[_OTHER], targets[_OTHER])
+                found.append(error)
+                weights.append(size)
+            else:
+                rows = next(iter(ours.values()))[0]
+                found.append(_divergence(model, batch, outputs, targets) * rows)
+                weights.append(rows)
 
         run_batches(model, self.batches, self._function, None, compare)
-        weights = torch.tensor(rows, dtype=torch.float64, device=found[0].device)
-        return float((torch.stack(found) * weights).sum() / weights.sum())
+        if not sum(weights):
+            raise ValueError(
+                f"{self._function}: the outputs of the float model are all 0, so no error is relative to them"
+            )
+        return sum(found) / sum(weights)
 
 
 def _compared(model: nn.Module, batch: Batch, output: Any) -> dict[str, Tensor]:
@@ -116,14 +124,16 @@ def _compared(model: nn.Module, batch: Batch, output: Any) -> dict[str, Tensor]:
     return {_OTHER: found.detach()}
 
 
-def _divergence(model: nn.Module, batch: Batch, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
-    inputs = inputs_of(model, batch)
-    if _OTHER not in outputs:
-        # The divergence of one module at 8 bits is as small as the rounding errors of a float32 sum.
-        outputs, targets = ({name: x.double() for name, x in each.items()} for each in (outputs, targets))
-        return logit_loss(model, outputs, targets, 1.0, inputs)
-    output, target = outputs[_OTHER], targets[_OTHER].to(outputs[_OTHER].device)
-    mask = mask_of(inputs.get("attention_mask"), tuple(output.shape[:2]), output)
+def _divergence(model: nn.Module, batch: Batch, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> float:
+    # The divergence of one module at 8 bits is as small as the rounding errors of a float32 sum.
+    outputs, targets = ({name: x.double() for name, x in each.items()} for each in (outputs, targets))
+    return float(logit_loss(model, outputs, targets, 1.0, inputs_of(model, batch)))
+
+
+def _squares(model: nn.Module, batch: Batch, output: Tensor, target: Tensor) -> tuple[float, float]:
+    """``sum((y - f)²)`` and ``sum(f²)`` without padding tokens."""
+    output, target = output.double(), target.to(output.device).double()
+    mask = mask_of(inputs_of(model, batch).get("attention_mask"), tuple(output.shape[:2]), output)
     if mask is not None:
         output, target = output[mask], target[mask]
-    return (output - target).float().square().sum() / target.float().square().sum()
+    return float((output - target).square().sum()), float(target.square().sum())

@@ -162,8 +162,9 @@ class _Collector:
     @outside_function_modes
     def add_call(self, quantized: Tensor, x: Tensor, call_index: int = 0, known: Any = None) -> None:
         """Add a call of the quantizer, which got the other arguments."""
+        grid = self.quantizer.grid_of(x, call_index)  # also of an empty tensor: other ranks may wait for its clip
         if x.numel():
-            self.add(x.detach(), quantized.detach(), self.quantizer.grid_of(x, call_index))
+            self.add(x.detach(), quantized.detach(), grid)
 
     @torch.no_grad()
     def add(self, x: Tensor, quantized: Tensor, grid: Grid) -> None:

@@ -73,6 +73,8 @@ class TrainingWarnings:
         clip, name = operand.clip or 0.0, (operand.module, operand.operand)
         if clip > 0:  # an adapter's second matrix begins at 0
             self.first_clips.setdefault(name, clip)
+        elif operand.operand == "weight" and name not in self.first_clips:
+            return
         first = self.first_clips.get(name, clip)
         if operand.lowest == operand.highest:
             yield "constant", f"all {operand.elements:,} values are {operand.lowest:.3g}"

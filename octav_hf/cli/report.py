@@ -41,7 +41,7 @@ def add_report(commands: Any) -> None:
 def _report(options: argparse.Namespace) -> None:
     source = CheckpointFolder(options.source)
     model = source.load()
-    batches = text_batches(options.data, source.path, model.config, options.max_examples, options.batch_size)
+    batches = text_batches(options.data, source.path, model, options.max_examples, options.batch_size)
     teacher = None if options.teacher is None else _float_model(options.teacher, type(model))
     print(report(model, batches, teacher, path=options.output))
     print(f"wrote {options.output} and {options.output.with_suffix('.json')}")

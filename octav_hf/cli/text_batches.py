@@ -1,12 +1,13 @@
 """Batches of tokenized text from a file of examples."""
 
 import json
+import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._utils.escaping import shown
 from .._utils.forward_pass import Batch
@@ -18,13 +19,13 @@ _FORMS = (
 )
 
 
-def text_batches(path: Path, folder: Path, config: PreTrainedConfig, max_examples: int, batch_size: int) -> list[Batch]:
+def text_batches(path: Path, folder: Path, model: PreTrainedModel, max_examples: int, batch_size: int) -> list[Batch]:
     """The first examples of a file as batches of a model's arguments, padded to the longest of each batch.
 
     Args:
         path: SQuAD's JSON, of which questions and contexts are read, or JSON lines of ``text`` and maybe ``text_pair``.
         folder: with the tokenizer.
-        config: the model's, which may say how many tokens it takes.
+        model: the model, which may say how many tokens it takes.
         max_examples, batch_size: at least 1.
 
     Returns:
@@ -32,14 +33,14 @@ def text_batches(path: Path, folder: Path, config: PreTrainedConfig, max_example
         with its context the context.
 
     Raises:
-        ValueError: the file has another form or no example, a number is below 1, the folder has no tokenizer, or the
-            model is an encoder-decoder, which needs the decoder's tokens too.
+        ValueError: the file has another form or no example, a number is below 1, the folder has no tokenizer, or one
+            with more tokens than the model, or the model is an encoder-decoder, which needs the decoder's tokens too.
         OSError: the file cannot be read.
     """
     for name, value in (("--max-examples", max_examples), ("--batch-size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
         raise ValueError(
             f"{folder} is an encoder-decoder model, and the examples have no tokens for its decoder; call "
             "octav_hf.report(model, batches) in Python with batches that have labels or decoder_input_ids"
@@ -49,7 +50,8 @@ def text_batches(path: Path, folder: Path, config: PreTrainedConfig, max_example
     if not chosen:
         raise ValueError(f"{path} has no example; {_FORMS}")
     tokenizer = _tokenizer(folder)
-    lengths = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or _LONGEST)
+    lengths = (tokenizer.model_max_length, _most_tokens(model))
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
     batches: list[Batch] = []
     for start in range(0, len(chosen), batch_size):
         texts, pairs = zip(*chosen[start : start + batch_size], strict=True)
@@ -61,8 +63,21 @@ def text_batches(path: Path, folder: Path, config: PreTrainedConfig, max_example
             padding=True,
             return_tensors="pt",
         )
+        if encoded["input_ids"].max() >= vocabulary:
+            raise ValueError(
+                f"the tokenizer of {folder} has token {int(encoded['input_ids'].max())}, and the embedding table of "
+                f"{type(model).__name__} only {vocabulary} rows; save the tokenizer there that it was trained with"
+            )
         batches.append(dict(encoded))
     return batches
+
+
+def _most_tokens(model: PreTrainedModel) -> int:
+    """The longest sequence that the model takes; RoBERTa counts positions from ``padding_idx + 1``."""
+    positions: int = getattr(model.config, "max_position_embeddings", None) or _LONGEST
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    unused = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return positions - max(unused, default=0)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:

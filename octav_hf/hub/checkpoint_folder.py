@@ -47,9 +47,9 @@ class StoredLayer:
     name: str
     bits: int
     shape: list[int]
-    stored: str  # "packed", the dtype of a float weight, or "shared" if stored under another layer's name
-    bytes: int
-    float32_bytes: int
+    stored: str  # "packed", the dtype of a float weight, or "shared" if stored under another name
+    bytes: int  # 0 if shared
+    float32_bytes: int  # of as many values in float32; 0 if shared
 
 
 class CheckpointFolder:
@@ -174,7 +174,8 @@ class CheckpointFolder:
             dtype, size = stored.get(f"{name}.weight", ("shared", 0))
             _, scale_size = stored.get(f"{name}.weight_scale", ("", 0))
             form, bits, shape = "packed" if scale_size else dtype, module.weight_quantizer.num_bits, list(weight.shape)
-            layers.append(StoredLayer(name, bits, shape, form, size + scale_size, 4 * weight.numel()))
+            float32_size = 0 if form == "shared" else 4 * weight.numel()
+            layers.append(StoredLayer(name, bits, shape, form, size + scale_size, float32_size))
         return layers
 
     def write_card(self, name: str) -> None:

@@ -108,7 +108,7 @@ class OctavCallback(TrainerCallback):
                 entered.enter_context(each)
             # No event follows a step that fails: the hooks would go on measuring, and nothing would be compiled. The
             # next event removes the hook that ends the measurement, since torch is looping over the hooks when it runs.
-            end = kwargs["model"].register_forward_hook(lambda *_: entered.close(), always_call=True)
+            end = kwargs["model"].register_forward_hook(_EndOfForward(entered), always_call=True)
             self._ends.callback(end.remove)
 
     def on_substep_end(
@@ -161,6 +161,20 @@ class OctavCallback(TrainerCallback):
                 "be logged. Use logging_strategy='steps'.",
                 step,
             )
+
+
+class _EndOfForward:
+    """The forward hook that ends a measurement; in a pickled copy of the model it does nothing."""
+
+    def __init__(self, entered: ExitStack | None):
+        self._entered = entered
+
+    def __call__(self, *_: Any) -> None:
+        if self._entered is not None:
+            self._entered.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _EndOfForward, (None,)
 
 
 def _is_logged(step: int, args: TrainingArguments, state: TrainerState, dataloader: Any) -> bool:

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertForQuestionAnswering, PreTrainedTokenizerFast, T5Config
+from transformers import BertForQuestionAnswering, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 from octav_hf import OctavConfig, Report, apply_octav
 from octav_hf.cli import main
 from octav_hf.cli.text_batches import text_batches
+from tests.architectures.models import ARCHITECTURES
 
 MakeBert = Callable[..., BertForQuestionAnswering]
 
@@ -40,8 +41,9 @@ def squad(*questions: tuple[str, str]) -> dict[str, Any]:
 
 
 def batches_of(checkpoint: Path, file: Path, max_examples: int = 64, batch_size: int = 8) -> list[dict]:
-    config = BertForQuestionAnswering.config_class.from_pretrained(checkpoint)
-    return text_batches(file, checkpoint, config, max_examples, batch_size)
+    return text_batches(
+        file, checkpoint, BertForQuestionAnswering.from_pretrained(checkpoint), max_examples, batch_size
+    )
 
 
 def test_page_and_json_are_written(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -113,7 +115,25 @@ def test_a_tokenizer_without_padding_uses_the_end_of_the_text(checkpoint: Path, 
 
 def test_encoder_decoder_models_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is an encoder-decoder model.*labels or decoder_input_ids"):
-        text_batches(tmp_path / "lines.jsonl", checkpoint, T5Config(), 64, 8)
+        text_batches(tmp_path / "lines.jsonl", checkpoint, ARCHITECTURES["T5"].make(), 64, 8)
+
+
+def test_roberta_takes_fewer_tokens_than_it_has_positions(checkpoint: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = RobertaModel(RobertaConfig(vocab_size=len(WORDS), max_position_embeddings=34, pad_token_id=1, **sizes))
+    file = tmp_path / "lines.jsonl"
+    file.write_text(json.dumps({"text": "w1 " * 60}))
+    (batch,) = text_batches(file, checkpoint, model, 64, 8)
+    assert batch["input_ids"].shape == (1, 32)
+    model(**batch)
+
+
+def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, small_bert: MakeBert, tmp_path: Path) -> None:
+    file, model = tmp_path / "lines.jsonl", small_bert()
+    file.write_text('{"text": "w1 w59"}')
+    model.resize_token_embeddings(60)
+    with pytest.raises(ValueError, match=r"has token 63, and the embedding table of BertForQ.* only 60 rows"):
+        text_batches(file, checkpoint, model, 64, 8)
 
 
 BOTH = '{"text": "a", "text_pair": "b"}\n{"text": "a"}'

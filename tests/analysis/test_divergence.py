@@ -70,14 +70,24 @@ def test_a_model_without_logits_has_the_relative_squared_error(small_bert: MakeB
         config = small_bert().config.__class__(**small_bert().config.to_dict() | changes)
         float_model = make(config).eval()
         model = apply_octav(copy.deepcopy(float_model), CONFIG)
-        name, rows = ("last_hidden_state", []) if make is BertModel else ("logits", [])
+        name, squares = "last_hidden_state" if make is BertModel else "logits", np.zeros(2)
         for batch, target, output in zip(batches(), outputs_of(float_model), outputs_of(model), strict=True):
             kept = batch["attention_mask"].numpy() if make is BertModel else np.ones(len(target[name]), dtype=bool)
             target, output = target[name][kept], output[name][kept]
-            rows += [np.square(output - target).sum() / np.square(target).sum()] * len(batch["input_ids"])
+            squares += np.square(output - target).sum(), np.square(target).sum()
         found = FloatOutputs(model, batches())
-        assert found.divergence_of(model) == pytest.approx(np.mean(rows), rel=1e-4)
+        assert found.divergence_of(model) == pytest.approx(squares[0] / squares[1], rel=1e-4)
         assert found.measure == "Relative squared error of the output"
+
+
+def test_an_output_of_zeros_has_no_relative_error_alone() -> None:
+    torch.manual_seed(0)
+    float_model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU())
+    model, zeros, others = apply_octav(copy.deepcopy(float_model), CONFIG), torch.zeros(2, 4), torch.randn(2, 4)
+    both, alone = (FloatOutputs(model, each).divergence_of(model) for each in ([zeros, others], [others]))
+    assert both == alone > 0
+    with pytest.raises(ValueError, match="the outputs of the float model are all 0"):
+        FloatOutputs(model, [zeros]).divergence_of(model)
 
 
 @pytest.mark.parametrize("classes", [3, 1])

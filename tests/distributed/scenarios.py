@@ -22,6 +22,7 @@ from transformers import BertConfig, BertForQuestionAnswering, Trainer, Training
 
 import octav_hf
 from octav_hf import OctavConfig, apply_octav
+from octav_hf.analysis.operand_statistics import OperandStatisticsHooks
 from octav_hf.nn import FakeQuantize, SynchronizedFakeQuantize, WeightFakeQuantize
 from tests.frozen_activations import frozen_activations
 
@@ -191,6 +192,15 @@ def quantize_what_is_not_finite(folder: Path, values: list[float], **settings: A
             errors.append(str(error))
         assert float(quantizer.compute_clip(torch.ones(1, 4)).amax()) > 0  # no rank is behind the others
     return errors
+
+
+def measure(folder: Path) -> dict[str, int]:
+    """Elements of each operand that were measured, where only the first rank has a batch."""
+    torch.manual_seed(0)
+    model = apply_octav(torch.nn.Sequential(torch.nn.Linear(8, 8)), OctavConfig(sync_activation_clips=True))
+    with OperandStatisticsHooks(model) as hooks:
+        model(torch.randn(4 if rank_and_ranks()[0] == 0 else 0, 8))
+    return {each.operand: each.elements for each in hooks.result()}
 
 
 def quantize_compiled(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -151,6 +151,12 @@ def test_values_beyond_float32_are_an_error_that_says_so(succeed: Run) -> None:
     assert "x of shape (4, 2) holds values beyond the range of float32" in second
 
 
+def test_a_rank_without_values_is_measured_in_step(succeed: Run) -> None:
+    first, second = succeed("measure", 2)
+    assert first == {"weight": 64, "input": 32}
+    assert second == {"weight": 64, "input": 0}
+
+
 def test_a_long_tensor_has_the_clip_of_one_that_is_not_synchronized() -> None:
     x = torch.randn(1 << 15, generator=torch.Generator().manual_seed(0))
     for clip in poolable_rules():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -394,6 +395,8 @@ def test_a_step_that_fails_leaves_nothing_behind(
     if not in_model:
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))  # the first forward pass ends it
     assert not [module for module in model.modules() if module is not model and module._forward_hooks]
+    copied = pickle.loads(pickle.dumps(model))
+    copied(input_ids=torch.zeros(1, 4, dtype=torch.long))
     compiled: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -508,6 +511,24 @@ def test_dead_operands(model: BertForQuestionAnswering, tmp_path: Path, caplog: 
     assert message.startswith("Step 3: Dead operands, whose values are all the same: ")
     assert f"{name} query (all 2,048 values are 0)" in message
     assert f"{name}.query weight (all 1,024 values are 0)" in message
+
+
+def test_the_zeros_that_an_adapter_begins_with_are_not_dead(
+    small_bert: MakeBert, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(small_bert(), peft.LoraConfig(target_modules=["query"], r=4))
+    (query,) = (layer for name, layer in adapted.named_modules() if name.endswith("layer.1.attention.self.query"))
+    second = query.lora_B["default"].weight
+    assert not second.any()
+    apply_octav(adapted, OctavConfig())
+    messages = warnings_of(
+        caplog, adapted, tmp_path, OctavCallback(), Sabotage(3, lambda _: second.zero_()), max_steps=3
+    )
+    dead = [message for message in messages if "Dead operands" in message]
+    assert len(dead) == 1
+    assert dead[0].startswith("Step 3: ")
+    assert "lora_B.default weight" in dead[0]
 
 
 def test_an_operand_that_quantization_loses(
