@@ -82,7 +82,7 @@ class FloatOutputs:
             model: the quantized model, a part of it in float or not, or another one with the same outputs.
 
         Raises:
-            ValueError: its outputs differ from the float model's in names or shapes.
+            ValueError: its outputs differ from the float model's in names or shapes, or those are all 0 and no logits.
         """
         found: list[float] = []
         weights: list[float] = []
