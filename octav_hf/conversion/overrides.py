@@ -20,7 +20,7 @@ _OPERANDS_OF: dict[str, Sequence[str]] = {
     "activation_clip": _ACTIVATIONS,
     "weight_clip_options": ("weight", "embedding"),
     "activation_clip_options": _ACTIVATIONS,
-    "weight_granularity": ("weight",),
+    "weight_granularity": ("weight", "embedding"),
     "weight_gradient_estimator": ("weight", "embedding"),
     "activation_gradient_estimator": _ACTIVATIONS,
     "unsigned_activations": ("input",),
