@@ -82,7 +82,8 @@ class FloatOutputs:
             model: the quantized model, a part of it in float or not, or another one with the same outputs.
 
         Raises:
-            ValueError: its outputs differ from the float model's in names or shapes, or those are all 0 and no logits.
+            ValueError: its outputs differ from the float model's in names or shapes; or the float model has no logits
+                of classes, and its outputs are all 0.
         """
         found: list[float] = []
         weights: list[float] = []

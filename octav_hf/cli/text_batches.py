@@ -63,10 +63,11 @@ def text_batches(path: Path, folder: Path, model: PreTrainedModel, max_examples:
             padding=True,
             return_tensors="pt",
         )
-        if encoded["input_ids"].max() >= vocabulary:
+        highest = int(encoded["input_ids"].max())
+        if highest >= vocabulary:
             raise ValueError(
-                f"the tokenizer of {folder} has token {int(encoded['input_ids'].max())}, and the embedding table of "
-                f"{type(model).__name__} only {vocabulary} rows; save the tokenizer there that it was trained with"
+                f"the tokenizer of {folder} has token {highest}, and the embedding table of {type(model).__name__} "
+                f"only {vocabulary} rows; save the model's own tokenizer there"
             )
         batches.append(dict(encoded))
     return batches

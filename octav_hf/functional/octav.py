@@ -64,8 +64,8 @@ def octav_clip(
     which increases with s, changes its sign. It is computed without iteration: for rows of fewer than 32768 elements
     exactly, from their sorted magnitudes; for longer rows from their magnitude table (``table.py``), with a relative
     error of at most 1e-4 (2e-4 at 8 bits, where few values are above the clip; 3e-3 where all values differ by less
-    than 3 %, or are below 1e-37). Where many elements share one
-    magnitude, h may jump over zero there; then Eq. 6 has no fixed point and alternates, and the clip is that magnitude.
+    than 3 %, or are below 1e-37). Where many elements share one magnitude, h may jump over zero there; then Eq. 6 has
+    no fixed point and alternates, and the clip is that magnitude.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape, any strides, any device that has float64.
